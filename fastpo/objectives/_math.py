@@ -1,0 +1,128 @@
+"""Numerics every objective shares: the "Conventions" of the catalogue, nothing else.
+
+All of it is elementwise or per row, differentiable, and free of host synchronisation. Inputs are
+float32 or float64 by the time they get here (`promote` runs at the door of every objective).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+EXP_CAP = 40.0  # products of two exponentials stay finite in float32: e^80 < 3e38
+_CUT = -1e-6
+REDUCTIONS = ("mean", "sum", "batch")
+
+
+def promote(x: Tensor) -> Tensor:
+    """float16 and bfloat16 are computed in float32; every other dtype stays what it is."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def exp_cap(x: Tensor, cap: float = EXP_CAP) -> Tensor:
+    """exp⁺(x) = exp(min(x, cap)); no gradient beyond the cap."""
+    return x.clamp(max=cap).exp()
+
+
+def expm1_cap(x: Tensor, cap: float = EXP_CAP) -> Tensor:
+    """exp⁺(x) - 1 without the cancellation near 0."""
+    return x.clamp(max=cap).expm1()
+
+
+def k3(x: Tensor) -> Tensor:
+    """expm1(m) - m with m = min(x, 40): the KL estimate of x = log(ref/pi), never negative."""
+    m = x.clamp(max=EXP_CAP)
+    return m.expm1() - m
+
+
+def avg(x: Tensor, lengths: Tensor, power: float = 1.0) -> Tensor:
+    """x / max(n, 1)^power: an empty completion has sum 0 and average 0."""
+    n = lengths.clamp(min=1).to(x.dtype)
+    return x / (n if power == 1.0 else n**power)
+
+
+def cut(x: Tensor) -> Tensor:
+    """min(x, -1e-6): a mean log-probability of 0 would make log(1 - p) infinite."""
+    return x.clamp(max=_CUT)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) for x < 0; callers pass cut(x)."""
+    near = x > -math.log(2)
+    # Each branch sees a harmless number where the other one answers, so no gradient is 0 * inf.
+    small = torch.where(near, x, -1.0)
+    large = torch.where(near, -1.0, x)
+    return torch.where(near, (-small.expm1()).log(), (-large.exp()).log1p())
+
+
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x) as -log σ(-x); F.softplus turns linear at 20, which float64 sees."""
+    return -F.logsigmoid(-x)
+
+
+def logistic(z: Tensor, t: Tensor | float = 1.0) -> Tensor:
+    """L(z; t) = -t·log σ(z) - (1-t)·log σ(-z). t may leave [0, 1]: no clamp."""
+    return -t * F.logsigmoid(z) - (1 - t) * F.logsigmoid(-z)
+
+
+def nll_term(logps: Tensor, lengths: Tensor, reduction: str) -> Tensor:
+    """NLL(logps, lengths; reduction), one value per row; "batch" averages to the token mean."""
+    if reduction == "mean":
+        return -avg(logps, lengths)
+    if reduction == "sum":
+        return -logps
+    if reduction == "batch":
+        return -logps.shape[0] * logps / lengths.sum().clamp(min=1).to(logps.dtype)
+    raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+
+
+def mean_or_zero(x: Tensor) -> Tensor:
+    """Mean over everything; the mean over nothing is 0."""
+    return x.sum() / max(x.numel(), 1)
+
+
+def masked_sum(x: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the scored positions of the last dimension. Selects: 0·inf would be NaN."""
+    return torch.where(mask, x, 0).sum(-1)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the scored positions of the last dimension; 0 where there are none."""
+    return avg(masked_sum(x, mask), mask.sum(-1))
+
+
+def group_count(groups: Tensor, num_groups: int | None) -> int:
+    """G. Without num_groups it is read from the device: the one synchronisation allowed."""
+    if num_groups is not None:
+        return num_groups
+    return int(groups.max()) + 1 if groups.numel() else 0
+
+
+def group_starts(groups: Tensor, num_groups: int) -> Tensor:
+    """[G + 1] first row of every group: groups are sorted, so this is a search, not a count."""
+    ids = torch.arange(num_groups + 1, dtype=groups.dtype, device=groups.device)
+    return torch.searchsorted(groups.contiguous(), ids)
+
+
+def group_sum(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """[N, ...] -> [G, ...]; an empty group sums to 0. No atomics: the same bits every time."""
+    starts = group_starts(groups, num_groups)
+    return torch.segment_reduce(x, "sum", offsets=starts, unsafe=True, initial=0)
+
+
+def group_sizes(groups: Tensor, num_groups: int) -> Tensor:
+    """[G] int64 number of rows."""
+    return group_starts(groups, num_groups).diff()
+
+
+def group_center(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """[N] x minus the mean of its group, exactly 0 when the group is all equal.
+
+    Measured from the group's first row: the rounded mean of equal numbers need not be that number,
+    and a division by their standard deviation turns the difference into a large advantage.
+    """
+    starts = group_starts(groups, num_groups)
+    offset = x - x[starts[groups]]
+    mean = group_sum(offset, groups, num_groups) / starts.diff().clamp(min=1)
+    return offset - mean[groups]

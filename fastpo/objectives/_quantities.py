@@ -1,0 +1,121 @@
+"""The names a quantity may have, its shape and whether the gradient reaches it.
+
+`prepare` is the door of every objective: it checks shapes, computes half precision in float32,
+cuts the gradient of constants and empties unscored positions, so that no entry has to.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ._math import promote
+
+# Dimensions -> names; "*" marks a gradient, "|" separates the shapes one quantity may have.
+_TABLE = {
+    "B": """
+        chosen_logps* rejected_logps* ref_chosen_logps ref_rejected_logps
+        chosen_logratios* rejected_logratios* chosen_lengths rejected_lengths
+        chosen_scores rejected_scores soft_labels margins pair_weights
+        prev_chosen_logps prev_rejected_logps mixed_chosen_logps mixed_rejected_logps
+        third_logps* ref_third_logps third_lengths ties timestep_weights
+        chosen_errors* rejected_errors* ref_chosen_errors ref_rejected_errors""",
+    "B|B D": "chosen_rewards* rejected_rewards*",
+    "K B": "history_chosen_logps history_rejected_logps",
+    "U": "unlabeled_logps* unlabeled_lengths",
+    "B D": """
+        prompt_embeddings anchors* user_weights* latent_mean* latent_logvar*
+        chosen_score_gaps rejected_score_gaps chosen_displacements* rejected_displacements*""",
+    "B E": "eigenvalues*",
+    "B T": """
+        chosen_mask rejected_mask chosen_token_logps* rejected_token_logps*
+        ref_chosen_token_logps ref_rejected_token_logps
+        old_chosen_token_logps old_rejected_token_logps
+        chosen_token_weights rejected_token_weights chosen_kl_weights rejected_kl_weights
+        chosen_segments rejected_segments chosen_token_kl* rejected_token_kl*
+        chosen_entropy* rejected_entropy* chosen_log_sum_sq_probs rejected_log_sum_sq_probs
+        rejected_alternative_token_logps*""",
+    "N": """
+        logps* ref_logps logratios* lengths scores sampler_logps groups labels forward_kl* steps
+        sample_weights errors* label_ids""",
+    "M": "kl_logratios",
+    "N|N M": "rewards*",
+    "N M": "objective_scores reference_scores",
+    "N C": "label_logits*",
+    "N|N T": "advantages values",
+    "N T": """
+        mask token_logps* old_token_logps ref_token_logps sampler_token_logps teacher_token_logps
+        entropy* token_reverse_kl* token_weights old_values returns segments""",
+    "N T|N 1": "is_weights",
+    "P V": "student_logits* teacher_logits ref_teacher_logits reverse_teacher_logits",
+    "P K": "student_topk_logps* teacher_topk_logps",
+}
+
+SHAPES = {
+    name.rstrip("*"): tuple(tuple(shape.split()) for shape in shapes.split("|"))
+    for shapes, names in _TABLE.items()
+    for name in names.split()
+}
+DIFFERENTIABLE = frozenset(
+    name.rstrip("*") for names in _TABLE.values() for name in names.split() if name.endswith("*")
+)
+_INTEGRAL = ("lengths", "segments", "groups", "steps", "label_ids", "labels")  # by how they end
+
+
+def is_mask(name: str) -> bool:
+    return name == "mask" or name.endswith("_mask")
+
+
+def mask_of(name: str) -> str:
+    """The mask that says which positions of a token-level quantity are scored."""
+    side = next((side for side in ("chosen_", "rejected_") if side in name), "")
+    return side + "mask"
+
+
+def _text(shape: tuple[str, ...], sizes: Mapping[str, int]) -> str:
+    dims = [str(sizes.get(dim, dim)) for dim in shape]
+    return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
+
+
+def _check_shape(name: str, value: Tensor, sizes: dict[str, int]) -> None:
+    """Match value against its shapes in the table; `sizes` remembers every dimension seen."""
+    got = tuple(value.shape)
+    for shape in SHAPES[name]:
+        known = {"1": 1, **sizes}
+        if len(shape) == len(got) and all(
+            known.setdefault(dim, size) == size for dim, size in zip(shape, got, strict=True)
+        ):
+            sizes.update(known)
+            return
+    expected = " or ".join(_text(shape, sizes) for shape in SHAPES[name])
+    raise ValueError(f"{name}: expected shape {expected}, got {got}")
+
+
+def _dtype(name: str, value: Tensor) -> Tensor:
+    if is_mask(name) or name == "ties":
+        return value.bool()
+    if value.is_floating_point() or name.endswith(_INTEGRAL) and name != "soft_labels":
+        return promote(value)
+    return value.float()  # scores and advantages that arrive as integers
+
+
+def prepare(
+    given: Mapping[str, Tensor | None], gradient_into: Iterable[str] = ()
+) -> dict[str, Tensor]:
+    """Checked and safe quantities; absent (None) ones are left out."""
+    sizes: dict[str, int] = {}
+    ready: dict[str, Tensor] = {}
+    for name, value in given.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+        _check_shape(name, value, sizes)
+        constant = name not in DIFFERENTIABLE and name not in gradient_into
+        ready[name] = _dtype(name, value.detach() if constant else value)
+    for name, value in ready.items():
+        mask = ready.get(mask_of(name))
+        if mask is not None and not is_mask(name) and value.shape == mask.shape:
+            # An unscored position may hold any number; a later exp of it must not overflow.
+            ready[name] = torch.where(mask, value, -1 if name.endswith("segments") else 0)
+    return ready

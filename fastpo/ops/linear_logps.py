@@ -1,0 +1,298 @@
+"""`linear_logps`: per-token log-probabilities and statistics of a language-model head.
+
+The logits [N, V] exist only as tiles of a few megabytes. Forward 1 matrix product, 2 with d hidden
+for a frozen head; forward and backward of a trainable head 3, and 4 for tokens above the budget.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _driver
+from . import _rows as R
+
+OUTPUTS = ("logps", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "lse")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class TokenStats(NamedTuple):
+    """Per-token results with the leading shape of `labels`; None where not requested, 0 if ignored.
+
+    logps: log p(label), float32, nats.  entropy: -Σ p log p, float32, nats.
+    log_sum_sq_probs: log Σ p², float32.  mean_logits: mean of z over the vocabulary, float32.
+    is_top1: bool, the label has the largest z; in a tie the first word has it.
+    lse: log Σ exp z, float32, nats.  Gradient flows from logps, entropy and lse.
+    """
+
+    logps: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    lse: Tensor | None = None
+
+
+def linear_logps(
+    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    outputs: tuple[str, ...] = ("logps",),
+    budget: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """log softmax(z)[label] with z = softcap(logit_scale·(hidden·weightᵀ + bias)) / temperature.
+
+    Statistics come from float32 logits; gradients are summed in float32 and rounded once. Inside
+    autocast the products run in its dtype (on a CPU in float32 in any case).
+
+    ignore_index: rows with this label give 0 and receive no gradient. None: every row is scored,
+        which on a GPU saves masking the hidden states.
+    outputs: names of the `TokenStats` fields to compute.
+    budget: bytes of probabilities that may be kept for the backward of a trainable head; tokens
+        above it are recomputed. None: 4·V·H, see `fastpo.plan`.
+    backend: "triton", "cuda", "cpu" or "torch"; None: the best that is there.
+
+    Raises ValueError for shapes, dtypes, devices, options and, on a CPU, labels that cannot be;
+    on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would
+    wait for the device. RuntimeError when a named backend is missing. A NaN or infinite hidden
+    state gives a NaN log-probability in its row.
+    """
+    _check_tensors(hidden, weight, labels, bias)
+    _check_options(temperature, softcap, logit_scale, outputs, budget)
+    device = hidden.device
+    grad = torch.is_grad_enabled()
+    head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
+    results = _forward_op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.reshape(-1),
+        float(temperature),
+        None if softcap is None else float(softcap),
+        float(logit_scale),
+        ignore_index,
+        ",".join(name for name in OUTPUTS if name in outputs or name == "logps"),
+        compute_dtype(hidden),
+        R.choose(backend, device),
+        grad and hidden.requires_grad,
+        grad and head_grad,
+        budget,
+    )
+    fields = dict(zip(_driver.Forward._fields, results, strict=True))
+    return TokenStats(**{name: fields[name].view(labels.shape) for name in outputs})
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype eager products would run in here."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    if hidden.dim() < 1:
+        raise ValueError("hidden: expected shape (..., H), got ()")
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), got {_shape(weight)}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(f"labels: expected shape {_shape(hidden)[:-1]}, got {_shape(labels)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected dtype torch.int64, got {labels.dtype}")
+    tensors = {"hidden": hidden, "weight": weight}
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {_shape(bias)}")
+        tensors["bias"] = bias
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name}: expected dtype float32, bfloat16 or float16, got {tensor.dtype}"
+            )
+    for name, tensor in {**tensors, "labels": labels}.items():
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
+
+
+def _shape(tensor: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _check_options(
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[str, ...],
+    budget: int | None,
+) -> None:
+    finite = float("inf")
+    if not 0 < temperature < finite:
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    if softcap is not None and not 0 < softcap < finite:
+        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
+    if not -finite < logit_scale < finite:
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    if budget is not None and budget < 0:
+        raise ValueError(f"budget: expected bytes >= 0 or None, got {budget}")
+    if isinstance(outputs, str) or not outputs or set(outputs) - set(OUTPUTS):
+        raise ValueError(f"outputs: expected a tuple of {', '.join(OUTPUTS)}, got {outputs!r}")
+
+
+def _spec(
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int | None,
+    outputs: str,
+    dtype: torch.dtype,
+    backend: str,
+    hidden_grad: bool,
+    head_grad: bool,
+    budget: int | None,
+) -> _driver.HeadSpec:
+    return _driver.HeadSpec(
+        R.LogitMap(temperature, softcap, logit_scale),
+        ignore_index,
+        tuple(outputs.split(",")),
+        dtype,
+        backend,
+        hidden_grad,
+        head_grad,
+        budget,
+    )
+
+
+# One flat schema for both operators: torch's custom operators take tensors and plain values only.
+@torch.library.custom_op("fastpo::linear_logps", mutates_args=())
+def _forward_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int | None,
+    outputs: str,
+    dtype: torch.dtype,
+    backend: str,
+    hidden_grad: bool,
+    head_grad: bool,
+    budget: int | None,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]:
+    spec = _spec(
+        temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        outputs,
+        dtype,
+        backend,
+        hidden_grad,
+        head_grad,
+        budget,
+    )
+    return tuple(_driver.forward(hidden, weight, bias, labels, spec))  # type: ignore[return-value]
+
+
+@_forward_op.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *options: Any) -> tuple:
+    return tuple(_driver.fake_forward(hidden, weight, _spec(*options)))
+
+
+@torch.library.custom_op("fastpo::linear_logps_backward", mutates_args=())
+def _backward_op(
+    grads: list[Tensor | None],  # logps, entropy, lse: each [N]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    saved: list[Tensor],
+    needs: list[bool],
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int | None,
+    outputs: str,
+    dtype: torch.dtype,
+    backend: str,
+    hidden_grad: bool,
+    head_grad: bool,
+    budget: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = _spec(
+        temperature,
+        softcap,
+        logit_scale,
+        ignore_index,
+        outputs,
+        dtype,
+        backend,
+        hidden_grad,
+        head_grad,
+        budget,
+    )
+    results = _driver.backward(
+        *grads, hidden, weight, bias, labels, _driver.Forward(*saved), spec, tuple(needs)
+    )
+    dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in results)
+    return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
+
+
+@_backward_op.register_fake
+def _(
+    grads: Any, hidden: Tensor, weight: Tensor, bias: Any, labels: Any, saved: Any, needs: Any, *_: Any
+) -> tuple:
+    operands = (hidden, weight, bias)
+    return tuple(
+        torch.empty_like(x) if need else hidden.new_empty(0)
+        for x, need in zip(operands, needs, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    hidden, weight, bias, labels, *options = inputs
+    # Statistics are often only logged: without this their absent gradients arrive as zeros, and a
+    # frozen head would recompute all logits for nothing.
+    ctx.set_materialize_grads(False)
+    fields = _driver.Forward(*output)
+    ctx.mark_non_differentiable(
+        fields.target,
+        fields.log_sum_sq_probs,
+        fields.mean_logits,
+        fields.is_top1,
+        fields.kept,
+        fields.anchors,
+        fields.direction,
+    )
+    ctx.save_for_backward(hidden, weight, bias, labels, *output)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_logps: Any, grad_lse: Any, _: Any, grad_entropy: Any, *__: Any) -> tuple:
+    hidden, weight, bias, labels, *saved = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    results = _backward_op(
+        [grad_logps, grad_entropy, grad_lse],
+        hidden,
+        weight,
+        bias,
+        labels,
+        saved,
+        needs,
+        *ctx.options,
+    )
+    grads = (x if need else None for x, need in zip(results, needs, strict=True))
+    return (*grads, *(None for _ in range(1 + len(ctx.options))))
+
+
+_forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,164 @@
+"""How one call of the head is cut into tiles, and what it keeps for the backward.
+
+All modes share their tiles, so log-probabilities are the same bits with and without gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Mode = Literal["score", "frozen", "keep", "lean"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One logits tile is [tokens, vocab] float32."""
+
+    tokens: int
+    vocab: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `linear_logps` does for one shape; `print` it for a table.
+
+    mode: `score` (no gradient), `frozen` (d hidden inside the forward), `keep` (probabilities of
+        all tokens kept for the backward), `lean` (logits of `tokens - kept_tokens` recomputed).
+    products: matrix products of 2·tokens·vocab·hidden FLOPs, forward and backward together.
+    """
+
+    mode: Mode
+    tokens: int
+    vocab: int
+    hidden: int
+    tiles: Tiles
+    kept_tokens: int
+    kept_bytes: int
+    workspace_bytes: int
+    products: float
+
+    def __str__(self) -> str:
+        rows = {
+            "mode": self.mode,
+            "tokens x vocab x hidden": f"{self.tokens} x {self.vocab} x {self.hidden}",
+            "tile": f"{self.tiles.tokens} tokens x {self.tiles.vocab} words",
+            "kept tokens": f"{self.kept_tokens} of {self.tokens}",
+            "kept for the backward": f"{self.kept_bytes / 2**20:.1f} MiB",
+            "workspace": f"{self.workspace_bytes / 2**20:.1f} MiB",
+            "matrix products": f"{self.products:.2f}",
+        }
+        width = max(map(len, rows))
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+
+
+def tile_shape(tokens: int, vocab: int, device_type: str) -> Tiles:
+    """The only place where tile sizes are chosen. They depend on neither mode nor budget."""
+    if device_type == "cpu":
+        # One tile is 8 MiB of float32: it stays in a last-level cache between the product that
+        # writes it and the row kernel that reads it.
+        token_cap, elements, granule = 1024, 2 * 2**20, 64
+    else:
+        # 256 MiB: d hidden is read and written once per tile of 8,192 words, 733/8192 of a product.
+        token_cap, elements, granule = 8192, 64 * 2**20, 256
+    block = max(1, min(tokens, token_cap))
+    width = max(granule, elements // block // granule * granule)
+    return Tiles(block, min(vocab, width))
+
+
+def gemm_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """float32 wherever the library cannot accumulate 16-bit products into a float32 result."""
+    return compute_dtype if device_type == "cuda" else torch.float32
+
+
+def default_budget(vocab: int, hidden: int) -> int:
+    """What a float32 d weight buffer costs: at tokens <= 2·hidden all 16-bit probabilities fit."""
+    return 4 * vocab * hidden
+
+
+def make_plan(
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    *,
+    compute_dtype: torch.dtype,
+    device_type: str,
+    hidden_grad: bool,
+    head_grad: bool,
+    budget: int | None,
+) -> Plan:
+    tiles = tile_shape(tokens, vocab, device_type)
+    row_bytes = vocab * compute_dtype.itemsize
+    allowed = (default_budget(vocab, hidden) if budget is None else budget) // row_bytes
+    kept = (tokens if tokens <= allowed else allowed) if head_grad else 0
+    mode: Mode
+    if head_grad:
+        mode = "keep" if kept == tokens else "lean"
+        products = 2.0 + hidden_grad + (tokens - kept) / max(tokens, 1)
+    else:
+        mode, products = ("frozen", 2.0) if hidden_grad else ("score", 1.0)
+    return Plan(
+        mode,
+        tokens,
+        vocab,
+        hidden,
+        tiles,
+        kept,
+        kept * row_bytes,
+        _workspace(tiles, hidden, compute_dtype, device_type, mode),
+        products,
+    )
+
+
+def _workspace(
+    tiles: Tiles, hidden: int, compute_dtype: torch.dtype, device_type: str, mode: Mode
+) -> int:
+    """Bytes alive beside inputs, outputs, gradients and what is kept."""
+    gemm = gemm_dtype(compute_dtype, device_type)
+    cells = tiles.tokens * tiles.vocab
+    total = 4 * cells
+    if gemm != compute_dtype:
+        total += gemm.itemsize * (tiles.vocab + tiles.tokens) * hidden  # converted copies
+    if mode in ("keep", "lean"):
+        total += gemm.itemsize * cells
+    elif mode == "frozen":
+        total += 4 * tiles.tokens * hidden + (0 if gemm == torch.float32 else gemm.itemsize * cells)
+    return total
+
+
+def plan(
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+    train_hidden: bool = True,
+    train_head: bool = True,
+    budget: int | None = None,
+) -> Plan:
+    """What `linear_logps` would do with `tokens` scored tokens: mode, tiles, bytes, products.
+
+    budget: bytes that may be kept for the backward; None: `4·vocab·hidden`.
+    Raises ValueError for a negative size or budget and for an unsupported dtype.
+    """
+    sizes = {"tokens": (tokens, 0), "vocab": (vocab, 1), "hidden": (hidden, 1)}
+    for name, (value, least) in sizes.items():
+        if value < least:
+            raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+    if budget is not None and budget < 0:
+        raise ValueError(f"budget: expected bytes >= 0 or None, got {budget}")
+    return make_plan(
+        tokens,
+        vocab,
+        hidden,
+        compute_dtype=dtype,
+        device_type=torch.device(device).type,
+        hidden_grad=train_hidden,
+        head_grad=train_head,
+        budget=budget,
+    )

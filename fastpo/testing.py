@@ -1,0 +1,97 @@
+"""The comparison rule shared by tests and benchmarks: judged against float64, measured by eager.
+
+A fused result may be at most twice as far from the truth as plain PyTorch of the same dtype, plus
+half a unit in the last place of its largest value. There are no tolerances per dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def max_error(value: Tensor, truth: Tensor) -> float:
+    """Largest absolute difference; infinite if either is NaN where the other is not."""
+    value, truth = value.detach().double().cpu(), truth.detach().double().cpu()
+    if value.shape != truth.shape:
+        raise ValueError(f"value: expected shape {tuple(truth.shape)}, got {tuple(value.shape)}")
+    if not torch.equal(value.isnan(), truth.isnan()):
+        return float("inf")
+    same = value == truth  # equal infinities have no difference
+    gap = (value - truth).abs().masked_fill(same | truth.isnan(), 0.0)
+    return gap.max().item() if gap.numel() else 0.0
+
+
+def rounding(truth: Tensor, dtype: torch.dtype) -> float:
+    """Half a unit in the last place of the largest finite value."""
+    finite = truth.detach().double().abs().cpu()
+    finite = finite[finite.isfinite()]
+    largest = finite.max().item() if finite.numel() else 0.0
+    return largest * torch.finfo(dtype).eps / 2
+
+
+def assert_as_good_as_eager(
+    name: str, fused: Tensor, eager: Tensor, truth: Tensor, *, factor: float = 2.0
+) -> None:
+    """Raises AssertionError with the three errors when `fused` breaks the rule."""
+    error, allowed = max_error(fused, truth), factor * max_error(eager, truth)
+    slack = rounding(truth, fused.dtype)
+    if not error <= allowed + slack:
+        raise AssertionError(
+            f"{name}: error {error:.3e} against float64, "
+            f"eager has {allowed / factor:.3e}, half an ulp is {slack:.3e}"
+        )
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """One head problem; `like` gives leaf copies in another dtype."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # [N]
+    bias: Tensor | None = None  # [V]
+
+    def like(self, dtype: torch.dtype, *, grad: bool = True) -> HeadInputs:
+        def leaf(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x.detach().to(dtype).clone().requires_grad_(grad)
+
+        hidden, weight = leaf(self.hidden), leaf(self.weight)
+        assert hidden is not None and weight is not None
+        return HeadInputs(hidden, weight, self.labels, leaf(self.bias))
+
+    def leaves(self) -> dict[str, Tensor]:
+        named = {"dhidden": self.hidden, "dweight": self.weight, "dbias": self.bias}
+        return {name: x for name, x in named.items() if x is not None and x.requires_grad}
+
+
+def make_head(
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    bias: bool = False,
+    peak: float = 6.0,
+    ignored: float = 0.0,
+    seed: int = 0,
+) -> HeadInputs:
+    """A head as a trained model has it: Zipf-like word frequencies, rows peaked at the label.
+
+    peak: how many nats the label's logit is raised by on average; 0 gives flat random logits.
+    ignored: share of the rows whose label is -100.
+    """
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab, hidden, generator=g) / hidden**0.5
+    frequency = 1.0 / torch.arange(1, vocab + 1, dtype=torch.float64)
+    labels = torch.multinomial(frequency, max(tokens, 1), replacement=True, generator=g)[:tokens]
+    h = torch.randn(tokens, hidden, generator=g) * 2
+    strength = peak * torch.rand(tokens, 1, generator=g) * 2
+    h = h + strength * weight[labels]  # <W_y, W_y> is about 1
+    if ignored:
+        labels = labels.masked_fill(torch.rand(tokens, generator=g) < ignored, -100)
+    offset = torch.randn(vocab, generator=g).to(device, dtype) if bias else None
+    return HeadInputs(h.to(device, dtype), weight.to(device, dtype), labels.to(device), offset)

@@ -1,0 +1,18 @@
+"""Shared fixtures: Triton's interpreter where there is no GPU, and memory that starts as NaN."""
+
+import os
+
+import pytest
+import torch
+
+# Before the first import of triton: the decorator reads it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def poison_uninitialised_memory():
+    """Deterministic mode fills torch.empty with NaN: an output nobody wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

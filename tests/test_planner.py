@@ -1,0 +1,55 @@
+"""The planner's decisions: modes, products, and tiles that no mode changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastpo
+
+LLAMA = {"tokens": 4096, "vocab": 128_256, "hidden": 4096}
+
+
+@pytest.mark.parametrize(
+    ("options", "mode", "products"),
+    [
+        ({"train_hidden": False, "train_head": False}, "score", 1),
+        ({"train_head": False}, "frozen", 2),
+        ({}, "keep", 3),
+        ({"train_hidden": False}, "keep", 2),
+        ({"budget": 0}, "lean", 4),
+        ({"budget": 2048 * 128_256 * 2}, "lean", 3.5),
+    ],
+)
+def test_modes(options, mode, products):
+    plan = fastpo.plan(**LLAMA, **options)
+    assert (plan.mode, plan.products) == (mode, products)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 1024, 100_000])
+def test_tiles_depend_on_neither_mode_nor_budget(tokens, device):
+    shape = LLAMA | {"tokens": tokens, "device": device}
+    plans = [
+        fastpo.plan(**shape, train_head=head, train_hidden=hidden, budget=budget)
+        for head in (True, False)
+        for hidden in (True, False)
+        for budget in (None, 0, 10**9)
+    ]
+    assert len({plan.tiles for plan in plans}) == 1
+
+
+def test_default_budget_keeps_all_tokens_up_to_twice_the_hidden_size():
+    assert fastpo.plan(2 * 4096, 128_256, 4096).kept_tokens == 2 * 4096
+    assert fastpo.plan(2 * 4096 + 1, 128_256, 4096).kept_tokens == 2 * 4096
+    assert fastpo.plan(4096, 128_256, 4096, dtype=torch.float32).mode == "keep"
+
+
+def test_kept_bytes_stay_within_the_budget():
+    plan = fastpo.plan(**LLAMA, budget=10**9)
+    assert 0 < plan.kept_bytes <= 10**9
+
+
+def test_table_is_readable():
+    text = str(fastpo.plan(**LLAMA))
+    assert "keep" in text and "4096 of 4096" in text and "3.00" in text
