@@ -57,7 +57,8 @@ class Forward(NamedTuple):
 
     logps: Tensor
     lse: Tensor
-    target: Tensor
+    maximum: Tensor
+    log_mass: Tensor
     entropy: Tensor
     log_sum_sq_probs: Tensor
     mean_logits: Tensor
@@ -197,7 +198,7 @@ def fake_forward(hidden: Tensor, weight: Tensor, spec: HeadSpec) -> Forward:
     n = hidden.shape[:1]
     row = hidden.new_empty(n, dtype=torch.float32)
     fields = {name: hidden.new_empty(0, dtype=torch.float32) for name in Forward._fields}
-    for name in ("target", *spec.outputs):
+    for name in ("maximum", "log_mass", *spec.outputs):
         fields[name] = torch.empty_like(row, dtype=torch.bool if name == "is_top1" else None)
     fields["logps"], fields["lse"] = torch.empty_like(row), torch.empty_like(row)
     size, anchors = kept_shapes(spec, hidden, weight)
@@ -266,8 +267,8 @@ def _frozen_block(head: _Head, state: Tensor, a: int, b: int) -> Tensor:
         total.mul_(torch.exp(previous - anchor).unsqueeze(1))
         _addmm_float32(total, e, words)
         previous.copy_(anchor)
-    lse = state[R.TARGET, a:b] - _logps(state[:, a:b])
-    return total.mul_(torch.exp(anchor - lse).unsqueeze(1))
+    block = state[:, a:b]
+    return total.mul_(torch.exp(anchor - block[R.MAX] - _log_mass(block)).unsqueeze(1))
 
 
 def _write_direction(
@@ -299,19 +300,27 @@ def _logps(state: Tensor) -> Tensor:
     return -torch.logaddexp(gap, torch.zeros_like(gap))
 
 
+def _log_mass(state: Tensor) -> Tensor:
+    """log Σ exp(z - m) over all words."""
+    own = torch.exp(state[R.TARGET] - state[R.MAX])
+    others = state[R.OTHERS]
+    peaked = state[R.TARGET] == state[R.MAX]
+    return torch.where(peaked, others.log1p(), (others + own).log())
+
+
 def _finish(head: _Head, state: Tensor, tokens: int) -> Forward:
     outputs = head.spec.outputs
     m, target = state[R.MAX], state[R.TARGET]
     logps = _logps(state)
     own = torch.exp(target - m)  # mass of the label beside the others', in units of exp(m)
     mass = state[R.OTHERS] + own
-    values = {"logps": logps, "lse": target - logps, "target": target}
+    log_mass = _log_mass(state)
+    values = {"logps": logps, "lse": m + log_mass, "maximum": m.clone(), "log_mass": log_mass}
     if "entropy" in outputs:
         moment = state[R.MOMENT] + own * (target - m).clamp_min(R.LOG_FLOOR)
-        log_mass = torch.where(target == m, state[R.OTHERS].log1p(), mass.log())
         values["entropy"] = (log_mass - moment / mass).clamp_min(0)
     if "log_sum_sq_probs" in outputs:
-        values["log_sum_sq_probs"] = (state[R.SQUARES] + own.square()).log() - 2 * mass.log()
+        values["log_sum_sq_probs"] = (state[R.SQUARES] + own.square()).log() - 2 * log_mass
     if "mean_logits" in outputs:
         values["mean_logits"] = state[R.SUM] / head.plan.vocab
     if "is_top1" in outputs:
@@ -367,19 +376,20 @@ def _row_grads(
         x = torch.zeros_like(saved.logps) if x is None else x.float()
         return x if head.rows is None else x.index_select(0, head.rows)
 
-    logps, lse, target = compact(saved.logps), compact(saved.lse), compact(saved.target)
+    logps, shift, log_mass = map(compact, (saved.logps, saved.maximum, saved.log_mass))
     g, g_entropy, g_lse = compact(grad_logps), compact(grad_entropy), compact(grad_lse)
     entropy = compact(saved.entropy if saved.entropy.numel() else None)
     logit_map = head.spec.logit_map
+    target = logps + log_mass + shift
     # d loss / d z_v = p_v·(common - g_entropy·log p_v), and at the label + g
     common = g_lse - g - g_entropy * entropy
     at_label = -g * torch.expm1(logps) + logps.exp() * (g_lse - g_entropy * (logps + entropy))
     at_label = at_label * logit_map.cap_slope(target) * logit_map.factor
-    grads = torch.stack((lse, common, g_entropy, at_label))
+    grads = torch.stack((shift, log_mass, common, g_entropy, at_label))
     if head.ignored is not None:
         # exp(z - inf) = 0 and zero coefficients: nothing of the row is left.
         grads.masked_fill_(head.ignored, 0)
-        grads[R.LSE].masked_fill_(head.ignored, float("inf"))
+        grads[R.LOG_MASS].masked_fill_(head.ignored, float("inf"))
     return grads
 
 

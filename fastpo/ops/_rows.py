@@ -31,9 +31,10 @@ INITIAL_STATE = (float("-inf"), 0.0, float("nan"), 0.0, 0.0, 0.0, float("-inf"))
 # Bits of `stats`, by the output that asks for the field.
 STATS = {"entropy": 1, "log_sum_sq_probs": 2, "mean_logits": 4, "is_top1": 8}
 
-# Rows of `grads`, float32 [len(GRADS), n].
-LSE, COMMON, ENTROPY, LABEL = range(4)
-GRADS = 4
+# Rows of `grads`, float32 [GRADS, n]. log p = (z - SHIFT) - LOG_MASS: the maximum and the log-sum
+# beside it come separately, because their sum would round at the size of the logits.
+SHIFT, LOG_MASS, COMMON, ENTROPY, LABEL = range(5)
+GRADS = 5
 
 # exp(z) is 0 in float32 long before; keeps 0·(-inf) out of the entropy terms.
 LOG_FLOOR = -200.0
@@ -103,9 +104,10 @@ class RowKernels(Protocol):
         entropy_grad: bool,
         out: Tensor,  # [n, v] d loss / d products, may be `source` itself when dtypes agree
     ) -> None:
-        """With l = max(z - LSE, LOG_FLOOR): out = exp(l)·(COMMON - ENTROPY·l)·dz/dx; LABEL there.
+        """out = exp(l)·(COMMON - ENTROPY·l)·dz/dx with l = max((z - SHIFT) - LOG_MASS, LOG_FLOOR).
 
-        LABEL already carries dz/dx.
+        In the label's column out = LABEL, which already carries dz/dx. From `kept`, exp(l) is
+        kept·exp((anchor - SHIFT) - LOG_MASS) and z is log(kept) + anchor.
         """
 
 
@@ -116,6 +118,7 @@ def load(name: str) -> RowKernels:
     return import_module(f"fastpo.ops._rows_{name}")  # type: ignore[return-value]
 
 
+@torch.compiler.assume_constant_result
 def choose(backend: str | None, device: torch.device) -> str:
     """The named backend, or the best that serves the device."""
     if backend is None:

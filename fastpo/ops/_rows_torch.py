@@ -76,16 +76,16 @@ def backward(
     out: Tensor,
 ) -> None:
     label, column = _columns(source, first, labels)
-    lse = grads[R.LSE].unsqueeze(1)
+    shift, log_mass = grads[R.SHIFT].unsqueeze(1), grads[R.LOG_MASS].unsqueeze(1)
     if anchors is None:
         z = _logits(source, first, bias, logit_map)
-        log_p = (z - lse).clamp_min_(R.LOG_FLOOR)
+        log_p = (z - shift - log_mass).clamp_min_(R.LOG_FLOOR)
         p = log_p.exp()
     else:
-        e = source.float()
-        z = e.log() + anchors.unsqueeze(1)
-        log_p = (z - lse).clamp_min_(R.LOG_FLOOR)
-        p = e * (anchors.unsqueeze(1) - lse).exp()
+        e, anchor = source.float(), anchors.unsqueeze(1)
+        z = e.log() + anchor
+        log_p = (z - shift - log_mass).clamp_min_(R.LOG_FLOOR)
+        p = e * (anchor - shift - log_mass).exp()
     dz = p * grads[R.COMMON].unsqueeze(1)
     if entropy_grad:
         dz = dz - p * log_p * grads[R.ENTROPY].unsqueeze(1)

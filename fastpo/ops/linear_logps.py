@@ -187,7 +187,7 @@ def _forward_op(
     head_grad: bool,
     budget: int | None,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
     spec = _spec(
         temperature,
@@ -266,7 +266,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     fields = _driver.Forward(*output)
     ctx.mark_non_differentiable(
-        fields.target,
+        fields.maximum,
+        fields.log_mass,
         fields.log_sum_sq_probs,
         fields.mean_logits,
         fields.is_top1,
@@ -278,7 +279,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = options
 
 
-def _backward(ctx: Any, grad_logps: Any, grad_lse: Any, _: Any, grad_entropy: Any, *__: Any) -> tuple:
+def _backward(ctx: Any, grad_logps: Any, grad_lse: Any, _: Any, __: Any, grad_entropy: Any, *___: Any) -> tuple:
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     results = _backward_op(
