@@ -1,8 +1,38 @@
 """fastpo: preference optimisation without logits."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .ops.linear_logps import TokenStats, linear_logps
 from .planner import Plan, plan
 
+if TYPE_CHECKING:
+    from .integrations.attach import attach
+    from .integrations.trl import patch, patched, unpatch
+
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "TokenStats", "linear_logps", "plan"]
+__all__ = [
+    "Plan",
+    "TokenStats",
+    "attach",
+    "linear_logps",
+    "patch",
+    "patched",
+    "plan",
+    "unpatch",
+]
+
+# Read when asked for: `import fastpo` imports neither transformers nor TRL.
+_LAZY = {
+    "attach": "fastpo.integrations.attach",
+    "patch": "fastpo.integrations.trl",
+    "patched": "fastpo.integrations.trl",
+    "unpatch": "fastpo.integrations.trl",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -59,7 +59,7 @@ SHAPES = {
 DIFFERENTIABLE = frozenset(
     name.rstrip("*") for names in _TABLE.values() for name in names.split() if name.endswith("*")
 )
-_INTEGRAL = ("lengths", "segments", "groups", "steps", "label_ids", "labels")  # by how they end
+_KEEP_INTEGERS = ("lengths", "segments", "groups", "steps", "label_ids")  # by how they end
 
 
 def is_mask(name: str) -> bool:
@@ -94,7 +94,7 @@ def _check_shape(name: str, value: Tensor, sizes: dict[str, int]) -> None:
 def _dtype(name: str, value: Tensor) -> Tensor:
     if is_mask(name) or name == "ties":
         return value.bool()
-    if value.is_floating_point() or name.endswith(_INTEGRAL) and name != "soft_labels":
+    if value.is_floating_point() or name == "labels" or name.endswith(_KEEP_INTEGERS):
         return promote(value)
     return value.float()  # scores and advantages that arrive as integers
 

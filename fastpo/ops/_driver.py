@@ -96,8 +96,13 @@ class _Head:
         self.plan = spec.plan(len(hidden), *weight.shape, self.device.type)
         self.gemm = planner.gemm_dtype(spec.compute_dtype, self.device.type)
         tiles = self.plan.tiles
-        self._whole = hidden.to(self.gemm) if len(hidden) <= tiles.tokens else None
         self._tile = self.empty(tiles.tokens * tiles.vocab, dtype=torch.float32)
+        # Converted copies live in one buffer each, written again only when the walk moves on.
+        convert = hidden.dtype != self.gemm
+        self._block = self.empty(tiles.tokens * convert, hidden.shape[1], dtype=self.gemm)
+        convert = weight.dtype != self.gemm
+        self._words = self.empty(tiles.vocab * convert, hidden.shape[1], dtype=self.gemm)
+        self._converted: tuple[int, int] | None = None
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -111,10 +116,18 @@ class _Head:
         return ((i, v, min(v + step, vocab)) for i, v in enumerate(range(0, vocab, step)))
 
     def block(self, a: int, b: int) -> Tensor:  # [b - a, H]
-        return self._whole[a:b] if self._whole is not None else self.hidden[a:b].to(self.gemm)
+        if self.hidden.dtype == self.gemm:
+            return self.hidden[a:b]
+        start = a // self.plan.tiles.tokens * self.plan.tiles.tokens
+        stop = min(start + self.plan.tiles.tokens, len(self.hidden))
+        if self._converted != (start, stop):
+            self._block[: stop - start].copy_(self.hidden[start:stop])
+            self._converted = (start, stop)
+        return self._block[a - start : b - start]
 
     def words(self, v0: int, v1: int) -> Tensor:  # [v1 - v0, H]
-        return self.weight[v0:v1].to(self.gemm)
+        words = self.weight[v0:v1]
+        return words if words.dtype == self.gemm else self._words[: v1 - v0].copy_(words)
 
     def products(self, x: Tensor, words: Tensor) -> Tensor:
         """x·wordsᵀ in float32, in the one buffer all tiles share."""

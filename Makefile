@@ -1,0 +1,38 @@
+# Everything runs in .venv, made on first use; FASTPO_CUDA=OFF skips nvcc even when it is there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+NATIVE := $(shell find csrc -type f)
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt $(NATIVE)
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --upgrade-strategy only-if-needed -e '.[trl,bench,dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/fastpo demo --overwrite
+
+test: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+bench: $(READY)
+	$(BIN)/python benchmarks/bench_linear_logps.py
+
+clean:
+	rm -rf $(VENV) build dist

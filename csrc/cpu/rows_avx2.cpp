@@ -1,0 +1,11 @@
+#include "backward.h"
+#include "forward.h"
+#include "rows_isa.h"
+#include "vector_avx2.h"
+#include "vector_scalar.h"
+
+namespace fastpo {
+
+extern const RowTable kRowsAvx2 = {choose_forward<Avx2>, choose_backward<Avx2>};
+
+}  // namespace fastpo

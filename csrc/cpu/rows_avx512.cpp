@@ -1,0 +1,11 @@
+#include "backward.h"
+#include "forward.h"
+#include "rows_isa.h"
+#include "vector_avx512.h"
+#include "vector_scalar.h"
+
+namespace fastpo {
+
+extern const RowTable kRowsAvx512 = {choose_forward<Avx512>, choose_backward<Avx512>};
+
+}  // namespace fastpo

@@ -1,0 +1,171 @@
+"""Preference pairs: the embedded ones, or a file in TRL's format, checked row by row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from .errors import DemoError
+
+KEYS = ("prompt", "chosen", "rejected")
+HERE = Path(__file__).parent
+EMBEDDED = (HERE / "pairs_train.jsonl", HERE / "pairs_heldout.jsonl")
+# These change what the model reads; to leave them out silently would be to train on other data.
+UNSUPPORTED = ("image", "images", "tools", "chat_template_kwargs")
+HELD_OUT_SHARE = 6
+HELD_OUT_MAX = 64
+
+Row = dict[str, Any]  # prompt, chosen, rejected: each a string, or each a list of messages
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows to train on and rows kept back; `train_places` say where a row came from."""
+
+    source: str
+    train: list[Row]
+    held_out: list[Row]
+    places: dict[int, str]  # id(row) -> "FILE, row 3"
+
+    @property
+    def rows(self) -> list[Row]:
+        return self.train + self.held_out
+
+    @property
+    def conversational(self) -> bool:
+        return is_conversational(self.train[0])
+
+    def only(self, kept: Iterable[Row]) -> Pairs:
+        """The same split with only those rows in it."""
+        ids = {id(row) for row in kept}
+        train, held_out = (
+            [row for row in part if id(row) in ids] for part in (self.train, self.held_out)
+        )
+        return Pairs(self.source, train, held_out, self.places)
+
+
+def is_conversational(row: Row) -> bool:
+    return isinstance(row["chosen"], list)
+
+
+def embedded_pairs() -> Pairs:
+    """The 400 pairs that ship with fastpo; see make_data.py for what they are."""
+    train, held_out = (_places(read_rows(path), path) for path in EMBEDDED)
+    return Pairs("embedded", list(train[0]), list(held_out[0]), train[1] | held_out[1])
+
+
+def load_pairs(path: Path, seed: int) -> Pairs:
+    """A file's rows, of which a sixth, at most 64, are drawn by `seed` and held out."""
+    rows, places = _places(read_rows(path), path)
+    order = list(range(len(rows)))
+    Random(seed).shuffle(order)
+    count = min(max(1, len(rows) // HELD_OUT_SHARE), HELD_OUT_MAX)
+    held_out = set(order[:count])
+    train = [row for i, row in enumerate(rows) if i not in held_out]
+    return Pairs(str(path), train, [rows[i] for i in sorted(held_out)], places)
+
+
+def _places(numbered: list[tuple[int, Row]], path: Path) -> tuple[list[Row], dict[int, str]]:
+    return [row for _, row in numbered], {id(row): f"{path}, row {n}" for n, row in numbered}
+
+
+def read_rows(path: Path) -> list[tuple[int, Row]]:
+    """(line number, row) of every line that is not blank; DemoError names the file and the row."""
+    rows: list[tuple[int, Row]] = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}, row {number}"
+        row = check_row(_parse(line, place), place)
+        if rows and is_conversational(row) != is_conversational(rows[0][1]):
+            kinds = ("strings", "lists of messages")
+            first = kinds[is_conversational(rows[0][1])]
+            raise DemoError(f"{place}: expected {first} as in the first row, got the other format")
+        rows.append((number, row))
+    if len(rows) < 2:
+        raise DemoError(f"{path}: expected at least 2 rows (one is held out), got {len(rows)}")
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    if path.is_dir():
+        raise DemoError(f"{path}: expected a JSONL file, got a folder")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DemoError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise DemoError(f"{path}: expected UTF-8 text, got byte {error.start}: {error.reason}") from None
+    except OSError as error:
+        raise DemoError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _parse(line: str, place: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DemoError(
+            f"{place}: expected one JSON object per line, got {_short(line)} ({error.msg})"
+        ) from None
+    except RecursionError:
+        raise DemoError(f"{place}: expected one JSON object per line, got one nested too deep") from None
+
+
+def check_row(row: Any, place: str) -> Row:
+    """The row's prompt, chosen and rejected; DemoError says what is wrong with it."""
+    if not isinstance(row, dict):
+        raise DemoError(f"{place}: expected an object with {', '.join(KEYS)}, got {_kind(row)}")
+    missing = [key for key in KEYS if key not in row]
+    if missing:
+        got = ", ".join(map(str, row)) or "no keys"
+        raise DemoError(f"{place}: expected {', '.join(KEYS)}, got {got}: {missing[0]} is missing")
+    for key in UNSUPPORTED:
+        if row.get(key):
+            raise DemoError(f"{place}: {key}: not supported, the demo trains on text only")
+    checked = {key: _check_side(row[key], f"{place}: {key}") for key in KEYS}
+    kinds = {key: _kind(value) for key, value in checked.items()}
+    if len(set(kinds.values())) > 1:
+        got = ", ".join(f"{key} {kind}" for key, kind in kinds.items())
+        raise DemoError(f"{place}: expected three strings or three lists of messages, got {got}")
+    if checked["chosen"] == checked["rejected"]:
+        raise DemoError(f"{place}: chosen and rejected are the same, nothing is preferred")
+    return checked
+
+
+def _check_side(value: Any, name: str) -> Any:
+    if isinstance(value, str):
+        if not value.strip():
+            raise DemoError(f"{name}: expected text, got an empty string")
+        return value
+    if not isinstance(value, list):
+        raise DemoError(f"{name}: expected a string or a list of messages, got {_kind(value)}")
+    if not value:
+        raise DemoError(f"{name}: expected at least one message, got an empty list")
+    return [_check_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
+
+
+def _check_message(message: Any, name: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise DemoError(f"{name}: expected a message with role and content, got {_kind(message)}")
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            got = _kind(message[key]) if key in message else "nothing"
+            raise DemoError(f"{name}.{key}: expected a string, got {got}")
+        if not message[key].strip():
+            raise DemoError(f"{name}.{key}: expected text, got an empty string")
+    return {"role": message["role"], "content": message["content"]}
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean"}
+    if value is None:
+        return "null"
+    return names.get(type(value), "a number")
+
+
+def _short(text: str, limit: int = 40) -> str:
+    return repr(text if len(text) <= limit else text[:limit] + "…")

@@ -1,0 +1,344 @@
+"""`attach`: any Hugging Face causal language model scores its labels without logits.
+
+The model's own forward runs, whatever it does to images, routers or caches. Only its head and its
+loss function are stood in for while labels are there: the head hands on a probe of one position
+instead of logits, and the loss function meets the hidden states the head was given. On the first
+call the probe tells whether the model treats its logits as its config says.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import field, fields, make_dataclass
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from ..ops.linear_logps import TokenStats
+from ._head import HeadOptions, score
+from ._seam import Seam
+
+LOSS = Seam(
+    "transformers.loss.loss_utils",
+    "ForCausalLMLoss",
+    (
+        "logits",
+        "labels",
+        "vocab_size",
+        "num_items_in_batch",
+        "ignore_index",
+        "shift_labels",
+        "kwargs",
+    ),
+    ("5",),
+)
+
+# The attribute of a model that holds its handle.
+_STATE = "_fastpo"
+
+
+def attach(
+    model: nn.Module,
+    *,
+    temperature: float = 1.0,
+    outputs: tuple[str, ...] = ("logps",),
+    budget: int | None = None,
+    backend: str | None = None,
+) -> Attached:
+    """Called with labels, `model` returns its loss and per-token log-probabilities, and no logits.
+
+    model: a transformers causal language model, or one wrapped by PEFT (before or after).
+    temperature: the loss, too, is that of logits / temperature.
+    outputs, budget, backend: as in `fastpo.linear_logps`; each output becomes a field of the
+        model's result, [B, T - 1], or [B, T] with `shift_labels`; 0 where the label is ignored.
+
+    The loss is the one the model's own forward returns. Without labels the model is what it was,
+    and so is its state_dict. Returns a handle: `detach()` gives the model back, as does leaving
+    `with attach(model):`. Raises ValueError for a model, RuntimeError for a head or a forward, that
+    fastpo does not know.
+    """
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's
+    base = model if unwrap is None else unwrap()
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"model: expected a transformers model, got {type(base).__name__}")
+    if isinstance(getattr(base, _STATE, None), Attached):
+        raise ValueError(f"model: expected one without a fastpo head, got {type(base).__name__}")
+    _check_loss_function(base, LOSS.read())
+    _linear_head(base)
+    softcap, logit_scale = logit_map(base.config)
+    options = HeadOptions(temperature, softcap, logit_scale, outputs, budget, backend)
+    return Attached(base, options)
+
+
+def logit_map(config: Any) -> tuple[float | None, float]:
+    """Soft-cap and factor of the logits, by the names the model families give them."""
+    config = config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # Cohere; Muse Glimmer; Falcon-H1
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        factor = getattr(config, name, None)
+        if factor is not None:
+            return softcap, float(factor)
+    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3
+    if divisor is None:
+        return softcap, 1.0
+    return softcap, float(divisor if config.model_type == "hyperclovax" else 1 / divisor)
+
+
+class Attached:
+    """A fastpo head on a model; `detach()` takes it off."""
+
+    def __init__(self, model: PreTrainedModel, options: HeadOptions) -> None:
+        self.model, self.options = model, options
+        self.active, self.probed = True, False
+        # An instance may carry a forward of its own, accelerate's for one.
+        self.own = model.__dict__.get("forward")
+        self.own_loss = LOSS.read()
+        self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        setattr(model, _STATE, self)
+        model.forward = MethodType(_wrapped(type(model).forward), model)
+
+    def detach(self) -> None:
+        """The model's own forward again, also under what was wrapped around it since."""
+        self.active = False
+        forward = self.model.__dict__.get("forward")
+        if getattr(forward, "__func__", None) is not _wrapped(type(self.model).forward):
+            return
+        if self.own is None:
+            del self.model.forward
+        else:
+            self.model.forward = self.own
+        delattr(self.model, _STATE)
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def run(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        own = functools.partial(type(model).forward, model) if self.own is None else self.own
+        inputs = dict(zip(self.parameters, args, strict=False), **kwargs)
+        labels = inputs.get("labels")
+        if labels is None:
+            labels = inputs.get("shift_labels")
+        if labels is None or not self.active:
+            return own(*args, **kwargs)
+        call = _Call(self, model)
+        with call.standing_in():
+            output = call.watch(own, {**inputs, "labels": labels})
+        self.probed = True
+        return call.result(output)
+
+
+@functools.cache
+def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the signature: `generate` and `Trainer` read their keywords from it.
+
+    Everything is looked up on the instance, so that a deep copy has a head of its own.
+    """
+
+    @functools.wraps(forward)
+    def fused_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, _STATE).run(self, *args, **kwargs)
+
+    return fused_forward
+
+
+class _Call:
+    """One labelled forward: what the head and the loss function were given."""
+
+    def __init__(self, attached: Attached, model: PreTrainedModel) -> None:
+        self.attached, self.model, self.options = attached, model, attached.options
+        self.head = _linear_head(model)
+        self.hidden: Tensor | None = None
+        self.lost = False
+        self.stats: TokenStats | None = None
+
+    @contextmanager
+    def standing_in(self) -> Iterator[None]:
+        _check_loss_function(self.model, self.attached.own_loss)
+        with (
+            _instead(self.head, "forward", self.project),
+            _instead(self.model, "_loss_function", self.loss),
+        ):
+            yield
+
+    def watch(self, own: Callable[..., Any], inputs: dict[str, Any]) -> ModelOutput:
+        try:
+            output = own(**inputs)
+        except Exception as error:
+            if self.hidden is None or self.lost:
+                raise
+            raise self.unknown(f"its forward fails on a probe ({error})") from error
+        if self.stats is None:
+            raise self.unknown("its forward does not go through get_output_embeddings and loss")
+        if not isinstance(output, ModelOutput):
+            raise ValueError(f"return_dict: expected True, got a {type(output).__name__}")
+        return output
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """In place of the head: remembers its input, answers with the probe."""
+        if self.hidden is not None:
+            raise self.unknown("its forward calls the head twice")
+        self.hidden = hidden
+        return self.probe()
+
+    def probe(self) -> Tensor:  # [1, 1, V]
+        weight = self.head.weight
+        return torch.linspace(-50, 50, self.head.out_features, device=weight.device).view(1, 1, -1)
+
+    @torch.compiler.disable
+    def loss(
+        self,
+        logits: Tensor,  # the probe, as the model changed it
+        labels: Tensor,  # [B, T]
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """In place of `ForCausalLMLoss`, with its reductions."""
+        self.lost = True
+        if self.hidden is None:
+            raise self.unknown("its loss comes before get_output_embeddings() is called")
+        if not self.attached.probed:
+            self.check(logits, vocab_size)
+        if shift_labels is None:
+            targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        else:
+            targets = shift_labels
+        if targets.shape != self.hidden.shape[:-1]:
+            raise ValueError(
+                f"labels: expected shape {tuple(self.hidden.shape[:-1])}, got {tuple(labels.shape)}"
+            )
+        rows, stats = self.score(self.hidden, targets, ignore_index)
+        self.stats = _spread(stats, rows, targets.shape, shifted=shift_labels is None)
+        assert stats.logps is not None
+        total = -stats.logps.sum()
+        if num_items_in_batch is None:
+            return total / len(rows)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
+
+    def score(
+        self, hidden: Tensor, targets: Tensor, ignore_index: int
+    ) -> tuple[Tensor, TokenStats]:
+        """Only rows whose label counts reach the head; which ones they are."""
+        weight = _whole(self.head.weight)
+        bias = None if self.head.bias is None else _whole(self.head.bias)
+        # With a device_map the backbone may end elsewhere.
+        hidden, labels = (
+            hidden.to(weight.device).flatten(0, -2),
+            targets.to(weight.device).flatten(),
+        )
+        rows = (labels != ignore_index).nonzero().squeeze(1)
+        stats = score(
+            hidden.index_select(0, rows), weight, bias, labels.index_select(0, rows), self.options
+        )
+        return rows, stats
+
+    def check(self, logits: Tensor, vocab_size: int | None) -> None:
+        """Waits for the device, once per model."""
+        expected = self.probe() * self.options.logit_scale
+        if self.options.softcap is not None:
+            expected = self.options.softcap * torch.tanh(expected / self.options.softcap)
+        if vocab_size not in (None, self.head.out_features) or logits.shape != expected.shape:
+            raise self.unknown(f"its loss sees logits of shape {(*logits.shape[:-1], vocab_size)}")
+        eps = torch.finfo(logits.dtype).eps
+        if not torch.allclose(logits.float(), expected, rtol=8 * eps, atol=8 * eps):
+            raise self.unknown(
+                "its forward changes its logits in another way than "
+                f"logit_scale={self.options.logit_scale}, softcap={self.options.softcap}"
+            )
+
+    def result(self, output: ModelOutput) -> ModelOutput:
+        values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
+        values["logits"] = None
+        assert self.stats is not None
+        return _output_class(type(output))(**values, **self.stats._asdict())
+
+    def unknown(self, why: str) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self.model).__name__}: expected a causal language model whose logits are "
+            f"get_output_embeddings() of its hidden states, scaled and soft-capped; {why}"
+        )
+
+
+def _spread(stats: TokenStats, rows: Tensor, shape: torch.Size, shifted: bool) -> TokenStats:
+    """Back to [B, T]; the last position of shifted labels has none and goes."""
+
+    def place(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        whole = x.new_zeros(shape.numel()).index_copy(0, rows, x).view(shape)
+        return whole[..., :-1] if shifted else whole
+
+    return TokenStats(*map(place, stats))
+
+
+@functools.cache
+def _output_class(own: type[ModelOutput]) -> type[ModelOutput]:
+    """The model's own output with a field for each of `TokenStats`."""
+    extra = [(name, Tensor | None, field(default=None)) for name in TokenStats._fields]
+    return make_dataclass(f"{own.__name__}WithLogps", extra, bases=(own,))
+
+
+def _linear_head(model: PreTrainedModel) -> nn.Linear:
+    """The head as a plain linear layer, read anew at each call: PEFT may come after `attach`."""
+    head = model.get_output_embeddings()
+    if head is not None and "modules_to_save" in head._modules:  # PEFT trains a copy of it whole
+        chosen = [] if head.disable_adapters else head.active_adapters
+        head = head.modules_to_save[chosen[0]] if chosen else head.original_module
+    foreign = "forward" in getattr(head, "__dict__", {}) and not hasattr(head, "_hf_hook")
+    if foreign or getattr(type(head), "forward", None) is not nn.Linear.forward:
+        raise RuntimeError(
+            f"{type(model).__name__}.get_output_embeddings(): expected a torch.nn.Linear without "
+            f"adapters or quantisation, got {type(head).__module__}.{type(head).__name__}"
+        )
+    if head.weight.device.type == "meta":
+        raise RuntimeError("lm_head.weight: expected a tensor in memory, got an offloaded one")
+    return head
+
+
+def _check_loss_function(model: PreTrainedModel, expected: Any) -> None:
+    if model.loss_function is not expected:
+        name = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
+        raise RuntimeError(
+            f"{type(model).__name__}.loss_function: expected ForCausalLMLoss, got {name}"
+        )
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """FSDP2 shows shards outside the module's own forward."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+@contextmanager
+def _instead(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` on the instance, for the length of a block."""
+    absent = object()
+    before = owner.__dict__.get(name, absent)
+    owner.__dict__[name] = value
+    try:
+        yield
+    finally:
+        if before is absent:
+            del owner.__dict__[name]
+        else:
+            owner.__dict__[name] = before

@@ -1,0 +1,223 @@
+"""compose: options many papers share, put around an objective instead of copied into it."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from torch import Tensor
+
+from ._math import REDUCTIONS, nll_term, promote
+from ._registry import (
+    NonNegative,
+    OneOf,
+    entry_of,
+    get,
+    parameters_of,
+    quantities_of,
+    unwrap,
+)
+
+_LOGPS_OF = {
+    "chosen_logratios": "chosen_logps",
+    "rejected_logratios": "rejected_logps",
+    "logratios": "logps",
+}
+_FACTORS = ("pair_weights", "is_weights")  # given by two transforms, they multiply
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call: parameter <- quantity, and result -> quantity."""
+
+    function: Function
+    sources: dict[str, str]
+    targets: dict[str, str]  # empty: every result keeps its name
+
+    def run(self, scope: dict[str, Tensor], made: set[str]) -> None:
+        arguments = {p: scope[name] for p, name in self.sources.items() if name in scope}
+        for result, value in self.function(**arguments).items():
+            name = self.targets.get(result, result)
+            twice = name in _FACTORS and name in made
+            scope[name] = scope[name] * value if twice else value
+            made.add(name)
+
+
+class _Plan:
+    """The order of calls and the quantities they need, both known before any tensor is."""
+
+    def __init__(self, reference_free: bool) -> None:
+        self.reference_free = reference_free
+        self.inputs: dict[str, bool] = {}  # asked from the caller: name -> required
+        self.steps: list[_Step] = []
+        self.made: dict[str, tuple[str, ...]] = {}  # quantity -> transforms that made it
+        self.unused: set[str] = set()
+        self.mirrors: dict[str, Function] = {}  # reference quantity -> transform that makes it
+        self.opaque = False  # an unregistered transform may make anything
+
+    def want(self, name: str, required: bool = True) -> None:
+        """Have `name` in scope: made by a transform, derived from what one made, or asked."""
+        logps = _LOGPS_OF.get(name)
+        if name in self.made:
+            self.unused.difference_update(self.made[name])
+        elif logps and self.reference_free:
+            self.want(logps, required)
+            self._derive(name, lambda a: a, a=logps)
+        elif logps in self.made:
+            self.want(logps)
+            self.want(f"ref_{logps}")
+            self._derive(name, lambda a, b: a - b.detach(), a=logps, b=f"ref_{logps}")
+        elif name in self.mirrors:
+            self._mirror(self.mirrors[name])
+        else:
+            self.inputs[name] = self.inputs.get(name, False) or (required and not self.opaque)
+
+    def add(self, transform: Function) -> None:
+        """Call a transform; what it makes replaces the quantities of that name from here on."""
+        entry = entry_of(transform)
+        for name, required in quantities_of(transform).items():
+            self.want(name, required)
+        same = {name: name for name in quantities_of(transform)}
+        self.steps.append(_Step(transform, same, {}))
+        self.opaque |= entry is None
+        if entry is None:
+            return
+        self.unused.add(entry.key)
+        for name in entry.outputs:
+            others = self.made.get(name, ()) if name in _FACTORS else ()
+            self.made[name] = (*others, entry.key)
+            if entry.mirrored:
+                self.mirrors[f"ref_{name}"] = transform
+        for ratio, logps in _LOGPS_OF.items():
+            if logps in entry.outputs:  # stale: derived again when asked
+                self.made.pop(ratio, None)
+
+    def _derive(self, name: str, function: Function, **sources: str) -> None:
+        self.steps.append(_Step(lambda **given: {name: function(**given)}, sources, {}))
+        self.made[name] = self.made.get(sources["a"], ())
+
+    def _mirror(self, transform: Function) -> None:
+        """The reference's token log-probabilities go the policy's way."""
+        entry = entry_of(transform)
+        assert entry is not None
+        sources = {
+            name: f"ref_{name}" if name.endswith("token_logps") else name
+            for name in quantities_of(transform)
+        }
+        for name in sources.values():
+            self.want(name)
+        targets = {name: f"ref_{name}" for name in entry.outputs}
+        self.steps.append(_Step(transform, sources, targets))
+        self.made.update(dict.fromkeys(targets.values(), (entry.key,)))
+
+
+def compose(
+    objective: str | Function,
+    *transforms: str | Function,
+    sft_weight: Annotated[float, NonNegative] = 0.0,
+    sft_reduction: Annotated[str, OneOf(*REDUCTIONS)] = "mean",
+    third_weight: Annotated[float, NonNegative] = 0.0,
+    reference_free: bool = False,
+) -> Function:
+    """One function out of an objective, transforms before it and terms added to its rows.
+
+    Transforms run from left to right, each on what the one before it left. The result is a plain
+    function of the union of the quantities needed; hyperparameters of the objective that were not
+    bound stay keyword-only parameters. Log-ratios are derived again when a transform makes new
+    log-probabilities; `reference_free` makes them the log-probabilities.
+
+        rows_i + sft_weight·NLL(chosen_logps, chosen_lengths; sft_reduction)_i
+               - third_weight·third_logps_i
+    """
+    _PARAMETERS["sft_weight"].check(sft_weight)
+    _PARAMETERS["sft_reduction"].check(sft_reduction)
+    _PARAMETERS["third_weight"].check(third_weight)
+    _PARAMETERS["reference_free"].check(reference_free)
+    target = get(objective) if isinstance(objective, str) else objective
+    stages = [get(stage) if isinstance(stage, str) else stage for stage in transforms]
+    plan = _planned(target, stages, reference_free)
+    added = {"chosen_logps": sft_weight, "chosen_lengths": sft_weight, "third_logps": third_weight}
+    for name, weight in added.items():
+        if weight:
+            plan.want(name)
+
+    def terms(rows: Tensor, scope: dict[str, Tensor]) -> Tensor:
+        if sft_weight:
+            nll = nll_term(scope["chosen_logps"], scope["chosen_lengths"], sft_reduction)
+            rows = rows + sft_weight * nll
+        return rows - third_weight * scope["third_logps"] if third_weight else rows
+
+    return _assembled(target, plan, terms)
+
+
+_PARAMETERS = parameters_of(compose)
+
+
+def _planned(target: Function, stages: list[Function], reference_free: bool) -> _Plan:
+    plan = _Plan(reference_free)
+    entry = entry_of(target)
+    key = entry.key if entry else getattr(target, "__name__", repr(target))
+    if entry and entry.family == "transforms":
+        raise ValueError(f"objective: expected an objective, got the transform {key}")
+    for stage in stages:
+        row = entry_of(stage)
+        if row and row.family != "transforms":
+            raise ValueError(f"compose: expected a transform, got the objective {row.key}")
+        if row and row.before is not None and not (entry and key in row.before):
+            allowed = ", ".join(sorted(row.before))
+            raise ValueError(f"{row.key}: expected an objective among {allowed}, got {key}")
+        plan.add(stage)
+    wanted = quantities_of(target)
+    for name, required in wanted.items():
+        plan.want(name, required)
+    if "pair_weights" in plan.made and "pair_weights" not in wanted:
+        if getattr(unwrap(target)[0], "refuses_weights", False):
+            maker = plan.made["pair_weights"][0]
+            raise ValueError(f"{key}: expected no pair_weights, rows are not pairs; got {maker}")
+        plan.want("pair_weights")
+    exempt = {row.key for row in map(entry_of, stages) if row and row.before is not None}
+    if idle := plan.unused - exempt:
+        raise ValueError(f"{key}: expected transforms whose result is used, got {min(idle)}")
+    return plan
+
+
+def _assembled(
+    target: Function, plan: _Plan, terms: Callable[[Tensor, dict[str, Tensor]], Tensor]
+) -> Function:
+    wanted = list(quantities_of(target))
+    weigh = "pair_weights" in plan.made and "pair_weights" not in wanted
+    signature = _signature(target, plan)
+
+    def composed(*args: Tensor, **kwargs: Any) -> Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        scope = {n: promote(given.pop(n)) for n in plan.inputs if given.get(n) is not None}
+        options = {name: value for name, value in given.items() if name not in plan.inputs}
+        made: set[str] = set()
+        for step in plan.steps:
+            step.run(scope, made)
+        rows = target(**{name: scope[name] for name in wanted if name in scope}, **options)
+        return terms(rows * scope["pair_weights"] if weigh else rows, scope)
+
+    base = unwrap(target)[0]
+    composed.__name__ = getattr(base, "__name__", "composed")
+    composed.__doc__ = base.__doc__
+    vars(composed)["__signature__"] = signature
+    vars(composed)["refuses_weights"] = getattr(base, "refuses_weights", False)
+    return composed
+
+
+def _signature(target: Function, plan: _Plan) -> inspect.Signature:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    required = [inspect.Parameter(n, kind) for n, needed in plan.inputs.items() if needed]
+    optional = [
+        inspect.Parameter(n, kind, default=None) for n, needed in plan.inputs.items() if not needed
+    ]
+    free = [
+        parameter
+        for parameter in inspect.signature(target).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+        and parameter.name not in quantities_of(unwrap(target)[0])
+    ]
+    return inspect.Signature([*required, *optional, *free])

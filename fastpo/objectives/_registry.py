@@ -1,0 +1,329 @@
+"""The table of objectives, and the errors made from it.
+
+An entry is a function and a decorator:
+
+    @objective("hinge", paper="arXiv:2305.10425", family="pairs", aliases=("slic",))
+    def hinge(
+        chosen_logratios: Tensor,  # [B] nats
+        rejected_logratios: Tensor,  # [B] nats
+        *,
+        beta: Annotated[float, Positive] = 0.1,
+    ) -> Tensor:  # [B]
+        "max(0, 1 - β·Δ)."
+        return torch.relu(1 - beta * (chosen_logratios - rejected_logratios))
+
+Positional parameters are quantities of `_quantities.SHAPES`. Inside the function they have been
+checked, promoted to float32, detached unless they carry a gradient, and zeroed where unscored.
+Keyword-only parameters are hyperparameters; the annotation is their range (a bare float may be any
+finite number, or a 0-d tensor). The range is checked when bound and when called.
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from torch import Tensor
+
+from ._quantities import SHAPES, prepare
+
+FAMILIES = (
+    "transforms",
+    "pairs",
+    "tokens",
+    "groups",
+    "singles",
+    "policy_gradient",
+    "distillation",
+    "rewards",
+    "denoising",
+)
+_NUMBERS: dict[Any, Any] = {float: Real, int: Integral, Sequence: Real}
+_WORDS: dict[Any, str] = {
+    float: "a number in ",
+    int: "an integer in ",
+    Sequence: "a list of numbers in ",
+    bool: "True or False",
+}
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Numbers between low and high; bounds as in mathematics: "[)" leaves high out."""
+
+    low: float
+    high: float
+    bounds: str = "[]"
+
+    def __contains__(self, value: Any) -> bool:
+        above = self.low <= value if self.bounds[0] == "[" else self.low < value
+        below = value <= self.high if self.bounds[1] == "]" else value < self.high
+        return bool(above and below)
+
+    def __str__(self) -> str:
+        return f"{self.bounds[0]}{self.low:g}, {self.high:g}{self.bounds[1]}"
+
+
+class OneOf(tuple[Any, ...]):
+    """A closed list of choices."""
+
+    def __new__(cls, *choices: Any) -> "OneOf":
+        return super().__new__(cls, choices)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+
+Positive = Interval(0, math.inf, "()")
+NonNegative = Interval(0, math.inf, "[)")
+Unit = Interval(0, 1)
+Finite = Interval(-math.inf, math.inf, "()")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One hyperparameter: what it may be, and the sentence that says so."""
+
+    name: str
+    kind: type | None  # float, int, bool, str, Sequence (of numbers); None: anything
+    range: Interval | OneOf | None
+    optional: bool
+
+    @classmethod
+    def of(cls, parameter: inspect.Parameter, hint: Any) -> "Parameter":
+        range_: Interval | OneOf | None = None
+        if get_origin(hint) is Annotated:
+            hint, range_ = get_args(hint)[:2]
+        union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        options = [option for option in union if option is not type(None)]
+        if options == [Any] and parameter.default is not None:
+            options = [type(parameter.default)]
+        kind = get_origin(options[0]) or options[0]
+        kind = kind if kind in (*_WORDS, str) else None
+        if range_ is None and kind in _NUMBERS:
+            range_ = Finite
+        return cls(parameter.name, kind, range_, type(None) in union)
+
+    @property
+    def expected(self) -> str:
+        if isinstance(self.range, OneOf):
+            text = f"one of {self.range}"
+        else:
+            text = (_WORDS.get(self.kind) or "any value") + str(self.range or "")
+        return text + (" or None" if self.optional else "")
+
+    def admits(self, value: Any) -> bool:
+        if value is None:
+            return self.optional or self.kind is None
+        if isinstance(value, Tensor):  # its value stays on the device: only where all are good
+            return self.kind is None or (self.range is Finite and value.ndim == 0)
+        if self.kind is Sequence:
+            return isinstance(value, (list, tuple)) and all(map(self._admits_one, value))
+        return self._admits_one(value)
+
+    def _admits_one(self, value: Any) -> bool:
+        kind = _NUMBERS.get(self.kind, self.kind)
+        if kind in (Real, Integral) and isinstance(value, bool):
+            return False
+        known = kind is None or isinstance(value, kind)
+        return known and (self.range is None or value in self.range)
+
+    def check(self, value: Any) -> None:
+        if not self.admits(value):
+            raise ValueError(f"{self.name}: expected {self.expected}, got {value!r}")
+
+
+def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
+    """The keyword-only parameters of a function, with their ranges."""
+    hints = get_type_hints(function, include_extras=True)
+    return {
+        name: Parameter.of(parameter, hints.get(name, Any))
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def quantities_of(function: Callable[..., Any]) -> dict[str, bool]:
+    """The quantities a function takes, in order: name -> is it required?"""
+    function, bound = unwrap(function)
+    return {
+        name: parameter.default is parameter.empty
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in bound
+    }
+
+
+def unwrap(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The function below its partials, and the keywords they bind."""
+    bound: dict[str, Any] = {}
+    while isinstance(function, functools.partial):
+        bound = {**function.keywords, **bound}
+        function = function.func
+    return function, bound
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table."""
+
+    key: str
+    family: str
+    paper: str
+    aliases: tuple[str, ...]
+    function: Callable[..., Any]
+    parameters: Mapping[str, Parameter]
+    outputs: tuple[str, ...] = ()  # transforms: the quantities they return
+    before: frozenset[str] | None = None  # transforms: the only objectives they may precede
+    mirrored: bool = False  # transforms: the reference goes through it too
+    refuses_weights: bool = False  # the rows are not the batch's rows
+
+    def check(self, hyperparameters: Mapping[str, Any]) -> None:
+        for name, value in hyperparameters.items():
+            if name not in self.parameters:
+                known = ", ".join(self.parameters) or "none"
+                raise ValueError(f"{self.key}: expected hyperparameters among {known}, got {name}")
+            self.parameters[name].check(value)
+
+
+_TABLE: dict[str, Entry] = {}
+_ALIASES: dict[str, str] = {}
+
+
+def objective(
+    key: str,
+    *,
+    paper: str = "",
+    family: str | None = None,
+    aliases: Sequence[str] = (),
+    gradient_into: Sequence[str] = (),
+    refuses_weights: bool = False,
+) -> Callable[[F], F]:
+    """Enter a function into the table.
+
+    `family`: that of the module's name when left out. `gradient_into`: quantities that are
+    constants elsewhere and carry a gradient here.
+    """
+
+    def register(function: F) -> F:
+        call = _guarded(function, parameters := parameters_of(function), tuple(gradient_into))
+        home = family or function.__module__.rpartition(".")[2]
+        entry = Entry(key, home, paper, tuple(aliases), call, parameters)
+        _enter(replace(entry, refuses_weights=refuses_weights))
+        return cast(F, call)
+
+    return register
+
+
+def transform(
+    key: str,
+    *,
+    paper: str = "",
+    outputs: Sequence[str],
+    before: frozenset[str] | None = None,
+    mirrored: bool = False,
+) -> Callable[[F], F]:
+    """Enter a transform: a function of quantities that returns a dict of `outputs`.
+
+    `before`: the only objectives it may precede. `mirrored`: called a second time on the
+    reference's token log-probabilities, giving `ref_` + outputs, where these are needed.
+    """
+
+    def register(function: F) -> F:
+        call = _guarded(function, parameters := parameters_of(function), ())
+        entry = Entry(key, "transforms", paper, (), call, parameters, tuple(outputs))
+        _enter(replace(entry, before=before, mirrored=mirrored))
+        return cast(F, call)
+
+    return register
+
+
+def _guarded(
+    function: Callable[..., Any],
+    parameters: Mapping[str, Parameter],
+    gradient_into: tuple[str, ...],
+) -> Callable[..., Any]:
+    """The function behind its door: parameters in range, quantities prepared."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Tensor, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        hyperparameters = {name: given.pop(name) for name in parameters if name in given}
+        for name, value in hyperparameters.items():
+            parameters[name].check(value)
+        return function(**prepare(given, gradient_into), **hyperparameters)
+
+    return call
+
+
+def _enter(entry: Entry) -> None:
+    if entry.family not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {entry.family!r}")
+    unknown = [name for name in quantities_of(entry.function) if name not in SHAPES]
+    if unknown:
+        raise ValueError(f"{entry.key}: expected quantities of the catalogue, got {unknown}")
+    for name in (entry.key, *entry.aliases):
+        if name in _TABLE or name in _ALIASES:
+            raise ValueError(f"{entry.key}: expected a name that is free, got {name!r}")
+    _TABLE[entry.key] = entry
+    _ALIASES.update(dict.fromkeys(entry.aliases, entry.key))
+    entry.function.__doc__ = _document(entry)
+    vars(entry.function)["entry"] = entry
+    vars(entry.function)["refuses_weights"] = entry.refuses_weights
+
+
+def _document(entry: Entry) -> str:
+    """The function's own text, then its paper and the ranges, from the table."""
+    lines = [inspect.cleandoc(entry.function.__doc__ or entry.key), ""]
+    if entry.paper:
+        lines.append(f"Paper: {entry.paper}")
+    lines += [f"{name}: {parameter.expected}" for name, parameter in entry.parameters.items()]
+    return "\n".join(lines).rstrip()
+
+
+def available(family: str | None = None) -> tuple[str, ...]:
+    """The keys of the table, or of one family."""
+    if family is None:
+        return tuple(key for home in FAMILIES for key in available(home))
+    if family not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    return tuple(key for key, entry in _TABLE.items() if entry.family == family)
+
+
+def families() -> dict[str, tuple[str, ...]]:
+    """Family -> its keys."""
+    return {family: available(family) for family in FAMILIES}
+
+
+def lookup(key: str) -> Entry:
+    """The row of a key or an alias."""
+    entry = _TABLE.get(_ALIASES.get(key, key))
+    if entry is None:
+        table = ", ".join(
+            f"{name} ({', '.join(row.aliases)})" if row.aliases else name
+            for name, row in _TABLE.items()
+        )
+        raise ValueError(f"objective: expected one of {table}, got {key!r}")
+    return entry
+
+
+def entry_of(function: Callable[..., Any]) -> Entry | None:
+    """The row behind a function or a partial of it; None for a function not in the table."""
+    return cast(Entry | None, getattr(unwrap(function)[0], "entry", None))
+
+
+def get(key: str, /, **hyperparameters: Any) -> Callable[..., Any]:
+    """The objective or transform of that key or alias, bound when hyperparameters are given."""
+    entry = lookup(key)
+    if not hyperparameters:
+        return entry.function
+    entry.check(hyperparameters)
+    bound = functools.partial(entry.function, **hyperparameters)
+    functools.update_wrapper(bound, entry.function, assigned=("__name__", "__doc__"), updated=())
+    del vars(bound)["__wrapped__"]  # its signature would hide what is bound
+    return bound

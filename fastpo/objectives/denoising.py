@@ -1,0 +1,1 @@
+"""Denoising: diffusion and flow, squared errors in place of log-probabilities."""

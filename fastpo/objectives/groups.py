@@ -1,0 +1,1 @@
+"""Groups: objectives of N scored responses in G groups. All return [G]."""

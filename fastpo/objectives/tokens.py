@@ -1,0 +1,1 @@
+"""Pairs, token level: objectives of [B, T] log-probabilities and their masks. All return [B]."""

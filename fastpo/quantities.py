@@ -1,0 +1,260 @@
+"""Named quantities, derived from token statistics the first time an objective asks for them.
+
+    q = quantities.padded(stats, mask, ref=ref_stats)     # [2B, T], chosen rows first
+    q = quantities.packed(stats, offsets, ref=ref_stats)  # [S] tokens, [2B + 1] offsets
+    q = q | {"soft_labels": labels}                       # any other column of the batch
+    loss = q.rows(objectives.get("dpo", beta=0.3)).mean()
+
+Names are those of the catalogue. What is derived:
+
+    {model}{side}logps   sum of {model}{side}token_logps over {side}mask
+    {side}lengths        number of positions in {side}mask
+    {side}logratios      {side}logps - ref_{side}logps; {side}logps when reference_free
+
+side is "chosen_", "rejected_", "third_", "unlabeled_", or "" for single responses and groups;
+model is "" for the policy, or "ref_", "old_", "prev_", "history_", "mixed_", "sampler_". No value
+is read on the host.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PAIRS = ("chosen", "rejected")
+SINGLES = ("",)
+_SIDES = ("chosen_", "rejected_", "third_", "unlabeled_")
+_MODELS = ("", "ref_", "old_", "prev_", "history_", "mixed_", "sampler_")
+_STATISTICS = {  # field of TokenStats -> what the catalogue calls it
+    "logps": "token_logps",
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+}
+_ROW_WEIGHTS = ("pair_weights", "sample_weights")
+Lazy = Tensor | Callable[[], Tensor]
+
+
+class Quantities:
+    """Tensors by name: given, or derived when asked. A given value may be a function, called once.
+
+    `q[name]` derives, `name in q` says whether it can, `q | columns` adds columns.
+    """
+
+    def __init__(self, given: Mapping[str, Lazy | None], *, reference_free: bool = False) -> None:
+        self.given = {name: value for name, value in given.items() if value is not None}
+        self.reference_free = reference_free
+        self._derived: dict[str, Tensor] = {}
+
+    def __or__(self, columns: Mapping[str, Lazy | None]) -> "Quantities":
+        return Quantities({**self.given, **columns}, reference_free=self.reference_free)
+
+    def __contains__(self, name: str) -> bool:
+        inputs = self._inputs(name)
+        return name in self.given or (bool(inputs) and all(one in self for one in inputs))
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.derive(name)
+
+    def derive(self, name: str) -> Tensor:
+        """The quantity of that name; ValueError says what it could have been derived from."""
+        if name not in self._derived:
+            if name not in self:
+                got = ", ".join(self.given) or "nothing"
+                raise ValueError(f"{name}: expected {self._expected(name)}, got {got}")
+            value = self.given.get(name, functools.partial(self._compute, name))
+            self._derived[name] = value if isinstance(value, Tensor) else value()
+        return self._derived[name]
+
+    def for_objective(self, objective: Callable[..., Any]) -> dict[str, Tensor]:
+        """What an objective's positional parameters ask for; optional ones where available."""
+        wanted, _ = _positional(objective)
+        return {name: self[name] for name, needed in wanted.items() if needed or name in self}
+
+    def rows(self, objective: Callable[..., Tensor], **hyperparameters: Any) -> Tensor:
+        """The objective's rows; weights of the batch that it does not name itself multiply them."""
+        rows = objective(**self.for_objective(objective), **hyperparameters)
+        function = _positional(objective)[1]
+        named = inspect.signature(function).parameters
+        for name in _ROW_WEIGHTS:
+            if name not in self.given or name in named:
+                continue
+            if getattr(function, "refuses_weights", False):
+                raise ValueError(f"{name}: expected none, the rows are not pairs, got a column")
+            weights = self[name].detach()
+            if weights.shape != rows.shape:
+                expected, got = tuple(rows.shape), tuple(weights.shape)
+                raise ValueError(f"{name}: expected shape {expected}, got {got}")
+            rows = rows * weights
+        return rows
+
+    def _inputs(self, name: str) -> tuple[str, ...]:
+        """What `name` is derived from; empty if it can only be given."""
+        model, side, kind = _parse(name)
+        if kind == "lengths" and not model:
+            return (f"{side}mask",)
+        if kind == "logps" and model in _MODELS:
+            return (f"{model}{side}token_logps", f"{side}mask")
+        if kind == "logratios" and not model:
+            reference = () if self.reference_free else (f"ref_{side}logps",)
+            return (f"{side}logps", *reference)
+        return ()
+
+    def _compute(self, name: str) -> Tensor:
+        inputs = [self[one] for one in self._inputs(name)]
+        kind = _parse(name)[2]
+        if kind == "lengths":
+            return inputs[0].bool().sum(-1)
+        if kind == "logps":
+            return torch.where(inputs[1].bool(), _promote(inputs[0]), 0).sum(-1)
+        policy, *reference = map(_promote, inputs)
+        return policy - reference[0].detach() if reference else policy
+
+    def _expected(self, name: str) -> str:
+        """The missing name, or the missing names it could be derived from."""
+        missing = [self._expected(one) for one in self._inputs(name) if one not in self]
+        if not missing:
+            return name
+        free = " or reference_free=True" if name.endswith("logratios") else ""
+        return f"{name} or ({' and '.join(missing)}){free}"
+
+
+def padded(
+    stats: Any,  # TokenStats of [R, T], or its logps alone
+    mask: Tensor,  # [R, T] bool, scored tokens
+    *,
+    sides: Sequence[str] = PAIRS,
+    reference_free: bool = False,
+    **under: Any,
+) -> Quantities:
+    """Quantities of R = len(sides)·B rows, side under side: all chosen, then all rejected.
+
+    sides ("",) for single responses and groups. `under`: the same tokens under other models, by
+    name: ref=..., old=..., sampler=..., each like `stats`.
+    """
+    rows = _Rows(mask.shape[0], sides)
+    given = rows.share("", "mask", mask.bool())
+    for model, kind, values in _statistics(stats, under):
+        _check(f"{model}{kind}", values, tuple(mask.shape))
+        given |= rows.share(model, kind, values)
+    return Quantities(given, reference_free=reference_free)
+
+
+def packed(
+    stats: Any,  # TokenStats of [S], or its logps alone
+    offsets: Tensor,  # [R + 1] ascending, offsets[R] <= S
+    *,
+    mask: Tensor | None = None,  # [S] bool, scored tokens; None: all
+    width: int | None = None,
+    sides: Sequence[str] = PAIRS,
+    reference_free: bool = False,
+    **under: Any,
+) -> Quantities:
+    """The same for sequences laid end to end, row i being tokens offsets[i] to offsets[i + 1].
+
+    Sums need no padding. Token-level quantities do: they are there when `width`, at least the
+    longest row, is given.
+    """
+    rows = _Rows(offsets.shape[0] - 1, sides)
+    tokens = _statistics(stats, under)
+    size = tokens[0][2].shape[:1]
+    scored = torch.ones(size, device=offsets.device).bool() if mask is None else mask.bool()
+    _check("mask", scored, size)
+    given = rows.share("", "lengths", lambda: _segment_sum(scored, offsets).long())
+    if width is not None:
+        given |= rows.share("", "mask", functools.partial(_pad, scored, offsets, width))
+    for model, kind, values in tokens:
+        _check(f"{model}{kind}", values, size)
+        if kind == "token_logps":
+            kept = torch.where(scored, _promote(values), 0)
+            given |= rows.share(model, "logps", functools.partial(_segment_sum, kept, offsets))
+        if width is not None:
+            given |= rows.share(model, kind, functools.partial(_pad, values, offsets, width))
+    return Quantities(given, reference_free=reference_free)
+
+
+class _Rows:
+    """Rows of several sides, one side under the other."""
+
+    def __init__(self, count: int, sides: Sequence[str]) -> None:
+        if count % len(sides):
+            names = ", ".join(sides)
+            raise ValueError(f"rows: expected a multiple of {len(sides)} ({names}), got {count}")
+        self.size = count // len(sides)
+        self.sides = [f"{side}_" if side else "" for side in sides]
+
+    def share(self, model: str, kind: str, whole: Lazy) -> dict[str, Lazy]:
+        """Every side's part of `whole`, which is computed once, when a part is first asked for."""
+        once = functools.cache(lambda: whole if isinstance(whole, Tensor) else whole())
+
+        def part(i: int) -> Tensor:
+            return once()[i * self.size : (i + 1) * self.size]
+
+        return {
+            f"{model}{side}{kind}": functools.partial(part, i) for i, side in enumerate(self.sides)
+        }
+
+
+def _statistics(stats: Any, under: Mapping[str, Any]) -> list[tuple[str, str, Tensor]]:
+    """(model, catalogue name, values) of every statistic present; of other models only logps."""
+    found = []
+    for field, kind in _STATISTICS.items():
+        values = getattr(stats, field, stats if field == "logps" else None)
+        if values is not None:
+            found.append(("", kind, values))
+    for model, other in under.items():
+        if other is not None:
+            found.append((f"{model}_", "token_logps", getattr(other, "logps", other)))
+    if not found or found[0][1] != "token_logps":
+        raise ValueError("stats: expected log-probabilities in stats.logps, got None")
+    return found
+
+
+def _check(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(values.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(values.shape)}")
+
+
+def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """[S] -> [R]. In float64: on a CPU segment_reduce adds one by one, where sum goes pairwise."""
+    total = torch.segment_reduce(values.double(), "sum", offsets=offsets, unsafe=True, initial=0)
+    return total.to(values.dtype) if values.is_floating_point() else total
+
+
+def _pad(values: Tensor, offsets: Tensor, width: int) -> Tensor:
+    """[S] -> [R, width], 0 behind the end of a row."""
+    position = torch.arange(width, device=offsets.device) + offsets[:-1, None]
+    inside = position < offsets[1:, None]
+    if values.shape[0] == 0:
+        return torch.zeros(inside.shape, dtype=values.dtype, device=values.device)
+    return values[position.clamp(max=values.shape[0] - 1)].masked_fill(~inside, 0)
+
+
+def _parse(name: str) -> tuple[str, str, str]:
+    """ "ref_chosen_logps" -> ("ref_", "chosen_", "logps"); kind "" for names with no rule."""
+    for kind in ("logratios", "logps", "lengths"):
+        stem = name.removesuffix(kind)
+        if stem != name:
+            side = next((side for side in _SIDES if stem.endswith(side)), "")
+            return stem.removesuffix(side), side, kind
+    return name, "", ""
+
+
+def _positional(objective: Callable[..., Any]) -> tuple[dict[str, bool], Callable[..., Any]]:
+    """Quantities an objective takes (name -> required?), and the function below its partials."""
+    bound: set[str] = set()
+    while isinstance(objective, functools.partial):
+        bound |= set(objective.keywords)
+        objective = objective.func
+    wanted = {
+        name: parameter.default is parameter.empty
+        for name, parameter in inspect.signature(objective).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in bound
+    }
+    return wanted, objective
+
+
+def _promote(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -1,0 +1,171 @@
+"""Compiles every Triton kernel of the library for GPUs that are not there; prints JSON.
+
+Runs as a program of its own: with TRITON_INTERPRET set, @triton.jit would have made interpreted
+functions. The launches are the library's own: a recorder stands in for each kernel while the
+adapter runs on CPU tensors, so what is compiled is what a GPU would be asked to run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastpo.kernels import rows
+from fastpo.ops import _rows as R
+from fastpo.ops import _rows_triton
+
+ARCHITECTURES = (80, 90)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64"}
+PLAIN, CAPPED = R.LogitMap(0.7), R.LogitMap(0.7, 30.0)
+ALL = sum(R.STATS.values())
+
+# width, bias, map, statistics, dtype kept, soft-cap folded into it
+FORWARD = [
+    (8192, False, PLAIN, 0, None, False),
+    (8192, False, PLAIN, 0, BF16, False),
+    (8192, False, PLAIN, 0, FP16, False),
+    (8192, False, PLAIN, ALL, None, False),
+    (8192, True, CAPPED, ALL, None, False),
+    (8192, True, CAPPED, ALL, BF16, True),
+    (8192, True, CAPPED, ALL, FP32, True),
+    (8191, True, CAPPED, ALL, None, False),
+    (8191, True, CAPPED, ALL, FP16, True),
+    (256, False, PLAIN, ALL, BF16, False),
+    (1, True, PLAIN, ALL, FP32, False),
+]
+
+# width, bias, map, dtype of the kept exponentials, entropy, dtype written
+BACKWARD = [
+    (8192, False, PLAIN, None, False, BF16),
+    (8192, False, PLAIN, BF16, False, BF16),
+    (8192, False, PLAIN, FP16, True, FP16),
+    (8192, True, CAPPED, None, True, BF16),
+    (8192, False, CAPPED, BF16, True, BF16),
+    (8191, True, CAPPED, None, True, FP16),
+    (8191, False, CAPPED, FP32, True, FP32),
+    (256, False, PLAIN, FP32, False, FP32),
+    (1, True, CAPPED, None, True, FP32),
+]
+
+
+class Launch(NamedTuple):
+    name: str
+    kernel: triton.JITFunction
+    arguments: dict[str, object]
+    options: dict[str, object]  # num_warps and the like
+
+
+def record(name: str, kernel: str, adapter: Callable[..., None], arguments: tuple) -> Launch:
+    """The launch that the adapter makes with these arguments, instead of making it."""
+    original, found = getattr(rows, kernel), []
+
+    class Recorder:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **named: found.append((args, named))
+
+    setattr(rows, kernel, Recorder())
+    try:
+        adapter(*arguments)
+    finally:
+        setattr(rows, kernel, original)
+    ((args, named),) = found
+    values = dict(zip(original.arg_names, args, strict=False))
+    values |= {key: named.pop(key) for key in original.arg_names[len(args) :]}
+    return Launch(name, original, values, named)
+
+
+def launches() -> Iterator[Launch]:
+    n = 16
+    labels, numbers = torch.zeros(n, dtype=torch.int64), torch.zeros(n)
+    for width, biased, logit_map, stats, dtype, fold in FORWARD:
+        bias = torch.zeros(width) if biased else None
+        kept = None if dtype is None else torch.empty(n, width, dtype=dtype)
+        anchors = None if dtype is None else numbers
+        state, tile = torch.zeros(R.STATE, n), torch.empty(n, width)
+        arguments = (tile, 0, labels, bias, state, logit_map, stats, kept, anchors, fold)
+        name = f"forward {width} {_words(biased, logit_map)}stats={stats} kept={_short(dtype)}"
+        yield record(name, "rows_fwd_kernel", _rows_triton.forward, arguments)
+    for width, biased, logit_map, dtype, entropy, dtype_out in BACKWARD:
+        bias = torch.zeros(width) if biased else None
+        source = torch.empty(n, width, dtype=dtype or FP32)
+        anchors = None if dtype is None else numbers
+        grads, out = torch.zeros(R.GRADS, n), torch.empty(n, width, dtype=dtype_out)
+        arguments = (source, anchors, 0, labels, bias, grads, logit_map, entropy, out)
+        name = f"backward {width} {_words(biased, logit_map)}{'entropy ' if entropy else ''}"
+        name += f"kept={_short(dtype)} out={_short(dtype_out)}"
+        yield record(name, "rows_bwd_kernel", _rows_triton.backward, arguments)
+
+
+def _words(biased: bool, logit_map: R.LogitMap) -> str:
+    return ("bias " if biased else "") + ("softcap " if logit_map.softcap else "")
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return "no" if dtype is None else TYPES[dtype][1:]
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The specialisation Triton's launcher makes: 1 is a constant, multiples of 16 are known."""
+    constexpr = {p.name for p in launch.kernel.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(launch.arguments.items()):
+        if name in constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(number, int) and number % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and local memory, as the tool in Triton's wheel reads them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    return {name.lower(): int(value) for name, value in found.items()}
+
+
+def reduction_layouts(ttgir: str) -> list[str]:
+    """How each sum and maximum of a row is spread over threads, which fixes its order."""
+    named = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = re.findall(r"\}\) : \(tensor<(\w+), (#[^>]*>?)>\) -> f32", ttgir)
+    return [f"{shape} {named.get(layout, layout)}" for shape, layout in found]
+
+
+def report() -> Iterator[dict]:
+    for launch in launches():
+        for sm in ARCHITECTURES:
+            target = GPUTarget("cuda", sm, 32)
+            compiled = triton.compile(source_of(launch), target, launch.options)
+            yield {
+                "name": launch.name,
+                "sm": sm,
+                "shared": compiled.metadata.shared,
+                **resources(compiled.asm["cubin"]),
+                "reductions": reduction_layouts(compiled.asm["ttgir"]),
+            }
+
+
+if __name__ == "__main__":
+    json.dump(list(report()), sys.stdout)

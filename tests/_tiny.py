@@ -1,0 +1,201 @@
+"""Tiny models, tokenizer and data, built here: nothing is downloaded."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fastpo.ops import _driver
+from fastpo.ops._driver import HeadSpec
+
+QUESTIONS = ("what is red", "where is the cat", "who sings", "name a fruit", "is it late", "why")
+GOOD = ("a warm colour", "on the mat by the door", "the bird", "an apple", "yes it is", "because")
+BAD = ("no", "cat cat cat", "the door sings on the mat", "a colour", "blue", "an apple a day")
+
+_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+
+# Enough heads and layers to be the real architecture, small enough for a test.
+_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    # The default std of 0.02 makes every loss log V and hides mistakes.
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+}
+
+# name: (transformers prefix, config on top of the sizes)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2", {"final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    "cohere": ("Cohere", {"logit_scale": 0.4, "tie_word_embeddings": True}),
+    "granite": ("Granite", {"logits_scaling": 2.5}),
+    "phi": ("Phi", {}),
+    "mixtral": (
+        "Mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "output_router_logits": True,
+        },
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Import it into a test module: on a busy machine two threads made a tiny step 100x slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE trained on the data below: about 300 words."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<pad>", "<eos>", *_ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    core.train_from_iterator([*QUESTIONS, *GOOD, *BAD], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    fast.chat_template = _TEMPLATE
+    return fast
+
+
+def model(name: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """The architecture with random weights; biases, too, are not zero."""
+    prefix, config = MODELS[name]
+    words = tokenizer()
+    settings = {
+        **_SIZES,
+        "vocab_size": len(words),
+        "pad_token_id": words.pad_token_id,
+        "eos_token_id": words.eos_token_id,
+        "bos_token_id": words.eos_token_id,
+        **config,
+        **changes,
+    }
+    torch.manual_seed(seed)
+    built = getattr(transformers, f"{prefix}ForCausalLM")(
+        getattr(transformers, f"{prefix}Config")(**settings)
+    )
+    head = built.get_output_embeddings()
+    if head.bias is not None:
+        torch.nn.init.normal_(head.bias, std=0.5)
+    return built.eval()
+
+
+def batch(*, rows: int = 3, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Right-padded token ids with labels that ignore a prompt and the padding."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(5, len(tokenizer()), (rows, length), generator=generator)
+    lengths = torch.randint(length // 2, length + 1, (rows, 1), generator=generator)
+    lengths[0] = length
+    position = torch.arange(length).expand(rows, length)
+    mask = position < lengths
+    return {
+        "input_ids": ids.masked_fill(~mask, tokenizer().pad_token_id),
+        "attention_mask": mask.long(),
+        "labels": ids.masked_fill(~mask | (position < 2), -100),
+    }
+
+
+def _said(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
+
+
+def preferences() -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "prompt": _said("user", question),
+                "chosen": _said("assistant", good),
+                "rejected": _said("assistant", bad),
+            }
+            for question, good, bad in zip(QUESTIONS, GOOD, BAD, strict=True)
+        ]
+    )
+
+
+def unpaired() -> Dataset:
+    rows = [
+        {"prompt": _said("user", q), "completion": _said("assistant", a), "label": label}
+        for q, good, bad in zip(QUESTIONS, GOOD, BAD, strict=True)
+        for a, label in ((good, True), (bad, False))
+    ]
+    return Dataset.from_list(rows)
+
+
+def conversations() -> Dataset:
+    return Dataset.from_list(
+        [
+            {"messages": _said("user", question) + _said("assistant", good)}
+            for question, good in zip(QUESTIONS, GOOD, strict=True)
+        ]
+    )
+
+
+def prompts() -> Dataset:
+    return Dataset.from_list([{"prompt": _said("user", question)} for question in QUESTIONS])
+
+
+class Widest(TorchDispatchMode):
+    """The largest number of elements any operator returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def count_calls(monkeypatch: Any) -> list[HeadSpec]:
+    """From here on, one entry for each run of the primitive."""
+    calls: list[HeadSpec] = []
+    forward = _driver.forward
+
+    def counted(hidden: Any, weight: Any, bias: Any, labels: Any, spec: HeadSpec) -> Any:
+        calls.append(spec)
+        return forward(hidden, weight, bias, labels, spec)
+
+    monkeypatch.setattr(_driver, "forward", counted)
+    return calls

@@ -1,0 +1,49 @@
+"""Every Triton kernel compiles for GPUs that are not here, within their registers and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes one program may have
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """What tests/_aot.py reports. A process of its own: here, the kernels may be interpreted."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, str(Path(__file__).with_name("_aot.py"))]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("sm", SHARED_MEMORY)
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_fits_the_gpu(compiled, kernel, sm):
+    found = [x for x in compiled if x["sm"] == sm and x["name"].startswith(kernel)]
+    assert found
+    for x in found:
+        assert x["stack"] == x["local"] == 0, f"spills registers: {x}"
+        assert x["shared"] <= SHARED_MEMORY[sm], x
+
+
+def test_a_row_is_summed_in_the_same_order_whatever_is_kept(compiled):
+    """Log-probabilities are the same bits with and without gradient only if layouts agree."""
+    layouts = defaultdict(list)
+    for x in compiled:
+        if x["name"].startswith("forward"):
+            layouts[x["sm"], x["name"].split("kept=")[0]].append(x["reductions"])
+    assert any(len(variants) > 2 for variants in layouts.values())
+    for key, variants in layouts.items():
+        assert variants[0], key
+        assert all(variant == variants[0] for variant in variants), key

@@ -1,0 +1,183 @@
+"""compose: what it asks for, in which order it runs, what it refuses."""
+
+import inspect
+from functools import partial
+
+import pytest
+import torch
+from _objective_truth import make_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastpo import objectives, quantities
+from fastpo.objectives import compose, get
+
+TOKENS = ["chosen_token_logps", "rejected_token_logps", "chosen_mask", "rejected_mask"]
+REFERENCE = ["ref_chosen_token_logps", "ref_rejected_token_logps"]
+
+
+def names(function) -> dict[str, bool]:
+    """Quantity -> required."""
+    return {
+        n: p.default is p.empty
+        for n, p in inspect.signature(function).parameters.items()
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    }
+
+
+def required(function) -> list[str]:
+    return [n for n, needed in names(function).items() if needed]
+
+
+def test_union_of_quantities():
+    sides = ["chosen_logratios", "rejected_logratios"]
+    sizes = ["chosen_lengths", "rejected_lengths"]
+    plain = compose("dpo")
+    assert names(plain) == {**dict.fromkeys(sides, True)} | dict.fromkeys(
+        ["soft_labels", "margins", "pair_weights"], False
+    )
+    assert inspect.signature(plain).parameters["beta"].default == 0.1
+    assert required(compose("dpo", "length_normalize")) == sides + sizes
+    assert required(compose("dpo", reference_free=True)) == ["chosen_logps", "rejected_logps"]
+    labelled = compose("dpo", "score_labels")
+    assert required(labelled) == ["chosen_scores", "rejected_scores", *sides]
+    assert "soft_labels" not in names(labelled)
+    more = compose("ipo", sft_weight=0.1, third_weight=0.2)
+    assert required(more) == [*sides, "chosen_logps", "chosen_lengths", "third_logps"]
+
+
+def test_ld_logps_takes_the_reference_along():
+    """Log-ratios are derived after the truncation of both."""
+    function = compose("dpo", get("ld_logps", ld_alpha=0.3))
+    assert required(function) == TOKENS + REFERENCE
+    assert required(compose("dpo", "ld_logps", reference_free=True)) == TOKENS
+    assert required(compose("aot", "ld_logps")) == TOKENS + REFERENCE
+    assert required(compose("simpo", "ld_logps")) == [*TOKENS, "chosen_lengths", "rejected_lengths"]
+    inputs = make_inputs(get("ld_logps"))
+    reference = {f"ref_{n}": 0.7 * inputs[n] for n in TOKENS[:2]}
+    policy = get("ld_logps")(**inputs, ld_alpha=0.3)
+    ratios = [0.3 * policy[f"{side}_logps"] for side in ("chosen", "rejected")]
+    torch.testing.assert_close(function(**inputs, **reference), get("dpo")(*ratios))
+
+
+def test_the_reference_of_a_transform_is_constant():
+    function = compose("dpo", "ld_logps")
+    inputs = make_inputs(get("ld_logps"))
+    reference = {n: torch.rand(6, 5).requires_grad_() for n in REFERENCE}
+    leaf = inputs["chosen_token_logps"].requires_grad_()
+    function(**inputs, **reference).sum().backward()
+    assert leaf.grad.abs().sum() > 0
+    assert all(x.grad is None for x in reference.values())
+
+
+@given(seed=st.integers(0, 30))
+@settings(max_examples=10, deadline=None)
+def test_thin_entries(seed):
+    g = torch.Generator().manual_seed(seed)
+    a, b, third = torch.randn(3, 4, generator=g)
+    n_c, n_r = torch.randint(0, 5, (2, 4), generator=g)
+    sides = {"chosen_logratios": a, "rejected_logratios": b}
+    logps = {"chosen_logps": a, "rejected_logps": b}
+    sizes = {"chosen_lengths": n_c, "rejected_lengths": n_r}
+    close = torch.testing.assert_close
+    normal = compose(get("ipo", beta=0.3), "length_normalize")
+    close(normal(**sides, **sizes), get("ipo_norm")(**sides, **sizes, beta=0.3))
+    normal = compose("dpo", "length_normalize")
+    close(normal(**sides, **sizes, beta=0.3), get("dpo_norm")(**sides, **sizes, beta=0.3))
+    cpo = compose("dpo", reference_free=True, sft_weight=0.5, sft_reduction="batch")
+    expected = get("cpo")(**logps, chosen_lengths=n_c, cpo_alpha=0.5, sft_reduction="batch")
+    close(cpo(**logps, chosen_lengths=n_c), expected)
+    gold = compose("orpo", third_weight=0.2)(**logps, **sizes, third_logps=third)
+    close(gold, get("orpo")(**logps, **sizes) - 0.2 * third)
+
+
+def test_weights_reach_every_objective():
+    """dpo applies pair_weights itself; around an objective that does not, compose multiplies."""
+    inputs = make_inputs(get("wpo_weights"))
+    weights = get("wpo_weights")(**inputs)["pair_weights"]
+    a, b = torch.randn(2, 6, dtype=torch.float64)
+    for key in ("dpo", "hinge"):
+        rows = compose(key, "wpo_weights")(**inputs, chosen_logratios=a, rejected_logratios=b)
+        torch.testing.assert_close(rows, weights * get(key)(a, b))
+
+
+def test_two_transforms_that_give_weights_multiply():
+    @objectives.transform("weights_of_a_test", outputs=("pair_weights",))
+    def scores(chosen_scores: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pair_weights": chosen_scores}
+
+    a, b, w = torch.randn(3, 6)
+    inputs = {"chosen_logratios": a, "rejected_logratios": b, "chosen_scores": w}
+    try:
+        rows = compose("dpo", scores, scores)(**inputs)
+        torch.testing.assert_close(rows, w * w * get("dpo")(a, b))
+        rows = compose("hinge", scores, scores)(**inputs)
+        torch.testing.assert_close(rows, w * w * get("hinge")(a, b))
+    finally:
+        objectives._registry._TABLE.pop("weights_of_a_test")
+
+
+def test_transforms_run_from_left_to_right():
+    def halve(chosen_logratios, rejected_logratios):
+        return {"chosen_logratios": chosen_logratios / 2, "rejected_logratios": rejected_logratios}
+
+    score = partial(get("f_divergence"), divergence="js")
+    a, b = torch.randn(2, 3)
+    s = get("f_divergence", divergence="js")
+    first = s(a / 2, b)
+    torch.testing.assert_close(compose("ipo", halve, score)(a, b), get("ipo")(*first.values()))
+    after = s(a, b)
+    expected = get("ipo")(after["chosen_logratios"] / 2, after["rejected_logratios"])
+    torch.testing.assert_close(compose("ipo", score, halve)(a, b), expected)
+
+
+def test_half_precision_and_optional_quantities():
+    a, b = torch.randn(2, 4).bfloat16()
+    function = compose("dpo", third_weight=1.0)
+    rows = function(a, b, third_logps=a, soft_labels=None)
+    assert rows.dtype == torch.float32
+    torch.testing.assert_close(rows, get("dpo")(a, b) - a.float())
+
+
+def test_in_front_of_diffusion():
+    errors = make_inputs(get("denoising_logratios"))
+    function = compose("dpo", get("denoising_logratios", scale=3.0))
+    assert "timestep_weights" in names(function)
+    assert "timestep_weights" not in required(function)
+    ratios = get("denoising_logratios")(**errors, scale=3.0)
+    torch.testing.assert_close(function(**errors), get("dpo")(*ratios.values()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("apo_zero", "f_divergence"), {}, "^f_divergence: expected an objective among .*apo_zero"),
+        (("aot", "wpo_weights"), {}, "^aot: expected no pair_weights, .* got wpo_weights"),
+        (("hinge", "score_labels"), {}, "^hinge: expected transforms .* used, got score_labels"),
+        (("dpo", "hinge"), {}, "^compose: expected a transform, got the objective hinge"),
+        (
+            ("score_labels",),
+            {},
+            "^objective: expected an objective, got the transform score_labels",
+        ),
+        (("dpo",), {"sft_weight": -1.0}, r"^sft_weight: expected a number in \[0, inf\), got -1.0"),
+        (("dpo",), {"sft_reduction": "max"}, "^sft_reduction: expected one of mean, sum, batch"),
+        (("nothing",), {}, "^objective: expected one of"),
+    ],
+)
+def test_refusals(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
+        compose(*arguments, **options)
+
+
+def test_missing_quantity():
+    with pytest.raises(TypeError, match="rejected_logratios"):
+        compose("dpo")(torch.zeros(2))
+
+
+def test_weights_of_the_batch_are_refused_through_compose():
+    a = torch.zeros(2)
+    columns = {"chosen_logratios": a, "rejected_logratios": a, "pair_weights": a}
+    for function in (get("aot_unpaired"), compose("aot_unpaired")):
+        with pytest.raises(ValueError, match=r"^pair_weights: expected none"):
+            quantities.Quantities(columns).rows(function)
