@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import objectives, quantities
 from .ops.linear_logps import TokenStats, linear_logps
 from .planner import Plan, plan
 
@@ -17,9 +18,11 @@ __all__ = [
     "TokenStats",
     "attach",
     "linear_logps",
+    "objectives",
     "patch",
     "patched",
     "plan",
+    "quantities",
     "unpatch",
 ]
 
