@@ -123,6 +123,12 @@ def test_detach_under_a_wrapper_put_on_later():
     model.forward = lambda **inputs: ours(**inputs)
     handle.detach()
     assert model(**tiny.batch()).logits is not None
+    again = fastpo.attach(model)
+    handle.detach()
+    assert model(**tiny.batch()).logits is None
+    model.forward = ours
+    again.detach()
+    assert "forward" not in vars(model)
 
 
 @pytest.mark.parametrize("order", ["attach_first", "peft_first", "head_trained_whole"])

@@ -31,8 +31,7 @@ pytestmark = [
 ]
 
 # Triton's interpreter truncates what it stores as bfloat16.
-SIXTEEN_BITS = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
-DTYPES = [torch.float32, *SIXTEEN_BITS]
+DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
 MAPS = {
     "plain": R.LogitMap(),
     "scaled": R.LogitMap(temperature=0.7, logit_scale=-1.3),
@@ -40,6 +39,8 @@ MAPS = {
 }
 WIDTHS = [(1,), (3,), (70,), (4099,), (64, 70, 1)]  # of the tiles a row is cut into
 ALL = sum(R.STATS.values())
+STATE = ("MAX", "OTHERS", "TARGET", "MOMENT", "SQUARES", "SUM", "BEFORE")
+GRADS = ("SHIFT", "LOG_MASS", "COMMON", "ENTROPY", "LABEL")
 
 
 @dataclass
@@ -56,8 +57,10 @@ class Row:
     anchors: list[Tensor] = field(init=False)
 
     def tiles(self) -> list[tuple[int, Tensor]]:
-        ends = torch.tensor(self.widths).cumsum(0).tolist()
-        return [(b - w, self.products[:, b - w : b]) for b, w in zip(ends, self.widths, strict=True)]
+        return [
+            (sum(self.widths[:i]), tile)
+            for i, tile in enumerate(self.products.split(self.widths, dim=1))
+        ]
 
     def run(self, kernels, stats: int = ALL, dtype: torch.dtype | None = None, fold: bool = False):
         n, _ = self.products.shape
@@ -119,7 +122,7 @@ class Row:
         return torch.cat([e * shift for e, shift in zip(self.kept, shifts, strict=True)], 1)
 
 
-def make_rows(widths, logit_map=MAPS["plain"], n=5, bias=True, scale=3.0, seed=0) -> Row:
+def make_rows(widths, logit_map=MAPS["plain"], n=3, bias=True, scale=3.0, seed=0) -> Row:
     g = torch.Generator().manual_seed(seed)
     vocab = sum(widths)
     products = torch.randn(n, vocab, generator=g) * scale
@@ -140,29 +143,24 @@ def assert_as_good(name, fused, truth, eager, eager_truth, dtype=torch.float32) 
     assert error <= allowed + slack, f"{name}: {error:.2e}, allowed {allowed:.2e} + {slack:.2e}"
 
 
-@pytest.mark.parametrize("name", ["MAX", "OTHERS", "TARGET", "MOMENT", "SQUARES", "SUM", "BEFORE"])
-def test_state_rows_are_where_the_contract_has_them(name):
-    assert getattr(rows, name).value == getattr(R, name)
-
-
-@pytest.mark.parametrize("name", ["SHIFT", "LOG_MASS", "COMMON", "ENTROPY", "LABEL", "LOG_FLOOR"])
-def test_gradient_rows_are_where_the_contract_has_them(name):
+@pytest.mark.parametrize("name", [*STATE, *GRADS, "LOG_FLOOR"])
+def test_rows_are_where_the_contract_has_them(name):
     assert getattr(rows, name).value == getattr(R, name)
 
 
 @pytest.mark.parametrize("logit_map", MAPS)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_statistics(widths, logit_map):
-    row = make_rows(widths, MAPS[logit_map])
+    # Ten rows: of three, eager is sometimes exact by luck in all.
+    row = make_rows(widths, MAPS[logit_map], n=10)
     eager = copy_of(row).run(_rows_torch)
     row.run(_rows_triton)
-    names = ("MAX", "OTHERS", "TARGET", "MOMENT", "SQUARES", "SUM", "BEFORE")
     truths = zip(row.true_state(), eager.true_state(), strict=True)
     for i, (truth, eager_truth) in enumerate(truths):
-        assert_as_good(names[i], row.state[i], truth, eager.state[i], eager_truth)
+        assert_as_good(STATE[i], row.state[i], truth, eager.state[i], eager_truth)
 
 
-@pytest.mark.parametrize("stats", range(ALL + 1))
+@pytest.mark.parametrize("stats", [0, *R.STATS.values()])
 def test_only_the_requested_statistics_are_written(stats):
     row = make_rows((70, 33), MAPS["scaled"]).run(_rows_triton, stats)
     everything = copy_of(row).run(_rows_triton).state
@@ -239,7 +237,7 @@ def backward(kernels, row: Row, grads, i, source, entropy, dtype) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("source", ["products", "kept"])
 def test_dproducts(source, dtype, logit_map, entropy):
-    row = make_rows((70, 4099, 1), MAPS[logit_map], n=3).run(_rows_torch, dtype=dtype)
+    row = make_rows((70, 4099, 1), MAPS[logit_map]).run(_rows_torch, dtype=dtype)
     grads = make_grads(row)
     tiles = [
         (row, grads, i, kept if source == "kept" else None, entropy)
@@ -253,13 +251,12 @@ def test_dproducts(source, dtype, logit_map, entropy):
 
 @pytest.mark.parametrize("source", ["products", "kept"])
 def test_in_place(source):
-    row = make_rows((4099, 70), MAPS["softcap"], n=3).run(_rows_triton, dtype=torch.float32)
+    row = make_rows((4099, 70), MAPS["softcap"]).run(_rows_triton, dtype=torch.float32)
     other, grads = copy_of(row), make_grads(row)
     state = torch.tensor(R.INITIAL_STATE, device=DEVICE).unsqueeze(1).repeat(1, 3)
     for i, (first, tile) in enumerate(other.tiles()):
-        apart = backward(
-            _rows_triton, row, grads, i, row.kept[i] if source == "kept" else None, True, torch.float32
-        )
+        kept = row.kept[i] if source == "kept" else None
+        apart = backward(_rows_triton, row, grads, i, kept, True, torch.float32)
         anchors = None
         if source == "kept":
             anchors = torch.empty(3, device=DEVICE)
@@ -288,16 +285,18 @@ def test_rows_and_states_may_be_slices():
         wide[1:5, 10:107], 0, row.labels, row.bias, state[:, 2:6], row.logit_map, ALL,
         kept[2:6, 3:100], anchors[1, 2:6], False,
     )  # fmt: skip
-    assert torch.equal(state[:, 2:6], row.state) and torch.equal(kept[2:6, 3:100], row.kept[0])
+    assert torch.equal(state[:, 2:6], row.state)
+    assert torch.equal(kept[2:6, 3:100], row.kept[0])
     assert torch.equal(anchors[1, 2:6], row.anchors[0])
     state[:, 2:6], kept[2:6, 3:100], anchors[1, 2:6] = 7.0, 5.0, 5.0
-    assert (state == 7).all() and (kept == 5).all() and (anchors == 5).all()
+    assert all((x == x[0, 0]).all() for x in (state, kept, anchors)), "wrote outside its slice"
 
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_few_rows(n):
     row = make_rows((5, 4), n=n).run(_rows_triton, dtype=torch.float32)
-    assert row.state.shape == (R.STATE, n) and row.state.isfinite().all()
+    assert row.state.shape == (R.STATE, n)
+    assert row.state.isfinite().all()
     out = backward(_rows_triton, row, make_grads(row), 0, None, True, torch.float32)
     assert out.isfinite().all()
 
@@ -307,11 +306,10 @@ def test_a_label_outside_the_vocabulary_has_no_target(outside):
     row = make_rows((100, 33)).run(_rows_triton)
     poisoned = copy_of(row)
     poisoned.labels = row.labels.clone()
-    poisoned.labels[2] = outside
+    poisoned.labels[1] = outside
     poisoned.run(_rows_triton)
-    assert poisoned.state[R.TARGET].isnan().tolist() == [False, False, True, False, False]
-    others = torch.arange(5, device=DEVICE) != 2
-    assert torch.equal(poisoned.state[:, others], row.state[:, others])
+    assert poisoned.state[R.TARGET].isnan().tolist() == [False, True, False]
+    assert torch.equal(poisoned.state[:, ::2], row.state[:, ::2])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -322,16 +320,15 @@ def test_a_bad_product_shows_in_its_row_only(column, at_label, bad):
     row.labels[:] = 100
     good = copy_of(row).run(_rows_triton, dtype=torch.float32)
     row.labels = row.labels.clone()
-    row.labels[2] = column if at_label else 50
-    row.products[2, column] = bad
+    row.labels[1] = column if at_label else 50
+    row.products[1, column] = bad
     row.run(_rows_triton, dtype=torch.float32)
-    m, others, target = row.state[[R.MAX, R.OTHERS, R.TARGET], 2]
+    m, others, target = row.state[[R.MAX, R.OTHERS, R.TARGET], 1]
     assert (m - target + others.log()).isnan()  # what the log-probability is made of
     if bad != bad:
         assert m.isnan()
-        assert row.kept[1][2, :64].isnan().any()
-    elsewhere = torch.arange(5, device=DEVICE) != 2
-    assert torch.equal(row.state[:, elsewhere], good.state[:, elsewhere])
+        assert row.kept[1][1].isnan().any()
+    assert torch.equal(row.state[:, ::2], good.state[:, ::2])
 
 
 @pytest.mark.parametrize("logit_map", MAPS)
@@ -355,7 +352,7 @@ def test_words_that_a_bias_removes():
     left.labels = row.labels - 41
     left.run(_rows_triton, ALL - R.STATS["mean_logits"], dtype=torch.float16)
     torch.testing.assert_close(row.state, left.state, rtol=1e-6, atol=1e-6)
-    assert not row.kept[0].any() and not row.kept[2].any()
+    assert not torch.cat([row.kept[0], row.kept[2]]).any()
     assert torch.equal(row.kept[1][:, 1:30], left.kept[0])
     assert all(anchors.isfinite().all() for anchors in row.anchors)
     out = backward(_rows_triton, row, make_grads(left), 0, row.kept[0], True, torch.float32)
@@ -376,7 +373,7 @@ def test_tanh_to_the_last_bits():
     truth = x.double().tanh()
     assert torch.equal(y.isnan(), truth.isnan())
     error = ((y - truth) / truth.masked_fill(truth == 0, 1)).nan_to_num(0).abs().max()
-    assert error <= 4e-7  # three units in the last place, twice what the interpreter has
+    assert error <= 2 * torch.finfo(torch.float32).eps
 
 
 def test_unavailable_says_why(monkeypatch):

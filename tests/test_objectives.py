@@ -109,7 +109,7 @@ def test_precision(key):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("key", "case"), CASES)
+@pytest.mark.parametrize(("key", "case"), [case for case in CASES if not ROWS[case[0]].detaches])
 def test_gradcheck(key, case):
     function, row, inputs, hyper = problem(key, case, seed=3)
     names = [n for n in inputs if n in carriers(row)]
@@ -149,6 +149,19 @@ def test_unscored_positions_do_not_matter(key):
         again, dagain = evaluate(function, row, dirty, hyper, torch.float32)
         assert all(map(torch.equal, rows, again))
         assert all(torch.equal(grads[n], dagain[n]) for n in grads)
+
+
+def test_the_door_empties_unscored_positions():
+    """Entries may exponentiate before they sum: the overflow must be gone by then."""
+    mask = torch.tensor([[1, 0, 1]])
+    x = torch.tensor([[-1.0, 3e38, -2.0]])
+    given = {"token_logps": x, "mask": mask, "segments": torch.tensor([[0, 7, 1]])}
+    ready = _quantities.prepare({**given, "advantages": x[:, 0], "old_token_logps": None})
+    assert ready["token_logps"].tolist() == [[-1.0, 0.0, -2.0]]
+    assert ready["segments"].tolist() == [[0, -1, 1]]
+    assert ready["mask"].dtype == torch.bool
+    assert ready["advantages"].tolist() == [-1.0]
+    assert "old_token_logps" not in ready
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ from _tiny import one_thread  # noqa: F401
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
 
 import fastpo
-from fastpo.integrations.trl import FusedHead
+from fastpo.integrations.trl import Compact, FusedHead
 from fastpo.ops import _driver
 from fastpo.testing import HeadInputs
 
@@ -150,9 +151,6 @@ def test_only_valid_positions_reach_the_head(monkeypatch):
     inputs = tiny.batch()
     with fastpo.patched():
         fused(tiny.model("llama"), inputs)
-        assert utils._use_triton(torch.device("cuda")) == utils._use_triton.original(
-            torch.device("cuda")
-        )
     assert rows == [int((inputs["labels"][:, 1:] != -100).sum())]
 
 
@@ -260,7 +258,8 @@ def test_sharded_head(frozen, monkeypatch):
 
 
 def seams():
-    return utils._ChunkedLogProbFunction, utils._use_triton
+    """TRL 1.15 has no `_use_triton`: it compacts everywhere."""
+    return utils._ChunkedLogProbFunction, getattr(utils, "_use_triton", None)
 
 
 def test_patch_and_unpatch():
@@ -281,6 +280,12 @@ def test_patch_and_unpatch():
     assert all(now is before for now, before in zip(seams(), own, strict=True))
     fastpo.unpatch()
     assert seams() == own
+
+
+def test_other_devices_are_compacted_as_trl_does():
+    answers = {"cpu": True, "cuda": True, "neuron": False}
+    compact = Compact(lambda device: device.type == "cuda")
+    assert {kind: compact(SimpleNamespace(type=kind)) for kind in answers} == answers
 
 
 def test_another_trl_fails_by_name_and_stays_as_it_was(monkeypatch):

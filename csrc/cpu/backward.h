@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "row.h"
 #include "vector_scalar.h"
@@ -78,6 +79,10 @@ struct FromKept {
   }
 };
 
+// float16 is stored around 2^14: brought back, its logarithms are small where p is large.
+template <class Kept>
+constexpr float kUnit = std::is_same_v<Kept, Float16> ? 0x1p-14f : 1.0f;
+
 template <class S, class Kept>
 struct FromKeptLog {
   using Float = typename S::Float;
@@ -87,17 +92,20 @@ struct FromKeptLog {
 
   FromKeptLog(const BackwardTile& t, const RowGrads& g, int64_t row)
       : kept(static_cast<const Kept*>(t.source) + row * t.source_stride),
-        log_scale(S::set(static_cast<float>(kept_shift(t, g, row)))),
-        scale(S::set(static_cast<float>(::exp(kept_shift(t, g, row))))),
-        anchor(S::set(t.anchors[row])),
         common(S::set(static_cast<float>(g.common))),
         entropy(S::set(static_cast<float>(g.entropy))),
-        cap(t.map.cap) {}
+        cap(t.map.cap) {
+    const double log_unit = ::log(static_cast<double>(kUnit<Kept>));
+    const double log_p = kept_shift(t, g, row) - log_unit;
+    log_scale = S::set(static_cast<float>(log_p));
+    scale = S::set(static_cast<float>(::exp(log_p)));
+    anchor = S::set(static_cast<float>(t.anchors[row] - log_unit));
+  }
 
   template <class Store>
   void columns(int64_t begin, int64_t end, Store&& store) const {
     sweep<S>(begin, end, [&](int64_t column, auto lanes) {
-      const Float e = lanes.load(kept + column);
+      const Float e = S::mul(lanes.load(kept + column), S::set(kUnit<Kept>));
       const Float log_e = log<S>(e);
       const Float log_p = S::max(S::set(fastpo::kLogFloor), S::add(log_e, log_scale));
       const Float dz = S::mul(S::mul(e, scale), S::fnma(entropy, log_p, common));
@@ -105,11 +113,12 @@ struct FromKeptLog {
     });
   }
 
-  // An exponential that underflowed has z = -inf here and p = 0.
+  // 1 - (z/cap)², without cancellation where the cap saturates. An exponential that underflowed has
+  // z = -inf here and p = 0.
   Float slope(Float log_e) const {
     const Float z = S::max(S::set(-cap), S::add(log_e, anchor));
-    const Float saturation = S::mul(z, S::set(1.0f / cap));
-    return S::fnma(saturation, saturation, S::set(1.0f));
+    const Float product = S::mul(S::sub(S::set(cap), z), S::add(S::set(cap), z));
+    return S::mul(product, S::set(1.0f / (cap * cap)));
   }
 };
 

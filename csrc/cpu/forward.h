@@ -24,8 +24,10 @@ struct Peak {
   float value() const { return S::any(nan) ? NAN : S::max_of(max); }
 };
 
+// The largest z of [begin, end), -inf when that is empty.
 template <class S, bool kCap>
 inline float peak(const Logits<S, kCap>& logits, int64_t begin, int64_t end) {
+  if (begin >= end) return -INFINITY;
   Peak<S> even, odd;  // two chains hide the latency of max
   const Whole<S> whole;
   int64_t column = begin;
@@ -36,7 +38,7 @@ inline float peak(const Logits<S, kCap>& logits, int64_t begin, int64_t end) {
   sweep<S>(column, end, [&](int64_t c, auto lanes) {
     even.add(lanes.fill(logits.argument(c, lanes), -INFINITY));
   });
-  return nan_max(even.value(), odd.value());
+  return logits.value(nan_max(even.value(), odd.value()));
 }
 
 struct Totals {
@@ -126,8 +128,8 @@ inline void fold_state(const ForwardTile& t, float* state, float m, float refere
 template <class S, bool kCap>
 inline float fold_peaks(const ForwardTile& t, const Logits<S, kCap>& logits, Split split,
                         float* state) {
-  const float earlier = logits.value(peak(logits, 0, split.before));
-  const float later = logits.value(peak(logits, split.after, t.v));
+  const float earlier = peak(logits, 0, split.before);
+  const float later = peak(logits, split.after, t.v);
   float m = nan_max(nan_max(earlier, later), state[fastpo::kMax * t.state_stride]);
   if (split.has_label()) {
     const float z = logits.value_at(split.before);

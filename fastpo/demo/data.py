@@ -24,7 +24,7 @@ Row = dict[str, Any]  # prompt, chosen, rejected: each a string, or each a list 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows to train on and rows kept back; `train_places` say where a row came from."""
+    """Rows to train on and rows kept back."""
 
     source: str
     train: list[Row]
@@ -39,12 +39,13 @@ class Pairs:
     def conversational(self) -> bool:
         return is_conversational(self.train[0])
 
-    def only(self, kept: Iterable[Row]) -> Pairs:
-        """The same split with only those rows in it."""
-        ids = {id(row) for row in kept}
-        train, held_out = (
-            [row for row in part if id(row) in ids] for part in (self.train, self.held_out)
-        )
+    def without(self, dropped: Iterable[Row]) -> Pairs:
+        """The same split with those rows left out."""
+        ids = {id(row) for row in dropped}
+        train = [row for row in self.train if id(row) not in ids]
+        held_out = [row for row in self.held_out if id(row) not in ids]
+        if not train or not held_out:
+            raise DemoError(f"{self.source}: expected at least 2 rows that fit, got {len(train)}")
         return Pairs(self.source, train, held_out, self.places)
 
 
@@ -64,6 +65,7 @@ def load_pairs(path: Path, seed: int) -> Pairs:
     order = list(range(len(rows)))
     Random(seed).shuffle(order)
     count = min(max(1, len(rows) // HELD_OUT_SHARE), HELD_OUT_MAX)
+    count -= count % 8 if count > 8 else 0  # so that evaluation batches are all of one size
     held_out = set(order[:count])
     train = [row for i, row in enumerate(rows) if i not in held_out]
     return Pairs(str(path), train, [rows[i] for i in sorted(held_out)], places)

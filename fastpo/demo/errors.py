@@ -1,7 +1,11 @@
-"""The one error of the demo: something the person at the terminal can put right."""
+"""What the demo says to the person at the terminal, without a traceback."""
 
 from __future__ import annotations
 
 
 class DemoError(ValueError):
-    """A message without traceback; the command line ends with exit code 2."""
+    """Something in what was given that its giver can put right."""
+
+
+class DemoFailure(RuntimeError):
+    """A training process that did not get to its end."""

@@ -42,9 +42,7 @@ class Seam:
         try:
             return getattr(import_module(self.module), self.name, None)
         except ImportError as error:
-            raise RuntimeError(
-                f"{self.module}: {error}; {self._works()}"
-            ) from error
+            raise RuntimeError(f"{self.module}: {error}; {self._works()}") from error
 
     def read(self) -> Any:
         """The original behind the name, its signature checked; None where it is optional."""

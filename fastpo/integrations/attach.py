@@ -69,7 +69,7 @@ def attach(
     base = model if unwrap is None else unwrap()
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model, got {type(base).__name__}")
-    if isinstance(getattr(base, _STATE, None), Attached):
+    if _STATE in vars(base) and vars(base)[_STATE].active:
         raise ValueError(f"model: expected one without a fastpo head, got {type(base).__name__}")
     _check_loss_function(base, LOSS.read())
     _linear_head(base)
@@ -99,18 +99,23 @@ class Attached:
     def __init__(self, model: PreTrainedModel, options: HeadOptions) -> None:
         self.model, self.options = model, options
         self.active, self.probed = True, False
-        # An instance may carry a forward of its own, accelerate's for one.
-        self.own = model.__dict__.get("forward")
         self.own_loss = LOSS.read()
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        # An instance may carry a forward of its own, accelerate's for one.
+        self.own = model.__dict__.get("forward")
+        below = model.__dict__.get(_STATE)
+        if below is not None:  # detached under such a wrapper, where our forward still stands
+            self.own = below.own
+        else:
+            model.forward = MethodType(_wrapped(type(model).forward), model)
         setattr(model, _STATE, self)
-        model.forward = MethodType(_wrapped(type(model).forward), model)
 
     def detach(self) -> None:
         """The model's own forward again, also under what was wrapped around it since."""
         self.active = False
         forward = self.model.__dict__.get("forward")
-        if getattr(forward, "__func__", None) is not _wrapped(type(self.model).forward):
+        on_top = getattr(forward, "__func__", None) is _wrapped(type(self.model).forward)
+        if not on_top or self.model.__dict__.get(_STATE) is not self:
             return
         if self.own is None:
             del self.model.forward

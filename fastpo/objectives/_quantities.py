@@ -51,8 +51,16 @@ _TABLE = {
     "P K": "student_topk_logps* teacher_topk_logps",
 }
 
+Shapes = tuple[tuple[str, ...], ...]  # the shapes one quantity may have
+
+
+def parse_shapes(text: str) -> Shapes:
+    """ "B|B D" -> (("B",), ("B", "D"))."""
+    return tuple(tuple(shape.split()) for shape in text.split("|"))
+
+
 SHAPES = {
-    name.rstrip("*"): tuple(tuple(shape.split()) for shape in shapes.split("|"))
+    name.rstrip("*"): parse_shapes(shapes)
     for shapes, names in _TABLE.items()
     for name in names.split()
 }
@@ -77,17 +85,17 @@ def _text(shape: tuple[str, ...], sizes: Mapping[str, int]) -> str:
     return f"({', '.join(dims)}{',' if len(dims) == 1 else ''})"
 
 
-def _check_shape(name: str, value: Tensor, sizes: dict[str, int]) -> None:
-    """Match value against its shapes in the table; `sizes` remembers every dimension seen."""
+def _check_shape(name: str, value: Tensor, shapes: Shapes, sizes: dict[str, int]) -> None:
+    """Match value against the shapes it may have; `sizes` remembers every dimension seen."""
     got = tuple(value.shape)
-    for shape in SHAPES[name]:
+    for shape in shapes:
         known = {"1": 1, **sizes}
         if len(shape) == len(got) and all(
             known.setdefault(dim, size) == size for dim, size in zip(shape, got, strict=True)
         ):
             sizes.update(known)
             return
-    expected = " or ".join(_text(shape, sizes) for shape in SHAPES[name])
+    expected = " or ".join(_text(shape, sizes) for shape in shapes)
     raise ValueError(f"{name}: expected shape {expected}, got {got}")
 
 
@@ -100,7 +108,9 @@ def _dtype(name: str, value: Tensor) -> Tensor:
 
 
 def prepare(
-    given: Mapping[str, Tensor | None], gradient_into: Iterable[str] = ()
+    given: Mapping[str, Tensor | None],
+    gradient_into: Iterable[str] = (),
+    shapes: Mapping[str, Shapes] = SHAPES,
 ) -> dict[str, Tensor]:
     """Checked and safe quantities; absent (None) ones are left out."""
     sizes: dict[str, int] = {}
@@ -110,7 +120,7 @@ def prepare(
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
-        _check_shape(name, value, sizes)
+        _check_shape(name, value, shapes[name], sizes)
         constant = name not in DIFFERENTIABLE and name not in gradient_into
         ready[name] = _dtype(name, value.detach() if constant else value)
     for name, value in ready.items():

@@ -22,14 +22,14 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
-from ._quantities import SHAPES, prepare
+from ._quantities import SHAPES, Shapes, parse_shapes, prepare
 
 FAMILIES = (
     "transforms",
@@ -181,6 +181,8 @@ class Entry:
     before: frozenset[str] | None = None  # transforms: the only objectives they may precede
     mirrored: bool = False  # transforms: the reference goes through it too
     refuses_weights: bool = False  # the rows are not the batch's rows
+    shapes: Mapping[str, Shapes] = field(default_factory=lambda: SHAPES)
+    gradient_into: tuple[str, ...] = ()  # constants elsewhere
 
     def check(self, hyperparameters: Mapping[str, Any]) -> None:
         for name, value in hyperparameters.items():
@@ -202,18 +204,23 @@ def objective(
     aliases: Sequence[str] = (),
     gradient_into: Sequence[str] = (),
     refuses_weights: bool = False,
+    shapes: Mapping[str, str] | None = None,
 ) -> Callable[[F], F]:
     """Enter a function into the table.
 
     `family`: that of the module's name when left out. `gradient_into`: quantities that are
-    constants elsewhere and carry a gradient here.
+    constants elsewhere and carry a gradient here. `shapes`: for quantities whose shape here is
+    narrower than in `_quantities`, or has other letters: {"chosen_rewards": "B D"}.
     """
+    narrowed = {**SHAPES, **{name: parse_shapes(text) for name, text in (shapes or {}).items()}}
 
     def register(function: F) -> F:
-        call = _guarded(function, parameters := parameters_of(function), tuple(gradient_into))
+        parameters = parameters_of(function)
+        call = _guarded(function, parameters, tuple(gradient_into), narrowed)
         home = family or function.__module__.rpartition(".")[2]
-        entry = Entry(key, home, paper, tuple(aliases), call, parameters)
-        _enter(replace(entry, refuses_weights=refuses_weights))
+        entry = Entry(key, home, paper, tuple(aliases), call, parameters, shapes=narrowed)
+        carries = tuple(gradient_into)
+        _enter(replace(entry, refuses_weights=refuses_weights, gradient_into=carries))
         return cast(F, call)
 
     return register
@@ -246,6 +253,7 @@ def _guarded(
     function: Callable[..., Any],
     parameters: Mapping[str, Parameter],
     gradient_into: tuple[str, ...],
+    shapes: Mapping[str, Shapes] = SHAPES,
 ) -> Callable[..., Any]:
     """The function behind its door: parameters in range, quantities prepared."""
     signature = inspect.signature(function)
@@ -256,7 +264,7 @@ def _guarded(
         hyperparameters = {name: given.pop(name) for name in parameters if name in given}
         for name, value in hyperparameters.items():
             parameters[name].check(value)
-        return function(**prepare(given, gradient_into), **hyperparameters)
+        return function(**prepare(given, gradient_into, shapes), **hyperparameters)
 
     return call
 

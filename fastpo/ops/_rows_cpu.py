@@ -33,9 +33,7 @@ def forward(
     fold_cap: bool,
 ) -> None:
     assert _C is not None, _MISSING
-    work = forward_tile(
-        tile, first, labels, bias, state, logit_map, stats, kept, anchors, fold_cap
-    )
+    work = forward_tile(tile, first, labels, bias, state, logit_map, stats, kept, anchors, fold_cap)
     _C.rows_forward_cpu(work, torch.get_num_threads(), ISA)
 
 
@@ -51,7 +49,5 @@ def backward(
     out: Tensor,  # [n, v]
 ) -> None:
     assert _C is not None, _MISSING
-    work = backward_tile(
-        source, anchors, first, labels, bias, grads, logit_map, entropy_grad, out
-    )
+    work = backward_tile(source, anchors, first, labels, bias, grads, logit_map, entropy_grad, out)
     _C.rows_backward_cpu(work, torch.get_num_threads(), ISA)

@@ -34,9 +34,7 @@ def forward(
     fold_cap: bool,
 ) -> None:
     assert _C is not None, _MISSING
-    work = forward_tile(
-        tile, first, labels, bias, state, logit_map, stats, kept, anchors, fold_cap
-    )
+    work = forward_tile(tile, first, labels, bias, state, logit_map, stats, kept, anchors, fold_cap)
     with torch.cuda.device(tile.device):
         stream = torch.cuda.current_stream()
         _C.rows_forward_cuda(work, stream.device_index, stream.cuda_stream)
@@ -54,9 +52,7 @@ def backward(
     out: Tensor,  # [n, v]
 ) -> None:
     assert _C is not None, _MISSING
-    work = backward_tile(
-        source, anchors, first, labels, bias, grads, logit_map, entropy_grad, out
-    )
+    work = backward_tile(source, anchors, first, labels, bias, grads, logit_map, entropy_grad, out)
     with torch.cuda.device(source.device):
         stream = torch.cuda.current_stream()
         _C.rows_backward_cuda(work, stream.device_index, stream.cuda_stream)

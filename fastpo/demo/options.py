@@ -1,0 +1,70 @@
+"""What a demo run is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import DemoError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The built model: Llama's architecture with a vocabulary of real size, so the head dominates."""
+
+    vocab: int = 32768
+    hidden: int = 128
+    layers: int = 4
+    heads: int = 4
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run of the demo. None: chosen by what is given, see the properties.
+
+    data: a JSONL file in TRL's preference format; None: the embedded pairs.
+    model: a folder of `save_pretrained`; None: a small model, built and warmed up on the data.
+    """
+
+    data: Path | None = None
+    model: Path | None = None
+    objective: str = "dpo"
+    beta: float | None = None
+    steps: int = 40
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    max_length: int | None = None
+    truncate: bool = False
+    warmup_steps: int = 160
+    seed: int = 0
+    out: Path = Path("fastpo-demo")
+    overwrite: bool = False
+    shape: Shape = Shape()
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch_size": 1, "max_length": 8, "warmup_steps": 0, "seed": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise DemoError(f"--{_flag(name)}: expected an integer >= {low}, got {value}")
+        if self.seed >= 2**32:
+            raise DemoError(f"--seed: expected an integer below 2**32, got {self.seed}")
+        for name in ("beta", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise DemoError(f"--{_flag(name)}: expected a finite number > 0, got {value}")
+
+    @property
+    def pairs_per_step(self) -> int:
+        """Real rows are ten times as long as the embedded ones."""
+        return self.batch_size or (16 if self.data is None else 4)
+
+    @property
+    def rate(self) -> float:
+        """The built model is small and new; one that was trained before would be torn apart."""
+        return self.learning_rate or (5e-4 if self.model is None else 5e-6)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,182 @@
+"""Everything that can go wrong before a step is taken: objective, data, model, lengths, folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .data import Pairs, Row, embedded_pairs, load_pairs
+from .errors import DemoError
+from .options import Options, Shape
+from .tokenizer import SMALLEST_VOCAB, encode, require_chat_template, texts_of, train_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LENGTH = 1024
+_NEEDED = ("trl", "peft", "datasets", "accelerate", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The pairs that will be trained on, under a length limit."""
+
+    pairs: Pairs
+    max_length: int
+    longest: int
+    truncated: int
+    dropped: int  # rows whose prompt alone fills max_length
+
+
+def check_packages() -> None:
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise DemoError(f"needs {', '.join(missing)}: pip install 'fastpo[trl,bench]'")
+
+
+def check_out(options: Options) -> None:
+    """The folder is new, empty, or may be replaced, and nothing that is needed lies in it."""
+    out = options.out.absolute()
+    if out.exists() and not out.is_dir():
+        raise DemoError(f"--out {options.out}: expected a folder, got a file")
+    if out.is_dir() and any(out.iterdir()):
+        if not options.overwrite:
+            raise DemoError(f"--out {options.out}: not empty; pass --overwrite to replace it")
+        kept = {"the current folder": Path.cwd(), "your home": Path.home()}
+        kept |= {"--data": options.data, "--model": options.model}  # type: ignore[dict-item]
+        for name, path in kept.items():
+            if path is not None and path.resolve().is_relative_to(out.resolve()):
+                raise DemoError(f"--out {options.out}: will not be overwritten, {name} lies in it")
+    parent = out.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise DemoError(f"--out {options.out}: {parent} cannot be written to")
+
+
+def read_pairs(options: Options) -> Pairs:
+    return embedded_pairs() if options.data is None else load_pairs(options.data, options.seed)
+
+
+def model_config(options: Options) -> Any:
+    """The configuration of --model; DemoError unless it is a folder with a causal language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    folder = options.model
+    assert folder is not None
+    if not (folder / "config.json").is_file():
+        what = "no config.json" if folder.is_dir() else "no such folder"
+        raise DemoError(f"--model {folder}: expected a folder made by save_pretrained, got {what}")
+    if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors*", "pytorch_model*.bin*")):
+        raise DemoError(f"--model {folder}: no weights (*.safetensors)")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise DemoError(f"--model {folder}: {str(error).splitlines()[0]}") from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise DemoError(f"--model {folder}: expected a causal language model, got {config.model_type}")
+    return config
+
+
+def make_tokenizer(options: Options, pairs: Pairs, config: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer of --model, or one trained on the training rows for the model's vocabulary."""
+    from transformers import AutoTokenizer
+
+    vocab = options.shape.vocab if config is None else config.get_text_config().vocab_size
+    folder = options.model
+    if folder is None or not (folder / "tokenizer_config.json").is_file():
+        if vocab < SMALLEST_VOCAB:
+            raise DemoError(
+                f"vocabulary: expected at least {SMALLEST_VOCAB} words to train a tokenizer, "
+                f"got {vocab}"
+            )
+        return train_tokenizer(texts_of(pairs.train), vocab)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (ValueError, OSError, KeyError) as error:
+        raise DemoError(f"--model {folder}: tokenizer: {str(error).splitlines()[0]}") from None
+    if len(tokenizer) > vocab:
+        raise DemoError(f"--model {folder}: {len(tokenizer)} words in the tokenizer, {vocab} in the head")
+    if tokenizer.eos_token is None:
+        raise DemoError(f"--model {folder}: the tokenizer has no end-of-sequence token")
+    if pairs.conversational:
+        require_chat_template(tokenizer, f"--model {folder}")
+    return tokenizer
+
+
+def fit(options: Options, pairs: Pairs, tokenizer: Any, config: Any) -> Fitted:
+    """Checks every row's length; DemoError names the first that is too long, unless --truncate."""
+    max_length = _max_length(options, config)
+    longest = truncated = 0
+    dropped: list[Row] = []
+    for row in pairs.rows:
+        prompt, *sides = encode(tokenizer, row)
+        longest = max(longest, *sides)
+        if max(sides) <= max_length:
+            continue
+        if not options.truncate:
+            raise DemoError(
+                f"{pairs.places[id(row)]}: prompt and answer are {max(sides)} tokens long, over "
+                f"--max-length {max_length}; raise it, or pass --truncate"
+            )
+        truncated += 1
+        if prompt >= max_length:
+            dropped.append(row)
+    kept = pairs.without(dropped) if dropped else pairs
+    return Fitted(kept, max_length, longest, truncated, len(dropped))
+
+
+def _max_length(options: Options, config: Any) -> int:
+    text = None if config is None else config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None) or MAX_LENGTH
+    if options.max_length is None:
+        return min(MAX_LENGTH, positions)
+    if config is not None and options.max_length > positions:
+        raise DemoError(
+            f"--max-length: expected at most {positions}, the positions of {options.model}, "
+            f"got {options.max_length}"
+        )
+    return options.max_length
+
+
+def build_model(shape: Shape, tokenizer: Any, seed: int, max_length: int, folder: Path) -> None:
+    """A Llama model with new weights, saved with its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.hidden,
+        intermediate_size=3 * shape.hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=max(MAX_LENGTH, max_length),
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_rows(pairs: Pairs, path: Path) -> None:
+    rows = {"train": pairs.train, "held_out": pairs.held_out}
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def sibling_folder(out: Path) -> Path:
+    """A hidden folder beside `out`: on the same file system, so that a rename is all at once."""
+    parent = out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
+    except OSError as error:
+        raise DemoError(f"--out {out}: {error.strerror}") from None

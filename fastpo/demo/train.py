@@ -1,0 +1,175 @@
+"""The two trainings of the demo, as a user of TRL would write them; runs inside a worker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import fastpo
+
+from .jobs import Job
+from .memory import PeakMemory
+from .objective import Objective, needs
+from .trainer import ObjectiveTrainer
+
+Emit = Callable[..., None]
+EVALUATIONS = 4
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def arguments(job: Job) -> dict[str, Any]:
+    """Trainer arguments that both trainings share."""
+    return {
+        "output_dir": str(Path(job.scratch) / "trainer"),
+        "max_steps": job.steps,
+        "per_device_train_batch_size": job.batch_size,
+        "per_device_eval_batch_size": job.eval_batch_size,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": job.steps // 10,
+        "max_length": job.max_length,
+        "seed": job.seed,
+        "use_cpu": device() == "cpu",
+        "bf16": device() == "cuda" and torch.cuda.is_bf16_supported(),
+        "gradient_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+    }
+
+
+def warm_up(job: Job, emit: Emit) -> None:
+    """SFT on all answers, the good and the bad: the model learns both manners and prefers neither."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side]}
+        for row in _rows(job)["train"]
+        for side in ("chosen", "rejected")
+    ]
+    with _head(job):
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
+            args=SFTConfig(**arguments(job)),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(job.model),
+            callbacks=[Recorder(emit)],
+        )
+        trainer.train()
+    _save(trainer, job)
+
+
+def prefer(job: Job, emit: Emit) -> None:
+    """Preference optimisation of the policy against its own start, evaluated on held-out pairs."""
+    rows = _rows(job)
+    chosen = Objective(**(job.objective or {}))
+    own = chosen.loss_type is None
+    options = {
+        "eval_strategy": "steps",
+        "eval_steps": max(1, job.steps // EVALUATIONS),
+        "use_weighting": own and needs(chosen, "log_sum_sq_probs"),  # it makes the head return it
+        **chosen.trl_arguments,
+    }
+    with _head(job):
+        trainer = (ObjectiveTrainer if own else DPOTrainer)(
+            job.model,
+            args=DPOConfig(**arguments(job), **options),
+            train_dataset=Dataset.from_list(rows["train"]),
+            eval_dataset=Dataset.from_list(rows["held_out"]),
+            processing_class=AutoTokenizer.from_pretrained(job.model),
+            callbacks=[Recorder(emit)],
+        )
+        if own:
+            trainer.objective = chosen
+        if job.out is not None:
+            emit(prefers_chosen_before=preference(trainer))
+        trainer.train()
+        if job.out is not None:
+            emit(prefers_chosen_after=preference(trainer))
+    _save(trainer, job)
+
+
+@torch.no_grad()
+def preference(trainer: DPOTrainer) -> float:
+    """Share of held-out pairs whose chosen answer is the likelier one per token."""
+    model = trainer.model.eval()
+    wins = []
+    for batch in trainer.get_eval_dataloader():
+        mask = batch["completion_mask"]
+        labels = batch["input_ids"].masked_fill(mask == 0, -100)
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        logps = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+        chosen, rejected = (logps.sum(1) / mask[:, 1:].sum(1).clamp(min=1)).chunk(2)
+        wins.append((chosen > rejected).float())
+    return torch.cat(wins).mean().item()
+
+
+class Recorder(TrainerCallback):
+    """Sends what a training does, step by step, and its peak memory at the end."""
+
+    def __init__(self, emit: Emit) -> None:
+        self.emit = emit
+        self.memory = PeakMemory(device())
+        self.seconds = self.begun = 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.emit(device=device(), threads=torch.get_num_threads())
+        self.memory.start()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.begun = self._now()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds = self._now() - self.begun
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.emit(
+                step=state.global_step,
+                loss=logs["loss"],
+                accuracy=logs.get("rewards/accuracies"),
+                seconds=self.seconds,
+            )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+        self.emit(
+            evaluated=state.global_step,
+            loss=metrics["eval_loss"],
+            accuracy=metrics["eval_rewards/accuracies"],
+            margin=metrics["eval_rewards/margins"],
+        )
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.emit(memory=self.memory.result())
+
+    def _now(self) -> float:
+        if device() == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def _head(job: Job) -> contextlib.AbstractContextManager[Any]:
+    return fastpo.patched() if job.patched else contextlib.nullcontext()
+
+
+def _rows(job: Job) -> dict[str, list[dict]]:
+    return json.loads(Path(job.rows).read_text(encoding="utf-8"))
+
+
+def _save(trainer: Any, job: Job) -> None:
+    if job.out is not None:
+        trainer.model.save_pretrained(job.out)
+        trainer.processing_class.save_pretrained(job.out)

@@ -1,0 +1,544 @@
+"""Compiled row kernels against float64, as good as the float32 ones in PyTorch; one table of cases.
+
+Every instruction set of this processor runs, and CUDA where there is a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpo.ops import _rows as R
+from fastpo.ops import _rows_cpu, _rows_cuda, _rows_torch
+from fastpo.testing import assert_as_good_as_eager, max_error, rounding
+
+pytestmark = pytest.mark.skipif(_rows_cpu._C is None, reason="fastpo._C is not built")
+
+
+@dataclass(frozen=True)
+class Backend:
+    kernels: ModuleType
+    device: str
+    isa: int = 0
+
+
+ISA_NAMES = ("scalar", "avx2", "avx512")
+CUDA_MISSING = _rows_cuda.unavailable(torch.device("cuda")) or (
+    None if torch.cuda.is_available() else "no CUDA device"
+)
+BACKENDS = [
+    pytest.param(Backend(_rows_cpu, "cpu", isa), id=ISA_NAMES[isa])
+    for isa in range(_rows_cpu.ISA + 1)
+] + [
+    pytest.param(
+        Backend(_rows_cuda, "cuda"),
+        id="cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(bool(CUDA_MISSING), reason=str(CUDA_MISSING))],
+    )
+]
+
+MAPS = [
+    pytest.param(R.LogitMap(), id="plain"),
+    pytest.param(R.LogitMap(temperature=0.7, logit_scale=1.3), id="scaled"),
+    pytest.param(R.LogitMap(temperature=0.7, softcap=5.0), id="softcap"),
+    pytest.param(R.LogitMap(softcap=30.0, logit_scale=-1.3), id="softcap-negative"),
+]
+KEPT = [None, torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = [1, 2, 3, 5, 8, 9, 16, 31, 33, 70]
+ALL_STATS = sum(R.STATS.values())
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    monkeypatch.setattr(_rows_cpu, "ISA", request.param.isa)
+    return request.param
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row of tiles as the driver has them: views into wider buffers, labels in any tile."""
+
+    tiles: list[Tensor]  # each [n, v]
+    labels: Tensor  # [n]
+    bias: Tensor | None  # [V]
+    logit_map: R.LogitMap
+
+    @property
+    def firsts(self) -> list[int]:
+        widths = torch.tensor([0, *(tile.shape[1] for tile in self.tiles[:-1])])
+        return widths.cumsum(0).tolist()
+
+    def to(self, device: str) -> Problem:
+        bias = None if self.bias is None else self.bias.to(device)
+        tiles = [_strided(tile.to(device)) for tile in self.tiles]
+        return Problem(tiles, self.labels.to(device), bias, self.logit_map)
+
+    def logits(self) -> Tensor:
+        """[n, V] float64."""
+        x = torch.cat(self.tiles, 1).double()
+        x = x if self.bias is None else x + self.bias.double()
+        if self.logit_map.softcap is None:
+            return x * self.logit_map.factor
+        inner = self.logit_map.logit_scale / self.logit_map.softcap
+        return torch.tanh(x * inner) * self.logit_map.cap
+
+    def is_label(self) -> Tensor:
+        columns = torch.arange(sum(tile.shape[1] for tile in self.tiles))
+        return columns == self.labels.unsqueeze(1)
+
+
+def _strided(tile: Tensor) -> Tensor:
+    """The same values with a row stride that no vector width divides."""
+    n, v = tile.shape
+    return tile.new_full((n, v + 3), 7.0)[:, :v].copy_(tile)
+
+
+def make_problem(
+    n: int,
+    v: int,
+    logit_map: R.LogitMap,
+    *,
+    tiles: int = 2,
+    spread: float = 3.0,
+    bias: bool = True,
+    seed: int = 0,
+) -> Problem:
+    g = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(n, v, generator=g) * spread for _ in range(tiles)]
+    labels = torch.randint(0, v * tiles, (n,), generator=g)
+    offset = torch.randn(v * tiles, generator=g) if bias else None
+    return Problem(drawn, labels, offset, logit_map)
+
+
+@dataclass(frozen=True)
+class Folded:
+    state: Tensor
+    kept: list[Tensor]
+    anchors: list[Tensor]
+
+
+def initial_state(n: int, device: str = "cpu") -> Tensor:
+    """[STATE, n] as the driver passes it: columns of a wider buffer."""
+    wide = torch.tensor(R.INITIAL_STATE, device=device).unsqueeze(1).repeat(1, n + 5)
+    return wide[:, 2 : n + 2]
+
+
+def fold(
+    kernels: ModuleType,
+    problem: Problem,
+    *,
+    stats: int = ALL_STATS,
+    kept: torch.dtype | None = None,
+    fold_cap: bool = False,
+    device: str = "cpu",
+) -> Folded:
+    problem = problem.to(device)
+    n = len(problem.labels)
+    result = Folded(initial_state(n, device), [], [])
+    for tile, first in zip(problem.tiles, problem.firsts, strict=True):
+        stored = anchors = None
+        if kept is not None:
+            stored = torch.full((n, tile.shape[1] + 1), 9.0, dtype=kept, device=device)[:, :-1]
+            anchors = torch.empty(n, device=device)
+            result.kept.append(stored)
+            result.anchors.append(anchors)
+        kernels.forward(
+            tile,
+            first,
+            problem.labels,
+            problem.bias,
+            result.state,
+            problem.logit_map,
+            stats,
+            stored,
+            anchors,
+            fold_cap,
+        )
+    return Folded(
+        result.state.cpu(), [k.cpu() for k in result.kept], [a.cpu() for a in result.anchors]
+    )
+
+
+def true_state(problem: Problem) -> Tensor:
+    """The definition in _rows.py over whole rows, float64 [STATE, n]."""
+    z, label = problem.logits(), problem.is_label()
+    m = z.amax(1)
+    gap = z - m.unsqueeze(1)
+    others = gap.exp().masked_fill(label, 0.0)
+    target = torch.where(label.any(1), z.masked_fill(~label, 0.0).sum(1), float("nan"))
+    earlier = torch.arange(z.shape[1]) >= problem.labels.unsqueeze(1)
+    rows = [torch.empty(0)] * R.STATE
+    rows[R.MAX], rows[R.OTHERS], rows[R.TARGET] = m, others.sum(1), target
+    rows[R.MOMENT] = (others * gap.clamp_min(R.LOG_FLOOR)).sum(1)
+    rows[R.SQUARES], rows[R.SUM] = others.square().sum(1), z.sum(1)
+    rows[R.BEFORE] = z.masked_fill(earlier, float("-inf")).amax(1)
+    return torch.stack(rows)
+
+
+def assert_state(problem: Problem, ours: Folded, eager: Folded) -> None:
+    truth = true_state(problem)
+    names = ("max", "others", "target", "moment", "squares", "sum", "before")
+    for row, name in enumerate(names):
+        assert_as_good_as_eager(name, ours.state[row], eager.state[row], truth[row])
+
+
+def assert_kept(problem: Problem, ours: Folded, eager: Folded, fold_cap: bool) -> None:
+    """exp(z - m), from what was stored and the anchors it was stored with."""
+    z, dtype = problem.logits(), ours.kept[0].dtype
+    m = z.amax(1, keepdim=True)
+    truth = (z - m).exp().masked_fill(problem.is_label(), 0.0)
+    if fold_cap:
+        truth = truth * problem.logit_map.cap_slope(z)
+
+    def value(folded: Folded) -> Tensor:
+        pairs = zip(folded.kept, folded.anchors, strict=True)
+        return torch.cat([k.double() * (a.unsqueeze(1) - m).exp() for k, a in pairs], 1)
+
+    error, allowed = max_error(value(ours), truth), 2 * max_error(value(eager), truth)
+    assert error <= allowed + rounding(truth, dtype), (dtype, error, allowed)
+
+
+def make_grads(problem: Problem, *, seed: int = 1) -> Tensor:
+    """[GRADS, n] float32, with the maximum and log-mass the logits have."""
+    g = torch.Generator().manual_seed(seed)
+    z = problem.logits()
+    grads = torch.randn(R.GRADS, len(z), generator=g)
+    grads[R.SHIFT] = z.amax(1)
+    grads[R.LOG_MASS] = (z - grads[R.SHIFT].double().unsqueeze(1)).exp().sum(1).log()
+    return grads
+
+
+def turn(
+    kernels: ModuleType,
+    problem: Problem,
+    grads: Tensor,
+    *,
+    folded: Folded | None = None,
+    entropy_grad: bool = True,
+    out: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> Tensor:
+    """d loss / d products of all tiles [n, V], from raw products or from what was kept."""
+    problem, grads = problem.to(device), grads.to(device)
+    results = []
+    for i, (tile, first) in enumerate(zip(problem.tiles, problem.firsts, strict=True)):
+        source = tile if folded is None else folded.kept[i].to(device)
+        anchors = None if folded is None else folded.anchors[i].to(device)
+        wide = torch.full((len(tile), tile.shape[1] + 1), 9.0, dtype=out, device=device)
+        kernels.backward(
+            source,
+            anchors,
+            first,
+            problem.labels,
+            problem.bias,
+            grads,
+            problem.logit_map,
+            entropy_grad,
+            wide[:, :-1],
+        )
+        assert (wide[:, -1] == 9.0).all(), "wrote behind the tile"
+        results.append(wide[:, :-1].cpu())
+    return torch.cat(results, 1)
+
+
+def true_turn(
+    problem: Problem, grads: Tensor, folded: Folded | None, *, entropy_grad: bool
+) -> Tensor:
+    """The definition in _rows.py in float64, from the products or from what was kept."""
+    shift, log_mass, common, entropy, at_label = (row.unsqueeze(1) for row in grads.double())
+    z = problem.logits()
+    if folded is not None:
+        pairs = zip(folded.kept, folded.anchors, strict=True)
+        z = torch.cat([k.double().log() + a.double().unsqueeze(1) for k, a in pairs], 1)
+    log_p = (z - shift - log_mass).clamp_min(R.LOG_FLOOR)
+    dz = log_p.exp() * (common - (entropy * log_p if entropy_grad else 0.0))
+    logit_map = problem.logit_map
+    if logit_map.softcap is not None:
+        dz = dz * logit_map.cap_slope(z.clamp_min(-logit_map.cap))
+    return torch.where(problem.is_label(), at_label, dz * logit_map.factor)
+
+
+def assert_turn(backend: Backend, problem: Problem, kept: torch.dtype | None) -> None:
+    grads = make_grads(problem)
+    folded = None if kept is None else fold(_rows_torch, problem, kept=kept)
+    for entropy_grad in (False, True):
+        how = {"folded": folded, "entropy_grad": entropy_grad}
+        ours = turn(backend.kernels, problem, grads, device=backend.device, **how)
+        eager = turn(_rows_torch, problem, grads, **how)
+        truth = true_turn(problem, grads, folded, entropy_grad=entropy_grad)
+        assert_as_good_as_eager(f"out, kept {kept}", ours, eager, truth)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("logit_map", MAPS)
+def test_matches_float64(backend: Backend, logit_map: R.LogitMap, kept: torch.dtype | None) -> None:
+    """Forward and backward, ragged widths, label in either tile, all statistics."""
+    sizes = [(32, v) for v in WIDTHS] + [(32, 257), (16, 4099)]
+    for seed, (n, v) in enumerate(sizes):
+        problem = make_problem(n, v, logit_map, bias=seed % 2 == 0, seed=seed)
+        for fold_cap in (False, True):
+            how = {"kept": kept, "fold_cap": fold_cap}
+            ours = fold(backend.kernels, problem, device=backend.device, **how)
+            eager = fold(_rows_torch, problem, **how)
+            assert_state(problem, ours, eager)
+            if kept is not None:
+                assert_kept(problem, ours, eager, fold_cap)
+        assert_turn(backend, problem, kept)
+
+
+@pytest.mark.parametrize("spread", [1e-3, 30.0, 1e4])
+def test_extreme_logits(backend: Backend, spread: float) -> None:
+    """From nearly uniform rows to one word holding all the mass, everything else underflowing."""
+    for kept in KEPT:
+        problem = make_problem(8, 70, R.LogitMap(), spread=spread, seed=5)
+        ours = fold(backend.kernels, problem, kept=kept, device=backend.device)
+        eager = fold(_rows_torch, problem, kept=kept)
+        assert_state(problem, ours, eager)
+        if kept is not None:
+            assert_kept(problem, ours, eager, False)
+        assert_turn(backend, problem, kept)
+
+
+def test_masked_words(backend: Backend) -> None:
+    """A bias of -inf removes a word; a label there has log-probability -inf, not NaN."""
+    problem = make_problem(6, 40, R.LogitMap(), seed=3)
+    assert problem.bias is not None
+    problem.bias[5:40] = float("-inf")
+    problem.labels[0] = 7
+    ours = fold(backend.kernels, problem, kept=torch.float32, device=backend.device)
+    eager = fold(_rows_torch, problem, kept=torch.float32)
+    assert_state(problem, ours, eager)
+    assert ours.state[R.TARGET, 0] == float("-inf")
+    assert_kept(problem, ours, eager, False)
+    assert_turn(backend, problem, None)
+    assert_turn(backend, problem, torch.float32)
+
+
+def test_a_tile_of_masked_words_leaves_no_trace(backend: Backend) -> None:
+    """All words of the first tile at -inf: (-inf) - (-inf) must not poison the row."""
+    problem = make_problem(5, 20, R.LogitMap(), seed=4)
+    assert problem.bias is not None
+    problem.bias[:20] = float("-inf")
+    problem.labels.clamp_(20)
+    ours = fold(backend.kernels, problem, kept=torch.bfloat16, device=backend.device)
+    second = Problem([problem.tiles[1]], problem.labels - 20, problem.bias[20:], R.LogitMap())
+    alone = fold(backend.kernels, second, kept=torch.bfloat16, device=backend.device)
+    keep = [row for row in range(R.STATE) if row != R.SUM]
+    assert torch.equal(ours.state[keep], alone.state[keep])
+    assert (ours.kept[0] == 0).all() and torch.equal(ours.kept[1], alone.kept[0])
+    # `frozen` rescales by exp(previous anchor - anchor), which has to stay a number.
+    assert torch.isfinite(ours.anchors[0]).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("column", [0, 17, 36])
+def test_a_poisoned_product_stays_in_its_row(backend: Backend, bad: float, column: int) -> None:
+    """NaN and +inf among the others make OTHERS NaN, -inf is a word without mass."""
+    problem = make_problem(4, 37, R.LogitMap(), tiles=1, bias=False, seed=6)
+    problem.labels[:] = 20
+    clean = fold(backend.kernels, problem, device=backend.device).state
+    problem.tiles[0][2, column] = bad
+    ours = fold(backend.kernels, problem, device=backend.device).state
+    eager = fold(_rows_torch, problem).state
+    assert torch.equal(ours.isnan(), eager.isnan())
+    assert ours[R.OTHERS, 2].isnan() == (bad != float("-inf"))
+    rows = [0, 1, 3]
+    assert torch.equal(ours[:, rows], clean[:, rows])
+
+
+def test_nan_at_the_label_poisons_its_row(backend: Backend) -> None:
+    problem = make_problem(3, 37, R.LogitMap(), tiles=1, seed=6)
+    problem.tiles[0][1, problem.labels[1]] = float("nan")
+    ours = fold(backend.kernels, problem, kept=torch.bfloat16, device=backend.device)
+    assert ours.state[[R.MAX, R.OTHERS, R.TARGET], 1].isnan().all()
+    assert not ours.state[:, [0, 2]].isnan().any()
+    others = ours.kept[0][1].clone()
+    others[problem.labels[1]] = float("nan")
+    assert others.isnan().all()
+    grads = make_grads(problem).nan_to_num()
+    out = turn(backend.kernels, problem, grads, folded=ours, device=backend.device)
+    assert out[1].isnan().sum() == 36 and not out[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("label", [-100, -1, 74, 2**62, -(2**62)])
+def test_label_outside_the_tiles(backend: Backend, label: int) -> None:
+    """TARGET stays NaN; every column is one of the others."""
+    problem = make_problem(3, 37, R.LogitMap(), seed=7)
+    problem.labels[:] = label
+    ours = fold(backend.kernels, problem, device=backend.device)
+    assert ours.state[R.TARGET].isnan().all()
+    assert_state(problem, ours, fold(_rows_torch, problem))
+    assert_turn(backend, problem, None)
+
+
+@pytest.mark.parametrize("stats", [*R.STATS.values(), 0])
+def test_statistics_fold_only_when_asked(backend: Backend, stats: int) -> None:
+    problem = make_problem(3, 70, R.LogitMap(), seed=8)
+    ours = fold(backend.kernels, problem, stats=stats, device=backend.device).state
+    everything = fold(backend.kernels, problem, device=backend.device).state
+    fields = dict(zip(R.STATS.values(), (R.MOMENT, R.SQUARES, R.SUM, R.BEFORE), strict=True))
+    untouched = initial_state(3)
+    for bit, field in fields.items():
+        assert torch.equal(ours[field], (everything if stats & bit else untouched)[field])
+    for field in (R.MAX, R.OTHERS, R.TARGET):
+        assert torch.equal(ours[field], everything[field])
+
+
+def test_ties_go_to_the_first_word(backend: Backend) -> None:
+    """BEFORE equals TARGET when an earlier word has the label's logit, or both saturate."""
+    for logit_map in (R.LogitMap(), R.LogitMap(softcap=2.0)):
+        tile = torch.full((1, 33), -1.0)
+        tile[0, [4, 20]] = 500.0
+        for label, tied in ((4, False), (20, True)):
+            problem = Problem([tile], torch.tensor([label]), None, logit_map)
+            state = fold(backend.kernels, problem, device=backend.device).state
+            assert state[R.TARGET] == state[R.MAX]
+            assert (state[R.BEFORE] == state[R.TARGET]) == tied
+
+
+def test_in_place(backend: Backend) -> None:
+    """`kept` may be the tile, `out` may be the source: the same bits as apart."""
+    problem = make_problem(5, 70, R.LogitMap(softcap=20.0), tiles=1, seed=9)
+    apart = fold(backend.kernels, problem, kept=torch.float32, device=backend.device)
+    moved = problem.to(backend.device)
+    tile, anchors = moved.tiles[0], torch.empty(5, device=backend.device)
+    state, logit_map = initial_state(5, backend.device), problem.logit_map
+    backend.kernels.forward(
+        tile, 0, moved.labels, moved.bias, state, logit_map, ALL_STATS, tile, anchors, False
+    )
+    assert torch.equal(tile.cpu(), apart.kept[0])
+    assert torch.equal(state.cpu(), apart.state)
+    grads = make_grads(problem)
+    expected = turn(backend.kernels, problem, grads, folded=apart, device=backend.device)
+    grads = grads.to(backend.device)
+    backend.kernels.backward(tile, anchors, 0, moved.labels, None, grads, logit_map, True, tile)
+    assert torch.equal(tile.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_halves_round_as_torch(backend: Backend, dtype: torch.dtype) -> None:
+    """Every 16-bit pattern is read exactly; stores round to nearest even, NaN stays NaN."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    grads = torch.zeros(R.GRADS, 1)
+    grads[R.COMMON] = 1.0  # out = kept·exp(0 - 0 - 0)·1
+    noise = torch.randint(-(2**31), 2**31 - 1, (200_003,), generator=g, dtype=torch.int32)
+    for source in (values, noise.view(torch.float32)):
+        for out in (torch.float32, torch.bfloat16, torch.float16):
+            written = torch.empty(1, len(source), dtype=out, device=backend.device)
+            backend.kernels.backward(
+                source.unsqueeze(0).to(backend.device),
+                torch.zeros(1, device=backend.device),
+                0,
+                torch.tensor([-1], device=backend.device),
+                None,
+                grads.to(backend.device),
+                R.LogitMap(),
+                False,
+                written,
+            )
+            expected = source.float().to(out)
+            same = (written[0].cpu() == expected) | (written[0].cpu().isnan() & expected.isnan())
+            assert same.all(), (source.dtype, out, source[~same][:5])
+
+
+def ulps(value: Tensor, truth: Tensor) -> float:
+    """Largest error in units in the last place of float32, subnormal numbers included."""
+    exponent = torch.frexp(truth.double())[1].clamp_min(-125) - 24
+    return ((value.double() - truth.double()).abs() / torch.exp2(exponent.double())).max().item()
+
+
+def test_exp_is_exact_to_two_ulps(backend: Backend) -> None:
+    x = torch.cat([torch.linspace(-105, 0, 300_001), -torch.logspace(-8, 2, 100_000)])
+    x = torch.cat([x, torch.tensor([0.0, -104.0, -1e4, -1e38, float("-inf")])])
+    problem = Problem([x.unsqueeze(0)], torch.tensor([-1]), None, R.LogitMap())
+    folded = fold(backend.kernels, problem, kept=torch.float32, device=backend.device)
+    assert folded.anchors[0] == 0.0
+    assert ulps(folded.kept[0][0], x.double().exp()) <= 2
+    assert (folded.kept[0][0, -4:] == 0).all()
+
+
+def test_softcap_is_exact_to_1e_6(backend: Backend) -> None:
+    x = torch.cat([torch.logspace(-9, 2, 30_001), -torch.logspace(-9, 2, 30_001)])
+    problem = Problem(
+        [x.unsqueeze(1)], torch.zeros(len(x), dtype=torch.int64), None, R.LogitMap(softcap=1.0)
+    )
+    target = fold(backend.kernels, problem, device=backend.device).state[R.TARGET].double()
+    truth = x.double().tanh()
+    assert ((target - truth) / truth).abs().max() < 3e-7
+
+
+def test_no_rows(backend: Backend) -> None:
+    for logit_map in (R.LogitMap(), R.LogitMap(softcap=3.0)):
+        problem = make_problem(0, 7, logit_map)
+        folded = fold(backend.kernels, problem, kept=torch.bfloat16, device=backend.device)
+        assert folded.state.shape == (R.STATE, 0)
+        grads = torch.zeros(R.GRADS, 0)
+        out = turn(backend.kernels, problem, grads, folded=folded, device=backend.device)
+        assert out.shape == (0, 14)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_threads_do_not_change_bits(two_threads: None) -> None:
+    problem = make_problem(67, 2048, R.LogitMap(softcap=9.0), tiles=1)
+    grads = make_grads(problem)
+    shared = fold(_rows_cpu, problem, kept=torch.bfloat16)
+    shared_out = turn(_rows_cpu, problem, grads, folded=shared)
+    torch.set_num_threads(1)
+    alone = fold(_rows_cpu, problem, kept=torch.bfloat16)
+    assert torch.equal(shared.state, alone.state)
+    assert torch.equal(shared.kept[0], alone.kept[0])
+    assert torch.equal(shared_out, turn(_rows_cpu, problem, grads, folded=alone))
+
+
+def test_one_thread_pool(two_threads: None) -> None:
+    """The kernels' OpenMP runtime is the one torch brought, not a second pool beside it."""
+    fold(_rows_cpu, make_problem(64, 1024, R.LogitMap()))
+    try:
+        with open("/proc/self/maps") as maps:
+            names = {line.split()[-1] for line in maps if "libgomp" in line}
+    except FileNotFoundError:
+        pytest.skip("no /proc")
+    assert len(names) == 1, names
+
+
+def test_unsupported_instruction_set() -> None:
+    assert _rows_cpu._C is not None
+    missing = _rows_cpu._C.cpu_isa() + 1
+    empty = _rows_cpu.forward_tile(
+        torch.zeros(1, 1),
+        0,
+        torch.zeros(1, dtype=torch.int64),
+        None,
+        initial_state(1),
+        R.LogitMap(),
+        0,
+        None,
+        None,
+        False,
+    )
+    with pytest.raises(RuntimeError, match="isa: expected at most"):
+        _rows_cpu._C.rows_forward_cpu(empty, 1, missing)
+
+
+def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert _rows_cpu.unavailable(cpu) is None
+    assert "expected a CPU tensor, got device cuda:0" in str(_rows_cpu.unavailable(cuda))
+    assert "expected a CUDA tensor, got device cpu" in str(_rows_cuda.unavailable(cpu))
+    for module, device in ((_rows_cpu, cpu), (_rows_cuda, cuda)):
+        monkeypatch.setattr(module, "_C", None)
+        monkeypatch.setattr(module, "_MISSING", "fastpo._C is not there; build it with `pip`")
+        assert "build it with" in str(module.unavailable(device))
