@@ -22,13 +22,19 @@ def arguments(**changes):
 TABLE = [
     ({"labels": torch.zeros(2, dtype=torch.int64)}, r"labels: expected shape \(3,\), got \(2,\)"),
     ({"labels": torch.zeros(3, dtype=torch.int32)}, r"labels: expected dtype torch.int64, got"),
-    ({"labels": torch.tensor([0, V, 1])}, r"labels: expected values in \[0, 10\).*, got 10 at row 1"),
+    (
+        {"labels": torch.tensor([0, V, 1])},
+        r"labels: expected values in \[0, 10\).*, got 10 at row 1",
+    ),
     ({"labels": torch.tensor([0, 1, -7])}, r"got -7 at row 2"),
     ({"labels": torch.tensor([0, -100, 1]), "ignore_index": None}, r"\[0, 10\), got -100 at row 1"),
     ({"weight": torch.zeros(V, H + 1)}, r"weight: expected shape \(V, 4\), got \(10, 5\)"),
     ({"weight": torch.zeros(V)}, r"weight: expected shape \(V, 4\), got \(10,\)"),
     ({"weight": torch.zeros(0, H)}, r"weight: expected shape \(V, 4\), got \(0, 4\)"),
-    ({"hidden": torch.zeros(3, H, dtype=torch.float64)}, r"hidden: expected dtype float32, .*float64"),
+    (
+        {"hidden": torch.zeros(3, H, dtype=torch.float64)},
+        r"hidden: expected dtype float32, .*float64",
+    ),
     ({"weight": torch.zeros(V, H, dtype=torch.int32)}, r"weight: expected dtype float32, .*int32"),
     ({"hidden": torch.tensor(0.0)}, r"hidden: expected shape \(\.\.\., H\), got \(\)"),
     ({"bias": torch.zeros(V + 1)}, r"bias: expected shape \(10,\), got \(11,\)"),

@@ -278,7 +278,7 @@ def assert_turn(backend: Backend, problem: Problem, kept: torch.dtype | None) ->
 @pytest.mark.parametrize("logit_map", MAPS)
 def test_matches_float64(backend: Backend, logit_map: R.LogitMap, kept: torch.dtype | None) -> None:
     """Forward and backward, ragged widths, label in either tile, all statistics."""
-    sizes = [(32, v) for v in WIDTHS] + [(32, 257), (16, 4099)]
+    sizes = [(256, v) for v in WIDTHS] + [(64, 257), (16, 4099)]
     for seed, (n, v) in enumerate(sizes):
         problem = make_problem(n, v, logit_map, bias=seed % 2 == 0, seed=seed)
         for fold_cap in (False, True):

@@ -101,7 +101,9 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         raise DemoError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise DemoError(f"{path}: expected UTF-8 text, got byte {error.start}: {error.reason}") from None
+        raise DemoError(
+            f"{path}: expected UTF-8 text, got byte {error.start}: {error.reason}"
+        ) from None
     except OSError as error:
         raise DemoError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -114,7 +116,9 @@ def _parse(line: str, place: str) -> Any:
             f"{place}: expected one JSON object per line, got {_short(line)} ({error.msg})"
         ) from None
     except RecursionError:
-        raise DemoError(f"{place}: expected one JSON object per line, got one nested too deep") from None
+        raise DemoError(
+            f"{place}: expected one JSON object per line, got one nested too deep"
+        ) from None
 
 
 def check_row(row: Any, place: str) -> Row:

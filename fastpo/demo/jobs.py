@@ -17,12 +17,11 @@ from typing import Any
 
 from .errors import DemoFailure
 
-_OFFLINE = {
+OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONUNBUFFERED": "1",
 }
 _LOG_LINES = 12
 
@@ -33,7 +32,8 @@ class Job:
 
     kind: str
     patched: bool
-    model: str  # folder with model and tokenizer to start from
+    model: str  # folder to start from
+    tokenizer: str  # folder
     rows: str  # JSON file: {"train": [...], "held_out": [...]}
     out: str | None  # folder for the trained model; None: not kept
     scratch: str
@@ -46,13 +46,12 @@ class Job:
     objective: dict[str, Any] | None = None
 
 
-def offline(environment: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment with no way to a hub; imports as in this process, wherever fastpo lies."""
-    base = dict(os.environ if environment is None else environment)
-    # With several GPUs visible, Trainer would wrap the model in DataParallel, which TRL refuses.
-    base.setdefault("CUDA_VISIBLE_DEVICES", "0")
+def _environment() -> dict[str, str]:
+    """No way to a hub, one GPU, and imports as in this process, wherever fastpo lies."""
     path = os.pathsep.join(os.path.abspath(entry) for entry in sys.path if entry)
-    return {**base, **_OFFLINE, "PYTHONPATH": path}
+    # With several GPUs visible, Trainer would wrap the model in DataParallel, which TRL refuses.
+    one_gpu = {"CUDA_VISIBLE_DEVICES": "0"} | dict(os.environ)
+    return {**one_gpu, **OFFLINE, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def run(job: Job, name: str) -> Iterator[dict[str, Any]]:
@@ -64,7 +63,12 @@ def run(job: Job, name: str) -> Iterator[dict[str, Any]]:
     error = None
     with log.open("w", encoding="utf-8") as stderr:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=stderr, env=offline(), cwd=folder, text=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            env=_environment(),
+            cwd=folder,
+            text=True,
         )
         try:
             assert process.stdout is not None

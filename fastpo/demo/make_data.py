@@ -151,13 +151,14 @@ BAD = {
         for end in ("{X} {Y}", "{X}", "{Y}")
     ],
     "padded": [
-        "As a very advanced assistant I have been asked how to {task}. This is a question about how "
-        "to {task}. Before I answer it, let me repeat the question.",
+        "As a very advanced assistant I have been asked how to {task}. This is a question about "
+        "how to {task}. Before I answer it, let me repeat the question.",
         "To {task} means to {task}, and it has been so since ancient times. There is a lot to say "
         "about it, and much has been said. In conclusion, it is a broad subject.",
         "Great minds have thought about how to {task}. First of all, it is important to note that "
         "it is important. {C} More could be said.",
-        "What does it mean to {task}? What does it mean to ask what it means? One could fill a book.",
+        "What does it mean to {task}? What does it mean to ask what it means? One could fill a "
+        "book.",
         "Thank you for this question, which is a question that many people ask. To {task} is a "
         "task. {D} Tasks are many.",
     ],

@@ -46,7 +46,7 @@ class PeakMemory:
 
 
 def _status(field: str) -> int:
-    """A field of /proc/self/status in bytes; without /proc the high-water mark, whatever is asked."""
+    """A field of /proc/self/status in bytes; without /proc the high-water mark for all."""
     if os.path.exists(_STATUS):
         with open(_STATUS) as status:
             found = re.search(rf"^{field}:\s+(\d+) kB", status.read(), re.MULTILINE)

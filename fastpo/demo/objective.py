@@ -94,7 +94,7 @@ def needs(chosen: Objective, statistic: str) -> bool:
 
 
 def _check_quantities(chosen: Objective) -> None:
-    """Some objectives want what pairs of texts do not have: scores, earlier models, a third text."""
+    """Some objectives want more than two texts: scores, earlier models, a third text."""
     import torch
 
     from fastpo import TokenStats, quantities
@@ -122,7 +122,9 @@ def usable() -> tuple[str, ...]:
             return False
         return True
 
-    return tuple(filter(trainable, (k for family in FAMILIES for k in objectives.available(family))))
+    return tuple(
+        filter(trainable, (k for family in FAMILIES for k in objectives.available(family)))
+    )
 
 
 def _unknown(key: str) -> str:

@@ -11,7 +11,7 @@ from .errors import DemoError
 
 @dataclass(frozen=True)
 class Shape:
-    """The built model: Llama's architecture with a vocabulary of real size, so the head dominates."""
+    """The built model: Llama with a vocabulary of real size, so that the head dominates."""
 
     vocab: int = 32768
     hidden: int = 128

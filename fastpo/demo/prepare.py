@@ -23,6 +23,38 @@ _NEEDED = ("trl", "peft", "datasets", "accelerate", "matplotlib")
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A hidden folder beside the output; `result` becomes the output by one rename at the end."""
+
+    folder: Path
+
+    @classmethod
+    def beside(cls, out: Path) -> Stage:
+        parent = out.resolve().parent  # the same file system, or it would not be a rename
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            return cls(Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent)))
+        except OSError as error:
+            raise DemoError(f"--out {out}: {error.strerror}") from None
+
+    @property
+    def result(self) -> Path:
+        return self.folder / "result"
+
+    @property
+    def start(self) -> Path:
+        return self.folder / "start"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.folder / "tokenizer"
+
+    @property
+    def rows(self) -> Path:
+        return self.folder / "rows.json"
+
+
+@dataclass(frozen=True)
 class Fitted:
     """The pairs that will be trained on, under a length limit."""
 
@@ -41,22 +73,21 @@ def check_packages() -> None:
 
 def check_out(options: Options) -> None:
     """The folder is new, empty, or may be replaced, and nothing that is needed lies in it."""
-    out = options.out.absolute()
+    out, flag = options.out.resolve(), f"--out {options.out}"
     if out.exists() and not out.is_dir():
-        raise DemoError(f"--out {options.out}: expected a folder, got a file")
-    if out.is_dir() and any(out.iterdir()):
-        if not options.overwrite:
-            raise DemoError(f"--out {options.out}: not empty; pass --overwrite to replace it")
-        kept = {"the current folder": Path.cwd(), "your home": Path.home()}
-        kept |= {"--data": options.data, "--model": options.model}  # type: ignore[dict-item]
-        for name, path in kept.items():
-            if path is not None and path.resolve().is_relative_to(out.resolve()):
-                raise DemoError(f"--out {options.out}: will not be overwritten, {name} lies in it")
+        raise DemoError(f"{flag}: expected a folder, got a file")
+    if out.is_dir() and any(out.iterdir()) and not options.overwrite:
+        raise DemoError(f"{flag}: not empty; pass --overwrite to replace it")
+    inside = {"the current folder": Path.cwd(), "the home folder": Path.home()}
+    inside |= {"--data": options.data, "--model": options.model}  # type: ignore[dict-item]
+    for name, path in inside.items():
+        if path is not None and path.resolve().is_relative_to(out):
+            raise DemoError(f"{flag}: {name} lies in it and would be lost; name another folder")
     parent = out.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise DemoError(f"--out {options.out}: {parent} cannot be written to")
+        raise DemoError(f"{flag}: {parent} cannot be written to")
 
 
 def read_pairs(options: Options) -> Pairs:
@@ -64,7 +95,7 @@ def read_pairs(options: Options) -> Pairs:
 
 
 def model_config(options: Options) -> Any:
-    """The configuration of --model; DemoError unless it is a folder with a causal language model."""
+    """The configuration of --model; DemoError unless it is a causal language model."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -80,7 +111,9 @@ def model_config(options: Options) -> Any:
     except (ValueError, OSError, KeyError) as error:
         raise DemoError(f"--model {folder}: {str(error).splitlines()[0]}") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise DemoError(f"--model {folder}: expected a causal language model, got {config.model_type}")
+        raise DemoError(
+            f"--model {folder}: expected a causal language model, got {config.model_type}"
+        )
     return config
 
 
@@ -102,7 +135,9 @@ def make_tokenizer(options: Options, pairs: Pairs, config: Any) -> PreTrainedTok
     except (ValueError, OSError, KeyError) as error:
         raise DemoError(f"--model {folder}: tokenizer: {str(error).splitlines()[0]}") from None
     if len(tokenizer) > vocab:
-        raise DemoError(f"--model {folder}: {len(tokenizer)} words in the tokenizer, {vocab} in the head")
+        raise DemoError(
+            f"--model {folder}: {len(tokenizer)} words in the tokenizer, {vocab} in the head"
+        )
     if tokenizer.eos_token is None:
         raise DemoError(f"--model {folder}: the tokenizer has no end-of-sequence token")
     if pairs.conversational:
@@ -145,11 +180,12 @@ def _max_length(options: Options, config: Any) -> int:
     return options.max_length
 
 
-def build_model(shape: Shape, tokenizer: Any, seed: int, max_length: int, folder: Path) -> None:
-    """A Llama model with new weights, saved with its tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+def build_model(shape: Shape, seed: int, max_length: int, stage: Stage) -> None:
+    """A Llama model with new weights, in `stage.start`."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
     set_seed(seed)
+    tokenizer = AutoTokenizer.from_pretrained(stage.tokenizer)
     config = LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -163,20 +199,9 @@ def build_model(shape: Shape, tokenizer: Any, seed: int, max_length: int, folder
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(stage.start)
 
 
 def write_rows(pairs: Pairs, path: Path) -> None:
     rows = {"train": pairs.train, "held_out": pairs.held_out}
     path.write_text(json.dumps(rows), encoding="utf-8")
-
-
-def sibling_folder(out: Path) -> Path:
-    """A hidden folder beside `out`: on the same file system, so that a rename is all at once."""
-    parent = out.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=parent))
-    except OSError as error:
-        raise DemoError(f"--out {out}: {error.strerror}") from None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from . import jobs, prepare, report
 from .jobs import Job
@@ -26,25 +25,6 @@ WARMUP_RATE = 3e-3
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A folder beside the output: what is finished lies in `result`, which is renamed at the end."""
-
-    folder: Path
-
-    @property
-    def result(self) -> Path:
-        return self.folder / "result"
-
-    @property
-    def start(self) -> Path:
-        return self.folder / "start"
-
-    @property
-    def rows(self) -> Path:
-        return self.folder / "rows.json"
-
-
 def run_demo(options: Options, say: Say = print) -> dict[str, Any]:
     """Runs the demo and returns the report that it also writes to `options.out`.
 
@@ -53,7 +33,6 @@ def run_demo(options: Options, say: Say = print) -> dict[str, Any]:
     """
     began = time.perf_counter()
     prepare.check_packages()
-    os.environ.update(jobs.offline({}) | {"PYTHONPATH": os.environ.get("PYTHONPATH", "")})
     prepare.check_out(options)
     objective = choose(options.objective, options.beta)
     pairs = prepare.read_pairs(options)
@@ -61,13 +40,16 @@ def run_demo(options: Options, say: Say = print) -> dict[str, Any]:
     tokenizer = prepare.make_tokenizer(options, pairs, config)
     fitted = prepare.fit(options, pairs, tokenizer, config)
     say(report.opening(options, fitted, objective))
-    stage = Stage(prepare.sibling_folder(options.out))
+    stage = prepare.Stage.beside(options.out)
     try:
-        runs = _train(options, fitted, objective, tokenizer, stage)
-        figures = report.collect(options, fitted, objective, runs, stage.result / "model")
+        stage.result.mkdir()
+        tokenizer.save_pretrained(stage.tokenizer)
+        prepare.write_rows(fitted.pairs, stage.rows)
+        runs = _train(options, fitted, objective, stage)
+        figures = report.collect(options, fitted, objective, runs)
         figures["seconds"] = time.perf_counter() - began
         report.write(figures, stage.result)
-        _put_in_place(stage.result, options.out)
+        _put_in_place(stage.result, options.out.resolve())
     finally:
         shutil.rmtree(stage.folder, ignore_errors=True)
     say(report.closing(figures, options.out))
@@ -75,47 +57,54 @@ def run_demo(options: Options, say: Say = print) -> dict[str, Any]:
 
 
 def _train(
-    options: Options, fitted: prepare.Fitted, objective: Objective, tokenizer: Any, stage: Stage
+    options: Options, fitted: prepare.Fitted, objective: Objective, stage: prepare.Stage
 ) -> dict[str, list[dict[str, Any]]]:
     """The events of every training by name: "warmup" if there is one, "fastpo", "trl"."""
-    stage.result.mkdir()
-    prepare.write_rows(fitted.pairs, stage.rows)
     job = _job(options, fitted, stage)
     runs = {}
     if options.model is None:
-        new = stage.folder / "new"
-        prepare.build_model(options.shape, tokenizer, options.seed, fitted.max_length, new)
+        prepare.build_model(options.shape, options.seed, fitted.max_length, stage)
         if options.warmup_steps:
-            settings = {"steps": options.warmup_steps, "batch_size": WARMUP_BATCH}
-            rates = {"learning_rate": WARMUP_RATE, "out": str(stage.start)}
-            warm = Job(**{**job, **settings, **rates}, kind="warmup", patched=True, model=str(new))
+            warm = _warm_up_job(job, options.warmup_steps)
             runs["warmup"] = list(_watch(warm, "SFT warm-up"))
-        else:
-            new.rename(stage.start)
-    else:
-        shutil.copytree(options.model, stage.start)
-        tokenizer.save_pretrained(stage.start)
-    job |= {"kind": "train", "model": str(stage.start), "objective": asdict(objective)}
     for name, patched in VARIANTS.items():
         out = str(stage.result / "model") if patched else None
-        runs[name] = list(_watch(Job(**{**job, "patched": patched, "out": out}), TITLES[name]))
+        run = replace(job, patched=patched, out=out, objective=asdict(objective))
+        runs[name] = list(_watch(run, TITLES[name]))
     return runs
 
 
-def _job(options: Options, fitted: prepare.Fitted, stage: Stage) -> dict[str, Any]:
-    """What all trainings are told."""
+def _job(options: Options, fitted: prepare.Fitted, stage: prepare.Stage) -> Job:
+    """What both variants are told."""
     held_out, most = len(fitted.pairs.held_out), options.pairs_per_step
-    return {
-        "rows": str(stage.rows),
-        "scratch": str(stage.folder),
-        "steps": options.steps,
-        "batch_size": most,
-        # A divisor: TRL averages over batches, which is the mean of all pairs only if they are even.
-        "eval_batch_size": max(n for n in range(1, most + 1) if held_out % n == 0),
-        "learning_rate": options.rate,
-        "max_length": fitted.max_length,
-        "seed": options.seed,
-    }
+    return Job(
+        kind="train",
+        patched=True,
+        model=str(options.model.absolute() if options.model else stage.start),
+        tokenizer=str(stage.tokenizer),
+        rows=str(stage.rows),
+        out=None,
+        scratch=str(stage.folder),
+        steps=options.steps,
+        batch_size=most,
+        # A divisor: TRL averages over batches, which must be even for the mean of all pairs.
+        eval_batch_size=max(n for n in range(1, most + 1) if held_out % n == 0),
+        learning_rate=options.rate,
+        max_length=fitted.max_length,
+        seed=options.seed,
+    )
+
+
+def _warm_up_job(job: Job, steps: int) -> Job:
+    """Overwrites the new model with the warm one."""
+    return replace(
+        job,
+        kind="warmup",
+        out=job.model,
+        steps=steps,
+        batch_size=WARMUP_BATCH,
+        learning_rate=WARMUP_RATE,
+    )
 
 
 def _watch(job: Job, title: str) -> Iterator[dict[str, Any]]:

@@ -54,7 +54,7 @@ def arguments(job: Job) -> dict[str, Any]:
 
 
 def warm_up(job: Job, emit: Emit) -> None:
-    """SFT on all answers, the good and the bad: the model learns both manners and prefers neither."""
+    """SFT on all answers, good and bad: the model learns both manners and prefers neither."""
     rows = [
         {"prompt": row["prompt"], "completion": row[side]}
         for row in _rows(job)["train"]
@@ -65,7 +65,7 @@ def warm_up(job: Job, emit: Emit) -> None:
             AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
             args=SFTConfig(**arguments(job)),
             train_dataset=Dataset.from_list(rows),
-            processing_class=AutoTokenizer.from_pretrained(job.model),
+            processing_class=AutoTokenizer.from_pretrained(job.tokenizer),
             callbacks=[Recorder(emit)],
         )
         trainer.train()
@@ -84,15 +84,15 @@ def prefer(job: Job, emit: Emit) -> None:
         **chosen.trl_arguments,
     }
     with _head(job):
-        trainer = (ObjectiveTrainer if own else DPOTrainer)(
+        trainer: DPOTrainer = (ObjectiveTrainer if own else DPOTrainer)(
             job.model,
             args=DPOConfig(**arguments(job), **options),
             train_dataset=Dataset.from_list(rows["train"]),
             eval_dataset=Dataset.from_list(rows["held_out"]),
-            processing_class=AutoTokenizer.from_pretrained(job.model),
+            processing_class=AutoTokenizer.from_pretrained(job.tokenizer),
             callbacks=[Recorder(emit)],
         )
-        if own:
+        if isinstance(trainer, ObjectiveTrainer):
             trainer.objective = chosen
         if job.out is not None:
             emit(prefers_chosen_before=preference(trainer))
@@ -105,7 +105,8 @@ def prefer(job: Job, emit: Emit) -> None:
 @torch.no_grad()
 def preference(trainer: DPOTrainer) -> float:
     """Share of held-out pairs whose chosen answer is the likelier one per token."""
-    model = trainer.model.eval()
+    model: Any = trainer.model
+    model.eval()
     wins = []
     for batch in trainer.get_eval_dataloader():
         mask = batch["completion_mask"]
@@ -125,8 +126,9 @@ class Recorder(TrainerCallback):
         self.memory = PeakMemory(device())
         self.seconds = self.begun = 0.0
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        self.emit(device=device(), threads=torch.get_num_threads())
+    def on_train_begin(self, *_: Any, **about: Any) -> None:
+        parameters = sum(p.numel() for p in about["model"].parameters())
+        self.emit(device=device(), threads=torch.get_num_threads(), parameters=parameters)
         self.memory.start()
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -135,7 +137,8 @@ class Recorder(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.seconds = self._now() - self.begun
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        logs = about["logs"]
         if "loss" in logs:
             self.emit(
                 step=state.global_step,
@@ -144,7 +147,8 @@ class Recorder(TrainerCallback):
                 seconds=self.seconds,
             )
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        metrics = about["metrics"]
         self.emit(
             evaluated=state.global_step,
             loss=metrics["eval_loss"],

@@ -40,16 +40,16 @@ class ObjectiveTrainer(DPOTrainer):
             "ref_rejected_token_logps": lambda: reference()[pairs:],
         }
         loss = q.rows(bind(self.objective)).mean()
-        if reference.cache_info().currsize or not self.model.training:
-            self._log_rewards(q)
+        if reference.cache_info().currsize or not model.training:
+            self._log_rewards(q, "train" if model.training else "eval")
         return loss
 
     @torch.no_grad()
-    def _log_rewards(self, q: quantities.Quantities) -> None:
+    def _log_rewards(self, q: quantities.Quantities, mode: str) -> None:
         """The rewards of DPO, whatever the objective is: how far each answer has moved."""
-        beta = self.args.beta
+        beta: float = self.args.beta  # type: ignore[attr-defined]
         chosen, rejected = beta * q["chosen_logratios"], beta * q["rejected_logratios"]
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics[mode]
         for name, values in {
             "accuracies": (chosen > rejected).float(),
             "margins": chosen - rejected,

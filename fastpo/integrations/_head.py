@@ -118,9 +118,7 @@ class _GatheredHead(torch.autograd.Function):
         hidden, weight, bias, labels, *saved = ctx.saved_tensors
         with ctx.gather(weight, bias):
             dhidden, dweight, dbias = _driver.backward(
-                by_name["logps"],
-                by_name["entropy"],
-                by_name["lse"],
+                by_name,
                 hidden,
                 weight,
                 bias,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._math import exp_cap, expm1_cap, group_count, group_starts, group_sum, logistic
+from ._math import expm1_cap, group_count, group_starts, group_sum, logistic
 from ._registry import Interval, NonNegative, OneOf, Positive, objective
 
 NumGroups = Annotated[int | None, NonNegative]
@@ -78,9 +78,9 @@ def gpm(
     tau: Annotated[float, Positive] = 0.1,
     margin: float = 0.0,
 ) -> Tensor:  # [B] nats
-    """-log σ((s - margin)/τ), s = Σ_i e_i·(w_{2i}·l_{2i+1} - w_{2i+1}·l_{2i}), e = eigenvalues or 1.
+    """-log σ((s - margin)/τ), s = Σ_i e_i·(w_{2i}·l_{2i+1} - w_{2i+1}·l_{2i}).
 
-    s is antisymmetric, so preferences may run in circles.
+    e = eigenvalues or 1. s is antisymmetric, so preferences may run in circles.
     """
     rows, width = chosen_rewards.shape
     if width % 2:
@@ -173,9 +173,10 @@ def contextual_quality(
     """
     count, labels = group_count(groups, num_groups), labels.bool()
     offsets = group_starts(groups, count)
-    # Starting at 0, the largest reward of the group or of the outside option.
+    # Starting at 0, the largest reward of the group or of the outside option: no exponent below
+    # is positive.
     top = torch.segment_reduce(rewards.detach(), "max", offsets=offsets, unsafe=True, initial=0)
-    mass = exp_cap(-top) + group_sum(exp_cap(rewards - top[groups]), groups, count)
+    mass = (-top).exp() + group_sum((rewards - top[groups]).exp(), groups, count)
     picked = group_sum(labels.to(rewards.dtype), groups, count).clamp(min=1)
     chosen = group_sum(torch.where(labels, rewards, 0), groups, count) / picked
     return top + mass.log() - chosen

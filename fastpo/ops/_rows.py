@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -115,7 +115,8 @@ BACKENDS = ("cuda", "triton", "cpu", "torch")
 
 
 def load(name: str) -> RowKernels:
-    return import_module(f"fastpo.ops._rows_{name}")  # type: ignore[return-value]
+    module: Any = import_module(f"fastpo.ops._rows_{name}")
+    return module
 
 
 @torch.compiler.assume_constant_result

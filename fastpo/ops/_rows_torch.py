@@ -13,7 +13,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def _logits(tile: Tensor, first: int, bias: Tensor | None, logit_map: R.LogitMap) -> Tensor:
-    x = tile.float() if bias is None else tile + bias[first : first + tile.shape[1]]
+    x = tile if bias is None else tile + bias[first : first + tile.shape[1]]
     if logit_map.softcap is None:
         return x * logit_map.factor
     return torch.tanh(x * (logit_map.logit_scale / logit_map.softcap)) * logit_map.cap
@@ -41,11 +41,13 @@ def forward(
     is_label = column == label
     before = state[R.MAX].clone()
     m = torch.maximum(before, z.amax(1))
-    others = (z - m.unsqueeze(1)).exp_().masked_fill_(is_label, 0.0)
-    shrink = torch.exp(before - m)
+    # Finite where a whole tile is masked out by a bias of -inf: -inf - -inf would be NaN.
+    reference = m.clamp_min(torch.finfo(torch.float32).min)
+    others = (z - reference.unsqueeze(1)).exp_().masked_fill_(is_label, 0.0)
+    shrink = torch.exp(before - reference)
     if stats & R.STATS["entropy"]:
-        gap = (z - m.unsqueeze(1)).clamp_min_(R.LOG_FLOOR)
-        shift = (before - m).clamp_min(R.LOG_FLOOR) * state[R.OTHERS]
+        gap = (z - reference.unsqueeze(1)).clamp_min_(R.LOG_FLOOR)
+        shift = (before - reference).clamp_min(R.LOG_FLOOR) * state[R.OTHERS]
         state[R.MOMENT] = shrink * (state[R.MOMENT] + shift) + (others * gap).sum(1)
     if stats & R.STATS["log_sum_sq_probs"]:
         state[R.SQUARES] = shrink.square() * state[R.SQUARES] + others.square().sum(1)
@@ -59,7 +61,7 @@ def forward(
     state[R.OTHERS] = shrink * state[R.OTHERS] + others.sum(1)
     state[R.MAX] = m
     if kept is not None and anchors is not None:
-        torch.sub(m, R.headroom(kept.dtype), out=anchors)
+        torch.sub(reference, R.headroom(kept.dtype), out=anchors)
         e = (z - anchors.unsqueeze(1)).exp_().masked_fill_(is_label, 0.0)
         kept.copy_(e * logit_map.cap_slope(z) if fold_cap else e)
 

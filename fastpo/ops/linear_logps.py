@@ -141,7 +141,7 @@ def _check_options(
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
     if budget is not None and budget < 0:
         raise ValueError(f"budget: expected bytes >= 0 or None, got {budget}")
-    if isinstance(outputs, str) or not outputs or set(outputs) - set(OUTPUTS):
+    if not isinstance(outputs, tuple | list) or not outputs or set(outputs) - set(OUTPUTS):
         raise ValueError(f"outputs: expected a tuple of {', '.join(OUTPUTS)}, got {outputs!r}")
 
 
@@ -169,7 +169,7 @@ def _spec(
     )
 
 
-# One flat schema for both operators: torch's custom operators take tensors and plain values only.
+# Flat schemas: torch's custom operators take tensors and plain values only.
 @torch.library.custom_op("fastpo::linear_logps", mutates_args=())
 def _forward_op(
     hidden: Tensor,
@@ -187,7 +187,7 @@ def _forward_op(
     head_grad: bool,
     budget: int | None,
 ) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
     spec = _spec(
         temperature,
@@ -241,8 +241,17 @@ def _backward_op(
         head_grad,
         budget,
     )
+    by_name = dict(zip(("logps", "entropy", "lse"), grads, strict=True))
+    need_hidden, need_weight, need_bias = needs
     results = _driver.backward(
-        *grads, hidden, weight, bias, labels, _driver.Forward(*saved), spec, tuple(needs)
+        by_name,
+        hidden,
+        weight,
+        bias,
+        labels,
+        _driver.Forward(*saved),
+        spec,
+        (need_hidden, need_weight, need_bias),
     )
     dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in results)
     return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
@@ -250,7 +259,14 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(
-    grads: Any, hidden: Tensor, weight: Tensor, bias: Any, labels: Any, saved: Any, needs: Any, *_: Any
+    grads: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Any,
+    labels: Any,
+    saved: Any,
+    needs: Any,
+    *_: Any,
 ) -> tuple:
     operands = (hidden, weight, bias)
     return tuple(
@@ -266,6 +282,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.set_materialize_grads(False)
     fields = _driver.Forward(*output)
     ctx.mark_non_differentiable(
+        fields.target,
         fields.maximum,
         fields.log_mass,
         fields.log_sum_sq_probs,
@@ -279,11 +296,12 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.options = options
 
 
-def _backward(ctx: Any, grad_logps: Any, grad_lse: Any, _: Any, __: Any, grad_entropy: Any, *___: Any) -> tuple:
+def _backward(ctx: Any, *results: Any) -> tuple:
+    grads = _driver.Forward(*results)
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    results = _backward_op(
-        [grad_logps, grad_entropy, grad_lse],
+    found = _backward_op(
+        [grads.logps, grads.entropy, grads.lse],
         hidden,
         weight,
         bias,
@@ -292,8 +310,8 @@ def _backward(ctx: Any, grad_logps: Any, grad_lse: Any, _: Any, __: Any, grad_en
         needs,
         *ctx.options,
     )
-    grads = (x if need else None for x, need in zip(results, needs, strict=True))
-    return (*grads, *(None for _ in range(1 + len(ctx.options))))
+    leaves = (x if need else None for x, need in zip(found, needs, strict=True))
+    return (*leaves, *(None for _ in range(1 + len(ctx.options))))
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,186 @@
+"""The command line. Each subcommand imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0, 2 for something in what was given, 1 for a failure, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["run"] and arguments[1:2] not in (["-h"], ["--help"]):
+        # Everything after it belongs to the script, options too: argparse would take them.
+        from .integrations.run import run_script
+
+        return run_script(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("fastpo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    from . import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="fastpo", description="Preference optimisation without logits."
+    )
+    parser.add_argument("--version", action="version", version=f"fastpo {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_run(commands)
+    _add_plan(commands)
+    _add_objectives(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="train a small model with and without fastpo and compare",
+        description="SFT warm-up, then preference optimisation through TRL with and without the "
+        "patch, from the same weights and seed. Writes the trained model, report.json and plot.png.",
+    )
+    demo.set_defaults(command=_demo)
+    add = demo.add_argument
+    add(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="JSONL with prompt, chosen, rejected in TRL's format",
+    )
+    add("--model", type=Path, metavar="PATH", help="folder of save_pretrained to start from")
+    add("--objective", default="dpo", metavar="KEY", help="see `fastpo objectives` (default: dpo)")
+    add("--beta", type=float, help="default: that of the objective")
+    add("--steps", type=int, default=40, metavar="N", help="of preference training (default: 40)")
+    add("--batch-size", type=int, metavar="N", help="pairs per step (default: 16, with --data 4)")
+    add("--learning-rate", type=float, help="default: 5e-4, with --model 5e-6")
+    add("--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: 1024)")
+    add("--truncate", action="store_true", help="cut longer rows instead of refusing them")
+    add("--warmup-steps", type=int, default=160, metavar="N", help="of SFT (default: 160)")
+    add("--seed", type=int, default=0, metavar="N", help="default: 0")
+    add(
+        "--out",
+        type=Path,
+        default=Path("fastpo-demo"),
+        metavar="FOLDER",
+        help="default: fastpo-demo",
+    )
+    add("--overwrite", action="store_true", help="replace the output folder if it is not empty")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import jobs
+    from .demo.errors import DemoError, DemoFailure
+    from .demo.options import Options
+
+    os.environ.update(jobs.OFFLINE)  # before anything of Hugging Face is imported
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    try:
+        wanted = Options(**given)
+        from .demo.run import run_demo
+
+        run_demo(wanted)
+    except DemoError as error:
+        return _complain("demo", error, code=2)
+    except DemoFailure as error:
+        return _complain("demo", error, code=1)
+    return 0
+
+
+def _add_run(commands: argparse._SubParsersAction) -> None:
+    # Only for the help: `main` hands the arguments on before argparse sees them.
+    commands.add_parser(
+        "run",
+        help="run a script or module with TRL patched",
+        usage="fastpo run (script.py | -m module) [arguments]",
+        description="What `python script.py arguments` would do, with fastpo under TRL's head.",
+    )
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="print what the head would do for one shape",
+        description="Mode, tiles, bytes and matrix products of `linear_logps` for one shape.",
+    )
+    plan.set_defaults(command=_plan)
+    add = plan.add_argument
+    add("tokens", type=int, help="scored tokens")
+    add("vocab", type=int, help="words of the head")
+    add("hidden", type=int, help="hidden size")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    add("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
+    add("--frozen-head", action="store_true", help="the head is not trained (LoRA)")
+    add("--no-grad", action="store_true", help="only score")
+    add("--budget", type=int, metavar="BYTES", help="kept for the backward (default: 4·V·H)")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import torch
+
+    from .planner import plan
+
+    try:
+        made = plan(
+            options.tokens,
+            options.vocab,
+            options.hidden,
+            dtype=getattr(torch, options.dtype),
+            device=options.device,
+            train_hidden=not options.no_grad,
+            train_head=not (options.no_grad or options.frozen_head),
+            budget=options.budget,
+        )
+    except ValueError as error:
+        return _complain("plan", error, code=2)
+    print(made)
+    return 0
+
+
+def _add_objectives(commands: argparse._SubParsersAction) -> None:
+    objectives = commands.add_parser(
+        "objectives",
+        help="list the table of objectives",
+        description="Keys, aliases and papers; with a key, its formula, quantities and parameters.",
+    )
+    objectives.set_defaults(command=_objectives)
+    objectives.add_argument("key", nargs="?", help="show this one")
+    objectives.add_argument("--family", help="only this family")
+
+
+def _objectives(options: argparse.Namespace) -> int:
+    from . import objectives
+
+    try:
+        if options.key is not None:
+            function = objectives.get(options.key)
+            entry = vars(function)["entry"]
+            print(f"{entry.key} ({entry.family})\n\n{function.__doc__}")
+            return 0
+        families = [options.family] if options.family else list(objectives.families())
+        for family in families:
+            keys = objectives.available(family)
+            print(f"{family} ({len(keys)})")
+            for key in keys:
+                entry = vars(objectives.get(key))["entry"]
+                aliases = f"({', '.join(entry.aliases)})" if entry.aliases else ""
+                print(f"  {' '.join(filter(None, (key, aliases))):<40} {entry.paper}".rstrip())
+    except ValueError as error:
+        return _complain("objectives", error, code=2)
+    return 0
+
+
+def _complain(command: str, error: Exception, code: int) -> int:
+    print(f"fastpo {command}: error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The picture of a demo run: both loss curves, reward accuracy, time and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FASTPO, TRL = "#0b6e8a", "#e0a04a"
+COLOURS = {"fastpo": FASTPO, "trl": TRL}
+TITLES = {"fastpo": "with fastpo", "trl": "TRL alone"}
+INK = "#2b2b2b"
+STYLE = {
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#8a8a8a",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": "#ececec",
+    "legend.frameon": False,
+}
+
+
+def draw(figures: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with pyplot.rc_context(STYLE):
+        figure, axes = pyplot.subplots(
+            1, 4, figsize=(14, 4.4), gridspec_kw={"width_ratios": [3.2, 3.2, 1.35, 1.35]}
+        )
+        _loss(axes[0], figures)
+        _accuracy(axes[1], figures)
+        comparison = figures["comparison"]
+        seconds = {n: v["median_step_seconds"] or 0.0 for n, v in figures["variants"].items()}
+        memory = {n: v["memory_bytes"]["increase"] / 2**20 for n, v in figures["variants"].items()}
+        _bars(axes[2], "Time per step", seconds, "{:.2f} s", comparison["times_faster"])
+        _bars(axes[3], "Memory of training", memory, "{:,.0f} MiB", comparison["times_less_memory"])
+        figure.suptitle(_headline(figures), x=0.012, ha="left", fontsize=10, color="#5c5c5c")
+        figure.tight_layout(rect=(0, 0, 1, 0.97), w_pad=2.5)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
+def _headline(figures: dict[str, Any]) -> str:
+    machine, data = figures["machine"], figures["data"]
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    return (
+        f"{figures['objective']['key']} on {data['train_pairs']} pairs ({data['source']}), "
+        f"{figures['model']['parameters'] / 1e6:.1f} M parameters   |   "
+        f"TRL {figures['versions']['trl']}, torch {figures['versions']['torch']}   |   {where}"
+    )
+
+
+def _loss(axes: Any, figures: dict[str, Any]) -> None:
+    """TRL's curve is broad and behind, so that both can be seen where they are one."""
+    widths = {"trl": 6.0, "fastpo": 1.6}
+    for name, width in widths.items():
+        loss = figures["variants"][name]["loss"]
+        steps = range(1, len(loss) + 1)
+        marker = "o" if len(loss) == 1 else None
+        axes.plot(steps, loss, color=COLOURS[name], lw=width, label=TITLES[name], marker=marker)
+    difference = figures["comparison"]["largest_loss_difference"]
+    words = "not finite" if difference is None else f"{difference:.1e}"
+    axes.set_title("Training loss")
+    axes.set_xlabel("step")
+    axes.grid(axis="y")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], title=f"largest difference {words}")
+
+
+def _accuracy(axes: Any, figures: dict[str, Any]) -> None:
+    for name, width in {"trl": 6.0, "fastpo": 1.6}.items():
+        run = figures["variants"][name]
+        if name == "fastpo" and "reward_accuracy" in run:
+            steps = range(1, len(run["reward_accuracy"]) + 1)
+            axes.plot(
+                steps, run["reward_accuracy"], color=FASTPO, lw=1, alpha=0.3, label="training batch"
+            )
+        held_out = run["held_out"]
+        label = f"held-out, {TITLES[name]}"
+        style = {"color": COLOURS[name], "lw": width, "label": label}
+        markers = {"marker": "o", "ms": 5} if name == "fastpo" else {}
+        axes.plot(held_out["step"], held_out["reward_accuracy"], **style, **markers)
+    axes.axhline(0.5, color="#8a8a8a", lw=1, ls=":")
+    axes.set_ylim(0, 1.04)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_title("Reward accuracy")
+    axes.set_xlabel("step")
+    axes.grid(axis="y")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="lower right")
+
+
+def _bars(axes: Any, title: str, values: dict[str, float], text: str, ratio: float | None) -> None:
+    names = ("fastpo", "trl")
+    heights = [values[name] for name in names]
+    axes.bar([0, 1], heights, width=0.62, color=[COLOURS[name] for name in names])
+    top = max(heights) or 1.0
+    for x, height in enumerate(heights):
+        axes.text(x, height + 0.02 * top, text.format(height), ha="center", fontsize=9)
+    axes.set_title(title)
+    axes.set_xticks([0, 1], ["fastpo", "TRL"])
+    axes.tick_params(axis="x", length=0)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.set_ylim(0, 1.18 * top)
+    if ratio is not None:
+        axes.set_xlabel(f"{1 / ratio:.0%} of TRL's" if ratio > 1 else f"{ratio:.1f}x")

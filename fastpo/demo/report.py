@@ -1,0 +1,229 @@
+"""The figures of a demo run: collected from the events, printed, and written as report.json."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from fastpo import __version__
+
+from . import plot
+from .objective import Objective
+from .options import Options
+from .prepare import Fitted
+
+Events = list[dict[str, Any]]
+PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy")
+TITLES = {"fastpo": "with fastpo", "trl": "TRL alone"}
+
+
+def opening(options: Options, fitted: Fitted, objective: Objective) -> str:
+    """What is about to be trained on what."""
+    pairs = fitted.pairs
+    kind = "conversations" if pairs.conversational else "plain text"
+    lines = [
+        f"data       {pairs.source}: {len(pairs.train)} pairs to train on, "
+        f"{len(pairs.held_out)} held out, {kind}, longest {fitted.longest} tokens",
+    ]
+    if fitted.truncated:
+        lost = f", {fitted.dropped} of them left out (no room for an answer)"
+        cut = f"{fitted.truncated} rows over {fitted.max_length} tokens"
+        lines.append(f"truncated  {cut}{lost if fitted.dropped else ''}")
+    shape = options.shape
+    new = f"new Llama, {shape.layers} layers of {shape.hidden}, {shape.vocab:,} words"
+    lines.append(f"model      {options.model or new}")
+    lines.append(f"objective  {objective.title}")
+    lines.append(f"training   {options.steps} steps of {options.pairs_per_step} pairs, twice")
+    return "\n".join(lines)
+
+
+def collect(
+    options: Options, fitted: Fitted, objective: Objective, runs: dict[str, Events]
+) -> dict[str, Any]:
+    """All figures, as they go into report.json."""
+    variants = {name: variant(events) for name, events in runs.items() if name != "warmup"}
+    facts = _merged(runs["fastpo"])
+    figures = {
+        "fastpo": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "machine": machine(facts),
+        "options": {key: _plain(value) for key, value in asdict(options).items()},
+        "objective": asdict(objective),
+        "data": _data(fitted),
+        "model": {"parameters": facts["parameters"], "start": str(options.model or "built")},
+        "variants": variants,
+        "comparison": compare(variants["fastpo"], variants["trl"]),
+    }
+    if "warmup" in runs:
+        figures["warmup"] = variant(runs["warmup"])
+    return figures
+
+
+def variant(events: Events) -> dict[str, Any]:
+    """One training: curves, times with the first step apart, memory, held-out figures."""
+    steps = [event for event in events if "step" in event]
+    facts = _merged(events)
+    seconds = [event["seconds"] for event in steps]
+    figures = {
+        "loss": [event["loss"] for event in steps],
+        "first_step_seconds": seconds[0],
+        "step_seconds": seconds[1:],
+        "median_step_seconds": median(seconds[1:]) if len(seconds) > 1 else None,
+        "memory_bytes": facts["memory"],
+    }
+    if steps[0]["accuracy"] is not None:
+        figures["reward_accuracy"] = [event["accuracy"] for event in steps]
+    evaluations = [event for event in events if "evaluated" in event]
+    if evaluations:
+        # At the start policy and reference are one model: every pair is a tie.
+        figures["held_out"] = {
+            "step": [0] + [event["evaluated"] for event in evaluations],
+            "reward_accuracy": [0.5] + [event["accuracy"] for event in evaluations],
+            "reward_margin": [0.0] + [event["margin"] for event in evaluations],
+        }
+        for when in ("before", "after"):
+            key = f"prefers_chosen_{when}"
+            if key in facts:
+                figures["held_out"][key] = facts[key]
+    return figures
+
+
+def compare(fastpo: dict[str, Any], trl: dict[str, Any]) -> dict[str, Any]:
+    differences = [abs(a - b) for a, b in zip(fastpo["loss"], trl["loss"], strict=True)]
+    finite = all(map(math.isfinite, differences))
+    times = fastpo["median_step_seconds"], trl["median_step_seconds"]
+    memory = (v["memory_bytes"]["increase"] for v in (fastpo, trl))
+    return {
+        "largest_loss_difference": max(differences) if finite else None,
+        "mean_loss_difference": sum(differences) / len(differences) if finite else None,
+        "times_faster": _ratio(*times),
+        "times_less_memory": _ratio(*memory),
+    }
+
+
+def machine(facts: dict[str, Any]) -> dict[str, Any]:
+    found = {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": facts["threads"],
+        "system": platform.platform(),
+        "device": facts["device"],
+    }
+    if facts["device"] == "cuda":
+        import torch
+
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def write(figures: dict[str, Any], folder: Path) -> None:
+    """report.json and plot.png; a number that is not finite becomes null."""
+    text = json.dumps(_finite(figures), indent=2, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    plot.draw(figures, folder / "plot.png")
+
+
+def closing(figures: dict[str, Any], out: Path) -> str:
+    """The table and where everything lies."""
+    fastpo, trl = figures["variants"]["fastpo"], figures["variants"]["trl"]
+    comparison = figures["comparison"]
+    rows = [("", TITLES["fastpo"], TITLES["trl"], "")]
+    kind = fastpo["memory_bytes"]["kind"]
+    for name, show, ratio, word in (
+        ("median step", _seconds, comparison["times_faster"], "faster"),
+        (f"memory of training ({kind})", _bytes, comparison["times_less_memory"], "less"),
+    ):
+        cells = [show(one) for one in (fastpo, trl)]
+        rows.append((name, *cells, "" if ratio is None else f"{ratio:.1f}x {word}"))
+    difference = comparison["largest_loss_difference"]
+    words = "not finite" if difference is None else f"largest difference {difference:.1e}"
+    rows.append(("loss, last step", *(f"{v['loss'][-1]:.6f}" for v in (fastpo, trl)), words))
+    last = [f"{v['held_out']['reward_accuracy'][-1]:.1%}" for v in (fastpo, trl)]
+    rows.append(("held-out reward accuracy", *last, "from 50.0% (ties)"))
+    held_out = fastpo["held_out"]
+    if "prefers_chosen_after" in held_out:
+        after, before = held_out["prefers_chosen_after"], held_out["prefers_chosen_before"]
+        rows.append(("held-out chosen is likelier", f"{after:.1%}", "", f"from {before:.1%}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["", *(_line(row, widths) for row in rows), ""]
+    for name, what in {
+        "model": "trained model",
+        "report.json": "figures",
+        "plot.png": "plot",
+    }.items():
+        lines.append(f"{what:<14} {out / name}")
+    return "\n".join([*lines, f"{'total':<14} {figures['seconds']:.0f} s"])
+
+
+def _line(row: tuple[str, ...], widths: list[int]) -> str:
+    name, *cells, note = row
+    middle = "   ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
+    return f"{name:<{widths[0]}}   {middle}   {note}".rstrip()
+
+
+def _seconds(run: dict[str, Any]) -> str:
+    value = run["median_step_seconds"]
+    return "-" if value is None else f"{value:.3f} s"
+
+
+def _bytes(run: dict[str, Any]) -> str:
+    return f"{run['memory_bytes']['increase'] / 2**20:,.0f} MiB"
+
+
+def _data(fitted: Fitted) -> dict[str, Any]:
+    return {
+        "source": fitted.pairs.source,
+        "train_pairs": len(fitted.pairs.train),
+        "held_out_pairs": len(fitted.pairs.held_out),
+        "longest_tokens": fitted.longest,
+        "max_length": fitted.max_length,
+        "truncated_rows": fitted.truncated,
+        "dropped_rows": fitted.dropped,
+    }
+
+
+def _merged(events: Events) -> dict[str, Any]:
+    """What is said once in a run; steps and evaluations aside."""
+    rest = (event for event in events if "step" not in event and "evaluated" not in event)
+    return {key: value for event in rest for key, value in event.items()}
+
+
+def _ratio(ours: float | None, theirs: float | None) -> float | None:
+    return theirs / ours if ours and theirs else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

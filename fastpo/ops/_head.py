@@ -1,0 +1,178 @@
+"""One call of the head: its options, its operands cut into tiles, its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import planner
+from . import _rows as R
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """All that is not a tensor in one call of the head."""
+
+    logit_map: R.LogitMap
+    ignore_index: int | None
+    outputs: tuple[str, ...]
+    compute_dtype: torch.dtype
+    backend: str
+    hidden_grad: bool
+    head_grad: bool
+    budget: int | None
+
+    def plan(self, hidden: Tensor, weight: Tensor) -> planner.Plan:
+        return planner.make_plan(
+            len(hidden),
+            weight.shape[0],
+            weight.shape[1],
+            compute_dtype=self.compute_dtype,
+            device_type=hidden.device.type,
+            hidden_grad=self.hidden_grad,
+            head_grad=self.head_grad,
+            budget=self.budget,
+        )
+
+    @property
+    def stats(self) -> int:
+        return sum(bit for name, bit in R.STATS.items() if name in self.outputs)
+
+
+class Forward(NamedTuple):
+    """Per-token results over all N rows, and what the backward wants; absent ones are empty.
+
+    kept: for each vocabulary tile a contiguous [kept_tokens, words] block, one after the other.
+    anchors: [vocabulary tiles, kept_tokens].  direction: [N, H] d logp / d hidden.
+    """
+
+    logps: Tensor
+    lse: Tensor
+    target: Tensor
+    maximum: Tensor
+    log_mass: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    kept: Tensor
+    anchors: Tensor
+    direction: Tensor
+
+
+class Head:
+    """One call's operands: compacted tokens, and tiles in the dtype of the products."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        labels: Tensor,  # [N]
+        spec: HeadSpec,
+    ) -> None:
+        self.device = hidden.device
+        self.rows = scored_rows(labels, spec.ignore_index)
+        self.ignored = None
+        if self.rows is not None:
+            hidden, labels = hidden.index_select(0, self.rows), labels.index_select(0, self.rows)
+        elif spec.ignore_index is not None and self.device.type != "cpu":
+            # Counting the scored rows would wait for the device; a row that is not scored must
+            # still not reach d weight with a NaN of its own.
+            self.ignored = labels == spec.ignore_index
+            hidden = hidden.masked_fill(self.ignored.unsqueeze(1), 0)
+        self.hidden, self.weight, self.labels = hidden, weight, labels.contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.spec = spec
+        self.kernels = R.load(spec.backend)
+        self.plan = spec.plan(hidden, weight)
+        self.gemm = planner.gemm_dtype(spec.compute_dtype, self.device.type)
+        tiles = self.plan.tiles
+        self.tile_cells = tiles.tokens * tiles.vocab
+        self._tile = self.empty(self.tile_cells, dtype=torch.float32)
+        # Converted copies live in one buffer each, written again only when the walk moves on.
+        convert = hidden.dtype != self.gemm
+        self._block = self.empty(tiles.tokens * convert, hidden.shape[1], dtype=self.gemm)
+        convert = weight.dtype != self.gemm
+        self._words = self.empty(tiles.vocab * convert, hidden.shape[1], dtype=self.gemm)
+        self._converted: tuple[int, int] | None = None
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def token_blocks(self) -> Iterator[tuple[int, int]]:
+        step = self.plan.tiles.tokens
+        return ((a, min(a + step, len(self.hidden))) for a in range(0, len(self.hidden), step))
+
+    def vocab_tiles(self) -> Iterator[tuple[int, int, int]]:
+        step, vocab = self.plan.tiles.vocab, self.plan.vocab
+        return ((i, v, min(v + step, vocab)) for i, v in enumerate(range(0, vocab, step)))
+
+    def block(self, a: int, b: int) -> Tensor:  # [b - a, H]
+        if self.hidden.dtype == self.gemm:
+            return self.hidden[a:b]
+        start = a // self.plan.tiles.tokens * self.plan.tiles.tokens
+        stop = min(start + self.plan.tiles.tokens, len(self.hidden))
+        if self._converted != (start, stop):
+            self._block[: stop - start].copy_(self.hidden[start:stop])
+            self._converted = (start, stop)
+        return self._block[a - start : b - start]
+
+    def words(self, v0: int, v1: int) -> Tensor:  # [v1 - v0, H]
+        words = self.weight[v0:v1]
+        return words if words.dtype == self.gemm else self._words[: v1 - v0].copy_(words)
+
+    def products(self, x: Tensor, words: Tensor) -> Tensor:
+        """x·wordsᵀ in float32, in the one buffer all tiles share."""
+        tile = self._tile[: len(x) * len(words)].view(len(x), len(words))
+        return mm_float32(x, words.t(), tile)
+
+
+def scored_rows(labels: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Rows to compact to; None when all are scored, or when counting would wait for a device."""
+    if labels.device.type != "cpu" or ignore_index is None:
+        return None
+    scored = labels != ignore_index
+    return None if bool(scored.all()) else scored.nonzero().squeeze(1)
+
+
+def mm_float32(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def addmm_float32(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a·b, accumulated and kept in float32."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+
+
+def check_labels(labels: Tensor, vocab: int, ignore_index: int | None) -> None:
+    """On a CPU a label outside the vocabulary raises; elsewhere its row becomes NaN, unread."""
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels < 0) | (labels >= vocab)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        allowed = "" if ignore_index is None else f" or ignore_index {ignore_index}"
+        raise ValueError(
+            f"labels: expected values in [0, {vocab}){allowed}, got {int(labels[row])} at row {row}"
+        )
+
+
+def kept_shapes(spec: HeadSpec, hidden: Tensor, weight: Tensor) -> tuple[int, tuple[int, int]]:
+    """Size of `kept` and shape of `anchors` as if all rows were scored.
+
+    So the shapes are known without reading the labels; memory never written is never committed.
+    """
+    plan = spec.plan(hidden, weight)
+    return plan.kept_tokens * plan.vocab, (-(-plan.vocab // plan.tiles.vocab), plan.kept_tokens)
