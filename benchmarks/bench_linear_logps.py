@@ -2,7 +2,7 @@
 
 Every variant is checked against float64 before anything is timed; variants take turns within one
 run, so that a machine that slows down slows them all. `floor` is one bare product over the same
-tiles: 1 is the least a forward can cost, 2 with d hidden, 3 with d hidden and d weight.
+tiles (in float32 on a CPU): 1 is the least a forward can cost, 2 with d hidden, 3 with d weight too.
 
     python benchmarks/bench_linear_logps.py                     # the CPU table of the README
     python benchmarks/bench_linear_logps.py --device cuda --dtype bfloat16 --tokens 4096 \\
@@ -129,11 +129,13 @@ def timed(function: Callable[[], object], device: str) -> float:
 
 def interleaved(x: HeadInputs, names: list[str], repeats: int) -> dict[str, list[float]]:
     """Milliseconds of every variant and of the floor, in turns; the first turn is thrown away."""
+    # PyTorch's own 16-bit products are many times slower than float32 ones on most CPUs.
+    bare = x if x.hidden.device.type == "cuda" else x.like(torch.float32, grad=False)
     runs: dict[str, list[float]] = {name: [] for name in ("floor", *names)}
     device = x.hidden.device.type
     for turn in range(repeats + 1):
         for name in runs:
-            call = (lambda: bare_product(x)) if name == "floor" else (lambda n=name: step(n, x))
+            call = (lambda: bare_product(bare)) if name == "floor" else (lambda n=name: step(n, x))
             milliseconds = timed(call, device)
             if turn:
                 runs[name].append(milliseconds)

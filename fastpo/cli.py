@@ -41,37 +41,31 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
+    from .demo.options import Options
+
     demo = commands.add_parser(
         "demo",
+        argument_default=argparse.SUPPRESS,  # what is not given is left to Options
         help="train a small model with and without fastpo and compare",
         description="SFT warm-up, then preference optimisation through TRL with and without the "
-        "patch, from the same weights and seed. Writes the trained model, report.json and plot.png.",
+        "patch, from the same weights and seed. Writes the model, report.json and plot.png.",
     )
     demo.set_defaults(command=_demo)
-    add = demo.add_argument
-    add(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="JSONL with prompt, chosen, rejected in TRL's format",
-    )
+    add, default = demo.add_argument, "default: %s"
+    add("--data", type=Path, metavar="FILE", help="JSONL of prompt, chosen, rejected as TRL has it")
     add("--model", type=Path, metavar="PATH", help="folder of save_pretrained to start from")
-    add("--objective", default="dpo", metavar="KEY", help="see `fastpo objectives` (default: dpo)")
-    add("--beta", type=float, help="default: that of the objective")
-    add("--steps", type=int, default=40, metavar="N", help="of preference training (default: 40)")
-    add("--batch-size", type=int, metavar="N", help="pairs per step (default: 16, with --data 4)")
-    add("--learning-rate", type=float, help="default: 5e-4, with --model 5e-6")
-    add("--max-length", type=int, metavar="N", help="tokens of prompt and answer (default: 1024)")
-    add("--truncate", action="store_true", help="cut longer rows instead of refusing them")
-    add("--warmup-steps", type=int, default=160, metavar="N", help="of SFT (default: 160)")
-    add("--seed", type=int, default=0, metavar="N", help="default: 0")
     add(
-        "--out",
-        type=Path,
-        default=Path("fastpo-demo"),
-        metavar="FOLDER",
-        help="default: fastpo-demo",
+        "--objective", metavar="KEY", help="see `fastpo objectives`; " + default % Options.objective
     )
+    add("--beta", type=float, metavar="X", help="default: that of the objective")
+    add("--steps", type=int, metavar="N", help=default % Options.steps)
+    add("--batch-size", type=int, metavar="N", help="pairs per step; default: 8, with --data 4")
+    add("--learning-rate", type=float, metavar="X", help="default: 5e-4, with --model 5e-6")
+    add("--max-length", type=int, metavar="N", help="tokens of prompt and answer; default: 1024")
+    add("--truncate", action="store_true", help="cut longer rows instead of refusing them")
+    add("--warmup-steps", type=int, metavar="N", help="of SFT; " + default % Options.warmup_steps)
+    add("--seed", type=int, metavar="N", help=default % Options.seed)
+    add("--out", type=Path, metavar="FOLDER", help=default % Options.out)
     add("--overwrite", action="store_true", help="replace the output folder if it is not empty")
 
 

@@ -45,7 +45,7 @@ def test_divergences(key, seed):
     if key in SYMMETRIC:
         close(divergence(student, teacher), divergence(teacher, student))
     cold = divergence(student, teacher, temperature=1e6)
-    close(cold, torch.zeros_like(cold), atol=1e-9)
+    close(cold, torch.zeros_like(cold), atol=1e-5)
 
 
 @given(seed=seeds)

@@ -45,7 +45,8 @@ def test_ties_share_the_probability(sides, theta):
     tie = torch.ones(len(won), dtype=torch.bool)
     loss = get("bt_ties", theta=theta)
     total = sum(
-        (-rows).exp() for rows in (loss(won, lost, ~tie), loss(lost, won, ~tie), loss(won, lost, tie))
+        (-rows).exp()
+        for rows in (loss(won, lost, ~tie), loss(lost, won, ~tie), loss(won, lost, tie))
     )
     close(total, torch.ones_like(total))
     close(get("bt_ties", theta=1 + 1e-13)(won, lost, ~tie), bt(won, lost), atol=1e-9)
@@ -67,7 +68,9 @@ def test_heads_that_are_one_reward(sides):
     plain = bt(won, lost)
     close(get("gpm", tau=1.0)(head(won, one), head(lost, one)), plain)
     close(get("gpm", tau=0.5)(head(won, one), head(lost, one), head(one / 2)), plain)
-    close(get("gpm", tau=1.0, margin=0.7)(head(won, one), head(lost, one)), bt(won, lost, 0.7 * one))
+    close(
+        get("gpm", tau=1.0, margin=0.7)(head(won, one), head(lost, one)), bt(won, lost, 0.7 * one)
+    )
     user = head(zero, one)
     close(get("lore")(head(zero, won), head(one, lost), user), plain)
     close(get("vpl")(won, lost, head(zero, zero), head(zero, zero)), plain)
@@ -146,7 +149,9 @@ def test_shapes_of_heads():
     x, v, g = torch.zeros(3), torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"^chosen_rewards: expected shape \(B,\), got \(3, 4\)$"):
         bt(v, v)
-    with pytest.raises(ValueError, match=r"^rejected_rewards: expected shape \(3,\), got \(3, 4\)$"):
+    with pytest.raises(
+        ValueError, match=r"^rejected_rewards: expected shape \(3,\), got \(3, 4\)$"
+    ):
         bt(x, v)
     with pytest.raises(ValueError, match=r"^chosen_rewards: expected shape \(B, D\), got \(3,\)$"):
         get("gpm")(x, x)

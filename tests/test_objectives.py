@@ -37,7 +37,7 @@ few = settings(max_examples=5, deadline=None)
 def problem(key: str, case: int = 0, *, optional: bool = True, **options):
     """(function, row, inputs, hyperparameters) of one case of one row."""
     row, function = ROWS[key], objectives.get(key)
-    inputs = make_inputs(function, forms=row.forms, **options)
+    inputs = make_inputs(function, forms=row.forms, **{**row.sizes, **options})
     kept = {n for n, required in quantities_of(function).items() if required or optional}
     if case:
         kept = (kept | set(row.needs)) - set(row.excludes)

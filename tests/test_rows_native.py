@@ -269,7 +269,7 @@ def assert_turn(backend: Backend, problem: Problem, kept: torch.dtype | None) ->
     for entropy_grad in (False, True):
         how = {"folded": folded, "entropy_grad": entropy_grad}
         ours = turn(backend.kernels, problem, grads, device=backend.device, **how)
-        eager = turn(_rows_torch, problem, grads, **how)
+        eager = turn(_rows_torch, problem, grads, device=backend.device, **how)
         truth = true_turn(problem, grads, folded, entropy_grad=entropy_grad)
         assert_as_good_as_eager(f"out, kept {kept}", ours, eager, truth)
 
@@ -284,7 +284,7 @@ def test_matches_float64(backend: Backend, logit_map: R.LogitMap, kept: torch.dt
         for fold_cap in (False, True):
             how = {"kept": kept, "fold_cap": fold_cap}
             ours = fold(backend.kernels, problem, device=backend.device, **how)
-            eager = fold(_rows_torch, problem, **how)
+            eager = fold(_rows_torch, problem, device=backend.device, **how)
             assert_state(problem, ours, eager)
             if kept is not None:
                 assert_kept(problem, ours, eager, fold_cap)
@@ -297,7 +297,7 @@ def test_extreme_logits(backend: Backend, spread: float) -> None:
     for kept in KEPT:
         problem = make_problem(8, 70, R.LogitMap(), spread=spread, seed=5)
         ours = fold(backend.kernels, problem, kept=kept, device=backend.device)
-        eager = fold(_rows_torch, problem, kept=kept)
+        eager = fold(_rows_torch, problem, kept=kept, device=backend.device)
         assert_state(problem, ours, eager)
         if kept is not None:
             assert_kept(problem, ours, eager, False)
@@ -311,7 +311,7 @@ def test_masked_words(backend: Backend) -> None:
     problem.bias[5:40] = float("-inf")
     problem.labels[0] = 7
     ours = fold(backend.kernels, problem, kept=torch.float32, device=backend.device)
-    eager = fold(_rows_torch, problem, kept=torch.float32)
+    eager = fold(_rows_torch, problem, kept=torch.float32, device=backend.device)
     assert_state(problem, ours, eager)
     assert ours.state[R.TARGET, 0] == float("-inf")
     assert_kept(problem, ours, eager, False)
@@ -344,7 +344,7 @@ def test_a_poisoned_product_stays_in_its_row(backend: Backend, bad: float, colum
     clean = fold(backend.kernels, problem, device=backend.device).state
     problem.tiles[0][2, column] = bad
     ours = fold(backend.kernels, problem, device=backend.device).state
-    eager = fold(_rows_torch, problem).state
+    eager = fold(_rows_torch, problem, device=backend.device).state
     assert torch.equal(ours.isnan(), eager.isnan())
     assert ours[R.OTHERS, 2].isnan() == (bad != float("-inf"))
     rows = [0, 1, 3]
@@ -372,7 +372,7 @@ def test_label_outside_the_tiles(backend: Backend, label: int) -> None:
     problem.labels[:] = label
     ours = fold(backend.kernels, problem, device=backend.device)
     assert ours.state[R.TARGET].isnan().all()
-    assert_state(problem, ours, fold(_rows_torch, problem))
+    assert_state(problem, ours, fold(_rows_torch, problem, device=backend.device))
     assert_turn(backend, problem, None)
 
 

@@ -66,11 +66,20 @@ struct Target {
   float reference;  // finite maximum
   float lift;       // exp(reference - anchor)
   bool fold_cap;
+
+  Kept* at(int64_t column) const {
+    if constexpr (std::is_void_v<Kept>)
+      return nullptr;
+    else
+      return kept + column;
+  }
 };
 
-template <class S, bool kCap, bool kStats, class Kept, class Lanes>
+// `stored`: where the pack's exponentials go, float32 or the dtype of `kept`.
+template <class S, bool kCap, bool kStats, class Kept, class Stored, class Lanes>
 inline void fold_pack(const ForwardTile& t, const LogitBlock<S, kCap>& logits,
-                      const Target<Kept>& target, int64_t column, Lanes lanes, Sums<S>& sums) {
+                      const Target<Kept>& target, int64_t column, Lanes lanes, Stored* stored,
+                      Sums<S>& sums) {
   const auto value = logits.at(column, lanes);
   const auto gap = S::sub(value.z, S::set(target.reference));
   const auto e = lanes.fill(exp<S>(gap), 0.0f);
@@ -82,10 +91,10 @@ inline void fold_pack(const ForwardTile& t, const LogitBlock<S, kCap>& logits,
     if (t.stats & fastpo::kMeanStat) sums.sum = S::add(sums.sum, lanes.fill(value.z, 0.0f));
   }
   if constexpr (!std::is_void_v<Kept>) {
-    auto stored = e;
-    if constexpr (std::is_same_v<Kept, Float16>) stored = S::mul(e, S::set(target.lift));
-    if (kCap && target.fold_cap) stored = S::mul(stored, value.slope);
-    lanes.store(target.kept + column, stored);
+    auto kept = e;
+    if constexpr (std::is_same_v<Kept, Float16>) kept = S::mul(e, S::set(target.lift));
+    if (kCap && target.fold_cap) kept = S::mul(kept, value.slope);
+    lanes.store(stored, kept);
   }
 }
 
@@ -95,9 +104,21 @@ inline void fold_columns(const ForwardTile& t, const Logits<S, kCap>& logits,
   for_blocks<S>(begin, end, [&](int64_t from, int64_t to) {
     const LogitBlock<S, kCap> block(logits, from, to);
     Sums<S> sums;
+    // Rounding to bfloat16 is long enough to deserve a loop of its own, as tanh does.
+    constexpr bool kRound = std::is_same_v<Kept, BFloat16>;
+    float buffer[kRound ? kBlock<S> : 1];
     sweep<S>(from, to, [&](int64_t column, auto lanes) {
-      fold_pack<S, kCap, kStats, Kept>(t, block, target, column, lanes, sums);
+      if constexpr (kRound) {
+        fold_pack<S, kCap, kStats>(t, block, target, column, lanes, buffer + column - from, sums);
+      } else {
+        fold_pack<S, kCap, kStats>(t, block, target, column, lanes, target.at(column), sums);
+      }
     });
+    if constexpr (kRound) {
+      sweep<S>(from, to, [&](int64_t column, auto lanes) {
+        lanes.store(target.at(column), lanes.load(buffer + column - from));
+      });
+    }
     sums.template carry<kStats>(totals);
   });
 }

@@ -21,7 +21,6 @@ __device__ inline RowGrads row_grads(const BackwardTile& t, int64_t row) {
 // From raw products.
 template <bool kCap>
 struct FromProducts {
-  using Source = float;
   Logits<kCap> logits;
   RowGrads g;
 
@@ -48,7 +47,12 @@ struct FromProducts {
 // From kept exponentials; the logarithm is needed for the entropy's and the soft-cap's terms only.
 template <class Kept, bool kLog>
 struct FromKept {
-  using Source = Kept;
+  // float16 is stored around 2^14: brought back, its logarithms are small where p is large.
+  static constexpr bool kHalf = std::is_same_v<Kept, __half>;
+  static constexpr float kUnit = kHalf ? 0x1p-14f : 1.0f;
+  static constexpr float kLogUnit = kHalf ? fastpo::kHalfHeadroom : 0.0f;
+  static constexpr float kLogUnitTail = kHalf ? -2.6665161e-8f : 0.0f;
+
   const Kept* kept;
   RowGrads g;
   float anchor, log_scale, scale, cap;
@@ -56,8 +60,8 @@ struct FromKept {
   __device__ FromKept(const BackwardTile& t, const RowGrads& grads, int64_t row)
       : kept(static_cast<const Kept*>(t.source) + row * t.source_stride),
         g(grads),
-        anchor(t.anchors[row]),
-        log_scale((anchor - grads.shift) - grads.log_mass),
+        anchor(t.anchors[row] + kLogUnit),
+        log_scale(((t.anchors[row] - grads.shift) + kLogUnit + kLogUnitTail) - grads.log_mass),
         scale(expf(log_scale)),
         cap(t.map.cap) {}
 
@@ -68,6 +72,7 @@ struct FromKept {
     load(kept + column, dx);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
+      dx[i] *= kUnit;
       if constexpr (kLog) {
         const float log_e = logf(dx[i]);
         const float log_p = at_least(fastpo::kLogFloor, log_e + log_scale);

@@ -38,6 +38,7 @@ class Job:
     out: str | None  # folder for the trained model; None: not kept
     scratch: str
     steps: int
+    evaluations: int
     batch_size: int
     eval_batch_size: int
     learning_rate: float

@@ -31,7 +31,7 @@ class Options:
     model: Path | None = None
     objective: str = "dpo"
     beta: float | None = None
-    steps: int = 40
+    steps: int = 30
     batch_size: int | None = None
     learning_rate: float | None = None
     max_length: int | None = None
@@ -58,7 +58,7 @@ class Options:
     @property
     def pairs_per_step(self) -> int:
         """Real rows are ten times as long as the embedded ones."""
-        return self.batch_size or (16 if self.data is None else 4)
+        return self.batch_size or (8 if self.data is None else 4)
 
     @property
     def rate(self) -> float:

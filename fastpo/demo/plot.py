@@ -9,7 +9,7 @@ FASTPO, TRL = "#0b6e8a", "#e0a04a"
 COLOURS = {"fastpo": FASTPO, "trl": TRL}
 TITLES = {"fastpo": "with fastpo", "trl": "TRL alone"}
 INK = "#2b2b2b"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -71,7 +71,7 @@ def _loss(axes: Any, figures: dict[str, Any]) -> None:
     difference = figures["comparison"]["largest_loss_difference"]
     words = "not finite" if difference is None else f"{difference:.1e}"
     axes.set_title("Training loss")
-    axes.set_xlabel("step")
+    _whole_steps(axes)
     axes.grid(axis="y")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], title=f"largest difference {words}")
@@ -94,10 +94,15 @@ def _accuracy(axes: Any, figures: dict[str, Any]) -> None:
     axes.set_ylim(0, 1.04)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_title("Reward accuracy")
-    axes.set_xlabel("step")
+    _whole_steps(axes)
     axes.grid(axis="y")
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="lower right")
+
+
+def _whole_steps(axes: Any) -> None:
+    axes.set_xlabel("step")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _bars(axes: Any, title: str, values: dict[str, float], text: str, ratio: float | None) -> None:

@@ -22,7 +22,6 @@ from .objective import Objective, needs
 from .trainer import ObjectiveTrainer
 
 Emit = Callable[..., None]
-EVALUATIONS = 4
 
 
 def device() -> str:
@@ -66,7 +65,7 @@ def warm_up(job: Job, emit: Emit) -> None:
             args=SFTConfig(**arguments(job)),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(job.tokenizer),
-            callbacks=[Recorder(emit)],
+            callbacks=[Recorder(emit, frozenset())],
         )
         trainer.train()
     _save(trainer, job)
@@ -78,8 +77,6 @@ def prefer(job: Job, emit: Emit) -> None:
     chosen = Objective(**(job.objective or {}))
     own = chosen.loss_type is None
     options = {
-        "eval_strategy": "steps",
-        "eval_steps": max(1, job.steps // EVALUATIONS),
         "use_weighting": own and needs(chosen, "log_sum_sq_probs"),  # it makes the head return it
         **chosen.trl_arguments,
     }
@@ -90,7 +87,7 @@ def prefer(job: Job, emit: Emit) -> None:
             train_dataset=Dataset.from_list(rows["train"]),
             eval_dataset=Dataset.from_list(rows["held_out"]),
             processing_class=AutoTokenizer.from_pretrained(job.tokenizer),
-            callbacks=[Recorder(emit)],
+            callbacks=[Recorder(emit, schedule(job))],
         )
         if isinstance(trainer, ObjectiveTrainer):
             trainer.objective = chosen
@@ -100,6 +97,12 @@ def prefer(job: Job, emit: Emit) -> None:
         if job.out is not None:
             emit(prefers_chosen_after=preference(trainer))
     _save(trainer, job)
+
+
+def schedule(job: Job) -> frozenset[int]:
+    """Steps after which the held-out pairs are evaluated, evenly and always after the last."""
+    parts = range(1, job.evaluations + 1)
+    return frozenset(-(-job.steps * part // job.evaluations) for part in parts)
 
 
 @torch.no_grad()
@@ -121,8 +124,9 @@ def preference(trainer: DPOTrainer) -> float:
 class Recorder(TrainerCallback):
     """Sends what a training does, step by step, and its peak memory at the end."""
 
-    def __init__(self, emit: Emit) -> None:
+    def __init__(self, emit: Emit, evaluate_after: frozenset[int]) -> None:
         self.emit = emit
+        self.evaluate_after = evaluate_after
         self.memory = PeakMemory(device())
         self.seconds = self.begun = 0.0
 
@@ -134,8 +138,9 @@ class Recorder(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self.begun = self._now()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds = self._now() - self.begun
+        control.should_evaluate = state.global_step in self.evaluate_after
 
     def on_log(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         logs = about["logs"]

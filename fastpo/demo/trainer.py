@@ -23,14 +23,16 @@ class ObjectiveTrainer(DPOTrainer):
         if return_outputs:
             raise ValueError("return_outputs: expected False, there are no logits to return")
         mask = inputs["completion_mask"]  # [2B, T + 1], chosen rows first
-        arguments = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+        arguments: dict[str, Any] = {key: inputs[key] for key in ("input_ids", "attention_mask")}
         arguments["labels"] = inputs["input_ids"].masked_fill(mask == 0, -100)
         arguments |= {"use_cache": False, "fused_lm_head": True}
+
+        frozen: Any = self.ref_model
 
         @cache
         def reference() -> Tensor:  # [2B, T]
             with torch.no_grad():
-                return self.ref_model(**arguments).log_probs
+                return frozen(**arguments).log_probs
 
         head = model(**arguments)
         stats = TokenStats(head.log_probs, head.entropy, head.log_sum_sq_probs)

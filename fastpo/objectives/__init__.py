@@ -3,6 +3,7 @@
     available()               the keys
     get("dpo", beta=0.3)      the function, bound and checked
     compose("dpo", ...)       transforms in front, terms added
+    describe("dpo")           its formula, quantities and parameters as text
     @objective("mine", ...)   a row of one's own
 
 Quantities are passed by keyword; their names are the API (`_quantities.SHAPES`).
@@ -13,14 +14,20 @@ from . import (
     distillation,
     groups,
     pairs,
+    pairs_batch,
     pairs_logps,
+    pairs_references,
+    pairs_scores,
+    pairs_third,
     policy_gradient,
     rewards,
     singles,
     tokens,
+    tokens_kl,
     transforms,
 )
 from ._compose import compose
+from ._describe import describe
 from ._registry import (
     Interval,
     NonNegative,
@@ -43,17 +50,23 @@ __all__ = [
     "available",
     "compose",
     "denoising",
+    "describe",
     "distillation",
     "families",
     "get",
     "groups",
     "objective",
     "pairs",
+    "pairs_batch",
     "pairs_logps",
+    "pairs_references",
+    "pairs_scores",
+    "pairs_third",
     "policy_gradient",
     "rewards",
     "singles",
     "tokens",
+    "tokens_kl",
     "transform",
     "transforms",
 ]

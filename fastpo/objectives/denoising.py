@@ -33,8 +33,8 @@ def diffusion_dpo(
     β·T·ω with the released code's factor ½: 1000 is ½·2000; SDXL takes ½·5000.
     """
     errors = (chosen_errors, rejected_errors, ref_chosen_errors, ref_rejected_errors)
-    ratios = denoising_logratios(*errors, timestep_weights, scale=beta)
-    return dpo(**ratios, soft_labels=soft_labels, beta=1.0) + sft_weight * chosen_errors
+    won, lost = denoising_logratios(*errors, timestep_weights, scale=beta).values()
+    return dpo(won, lost, soft_labels, beta=1.0) + sft_weight * chosen_errors
 
 
 @objective("prdp", paper="arXiv:2402.08714", family="denoising")

@@ -3,11 +3,12 @@
 The family outgrows one file; its modules differ by what they read, and each registers with
 `family="pairs"`:
 
-    pairs.py        the log-ratios (and lengths, labels, weights): dpo and its losses
-    pairs_logps.py  log-probabilities without a reference: sft, cpo, simpo, orpo
-
-A new module `pairs_<what they read>.py` (scores, third sequences, several references, ...) only
-has to be imported by `__init__.py`.
+    pairs.py             the log-ratios (and lengths, labels, weights): dpo and its losses
+    pairs_logps.py       log-probabilities without a reference: sft, cpo, simpo, orpo
+    pairs_scores.py      a score per response: sppo, odpo, mmpo, online_dpo
+    pairs_third.py       a third sequence: vpo, rationale_dpo, tpo_triple
+    pairs_references.py  past policies and several references: inpo, mnpo, mrpo
+    pairs_batch.py       the rest of the batch: rpo_relative, sspo
 
 `a, b` are the chosen and rejected log-ratios, `Δ = a - b`, in nats. All return [B].
 """
@@ -19,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._math import avg, exp_cap, logistic
-from ._registry import Interval, Positive, Unit, objective
+from ._math import REDUCTIONS, avg, exp_cap, logistic, nll_term
+from ._registry import Interval, NonNegative, OneOf, Positive, Unit, objective
+from .transforms import f_divergence
 
 
 @objective("dpo", paper="arXiv:2305.18290", family="pairs", aliases=("sigmoid", "cdpo", "spin"))
@@ -232,3 +234,79 @@ def discopop(
     # In log space: σ(x/τ)·e^{-x} is 0·inf at x < -88.7, where TRL's gradient turns NaN.
     exponential = exp_cap(F.logsigmoid(x / tau) - x)
     return -torch.sigmoid(-x / tau) * F.logsigmoid(x) + exponential
+
+
+@objective("f_dpo", paper="arXiv:2309.16240", family="pairs")
+def f_dpo(
+    chosen_logratios: Tensor,  # [B] nats
+    rejected_logratios: Tensor,  # [B] nats
+    *,
+    beta: Annotated[float, Positive] = 0.1,
+    divergence: Annotated[str, OneOf("reverse_kl", "forward_kl", "js", "alpha")] = "reverse_kl",
+    alpha: float = 0.5,
+) -> Tensor:  # [B] nats
+    """-log σ(β·(s(a) - s(b))), s of the transform f_divergence; alpha is the paper's."""
+    scores = f_divergence(chosen_logratios, rejected_logratios, divergence=divergence, alpha=alpha)
+    return dpo(scores["chosen_logratios"], scores["rejected_logratios"], beta=beta)
+
+
+@objective("lcpo", paper="arXiv:2509.24159", family="pairs")
+def lcpo(
+    chosen_logratios: Tensor,  # [B] nats
+    rejected_logratios: Tensor,  # [B] nats
+    *,
+    beta: Annotated[float, Positive] = 0.1,
+    eta: Annotated[float, Interval(0, 1, "()")] = 0.9,
+    base: Annotated[str, OneOf("dpo", "ipo")] = "dpo",
+) -> Tensor:  # [B] nats, ipo: nats²
+    """w·l₊ + (1 - w)·l₋: the base loss for the label as given and reversed.
+
+    w = σ(log(η/(1-η)) + l₋ - l₊) without gradient: the probability that the label is right. η is
+    the caller's running mean of w.
+    """
+    loss = dpo if base == "dpo" else ipo
+    given = loss(chosen_logratios, rejected_logratios, beta=beta)
+    reversed_ = loss(rejected_logratios, chosen_logratios, beta=beta)
+    log_odds = (math.log(eta) - math.log1p(-eta) + reversed_ - given).detach()
+    return torch.sigmoid(log_odds) * given + torch.sigmoid(-log_odds) * reversed_
+
+
+@objective("flex_dpo", paper="arXiv:2406.07327", family="pairs")
+def flex_dpo(
+    chosen_logratios: Tensor,  # [B] nats
+    rejected_logratios: Tensor,  # [B] nats
+    *,
+    beta_chosen: Annotated[float, Positive] = 0.1,
+    beta_rejected: Annotated[float, Positive] = 0.05,
+) -> Tensor:  # [B] nats
+    """-log σ(β_chosen·a - β_rejected·b); the paper takes β_rejected < β_chosen."""
+    return -F.logsigmoid(beta_chosen * chosen_logratios - beta_rejected * rejected_logratios)
+
+
+@objective("focalpo", paper="arXiv:2501.06645", family="pairs")
+def focalpo(
+    chosen_logratios: Tensor,  # [B] nats
+    rejected_logratios: Tensor,  # [B] nats
+    *,
+    beta: Annotated[float, Positive] = 0.1,
+    gamma: Annotated[float, NonNegative] = 0.05,
+) -> Tensor:  # [B] nats
+    """-σ(z)^γ·log σ(z), z = β·Δ; the factor is differentiated too."""
+    log_win = F.logsigmoid(beta * (chosen_logratios - rejected_logratios))
+    return -(gamma * log_win).exp() * log_win
+
+
+@objective("dpo_sft", paper="arXiv:2404.19733", family="pairs", aliases=("irpo",))
+def dpo_sft(
+    chosen_logratios: Tensor,  # [B] nats
+    rejected_logratios: Tensor,  # [B] nats
+    chosen_logps: Tensor,  # [B] nats
+    chosen_lengths: Tensor,  # [B] int64
+    *,
+    beta: Annotated[float, Positive] = 0.1,
+    sft_weight: Annotated[float, NonNegative] = 1.0,
+    sft_reduction: Annotated[str, OneOf(*REDUCTIONS)] = "mean",
+) -> Tensor:  # [B] nats
+    """-log σ(β·Δ) + sft_weight·NLL(chosen_logps, chosen_lengths; sft_reduction)."""
+    rows = dpo(chosen_logratios, rejected_logratios, beta=beta)
+    return rows + sft_weight * nll_term(chosen_logps, chosen_lengths, sft_reduction)

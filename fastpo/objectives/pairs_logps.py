@@ -4,13 +4,16 @@
 [B].
 """
 
+from collections.abc import Callable
 from typing import Annotated
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import REDUCTIONS, avg, cut, log1mexp, logistic, nll_term
 from ._registry import NonNegative, OneOf, Positive, Unit, objective
+from .transforms import f_divergence
 
 
 @objective("sft", family="pairs")
@@ -73,3 +76,69 @@ def orpo(
     c, r = cut(chosen), cut(avg(rejected_logps, rejected_lengths))
     log_odds = (c - log1mexp(c)) - (r - log1mexp(r))
     return -chosen - beta * F.logsigmoid(log_odds)
+
+
+@objective("alphapo", paper="arXiv:2501.03884", family="pairs")
+def alphapo(
+    chosen_logps: Tensor,  # [B] nats
+    rejected_logps: Tensor,  # [B] nats
+    chosen_lengths: Tensor,  # [B] int64
+    rejected_lengths: Tensor,  # [B] int64
+    *,
+    beta: Annotated[float, Positive] = 2.5,
+    gamma: float = 0.25,
+    alpha: float = 0.25,
+    label_smoothing: Annotated[float, Unit] = 0.0,
+) -> Tensor:  # [B] nats
+    """L(β·(ρ(ĉ) - ρ(r̂)) - γ; 1 - ε), ρ(x) = (1 - exp⁺(-α·x))/α; α = 0 is simpo."""
+    chosen, rejected = avg(chosen_logps, chosen_lengths), avg(rejected_logps, rejected_lengths)
+    rewards = f_divergence(chosen, rejected, divergence="alpha", alpha=alpha)
+    gap = rewards["chosen_logratios"] - rewards["rejected_logratios"]
+    return logistic(beta * gap - gamma, 1 - label_smoothing)
+
+
+@objective("asft_aligned", paper="arXiv:2409.10571", family="pairs")
+def asft_aligned(
+    chosen_logps: Tensor,  # [B] nats
+    rejected_logps: Tensor,  # [B] nats
+    chosen_lengths: Tensor,  # [B] int64
+    rejected_lengths: Tensor,  # [B] int64
+    *,
+    lam: Annotated[float, NonNegative] = 0.1,
+) -> Tensor:  # [B] nats
+    """-ĉ + λ·[-ĉ - log(1 - e^r̂)], r̂ cut at -1e-6."""
+    chosen, rejected = avg(chosen_logps, chosen_lengths), avg(rejected_logps, rejected_lengths)
+    return -chosen + lam * (-chosen - log1mexp(cut(rejected)))
+
+
+# ρ of (w, r, w̄, r̄): log-probabilities of both responses being valid, and of their not being.
+_LOGIC: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "ce": lambda w, r, not_w, not_r: w - not_w,
+    "ce_unl": lambda w, r, not_w, not_r: w + not_r - torch.logaddexp(r, not_w + not_r),
+    "cpo": lambda w, r, not_w, not_r: w - r,
+    "orpo": lambda w, r, not_w, not_r: w + not_r - r - not_w,
+    "ccpo": lambda w, r, not_w, not_r: w - not_w - r,
+    "cfunl": lambda w, r, not_w, not_r: not_r - not_w - r,
+    "uncpo": lambda w, r, not_w, not_r: torch.logaddexp(w + r, not_r) - r - not_w,
+    "qfunl": lambda w, r, not_w, not_r: not_r - r,
+}
+
+
+@objective("dpa_logic", paper="arXiv:2412.17696", family="pairs")
+def dpa_logic(
+    chosen_logps: Tensor,  # [B] nats
+    rejected_logps: Tensor,  # [B] nats
+    chosen_lengths: Tensor,  # [B] int64
+    rejected_lengths: Tensor,  # [B] int64
+    *,
+    variant: Annotated[str, OneOf(*_LOGIC)] = "ccpo",
+    beta: Annotated[float, Positive] = 1.0,
+) -> Tensor:  # [B] nats
+    """-log σ(β·ρ), ρ = log of what ought to be true over what ought not.
+
+    With w = ĉ, r = r̂, w̄ = log(1 - e^w), r̄ = log(1 - e^r), all cut at -1e-6:
+    ce: w - w̄. ce_unl: w + r̄ - log(e^r + e^(w̄ + r̄)). cpo: w - r. orpo: w + r̄ - r - w̄.
+    ccpo: w - w̄ - r. cfunl: r̄ - w̄ - r. uncpo: log(e^(w + r) + e^r̄) - r - w̄. qfunl: r̄ - r.
+    """
+    w, r = cut(avg(chosen_logps, chosen_lengths)), cut(avg(rejected_logps, rejected_lengths))
+    return -F.logsigmoid(beta * _LOGIC[variant](w, r, log1mexp(w), log1mexp(r)))
