@@ -65,7 +65,8 @@ def test_kernels_is_no_package() -> None:
 
 
 def test_wheel_contents(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastpo"}
     for name in (*KERNELS, "__init__.py"):
@@ -82,7 +83,8 @@ def test_wheel_imports_alone(installed: Path, tmp_path: Path) -> None:
     program = f"""
 import importlib.util, sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module__]
-sys.path = [{str(installed)!r}] + [p for p in sys.path if p not in ({str(ROOT)!r}, {str(ROOT.parent)!r})]
+checkout = ({str(ROOT)!r}, {str(ROOT.parent)!r})
+sys.path = [{str(installed)!r}] + [p for p in sys.path if p not in checkout]
 import fastpo, fastpo._C, {modules}
 from fastpo.ops import _rows_cpu
 print(fastpo.__file__, fastpo._C.__file__, fastpo.kernels.__path__, fastpo._C.has_cuda)
@@ -109,7 +111,8 @@ print(_rows.load("cpu").unavailable(torch.device("cpu")), _rows.choose(None, tor
 
 
 def test_sdist_contents(sdist: Path) -> None:
-    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     for path in ("pyproject.toml", "csrc/CMakeLists.txt", "csrc/cuda/cuda.cmake", "LICENSE"):
         assert path in names
     assert {f"kernels/{name}" for name in KERNELS} <= names

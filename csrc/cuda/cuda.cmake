@@ -9,4 +9,6 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 target_sources(_C PRIVATE cuda/rows_forward.cu cuda/rows_backward.cu)
 target_compile_definitions(_C PRIVATE FASTPO_HAS_CUDA)
 # The runtime is linked in, so the module imports on a machine without driver or toolkit.
-set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
+# The target is older than the language, so it has not inherited the architectures.
+set_target_properties(_C PROPERTIES CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}"
+  CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)

@@ -50,8 +50,7 @@ struct FromKept {
   // float16 is stored around 2^14: brought back, its logarithms are small where p is large.
   static constexpr bool kHalf = std::is_same_v<Kept, __half>;
   static constexpr float kUnit = kHalf ? 0x1p-14f : 1.0f;
-  static constexpr float kLogUnit = kHalf ? fastpo::kHalfHeadroom : 0.0f;
-  static constexpr float kLogUnitTail = kHalf ? -2.6665161e-8f : 0.0f;
+  static constexpr double kLogUnit = kHalf ? -9.704060527839234 : 0.0;
 
   const Kept* kept;
   RowGrads g;
@@ -60,8 +59,10 @@ struct FromKept {
   __device__ FromKept(const BackwardTile& t, const RowGrads& grads, int64_t row)
       : kept(static_cast<const Kept*>(t.source) + row * t.source_stride),
         g(grads),
-        anchor(t.anchors[row] + kLogUnit),
-        log_scale(((t.anchors[row] - grads.shift) + kLogUnit + kLogUnitTail) - grads.log_mass),
+        anchor(static_cast<float>(t.anchors[row] - kLogUnit)),
+        // Three double operations per thread: the anchor and the maximum are large, and cancel.
+        log_scale(static_cast<float>(static_cast<double>(t.anchors[row]) - grads.shift -
+                                     grads.log_mass - kLogUnit)),
         scale(expf(log_scale)),
         cap(t.map.cap) {}
 
