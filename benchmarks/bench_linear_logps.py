@@ -2,7 +2,7 @@
 
 Every variant is checked against float64 before anything is timed; variants take turns within one
 run, so that a machine that slows down slows them all. `floor` is one bare product over the same
-tiles (in float32 on a CPU): 1 is the least a forward can cost, 2 with d hidden, 3 with d weight too.
+tiles (in float32 on a CPU): the least a forward costs; d hidden adds one, d weight another.
 
     python benchmarks/bench_linear_logps.py                     # the CPU table of the README
     python benchmarks/bench_linear_logps.py --device cuda --dtype bfloat16 --tokens 4096 \\

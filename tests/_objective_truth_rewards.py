@@ -68,6 +68,17 @@ def contextual_quality(rewards, labels, groups, *, num_groups=None):
     return torch.stack(out) if out else rewards.new_zeros(0)
 
 
+@truth("rm_listmle", {"num_groups": 5}, order="fixed")
+def rm_listmle(rewards, scores, groups, *, num_groups=None):
+    out = []
+    for g in range(num_groups or (groups.max().item() + 1 if len(groups) else 0)):
+        rows = [i for i in range(len(groups)) if groups[i] == g]
+        ranked = rewards[sorted(rows, key=lambda i: -scores[i].item())]  # sorted is stable
+        terms = [torch.log(torch.exp(ranked[k:]).sum()) - ranked[k] for k in range(len(ranked))]
+        out.append(sum(terms, 0 * rewards.sum()))
+    return torch.stack(out) if out else rewards.new_zeros(0)
+
+
 @truth("rm_regression", forms={"rewards": 1})
 def rm_regression(rewards, scores):
     return sum((rewards[:, k] - scores[:, k]) ** 2 for k in range(rewards.shape[1]))

@@ -79,7 +79,7 @@ def test_prdp_stops_pushing():
         assert bool((gradient != 0).all()) == pushes
 
 
-@given(seed=seeds, beta=st.floats(0.1, 5))
+@given(seed=seeds, beta=st.floats(0.5, 5))  # e^40 is not reached
 @few
 def test_weighted_denoising(seed, beta):
     q = make_inputs(get("reward_weighted_denoising"), seed=seed)

@@ -1,15 +1,17 @@
 """Limits and identities of the reward models, and TRL's own value."""
 
+import itertools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from _objective_truth import make_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastpo.objectives import get
+from fastpo.objectives import available, get
 
 few = settings(max_examples=15, deadline=None)
 numbers = st.floats(-30, 30, allow_nan=False)
@@ -126,8 +128,25 @@ def test_ranking_two_is_choosing(sides):
     both = torch.stack([lost, won], 1).flatten()
     scores = torch.tensor([0.0, 1.0], dtype=both.dtype).repeat(len(won))
     close(get("rm_listmle")(both, scores, groups), bt(won, lost))
+    level = get("rm_listmle")(both, 0 * scores, groups)  # equal scores: in row order
+    close(level, bt(lost, won))
+
+
+def test_listmle_is_dpo_plackett_luce():
+    if "dpo_plackett_luce" not in available():
+        pytest.skip("dpo_plackett_luce is not in the table")
+    q = make_inputs(get("rm_listmle"))
     luce = get("dpo_plackett_luce", beta=1.0)
-    close(get("rm_listmle")(both, scores, groups * 0), luce(both, scores, groups * 0))
+    close(get("rm_listmle")(**q), luce(q["rewards"], q["scores"], q["groups"]))
+
+
+def test_listmle_is_a_distribution_over_rankings():
+    rewards = torch.tensor([1.0, -2.0, 0.5, 300.0], dtype=torch.float64)
+    total = 0.0
+    for order in itertools.permutations(range(4)):
+        scores = torch.tensor(order, dtype=torch.float64)
+        total += (-get("rm_listmle")(rewards, scores, torch.zeros(4, dtype=torch.int64))).exp()
+    close(total, torch.ones(1, dtype=torch.float64))
 
 
 @given(sides=columns)

@@ -122,3 +122,17 @@ def group_center(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     offset = x - x[starts[groups]]
     mean = group_sum(offset, groups, num_groups) / starts.diff().clamp(min=1)
     return offset - mean[groups]
+
+
+def plackett_luce(strengths: Tensor, scores: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """[N] -> [G] Σ_k [logsumexp_{j ranked k or later} strength_j - strength_k].
+
+    Rank is by falling score, equal scores in row order. Compares all pairs of rows: suffix sums
+    over sorted rows would take the small tail from the large total.
+    """
+    mine, other = scores[:, None], scores[None, :]
+    row = torch.arange(len(scores), device=scores.device)
+    behind = (other < mine) | ((other == mine) & (row[None, :] >= row[:, None]))
+    left = behind & (groups[:, None] == groups[None, :])
+    rest = torch.where(left, strengths[None, :], -math.inf).logsumexp(1)
+    return group_sum(rest - strengths, groups, num_groups)

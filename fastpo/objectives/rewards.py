@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._math import expm1_cap, group_count, group_starts, group_sum, logistic
+from ._math import expm1_cap, group_count, group_starts, group_sum, logistic, plackett_luce
 from ._registry import Interval, NonNegative, OneOf, Positive, objective
 
 NumGroups = Annotated[int | None, NonNegative]
@@ -180,6 +180,22 @@ def contextual_quality(
     picked = group_sum(labels.to(rewards.dtype), groups, count).clamp(min=1)
     chosen = group_sum(torch.where(labels, rewards, 0), groups, count) / picked
     return top + mass.log() - chosen
+
+
+@objective("rm_listmle", family="rewards", shapes={"rewards": "N"})
+def rm_listmle(
+    rewards: Tensor,  # [N]
+    scores: Tensor,  # [N] higher is better
+    groups: Tensor,  # [N] int64, sorted
+    *,
+    num_groups: NumGroups = None,
+) -> Tensor:  # [G] nats
+    """Σ_k [log Σ_{j ranked k or later} e^{r_j} - r_k]: the Plackett-Luce ranking by score.
+
+    `dpo_plackett_luce` on rewards with beta 1. Equal scores rank in row order; an empty group
+    gives 0.
+    """
+    return plackett_luce(rewards, scores, groups, group_count(groups, num_groups))
 
 
 @objective("rm_regression", paper="arXiv:2402.18571", family="rewards", shapes={"rewards": "N M"})
