@@ -62,13 +62,8 @@ BackwardTile backward_tile(uintptr_t source, int source_dtype, int64_t source_st
           out_stride};
 }
 
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Row kernels of fastpo over raw addresses; _C.pyi says what each argument is.";
-  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+void bind_tiles(py::module_& m) {
   using py::arg;
-
   py::class_<ForwardTile>(m, "ForwardTile")
       .def(py::init(&forward_tile), py::kw_only(), arg("tile"), arg("tile_stride"), arg("n"),
            arg("v"), arg("first"), arg("labels"), arg("bias"), arg("state"), arg("state_stride"),
@@ -79,35 +74,39 @@ PYBIND11_MODULE(_C, m) {
            arg("source_stride"), arg("anchors"), arg("n"), arg("v"), arg("first"), arg("labels"),
            arg("bias"), arg("grads"), arg("grads_stride"), arg("inner"), arg("cap"), arg("factor"),
            arg("entropy_grad"), arg("out"), arg("out_dtype"), arg("out_stride"));
+}
 
+template <class Tile, void (*kRows)(const Tile&, int, Isa)>
+void bind_cpu(py::module_& m, const char* name) {
+  m.def(
+      name, [](const Tile& tile, int threads, int isa) { kRows(tile, threads, Isa(isa)); },
+      py::arg("tile"), py::arg("threads"), py::arg("isa"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Tile, void (*kRows)(const Tile&, int, void*)>
+void bind_cuda(py::module_& m, const char* name) {
+  m.def(
+      name,
+      [](const Tile& tile, int device, uintptr_t stream) {
+        kRows(tile, device, pointer<void>(stream));
+      },
+      py::arg("tile"), py::arg("device"), py::arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Row kernels of fastpo over raw addresses; _C.pyi says what each argument is.";
+  bind_tiles(m);
   m.def("cpu_isa", [] { return static_cast<int>(best_isa()); });
-  m.def(
-      "rows_forward_cpu",
-      [](const ForwardTile& tile, int threads, int isa) {
-        rows_forward_host(tile, threads, static_cast<Isa>(isa));
-      },
-      arg("tile"), arg("threads"), arg("isa"), no_gil);
-  m.def(
-      "rows_backward_cpu",
-      [](const BackwardTile& tile, int threads, int isa) {
-        rows_backward_host(tile, threads, static_cast<Isa>(isa));
-      },
-      arg("tile"), arg("threads"), arg("isa"), no_gil);
-
+  bind_cpu<ForwardTile, rows_forward_host>(m, "rows_forward_cpu");
+  bind_cpu<BackwardTile, rows_backward_host>(m, "rows_backward_cpu");
 #ifdef FASTPO_HAS_CUDA
   m.attr("has_cuda") = true;
-  m.def(
-      "rows_forward_cuda",
-      [](const ForwardTile& tile, int device, uintptr_t stream) {
-        rows_forward_cuda(tile, device, pointer<void>(stream));
-      },
-      arg("tile"), arg("device"), arg("stream"), no_gil);
-  m.def(
-      "rows_backward_cuda",
-      [](const BackwardTile& tile, int device, uintptr_t stream) {
-        rows_backward_cuda(tile, device, pointer<void>(stream));
-      },
-      arg("tile"), arg("device"), arg("stream"), no_gil);
+  bind_cuda<ForwardTile, rows_forward_cuda>(m, "rows_forward_cuda");
+  bind_cuda<BackwardTile, rows_backward_cuda>(m, "rows_backward_cuda");
 #else
   m.attr("has_cuda") = false;
 #endif

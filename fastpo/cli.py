@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_demo(commands: argparse._SubParsersAction) -> None:
-    from .demo.options import Options
+    from .demo.options import WARMUP_STEPS, Options
 
     demo = commands.add_parser(
         "demo",
@@ -60,10 +61,10 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     add("--beta", type=float, metavar="X", help="default: that of the objective")
     add("--steps", type=int, metavar="N", help=default % Options.steps)
     add("--batch-size", type=int, metavar="N", help="pairs per step; default: 8, with --data 4")
-    add("--learning-rate", type=float, metavar="X", help="default: 5e-4, with --model 5e-6")
+    add("--learning-rate", type=float, metavar="X", help="default: 1e-3, with --model 5e-6")
     add("--max-length", type=int, metavar="N", help="tokens of prompt and answer; default: 1024")
     add("--truncate", action="store_true", help="cut longer rows instead of refusing them")
-    add("--warmup-steps", type=int, metavar="N", help="of SFT; " + default % Options.warmup_steps)
+    add("--warmup-steps", type=int, metavar="N", help="of SFT; " + default % WARMUP_STEPS)
     add("--seed", type=int, metavar="N", help=default % Options.seed)
     add("--out", type=Path, metavar="FOLDER", help=default % Options.out)
     add("--overwrite", action="store_true", help="replace the output folder if it is not empty")
@@ -75,6 +76,7 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo.options import Options
 
     os.environ.update(jobs.OFFLINE)  # before anything of Hugging Face is imported
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it tidies up, too
     given = {name: value for name, value in vars(options).items() if name != "command"}
     try:
         wanted = Options(**given)

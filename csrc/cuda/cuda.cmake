@@ -11,7 +11,7 @@ endif()
 target_sources(_C PRIVATE cuda/rows_forward.cu cuda/rows_backward.cu)
 target_compile_definitions(_C PRIVATE FASTPO_HAS_CUDA)
 # A fused multiply-add would round z differently where it is compared and where it is subtracted.
-target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false -Xptxas=-v>)
+target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false -Xptxas=-warn-spills>)
 # The runtime is linked in, so the module imports on a machine without driver or toolkit.
 set_target_properties(_C PROPERTIES
   CUDA_ARCHITECTURES "${architectures}"

@@ -111,13 +111,9 @@ def _read_text(path: Path) -> str:
 def _parse(line: str, place: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise DemoError(
-            f"{place}: expected one JSON object per line, got {_short(line)} ({error.msg})"
-        ) from None
-    except RecursionError:
-        raise DemoError(
-            f"{place}: expected one JSON object per line, got one nested too deep"
+            f"{place}: expected one JSON object per line, got {_short(line)} ({error})"
         ) from None
 
 
@@ -144,14 +140,22 @@ def check_row(row: Any, place: str) -> Row:
 
 def _check_side(value: Any, name: str) -> Any:
     if isinstance(value, str):
-        if not value.strip():
-            raise DemoError(f"{name}: expected text, got an empty string")
-        return value
+        return _check_text(value, name)
     if not isinstance(value, list):
         raise DemoError(f"{name}: expected a string or a list of messages, got {_kind(value)}")
     if not value:
         raise DemoError(f"{name}: expected at least one message, got an empty list")
     return [_check_message(message, f"{name}[{i}]") for i, message in enumerate(value)]
+
+
+def _check_text(text: str, name: str) -> str:
+    if not text.strip():
+        raise DemoError(f"{name}: expected text, got an empty string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DemoError(f"{name}: expected valid Unicode, got {error.reason}") from None
+    return text
 
 
 def _check_message(message: Any, name: str) -> dict[str, str]:
@@ -161,8 +165,7 @@ def _check_message(message: Any, name: str) -> dict[str, str]:
         if not isinstance(message.get(key), str):
             got = _kind(message[key]) if key in message else "nothing"
             raise DemoError(f"{name}.{key}: expected a string, got {got}")
-        if not message[key].strip():
-            raise DemoError(f"{name}.{key}: expected text, got an empty string")
+        _check_text(message[key], f"{name}.{key}")
     return {"role": message["role"], "content": message["content"]}
 
 

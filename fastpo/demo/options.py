@@ -9,6 +9,9 @@ from pathlib import Path
 from .errors import DemoError
 
 
+WARMUP_STEPS = 160
+
+
 @dataclass(frozen=True)
 class Shape:
     """The built model: Llama with a vocabulary of real size, so that the head dominates."""
@@ -31,12 +34,12 @@ class Options:
     model: Path | None = None
     objective: str = "dpo"
     beta: float | None = None
-    steps: int = 30
+    steps: int = 24
     batch_size: int | None = None
     learning_rate: float | None = None
     max_length: int | None = None
     truncate: bool = False
-    warmup_steps: int = 160
+    warmup_steps: int | None = None
     seed: int = 0
     out: Path = Path("fastpo-demo")
     overwrite: bool = False
@@ -48,12 +51,21 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise DemoError(f"--{_flag(name)}: expected an integer >= {low}, got {value}")
+        if self.model is not None and self.warmup_steps:
+            raise DemoError("--warmup-steps: only the built model is warmed up, not --model")
         if self.seed >= 2**32:
             raise DemoError(f"--seed: expected an integer below 2**32, got {self.seed}")
         for name in ("beta", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise DemoError(f"--{_flag(name)}: expected a finite number > 0, got {value}")
+
+    @property
+    def warm_up(self) -> int:
+        """Steps of SFT before."""
+        if self.model is not None:
+            return 0
+        return WARMUP_STEPS if self.warmup_steps is None else self.warmup_steps
 
     @property
     def pairs_per_step(self) -> int:
@@ -63,7 +75,7 @@ class Options:
     @property
     def rate(self) -> float:
         """The built model is small and new; one that was trained before would be torn apart."""
-        return self.learning_rate or (5e-4 if self.model is None else 5e-6)
+        return self.learning_rate or (1e-3 if self.model is None else 5e-6)
 
 
 def _flag(name: str) -> str:

@@ -151,7 +151,10 @@ def fit(options: Options, pairs: Pairs, tokenizer: Any, config: Any) -> Fitted:
     longest = truncated = 0
     dropped: list[Row] = []
     for row in pairs.rows:
-        prompt, *sides = encode(tokenizer, row)
+        try:
+            prompt, *sides = encode(tokenizer, row)
+        except DemoError as error:
+            raise DemoError(f"{pairs.places[id(row)]}: {error}") from None
         longest = max(longest, *sides)
         if max(sides) <= max_length:
             continue

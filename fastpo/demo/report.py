@@ -18,7 +18,7 @@ from fastpo import __version__
 from . import plot
 from .objective import Objective
 from .options import Options
-from .plot import TITLES
+from .plot import TITLES, factor
 from .prepare import Fitted
 
 Events = list[dict[str, Any]]
@@ -141,18 +141,16 @@ def closing(figures: dict[str, Any], out: Path) -> str:
     fastpo, trl = figures["variants"]["fastpo"], figures["variants"]["trl"]
     comparison = figures["comparison"]
     rows: list[tuple[str, ...]] = [("", TITLES["fastpo"], TITLES["trl"], "")]
+    faster = factor(comparison["times_faster"], "faster", "slower")
+    rows.append(("median step", _seconds(fastpo), _seconds(trl), faster))
     kind = fastpo["memory_bytes"]["kind"]
-    for name, show, ratio, word in (
-        ("median step", _seconds, comparison["times_faster"], "faster"),
-        (f"memory of training ({kind})", _bytes, comparison["times_less_memory"], "less"),
-    ):
-        cells = [show(one) for one in (fastpo, trl)]
-        rows.append((name, *cells, "" if ratio is None else f"{ratio:.1f}x {word}"))
+    less = factor(comparison["times_less_memory"], "less", "more")
+    rows.append((f"memory of training ({kind})", _bytes(fastpo), _bytes(trl), less))
     difference = comparison["largest_loss_difference"]
     words = "not finite" if difference is None else f"largest difference {difference:.1e}"
     rows.append(("loss, last step", *(f"{v['loss'][-1]:.6f}" for v in (fastpo, trl)), words))
     last = [f"{v['held_out']['reward_accuracy'][-1]:.1%}" for v in (fastpo, trl)]
-    rows.append(("held-out reward accuracy", *last, "from 50.0% (ties)"))
+    rows.append(("held-out reward accuracy", *last, "from 50.0% (all ties)"))
     held_out = fastpo["held_out"]
     if "prefers_chosen_after" in held_out:
         after, before = held_out["prefers_chosen_after"], held_out["prefers_chosen_before"]

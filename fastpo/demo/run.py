@@ -65,8 +65,8 @@ def _train(
     runs = {}
     if options.model is None:
         prepare.build_model(options.shape, options.seed, fitted.max_length, stage)
-        if options.warmup_steps:
-            warm = _warm_up_job(job, options.warmup_steps)
+        if options.warm_up:
+            warm = _warm_up_job(job, options.warm_up)
             runs["warmup"] = list(_watch(warm, "SFT warm-up"))
     for name, patched in VARIANTS.items():
         out = str(stage.result / "model") if patched else None

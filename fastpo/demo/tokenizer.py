@@ -79,7 +79,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[int, int, int]
 
 
 def _chat_length(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> int:
-    ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    from jinja2 import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    except TemplateError as error:
+        raise DemoError(f"the chat template refuses it: {error}") from None
     return len(ids["input_ids"])
 
 

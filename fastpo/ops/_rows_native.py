@@ -45,10 +45,9 @@ def forward_tile(
     _check_matrix(tile, n, v, torch.float32)
     _check_fields(state, R.STATE, n)
     _check_words(labels, bias, first, n, v)
-    assert (kept is None) == (anchors is None)
-    if kept is not None and anchors is not None:
+    if kept is not None:
         _check_matrix(kept, n, v)
-        _check_vector(anchors, n, torch.float32)
+    _check_anchors(anchors, n, kept is not None)
     return ForwardTile(
         tile=tile.data_ptr(),
         tile_stride=tile.stride(0),
@@ -88,8 +87,7 @@ def backward_tile(
     _check_matrix(out, n, v)
     _check_fields(grads, R.GRADS, n)
     _check_words(labels, bias, first, n, v)
-    if anchors is not None:
-        _check_vector(anchors, n, torch.float32)
+    _check_anchors(anchors, n, anchors is not None)
     return BackwardTile(
         source=source.data_ptr(),
         source_dtype=_DTYPES[source.dtype],
@@ -131,6 +129,12 @@ def _check_matrix(x: Tensor, n: int, v: int, dtype: torch.dtype | None = None) -
 def _check_vector(x: Tensor, n: int, dtype: torch.dtype) -> None:
     assert x.shape == (n,) and (n <= 1 or x.stride(0) == 1), (x.shape, x.stride())
     assert x.dtype == dtype, x.dtype
+
+
+def _check_anchors(anchors: Tensor | None, n: int, wanted: bool) -> None:
+    assert (anchors is not None) == wanted
+    if anchors is not None:
+        _check_vector(anchors, n, torch.float32)
 
 
 def _check_fields(x: Tensor, fields: int, n: int) -> None:
