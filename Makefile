@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/fastpo demo --overwrite
 
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
 
 lint: $(READY)
 	$(BIN)/ruff check .

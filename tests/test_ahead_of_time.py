@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.xdist_group("ahead of time")  # one compilation for all
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes one program may have
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from .errors import DemoError
 
-
 WARMUP_STEPS = 160
 
 

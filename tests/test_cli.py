@@ -1,0 +1,112 @@
+"""The command line: help, exit codes, and messages instead of tracebacks."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastpo import cli, objectives
+
+COMMANDS = ("demo", "run", "plan", "objectives")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"fastpo {command}" in capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"    {command}" in text for command in COMMANDS)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.startswith("fastpo 0.")
+
+
+def test_plan_prints_what_the_head_would_do(capsys):
+    assert cli.main(["plan", "1000", "32000", "512", "--dtype", "float32", "--frozen-head"]) == 0
+    text = capsys.readouterr().out
+    assert "frozen" in text
+    assert "1000 x 32000 x 512" in text
+
+
+def test_objectives_lists_every_key(capsys):
+    assert cli.main(["objectives"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {key} " in text or f"  {key}\n" in text for key in objectives.available())
+
+
+def test_objectives_of_one_family_and_one_key(capsys):
+    assert cli.main(["objectives", "--family", "pairs"]) == 0
+    listed = capsys.readouterr().out
+    assert "  dpo " in listed
+    assert "  kto" not in listed
+    assert cli.main(["objectives", "sigmoid"]) == 0
+    assert capsys.readouterr().out.startswith("dpo (pairs)")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "-1", "32000", "64"], "tokens: expected an integer >= 0, got -1"),
+        (["plan", "1", "0", "64"], "vocab: expected an integer >= 1, got 0"),
+        (["objectives", "nothing"], "objective: expected one of "),
+        (["objectives", "--family", "nothing"], "family: expected one of transforms"),
+        (["demo", "--steps", "0"], "--steps: expected an integer >= 1, got 0"),
+        (["demo", "--beta", "nan"], "--beta: expected a finite number > 0, got nan"),
+        (["demo", "--seed", "-1"], "--seed: expected an integer >= 0, got -1"),
+        (["demo", "--objective", "nothing"], "--objective: expected one of dpo, "),
+        (["demo", "--data", "/no/such.jsonl"], "/no/such.jsonl: no such file"),
+        (["demo", "--model", "/no/such"], "--model /no/such: expected a folder made by save_pre"),
+        (["run", "/no/such.py"], "script: expected a file, got '/no/such.py'"),
+    ],
+)
+def test_what_was_given_wrong_is_said_in_one_line(
+    arguments, message, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "Traceback" not in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nothing"], ["demo", "--steps", "many"], ["plan", "1", "2"]]
+)
+def test_usage_errors_exit_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: fastpo" in capsys.readouterr().err
+
+
+def test_run_hands_all_arguments_to_the_script(tmp_path, capsys):
+    script = tmp_path / "script.py"
+    script.write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
+    given = ["--help", "-m", "x", "--steps", "3"]
+    assert cli.main(["run", str(script), *given]) == 0
+    assert json.loads(capsys.readouterr().out) == given
+
+
+def test_as_a_process(tmp_path):
+    broken = tmp_path / "pairs.jsonl"
+    broken.write_text('{"prompt": "a", "chosen": "b"}\n')
+    command = [sys.executable, "-m", "fastpo.cli", "demo", "--data", str(broken)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert (
+        "pairs.jsonl, row 1: expected prompt, chosen, rejected, got prompt, chosen" in done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]

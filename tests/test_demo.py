@@ -1,0 +1,366 @@
+"""The demo: its data, what it refuses, and a miniature run from end to end."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fastpo.demo import data, jobs, make_data, objective, prepare
+from fastpo.demo.errors import DemoError, DemoFailure
+from fastpo.demo.options import Options, Shape
+from fastpo.demo.tokenizer import encode, texts_of, train_tokenizer
+
+pytest.importorskip("trl")
+pytest.importorskip("matplotlib")
+TINY = Shape(vocab=512, hidden=16, layers=1, heads=2)
+GOOD = {"prompt": "Why is the sky blue?", "chosen": "Blue light scatters.", "rejected": "No idea."}
+
+
+def chat(prompt, chosen, rejected):
+    def say(role, text):
+        return [{"role": role, "content": text}]
+
+    return {
+        "prompt": say("user", prompt),
+        "chosen": say("assistant", chosen),
+        "rejected": say("assistant", rejected),
+    }
+
+
+def write(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+MALFORMED = {
+    "not json": ("{nonsense", "expected one JSON object per line, got '{nonsense'"),
+    "not an object": ("[1, 2]", "expected an object with prompt, chosen, rejected, got a list"),
+    "number": ("12", "expected an object with prompt, chosen, rejected, got a number"),
+    "no rejected": ({"prompt": "a", "chosen": "b"}, "got prompt, chosen: rejected is missing"),
+    "wrong type": (
+        GOOD | {"chosen": 7},
+        "chosen: expected a string or a list of messages, got a n",
+    ),
+    "null": (
+        GOOD | {"rejected": None},
+        "rejected: expected a string or a list of messages, got nu",
+    ),
+    "empty answer": (GOOD | {"chosen": "  "}, "chosen: expected text, got an empty string"),
+    "empty list": (chat("a", "b", "c") | {"chosen": []}, "chosen: expected at least one message"),
+    "empty message": (chat("a", "b", " "), "rejected[0].content: expected text, got an empty"),
+    "no role": (
+        chat("a", "b", "c") | {"prompt": [{"content": "x"}]},
+        "prompt[0].role: expected a s",
+    ),
+    "no message": (
+        chat("a", "b", "c") | {"prompt": ["x"]},
+        "prompt[0]: expected a message with ro",
+    ),
+    "same": (GOOD | {"rejected": GOOD["chosen"]}, "chosen and rejected are the same"),
+    "two kinds": (
+        GOOD | {"prompt": chat("a", "b", "c")["prompt"]},
+        "expected three strings or thr",
+    ),
+    "other format": (chat("a", "b", "c"), "expected strings as in the first row"),
+    "images": (GOOD | {"images": ["x.png"]}, "images: not supported, the demo trains on text only"),
+    "surrogate": (
+        '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
+        "prompt: expected valid",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_rows_are_named(name, tmp_path):
+    row, message = MALFORMED[name]
+    path = tmp_path / "pairs.jsonl"
+    line = row if isinstance(row, str) else json.dumps(row)
+    path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
+    with pytest.raises(DemoError) as error:
+        data.load_pairs(path, seed=0)
+    assert str(error.value).startswith(f"{path}, row 3: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected at least 2 rows (one is held out), got 0"),
+        (json.dumps(GOOD).encode(), "expected at least 2 rows (one is held out), got 1"),
+        (b"\xff\xfe\x00", "expected UTF-8 text, got byte 0"),
+        (None, "no such file"),
+    ],
+)
+def test_unusable_files_are_named(content, message, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DemoError, match=r"pairs\.jsonl: ") as error:
+        data.load_pairs(path, seed=0)
+    assert message in str(error.value)
+    with pytest.raises(DemoError, match="expected a JSONL file, got a folder"):
+        data.load_pairs(tmp_path, seed=0)
+
+
+def test_rows_are_split_by_seed(tmp_path):
+    rows = [GOOD | {"prompt": f"Question {i}?", "margin": i} for i in range(60)]
+    path = write(tmp_path / "pairs.jsonl", *rows)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    pairs = data.load_pairs(path, seed=1)
+    assert (len(pairs.train), len(pairs.held_out)) == (52, 8)
+    assert {row["prompt"] for row in pairs.rows} == {row["prompt"] for row in rows}
+    assert pairs.held_out == data.load_pairs(path, seed=1).held_out
+    assert pairs.held_out != data.load_pairs(path, seed=2).held_out
+    assert not pairs.conversational
+    assert tuple(pairs.train[0]) == data.KEYS
+
+
+def test_embedded_pairs_are_what_the_generator_writes():
+    for path, rows in zip(data.EMBEDDED, make_data.make_pairs(), strict=True):
+        assert path.read_text(encoding="utf-8") == make_data.as_jsonl(rows)
+
+
+def test_embedded_pairs_are_well_formed():
+    pairs = data.embedded_pairs()
+    assert pairs.conversational
+    assert (len(pairs.train), len(pairs.held_out)) == (336, 64)
+    assert len({json.dumps(row["prompt"]) for row in pairs.rows}) == 400
+    longer = sum(len(answer(row, "chosen")) > len(answer(row, "rejected")) for row in pairs.rows)
+    assert 0.45 < longer / 400 < 0.55, "length gives the preference away"
+    held_out = {topic["task"] for topic in make_data.read_topics() if in_any(topic, pairs.held_out)}
+    assert len(held_out) == make_data.HELD_OUT_TOPICS
+    assert not any(task in json.dumps(pairs.train) for task in held_out)
+
+
+def answer(row, side):
+    return row[side][0]["content"]
+
+
+def in_any(topic, rows):
+    return any(topic["task"] in answer(row, "prompt") for row in rows)
+
+
+def test_embedded_preference_can_be_learned_from_words():
+    """Naive Bayes on the training rows' words tells the held-out sides apart."""
+    pairs = data.embedded_pairs()
+    counts = {side: Counter() for side in ("chosen", "rejected")}
+    for row in pairs.train:
+        for side, counter in counts.items():
+            counter.update(answer(row, side).split())
+
+    def score(text):
+        odds = (math.log((counts["chosen"][w] + 1) / (counts["rejected"][w] + 1)) for w in text)
+        return sum(odds)
+
+    right = [
+        score(answer(row, "chosen").split()) > score(answer(row, "rejected").split())
+        for row in pairs.held_out
+    ]
+    assert sum(right) / len(right) > 0.9
+
+
+def test_tokenizer_has_the_whole_vocabulary():
+    pairs = data.embedded_pairs()
+    tokenizer = train_tokenizer(texts_of(pairs.train), 4096)
+    assert len(tokenizer) == 4096
+    text = "Ünïcode, <|reserved_4000|> and 漢字\n"
+    ids = tokenizer(text)["input_ids"]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.convert_ids_to_tokens(4000) == "<|reserved_4000|>"
+    assert 4000 not in ids
+    prompt, chosen, rejected = encode(tokenizer, pairs.train[0])
+    assert prompt < min(chosen, rejected)
+
+
+def fit(rows, **options):
+    options = Options(**options)
+    pairs = data.Pairs(
+        "x.jsonl", rows[:-1], rows[-1:], {id(r): f"row {i}" for i, r in enumerate(rows)}
+    )
+    tokenizer = train_tokenizer(texts_of(rows), 512)
+    return prepare.fit(options, pairs, tokenizer, None)
+
+
+def test_rows_that_are_too_long():
+    long_answer = GOOD | {"chosen": "word " * 200 + "end"}
+    long_prompt = GOOD | {"prompt": "xyz " * 200}
+    rows = [GOOD, long_answer, long_prompt, GOOD | {"prompt": "Why?"}]
+    with pytest.raises(
+        DemoError, match=r"^row 1: prompt and answer are \d+ tokens long, over --max"
+    ):
+        fit(rows, max_length=64)
+    fitted = fit(rows, max_length=64, truncate=True)
+    assert (fitted.truncated, fitted.dropped) == (2, 1)
+    assert long_prompt not in fitted.pairs.rows
+    with pytest.raises(DemoError, match="expected at least 2 rows that fit"):
+        fit([long_prompt, GOOD], max_length=64, truncate=True)
+    assert fit(rows, max_length=2048).truncated == 0
+
+
+def test_output_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    prepare.check_out(Options(out=out))
+    out.mkdir()
+    prepare.check_out(Options(out=out))
+    (out / "old").write_text("x")
+    with pytest.raises(DemoError, match="not empty; pass --overwrite"):
+        prepare.check_out(Options(out=out))
+    prepare.check_out(Options(out=out, overwrite=True))
+    with pytest.raises(DemoError, match="expected a folder, got a file"):
+        prepare.check_out(Options(out=out / "old", overwrite=True))
+    with pytest.raises(DemoError, match="--data lies in it"):
+        prepare.check_out(Options(out=out, overwrite=True, data=out / "old"))
+    for folder in (tmp_path, tmp_path.parent):
+        with pytest.raises(DemoError, match="the current folder lies in it"):
+            prepare.check_out(Options(out=folder, overwrite=True))
+
+
+def test_models_that_cannot_be_used(tmp_path):
+    for config, message in (
+        (None, "no config.json"),
+        ({"model_type": "llama"}, "no weights"),
+        ({"model_type": "t5"}, "expected a causal language model, got t5"),
+        ({"model_type": "nonsense"}, "nonsense"),
+    ):
+        if config is not None:
+            (tmp_path / "config.json").write_text(json.dumps(config))
+        if message != "no weights":
+            (tmp_path / "model.safetensors").touch()
+        with pytest.raises(DemoError, match=message):
+            prepare.model_config(Options(model=tmp_path))
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+    with pytest.raises(DemoError, match="only the built model is warmed up"):
+        Options(model=tmp_path, warmup_steps=3)
+
+
+@pytest.mark.parametrize("key", objective.usable())
+def test_objectives_that_can_be_trained(key):
+    chosen = objective.choose(key)
+    assert (chosen.loss_type is not None) == (key in objective.TRL_LOSSES)
+    assert objective.bind(chosen) is not None
+    if "beta" in chosen.hyperparameters:
+        assert objective.choose(key, beta=0.7).trl_arguments["beta"] == 0.7
+
+
+def test_objectives_that_cannot():
+    assert objective.choose("sigmoid").key == "dpo"
+    assert objective.choose("robust").trl_arguments["label_smoothing"] > 0
+    assert {"simpo", "cpo", "orpo", *objective.TRL_LOSSES} <= set(objective.usable())
+    with pytest.raises(DemoError, match=r"expected one of dpo, .*, got 'nothing'"):
+        objective.choose("nothing")
+    with pytest.raises(DemoError, match="singles, not pairs"):
+        objective.choose("kto")
+    with pytest.raises(DemoError, match="--beta: sft has none"):
+        objective.choose("sft", beta=0.1)
+
+
+def test_a_failure_leaves_everything_as_it_was(tmp_path, monkeypatch):
+    from fastpo.demo.run import run_demo
+
+    def die(job, name):
+        raise DemoFailure("died")
+
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").write_text("x")
+    monkeypatch.setattr(jobs, "run", die)
+    with pytest.raises(DemoFailure, match="died"):
+        run_demo(Options(shape=TINY, out=out, overwrite=True), say=lambda text: None)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "mine").read_text() == "x"
+
+
+def test_objective_trainer_is_dpo_trainer_with_another_loss(tmp_path):
+    """TRL's own sigmoid loss and metrics, and the table's dpo through `ObjectiveTrainer`."""
+    from trl import DPOTrainer
+
+    from fastpo.demo.trainer import ObjectiveTrainer
+
+    found = {}
+    for kind in (DPOTrainer, ObjectiveTrainer):
+        trainer = tiny_trainer(kind, tmp_path)
+        if kind is ObjectiveTrainer:
+            trainer.objective = objective.choose("dpo")
+        trainer.train()
+        found[kind] = trainer.evaluate()
+    theirs, ours = found[DPOTrainer], found[ObjectiveTrainer]
+    names = ["eval_loss", *(f"eval_rewards/{n}" for n in ("accuracies", "margins", "chosen"))]
+    assert [ours[name] for name in names] == pytest.approx(
+        [theirs[name] for name in names], rel=1e-4
+    )
+    assert ours["eval_rewards/margins"] != 0
+
+
+def tiny_trainer(kind, folder):
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig
+
+    stage = prepare.Stage(folder)
+    pairs = data.embedded_pairs()
+    if not stage.start.exists():
+        train_tokenizer(texts_of(pairs.train), TINY.vocab).save_pretrained(stage.tokenizer)
+        prepare.build_model(TINY, 0, 64, stage)
+    arguments = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "bf16": False}
+    return kind(
+        str(stage.start),
+        args=DPOConfig(str(folder / "trl"), gradient_checkpointing=False, **arguments, **quiet),
+        train_dataset=Dataset.from_list(pairs.train[:6]),
+        eval_dataset=Dataset.from_list(pairs.held_out[:4]),
+        processing_class=AutoTokenizer.from_pretrained(stage.tokenizer),
+    )
+
+
+def test_from_end_to_end(tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from fastpo.demo.run import run_demo
+
+    rows = data.embedded_pairs().train[:14]
+    out = tmp_path / "out"
+    options = Options(
+        data=write(tmp_path / "pairs.jsonl", *rows),
+        shape=TINY,
+        steps=2,
+        warmup_steps=1,
+        batch_size=2,
+        max_length=64,
+        truncate=True,
+        out=out,
+    )
+    said = []
+    figures = run_demo(options, say=said.append)
+    assert sorted(path.name for path in out.iterdir()) == ["model", "plot.png", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pairs.jsonl"]
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    assert model.config.vocab_size == len(tokenizer) == TINY.vocab
+    ids = tokenizer.apply_chat_template(rows[0]["prompt"], return_tensors="pt", return_dict=True)
+    assert model(**ids).logits.isfinite().all()
+    check_report(json.loads((out / "report.json").read_text()), figures, said)
+    assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(DemoError, match="not empty"):
+        run_demo(replace(options, steps=1))
+
+
+def check_report(report, figures, said):
+    assert report == json.loads(json.dumps(figures))
+    assert report["data"]["train_pairs"] + report["data"]["held_out_pairs"] == 14
+    assert report["data"]["truncated_rows"] > 0
+    assert {"cpu", "cores", "device"} <= set(report["machine"])
+    assert report["versions"]["torch"]
+    assert len(report["warmup"]["loss"]) == 1
+    for run in report["variants"].values():
+        assert len(run["loss"]) == 2
+        assert run["median_step_seconds"] > 0
+        assert run["memory_bytes"]["increase"] >= 0
+        assert run["held_out"]["step"][-1] == 2
+    assert report["comparison"]["largest_loss_difference"] < 1e-4
+    assert "rows over 64 tokens" in said[0]
+    assert "largest difference" in said[1]
+    assert str(Path("out") / "plot.png") in said[1]
