@@ -82,18 +82,18 @@ def _loss(axes: Any, figures: dict[str, Any]) -> None:
 
 
 def _accuracy(axes: Any, figures: dict[str, Any]) -> None:
-    for name, width in {"trl": 6.0, "fastpo": 1.6}.items():
-        run = figures["variants"][name]
-        if name == "fastpo" and "reward_accuracy" in run:
-            steps = range(1, len(run["reward_accuracy"]) + 1)
-            axes.plot(
-                steps, run["reward_accuracy"], color=FASTPO, lw=1, alpha=0.3, label="training batch"
-            )
-        held_out = run["held_out"]
-        label = f"held-out, {TITLES[name]}"
-        style = {"color": COLOURS[name], "lw": width, "label": label}
-        markers = {"marker": "o", "ms": 5} if name == "fastpo" else {}
-        axes.plot(held_out["step"], held_out["reward_accuracy"], **style, **markers)
+    fastpo, trl = figures["variants"]["fastpo"], figures["variants"]["trl"]
+    ring = {"mfc": "none", "mec": TRL, "mew": 4, "ms": 13}
+    without = trl["held_out"]
+    label = f"held-out, {TITLES['trl']}"
+    axes.plot(without["step"][1:], without["reward_accuracy"][1:], "o", label=label, **ring)
+    if "reward_accuracy" in fastpo:
+        batches = fastpo["reward_accuracy"]
+        steps, label = range(2, len(batches) + 1), "training batch"
+        axes.plot(steps, batches[1:], color=FASTPO, lw=1, alpha=0.3, label=label)
+    held_out, label = fastpo["held_out"], f"held-out, {TITLES['fastpo']}"
+    style = {"color": FASTPO, "lw": 1.6, "marker": "o", "ms": 5, "label": label}
+    axes.plot(held_out["step"], held_out["reward_accuracy"], **style)
     axes.axhline(0.5, color="#8a8a8a", lw=1, ls=":")
     axes.set_ylim(0, 1.04)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -186,7 +186,9 @@ def _max_length(options: Options, config: Any) -> int:
 def build_model(shape: Shape, seed: int, max_length: int, stage: Stage) -> None:
     """A Llama model with new weights, in `stage.start`."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it would report the one shard it writes
     set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(stage.tokenizer)
     config = LlamaConfig(

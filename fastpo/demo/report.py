@@ -84,7 +84,7 @@ def variant(events: Events) -> dict[str, Any]:
         "median_step_seconds": median(seconds[1:]) if len(seconds) > 1 else None,
         "memory_bytes": facts["memory"],
     }
-    if steps[0]["accuracy"] is not None:
+    if steps[-1]["accuracy"] is not None:
         figures["reward_accuracy"] = [event["accuracy"] for event in steps]
     evaluations = [event for event in events if "evaluated" in event]
     if evaluations:

@@ -37,7 +37,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "per_device_eval_batch_size": job.eval_batch_size,
         "learning_rate": job.learning_rate,
         "lr_scheduler_type": "cosine",
-        "warmup_steps": job.steps // 10,
+        "warmup_steps": job.steps // 10 if job.kind == "warmup" else 0,
         "max_length": job.max_length,
         "seed": job.seed,
         "use_cpu": device() == "cpu",
@@ -145,12 +145,10 @@ class Recorder(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         logs = about["logs"]
         if "loss" in logs:
-            self.emit(
-                step=state.global_step,
-                loss=logs["loss"],
-                accuracy=logs.get("rewards/accuracies"),
-                seconds=self.seconds,
-            )
+            step = state.global_step
+            # In the first step the policy is the reference, and TRL counts all those ties as 0.
+            accuracy = logs.get("rewards/accuracies") if step > 1 else None
+            self.emit(step=step, loss=logs["loss"], accuracy=accuracy, seconds=self.seconds)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **about: Any) -> None:
         metrics = about["metrics"]
