@@ -144,7 +144,7 @@ def _add_objectives(commands: argparse._SubParsersAction) -> None:
     objectives = commands.add_parser(
         "objectives",
         help="list the table of objectives",
-        description="Keys, aliases and papers; with a key, its formula, quantities and parameters.",
+        description="Quantities, defaults and papers; with a key, its formula and ranges too.",
     )
     objectives.set_defaults(command=_objectives)
     objectives.add_argument("key", nargs="?", help="show this one")
@@ -155,19 +155,7 @@ def _objectives(options: argparse.Namespace) -> int:
     from . import objectives
 
     try:
-        if options.key is not None:
-            function = objectives.get(options.key)
-            entry = vars(function)["entry"]
-            print(f"{entry.key} ({entry.family})\n\n{function.__doc__}")
-            return 0
-        families = [options.family] if options.family else list(objectives.families())
-        for family in families:
-            keys = objectives.available(family)
-            print(f"{family} ({len(keys)})")
-            for key in keys:
-                entry = vars(objectives.get(key))["entry"]
-                aliases = f"({', '.join(entry.aliases)})" if entry.aliases else ""
-                print(f"  {' '.join(filter(None, (key, aliases))):<40} {entry.paper}".rstrip())
+        print(objectives.describe(options.key, family=options.family))
     except ValueError as error:
         return _complain("objectives", error, code=2)
     return 0

@@ -42,14 +42,14 @@ def test_plan_prints_what_the_head_would_do(capsys):
 def test_objectives_lists_every_key(capsys):
     assert cli.main(["objectives"]) == 0
     text = capsys.readouterr().out
-    assert all(f"  {key} " in text or f"  {key}\n" in text for key in objectives.available())
+    assert all(f"\n{key} " in text or f"\n{key}\n" in text for key in objectives.available())
 
 
 def test_objectives_of_one_family_and_one_key(capsys):
     assert cli.main(["objectives", "--family", "pairs"]) == 0
     listed = capsys.readouterr().out
-    assert "  dpo " in listed
-    assert "  kto" not in listed
+    assert "\ndpo " in listed
+    assert "\nkto" not in listed
     assert cli.main(["objectives", "sigmoid"]) == 0
     assert capsys.readouterr().out.startswith("dpo (pairs)")
 
