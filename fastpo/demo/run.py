@@ -20,7 +20,6 @@ from .options import Options
 VARIANTS = {"fastpo": True, "trl": False}
 # The curves are one: TRL's is only checked at its end, an evaluation there costs many steps.
 EVALUATIONS = {"fastpo": 4, "trl": 1}
-WARMUP_BATCH = 8
 WARMUP_RATE = 3e-3
 
 Say = Callable[[str], None]
@@ -110,7 +109,6 @@ def _warm_up_job(job: Job, steps: int) -> Job:
         kind="warmup",
         out=job.model,
         steps=steps,
-        batch_size=WARMUP_BATCH,
         learning_rate=WARMUP_RATE,
     )
 
