@@ -60,13 +60,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     add("--beta", type=float, metavar="X", help="default: that of the objective")
     add("--steps", type=int, metavar="N", help=default % Options.steps)
-    add("--batch-size", type=int, metavar="N", help="pairs per step; default: 8; --data: 4")
-    add(
-        "--learning-rate",
-        type=float,
-        metavar="X",
-        help="default: 1e-3; --data: 1e-4; --model: 5e-6",
-    )
+    add("--batch-size", type=int, metavar="N", help="pairs per step; default: 8, with --data 4")
+    add("--learning-rate", type=float, metavar="X", help="default: 1e-3, with --model 5e-6")
     add("--max-length", type=int, metavar="N", help="tokens of prompt and answer; default: 1024")
     add("--truncate", action="store_true", help="cut longer rows instead of refusing them")
     add("--warmup-steps", type=int, metavar="N", help="of SFT; " + default % WARMUP_STEPS)
