@@ -18,7 +18,7 @@ from _tiny import one_thread  # noqa: F401
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
 
 import fastpo
-from fastpo.integrations.trl import Compact, FusedHead
+from fastpo.integrations._trl_head import Compact, FusedHead
 from fastpo.ops import _driver
 from fastpo.testing import HeadInputs
 

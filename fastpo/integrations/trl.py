@@ -1,118 +1,86 @@
-"""TRL's fused head, taken over at the one name all its trainers share.
-
-`trl.trainer.utils.add_fused_lm_head` finds the valid positions, gathers what FSDP, ZeRO-3 or PEFT
-hide, and hands [N, H] hidden states to `_ChunkedLogProbFunction.apply`, which it looks up in its
-module at every call. DPO, KTO, SFT, GRPO and RLOO scripts and their metrics stay as they are.
-"""
+"""`fastpo.patch`: TRL's trainers on fastpo's head, and on fastpo's objectives by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
+from . import _trl_objectives
+from ._objective import Objective, Setting
+from ._seam import Make, Seam, kept, replace, replace_when_imported, restore
+from ._trl_head import COMPACT, GATHER, HEAD, Compact, FusedHead
 
-from ._head import HeadOptions, score
-from ._seam import Replacement, Seam, kept, replace
-
-_MODULE = "trl.trainer.utils"
-_VERSIONS = ("1.15", "1.16")
-HEAD = Seam(
-    _MODULE,
-    "_ChunkedLogProbFunction",
-    (
-        "hidden",
-        "weight",
-        "bias",
-        "targets",
-        "temperature",
-        "chunk_size",
-        "final_logit_softcapping",
-        "logit_scale",
-        "outputs",
-    ),
-    _VERSIONS,
-    member="forward",
-)
-# 1.15 compacts everywhere and has no such switch.
-COMPACT = Seam(_MODULE, "_use_triton", ("device",), _VERSIONS, optional=True)
-GATHER = Seam(_MODULE, "maybe_gather_lm_head_ctx", ("params",), _VERSIONS)
-
-# TRL's names in the order of its results.
-_OUTPUTS = {
-    "log_probs": "logps",
-    "entropy": "entropy",
-    "log_sum_sq_probs": "log_sum_sq_probs",
-    "mean_logits": "mean_logits",
-    "is_top1": "is_top1",
-}
+__all__ = ["patch", "patched", "unpatch"]
 
 
-class FusedHead(Replacement):
-    """`linear_logps` behind the `apply` of TRL's autograd function."""
-
-    def __init__(self, original: Any, budget: int | None, backend: str | None) -> None:
-        super().__init__(original)
-        self.budget, self.backend = budget, backend
-
-    def apply(
-        self,
-        hidden: Tensor,  # [N, H]
-        weight: Tensor,  # [V, H]
-        bias: Tensor | None,  # [V]
-        targets: Tensor,  # [N]
-        temperature: float,
-        chunk_size: int,  # TRL's tile width; fastpo chooses its own
-        final_logit_softcapping: float | None = None,
-        logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = tuple(_OUTPUTS),
-    ) -> tuple[Tensor | None, ...]:  # each [N], None where not requested
-        unknown = set(outputs) - set(_OUTPUTS)
-        if unknown:
-            raise RuntimeError(
-                f"outputs: expected a tuple of {', '.join(_OUTPUTS)}, got {tuple(outputs)}; "
-                f"fastpo works with trl {' and '.join(_VERSIONS)}"
-            )
-        wanted = tuple(_OUTPUTS[name] for name in ("log_probs", *outputs))
-        options = HeadOptions(
-            temperature, final_logit_softcapping, logit_scale, wanted, self.budget, self.backend
-        )
-        stats = score(hidden, weight, bias, targets, options, GATHER.current())
-        return tuple(getattr(stats, name) for name in _OUTPUTS.values())
-
-
-class Compact(Replacement):
-    """Says on a CPU, too, that only the valid positions go to the head.
-
-    TRL asks its kernel's device test; without Triton it scores every position with labels clamped.
-    """
-
-    def __call__(self, device: torch.device) -> bool:
-        return device.type == "cpu" or self.original(device)
-
-
-def patch(*, budget: int | None = None, backend: str | None = None) -> None:
+def patch(
+    *,
+    budget: int | None = None,
+    backend: str | None = None,
+    objective: str | Objective | None = None,
+    references: Mapping[str, Any] | None = None,
+    reference_free: bool = False,
+    score_prompts: bool = False,
+    mixing: float | None = None,
+    alternatives: int = 5,
+    **hyperparameters: Any,
+) -> None:
     """Puts `fastpo.linear_logps` under every TRL trainer of this process until `unpatch`.
 
-    budget, backend: as in `fastpo.linear_logps`. A second call only changes these two.
-    Raises RuntimeError when TRL is missing or its seams have changed, and then changes nothing.
+    Trainers keep their losses and metrics. `loss_type` of DPOConfig and KTOConfig also takes the
+    keys of `fastpo.objectives`, with `beta`, `label_smoothing` and the KTO weights of the config
+    where they were changed, and the paper's values otherwise. TRL's own names run TRL's code.
+
+    budget, backend: as in `fastpo.linear_logps`.
+    objective: a key of `fastpo.objectives`, with `hyperparameters`, or a function of quantities
+        (of `fastpo.objectives.compose`, for one), that DPOTrainer or KTOTrainer minimise instead of
+        their own loss. What it needs beside two texts comes from dataset columns of the quantity's
+        name: a number per row, or a list per row along the tokens of its completion. A column
+        "third" or "unlabeled" holds a text for each row.
+    references: {"prev": model, "history": [models]} beside the trainer's own reference.
+    reference_free: log-ratios are log-probabilities; no reference model is loaded.
+    score_prompts: prompt tokens count as completion tokens do.
+    mixing: `mixed_*` quantities are those of softmax(mixing·policy + (1 - mixing)·reference).
+    alternatives: `rejected_alternative_token_logps` draws among that many best tokens.
+
+    A second call replaces the first. Raises RuntimeError when TRL is missing or its seams have
+    changed, and then changes nothing; ValueError for an unknown objective or option.
     """
+    setting = Setting(
+        objective,
+        hyperparameters,
+        references or {},
+        reference_free,
+        score_prompts,
+        mixing,
+        alternatives,
+    )
     GATHER.read()
+    replace_when_imported(_lazy(setting))
     replace({HEAD: partial(FusedHead, budget=budget, backend=backend), COMPACT: Compact})
 
 
+def _lazy(setting: Setting) -> dict[Seam, Make]:
+    """Seams in modules that are patched when a script imports them."""
+    return _trl_objectives.replacements(setting)
+
+
+_SEAMS = (HEAD, COMPACT, *_lazy(Setting()))
+
+
 def unpatch() -> None:
-    """Gives TRL its own objects back; nothing happens when it is not patched."""
-    for seam in (HEAD, COMPACT):
-        seam.restore()
+    """Gives TRL its own objects back; nothing happens when it is not patched.
+
+    A trainer that was built for one of fastpo's objectives keeps it.
+    """
+    restore(*_SEAMS)
 
 
 @contextmanager
-def patched(*, budget: int | None = None, backend: str | None = None) -> Iterator[None]:
-    """`patch` for the length of a block; afterwards TRL is what it was before, patched or not."""
-    with kept(HEAD, COMPACT):
-        patch(budget=budget, backend=backend)
+def patched(**options: Any) -> Iterator[None]:
+    """`patch(**options)` for the length of a block; afterwards TRL is what it was before."""
+    with kept(*_SEAMS):
+        patch(**options)
         yield
