@@ -9,11 +9,13 @@ from .planner import Plan, plan
 
 if TYPE_CHECKING:
     from .integrations.attach import attach
+    from .integrations.groups import GroupTrainer
     from .integrations.trl import patch, patched, unpatch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "GroupTrainer",
     "Plan",
     "TokenStats",
     "attach",
@@ -28,6 +30,7 @@ __all__ = [
 
 # Read when asked for: `import fastpo` imports neither transformers nor TRL.
 _LAZY = {
+    "GroupTrainer": "fastpo.integrations.groups",
     "attach": "fastpo.integrations.attach",
     "patch": "fastpo.integrations.trl",
     "patched": "fastpo.integrations.trl",

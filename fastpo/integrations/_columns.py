@@ -42,7 +42,7 @@ class Carry:
         self.collator, self.columns, self.sides = collator, columns, sides
         self.texts, self.score_prompts = texts, score_prompts
 
-    def __call__(self, examples: list[Example]) -> Batch:
+    def __call__(self, examples: Sequence[Example]) -> Batch:
         batch = self.collator(list(examples))
         present = [name for name in self.columns if name in examples[0]]
         tokens = [name for name in present if _along_tokens(name)]
@@ -62,7 +62,7 @@ class Carry:
             batch |= self._text(text, examples)
         return batch
 
-    def _positions(self, examples: list[Example]) -> dict[str, Tensor]:
+    def _positions(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Side -> [B, T + 1], at each kept completion token its number from 1; 0 elsewhere."""
         if "prompt_ids" not in examples[0]:
             raise ValueError(
@@ -85,7 +85,7 @@ class Carry:
         return next((side for side in self.sides if side and f"{side}_" in name), "")
 
     def _check_lengths(
-        self, name: str, values: list[Any], examples: list[Example], side: str
+        self, name: str, values: list[Any], examples: Sequence[Example], side: str
     ) -> None:
         for value, example in zip(values, examples, strict=True):
             expected = len(example[self.sides[side]])
@@ -107,7 +107,7 @@ class Carry:
                 part[:, 1:] *= batch.pop(name)
         batch["completion_mask"] = kept
 
-    def _text(self, text: str, examples: list[Example]) -> Batch:
+    def _text(self, text: str, examples: Sequence[Example]) -> Batch:
         """Token ids and masks of a third text, padded and truncated as TRL does its own."""
         rows = [
             {

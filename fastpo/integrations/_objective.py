@@ -95,18 +95,18 @@ def terms_of(
                 "loss_type: expected the default beside fastpo.patch(objective=...), "
                 f"got {config.loss_type!r}"
             )
-        return [Term(_of_family(setting.bound(), families))], []
+        return [Term(of_family(setting.bound(), families))], []
     weighted = list(zip(names, weights, strict=True))
     theirs = [(name, weight) for name, weight in weighted if name in own]
     terms = []
     for name, weight in weighted:
         if name not in own:
             function = objectives.get(name, **_configured(config, name))
-            terms.append(Term(_of_family(function, families), weight))
+            terms.append(Term(of_family(function, families), weight))
     return terms, theirs
 
 
-def _of_family(function: Objective, families: Sequence[str]) -> Objective:
+def of_family(function: Objective, families: Sequence[str]) -> Objective:
     entry = entry_of(function)
     if entry is not None and entry.family not in families:
         expected = " or ".join(families)
@@ -203,6 +203,7 @@ class Needs:
         )
         made = {name for name in SHAPES if name.endswith(_MADE)} | {"kl_logratios", "forward_kl"}
         made |= {"labels"} if "label" in columns else set()
+        made |= {"groups"} if "completions" in columns else set()
         made |= {"rejected_alternative_token_logps"}
         if self.setting.mixing is not None:
             made |= {"mixed_chosen_logps", "mixed_rejected_logps"}

@@ -1,0 +1,175 @@
+"""`fastpo.GroupTrainer` against full logits, and what it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+import _tiny as tiny
+import torch
+from _tiny import one_thread  # noqa: F401
+from datasets import Dataset
+from trl import DPOConfig
+
+import fastpo
+from fastpo import objectives
+from fastpo.objectives._quantities import SHAPES
+from fastpo.objectives._registry import quantities_of
+from fastpo.quantities import Quantities
+
+
+def groups(**columns):
+    """Three groups of 3, 1 and 2 completions."""
+    texts = [["a warm colour", "no", "blue"], ["on the mat"], ["the bird", "cat cat cat"]]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "completions": [[{"role": "assistant", "content": text}] for text in each],
+            "scores": [float(i * i) for i in range(len(each))],
+        }
+        for question, each in zip(tiny.QUESTIONS, texts, strict=False)
+    ]
+    return Dataset.from_list([{**row, **columns} for row in rows])
+
+
+def trainer(folder, objective, *, data=None, ref_model=None, reference_free=False, **changes):
+    config = DPOConfig(
+        output_dir=str(folder),
+        max_steps=3,
+        per_device_train_batch_size=3,
+        learning_rate=0.05,
+        optim="sgd",
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        **changes,
+    )
+    path = folder / "model"
+    tiny.model("llama").save_pretrained(path)
+    return fastpo.GroupTrainer(
+        str(path),
+        ref_model,
+        config,
+        objective=objective,
+        reference_free=reference_free,
+        train_dataset=groups() if data is None else data,
+        processing_class=tiny.tokenizer(),
+    )
+
+
+def token_logps(model, batch):
+    """[N, T], 0 where nothing is scored."""
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
+    tokens = logits.double().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    return torch.where(mask, tokens, 0.0)
+
+
+# What an objective may want beside scores: a number per completion, or one per token of it.
+COLUMNS = {
+    "labels": lambda score, n: score > 0,
+    "sampler_logps": lambda score, n: -3.0 - score,
+    "old_token_logps": lambda score, n: [-2.0] * n,
+}
+
+
+def wanted(key):
+    return quantities_of(objectives.get(key))
+
+
+def with_columns(key, data, folder):
+    names = set(wanted(key)) & set(COLUMNS)
+    if not names:
+        return data
+    tokens = trainer(folder, "infonca").train_dataset["completion_ids"]
+    for name in names:
+        values = [
+            [COLUMNS[name](score, len(ids)) for score, ids in zip(scores, each, strict=True)]
+            for scores, each in zip(data["scores"], tokens, strict=True)
+        ]
+        data = data.add_column(name, values)
+    return data
+
+
+@pytest.mark.parametrize("patched", [False, True])
+@pytest.mark.parametrize("key", objectives.available("groups"))
+def test_the_loss_is_that_of_full_logits(key, patched, tmp_path):
+    """One batch: the loss and its gradient, against log-softmax in float64."""
+    reference = tiny.model("llama", seed=1)
+    data = with_columns(key, groups(), tmp_path)
+    with fastpo.patched() if patched else contextlib.nullcontext():
+        built = trainer(tmp_path, key, data=data, ref_model=reference)
+        batch = next(iter(built.get_train_dataloader()))
+        loss = built.compute_loss(built.model, dict(batch))
+    loss.backward()
+    gradient = built.model.lm_head.weight.grad.clone()
+    built.model.zero_grad()
+    policy = built.model.double()
+    given = {name: x for name, x in batch.items() if name in SHAPES}
+    given |= by_the_book(policy, reference.double(), batch)
+    expected = Quantities(given).rows(objectives.get(key)).mean()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(gradient.double(), policy.lm_head.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+def by_the_book(policy, reference, batch):
+    mask = batch["completion_mask"][:, 1:].bool()
+    with torch.no_grad():
+        other = token_logps(reference, batch)
+    return {"mask": mask, "token_logps": token_logps(policy, batch), "ref_token_logps": other}
+
+
+def test_groups_train_and_log(tmp_path):
+    built = trainer(tmp_path, objectives.get("infonca", beta=0.5), num_train_epochs=1)
+    built.train()
+    assert built.ref_model is not None
+    log = built.state.log_history[0]
+    names = {"rewards/accuracies", "rewards/margins", "rewards/mean", "logps/mean", "entropy"}
+    assert names <= set(log)
+    assert log["rewards/mean"] == 0.0, "the policy starts as its reference"
+    assert built.state.log_history[-2]["rewards/margins"] > 0
+
+
+def test_no_reference_is_loaded_when_none_is_asked_for(tmp_path):
+    assert trainer(tmp_path, "infonca", reference_free=True).ref_model is None
+
+
+def test_long_groups_are_dropped_and_completions_truncated(tmp_path):
+    whole = trainer(tmp_path, "infonca")
+    longest = max(len(ids) for group in whole.train_dataset["prompt_ids"] for ids in group)
+    built = trainer(tmp_path, "infonca", max_length=longest)
+    kept = built.train_dataset["prompt_ids"]
+    assert 0 < len(kept) < len(groups())
+    assert next(iter(built.get_train_dataloader()))["input_ids"].shape[1] == longest
+
+
+ERRORS = {
+    "dpo": r"dpo: expected an objective of groups, got pairs",
+    "mdpo_multisample": r"labels: expected a dataset column 'labels'",
+}
+
+
+@pytest.mark.parametrize("key", ERRORS)
+def test_what_cannot_be_is_named(key, tmp_path):
+    with pytest.raises(ValueError, match=ERRORS[key]):
+        trainer(tmp_path, key)
+
+
+def test_lists_of_another_length(tmp_path):
+    built = trainer(tmp_path, "infonca", data=groups(scores=[1.0]))
+    with pytest.raises(ValueError, match="scores: expected 3 values, one per completion, got 1"):
+        next(iter(built.get_train_dataloader()))
+
+
+def test_options_of_pairs(tmp_path):
+    with pytest.raises(ValueError, match=r"ld_alpha: expected it unset for groups, got 0\.5"):
+        trainer(tmp_path, "infonca", ld_alpha=0.5)
