@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import sys
 from types import ModuleType
 
 import pytest
 
-from fastpo.integrations._seam import Replacement, Seam, kept, replace
+from fastpo.integrations._seam import (
+    Method,
+    Replacement,
+    Seam,
+    kept,
+    replace,
+    replace_when_imported,
+    restore,
+)
 
 
 class Head:
@@ -103,3 +113,98 @@ def test_a_missing_package():
         replace({absent: Replacement})
     absent.restore()
     assert "no_such_package" not in sys.modules
+
+
+class Trainer:
+    def loss(self, model, inputs):
+        """A method, and its signature."""
+        return ("own", model, inputs)
+
+
+class Doubled(Method):
+    def __call__(self, trainer, model, inputs):
+        return ("ours", *self.original(trainer, model, inputs))
+
+
+LOSS = Seam("foreign.trainer", "Trainer.loss", ("model", "inputs"), VERSIONS)
+
+
+def test_a_method_reaches_subclasses_defined_before(foreign, monkeypatch):
+    module = ModuleType("foreign.trainer")
+    module.Trainer = type("Trainer", (), {"loss": Trainer.loss})
+    monkeypatch.setitem(sys.modules, "foreign.trainer", module)
+    before = vars(module.Trainer)["loss"]
+    earlier = type("Sub", (module.Trainer,), {})()
+    replace({LOSS: Doubled})
+    assert earlier.loss(1, inputs=2) == ("ours", "own", 1, 2)
+    assert inspect.signature(module.Trainer.loss) == inspect.signature(Trainer.loss)
+    replace({LOSS: Doubled})
+    assert earlier.loss(1, 2) == ("ours", "own", 1, 2), "never a replacement of a replacement"
+    restore(LOSS)
+    assert vars(module.Trainer)["loss"] is before
+    assert earlier.loss(1, 2) == ("own", 1, 2)
+
+
+def test_an_inherited_method_is_not_the_class_s_own(foreign, monkeypatch):
+    module = ModuleType("foreign.trainer")
+    module.Trainer = type("Trainer", (Trainer,), {})
+    monkeypatch.setitem(sys.modules, "foreign.trainer", module)
+    with pytest.raises(
+        RuntimeError, match=r"Trainer\.loss: expected \(model, inputs\), got nothing"
+    ):
+        replace({LOSS: Doubled})
+
+
+SOURCE = (
+    "class Trainer:\n    def loss(self, model, inputs):\n        return ('own', model, inputs)\n"
+)
+
+
+@pytest.fixture
+def importable(tmp_path, monkeypatch):
+    """A package `foreign` on disk with a module `trainer` that has not been imported."""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "__init__.py").write_text("")
+    (tmp_path / "foreign" / "trainer.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("foreign", "foreign.trainer"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    finders = list(sys.meta_path)
+    yield
+    restore(LOSS)
+    assert sys.meta_path == finders, "nothing of ours stays in the import system"
+    for name in ("foreign", "foreign.trainer"):
+        sys.modules.pop(name, None)
+
+
+def test_a_module_is_replaced_when_it_is_imported(importable):
+    replace_when_imported({LOSS: Doubled})
+    assert "foreign.trainer" not in sys.modules
+    module = importlib.import_module("foreign.trainer")
+    assert module.Trainer().loss(1, 2) == ("ours", "own", 1, 2)
+    assert type(module.__spec__.loader).__name__ == "SourceFileLoader"
+    assert module.__loader__ is module.__spec__.loader
+    restore(LOSS)
+    assert module.Trainer().loss(1, 2) == ("own", 1, 2)
+
+
+def test_what_waits_is_forgotten(importable):
+    replace_when_imported({LOSS: Doubled})
+    restore(LOSS)
+    assert importlib.import_module("foreign.trainer").Trainer().loss(1, 2) == ("own", 1, 2)
+
+
+def test_kept_gives_back_what_was_imported_inside(importable):
+    with kept(LOSS):
+        replace_when_imported({LOSS: Doubled})
+        module = importlib.import_module("foreign.trainer")
+        assert module.Trainer().loss(1, 2)[0] == "ours"
+    assert module.Trainer().loss(1, 2)[0] == "own"
+
+
+def test_a_changed_method_fails_its_import(importable, tmp_path):
+    changed = SOURCE.replace("inputs", "batch")
+    (tmp_path / "foreign" / "trainer.py").write_text(changed)
+    replace_when_imported({LOSS: Doubled})
+    with pytest.raises(RuntimeError, match=r"Trainer\.loss: expected \(model, inputs\), got"):
+        importlib.import_module("foreign.trainer")

@@ -45,9 +45,10 @@ class _Acting(Loader):
             module.__spec__.loader = self.loader
         module.__loader__ = self.loader
         self.loader.exec_module(module)
-        action = self.watcher.actions.pop(module.__name__, None)
+        action = self.watcher.actions.get(module.__name__)
         if action is not None:
-            action()
+            action()  # should it fail, so does the import, and the next one tries again
+            self.watcher.actions.pop(module.__name__, None)
 
 
 _watcher = _Watcher()

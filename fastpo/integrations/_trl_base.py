@@ -116,10 +116,6 @@ class ObjectiveTrainer:
         kept = ("ref_chosen_logps", "ref_rejected_logps", "ref_logps")
         return own | {name: inputs[name] for name in kept if name in inputs}, columns, texts
 
-    def _policy(self, model: Any, texts: Texts) -> Pass:
-        wpo = self.needs.asks("log_sum_sq_probs")
-        return Pass(model, list(texts.values()), ("log_sum_sq_probs",) if wpo else ())
-
     def _reference(self, own: Mapping[str, Any], texts: Texts) -> tuple[Pass, Any]:
         """TRL's own reference pass: tokens, and what TRL makes of them."""
         trainer: Any = self

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.linear_logps import TokenStats
 from ._head import HeadOptions, score
 from ._seam import Replacement, Seam
 
@@ -55,34 +54,25 @@ _OUTPUTS = {
 
 @dataclass(frozen=True)
 class HeadCall:
-    """What one call of the head was given, and what came out, for quantities TRL does not know."""
+    """What one call of the head was given, for quantities TRL does not know."""
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     targets: Tensor  # [N]
     options: HeadOptions
-    stats: TokenStats
 
 
-@dataclass(frozen=True)
-class Recording:
-    """The head calls of a block, and the outputs they compute beside those TRL asks for."""
-
-    outputs: tuple[str, ...]
-    calls: list[HeadCall] = field(default_factory=list)
-
-
-_recording: ContextVar[Recording | None] = ContextVar("fastpo_recording", default=None)
+_recording: ContextVar[list[HeadCall] | None] = ContextVar("fastpo_recording", default=None)
 
 
 @contextmanager
-def recording(*outputs: str) -> Iterator[Recording]:
-    """Every call of a fused head in the block also computes `outputs` and is remembered."""
-    record = Recording(outputs)
-    token = _recording.set(record)
+def recording() -> Iterator[list[HeadCall]]:
+    """The calls of fused heads in the block, in order."""
+    calls: list[HeadCall] = []
+    token = _recording.set(calls)
     try:
-        yield record
+        yield calls
     finally:
         _recording.reset(token)
 
@@ -112,20 +102,15 @@ class FusedHead(Replacement):
                 f"outputs: expected a tuple of {', '.join(_OUTPUTS)}, got {tuple(outputs)}; "
                 f"fastpo works with trl {' and '.join(_VERSIONS)}"
             )
-        record = _recording.get()
-        extra = () if record is None else record.outputs
-        wanted = (*(_OUTPUTS[name] for name in ("log_probs", *outputs)), *extra)
+        wanted = tuple(_OUTPUTS[name] for name in ("log_probs", *outputs))
         options = HeadOptions(
             temperature, final_logit_softcapping, logit_scale, wanted, self.budget, self.backend
         )
         stats = score(hidden, weight, bias, targets, options, GATHER.current())
-        if record is not None:
-            record.calls.append(HeadCall(hidden, weight, bias, targets, options, stats))
-        named = {theirs: getattr(stats, ours) for theirs, ours in _OUTPUTS.items()}
-        return tuple(
-            value if name == "log_probs" or name in outputs else None
-            for name, value in named.items()
-        )
+        calls = _recording.get()
+        if calls is not None:
+            calls.append(HeadCall(hidden, weight, bias, targets, options))
+        return tuple(getattr(stats, name) for name in _OUTPUTS.values())
 
 
 class Compact(Replacement):

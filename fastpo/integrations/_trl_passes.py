@@ -18,14 +18,11 @@ Rows = Mapping[str, Tensor]  # input_ids, attention_mask, completion_mask: [n, T
 class Pass:
     """Called by TRL in place of the model: more rows go in beside TRL's, TRL gets its own back.
 
-    extras: rows of further texts. outputs: statistics the head computes beside those TRL asks for.
-    The first scored call is remembered.
+    extras: rows of further texts. The first scored call is remembered.
     """
 
-    def __init__(
-        self, model: Any, extras: Sequence[Rows] = (), outputs: tuple[str, ...] = ()
-    ) -> None:
-        self.model, self.extras, self.outputs = model, extras, outputs
+    def __init__(self, model: Any, extras: Sequence[Rows] = ()) -> None:
+        self.model, self.extras = model, extras
         self.mask: Tensor  # [R, T] bool, of all rows
         self.stats: TokenStats | None = None
         self.call: HeadCall | None = None
@@ -35,10 +32,10 @@ class Pass:
             return self.model(**arguments)
         rows, width = arguments["labels"].shape
         joined = _joined(arguments, self.extras)
-        with recording(*self.outputs) as record:
+        with recording() as calls:
             output = self.model(**joined)
         self.mask = joined["labels"][:, 1:] != -100
-        self.call = record.calls[-1] if record.calls else None
+        self.call = calls[-1] if calls else None
         length = self.mask.shape[1]
         # Prompt-learning PEFT prepends virtual tokens.
         stats = {
@@ -46,8 +43,6 @@ class Pass:
             for name, field in _FIELDS.items()
             if (values := getattr(output, field, None)) is not None
         }
-        for name in set(self.outputs) - set(stats):
-            stats[name] = self.spread(getattr(self.head.stats, name))
         self.stats = TokenStats(**stats)
         if not self.extras:
             return output
@@ -69,7 +64,12 @@ class Pass:
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
 
-_FIELDS = {"logps": "log_probs", "entropy": "entropy"}
+# TokenStats -> TRL's output.
+_FIELDS = {
+    "logps": "log_probs",
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+}
 
 
 def _joined(arguments: Mapping[str, Any], extras: Sequence[Rows]) -> dict[str, Any]:

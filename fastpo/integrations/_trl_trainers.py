@@ -14,6 +14,13 @@ from ._columns import PAIRS, SINGLES
 from ._trl_base import ObjectiveTrainer, Texts
 from ._trl_passes import Pass, alternatives, mixed, token_kl
 
+# Options of DPOConfig that are transforms here: default, transform.
+_TRANSFORMS = {
+    "ld_alpha": (None, "ld_logps"),
+    "use_weighting": (False, "wpo_weights"),
+    "f_divergence_type": ("reverse_kl", "f_divergence"),
+}
+
 
 class PairTrainer(ObjectiveTrainer):
     """Objectives of pairs and of their tokens, in front of DPOTrainer."""
@@ -38,18 +45,22 @@ class PairTrainer(ObjectiveTrainer):
     families = ("pairs", "tokens")
     sides = PAIRS
 
-    def finish_objective(self) -> None:
-        super().finish_objective()
-        trainer: Any = self
-        kept = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl"}
-        transforms = {"ld_alpha": "ld_logps", "use_weighting": "wpo_weights"}
-        for name, default in kept.items():
-            if getattr(trainer, name) != default:
+    @contextmanager
+    def configured(self, config: Any) -> Iterator[None]:
+        """TRL's head also returns log Σ p² when WPO's weights are asked for."""
+        for name, (default, transform) in _TRANSFORMS.items():
+            if getattr(config, name) != default:
                 raise ValueError(
                     f"{name}: expected {default} with {self.terms[0].name}, got "
-                    f"{getattr(trainer, name)}; fastpo.objectives.compose has "
-                    f"{transforms.get(name, 'f_divergence')}"
+                    f"{getattr(config, name)}; fastpo.objectives.compose has {transform}"
                 )
+        config.use_weighting = self.needs.asks("log_sum_sq_probs")
+        try:
+            with super().configured(config):
+                yield
+        finally:
+            config.use_weighting = False
+        vars(self)["use_weighting"] = False
 
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         own, columns, texts = self._split(inputs)
@@ -65,7 +76,7 @@ class PairTrainer(ObjectiveTrainer):
             sums = own["ref_chosen_logps"], own["ref_rejected_logps"]
             given |= {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
         own["ref_chosen_logps"], own["ref_rejected_logps"] = sums
-        policy = self._policy(model, texts)
+        policy = Pass(model, list(texts.values()))
         with self._standing_in(**self._trl_attributes()):
             result = super()._compute_loss(policy, own, return_outputs)  # type: ignore[misc]
         given |= self._beside(policy, reference, pairs) | self._texts(
@@ -172,7 +183,7 @@ class SingleTrainer(ObjectiveTrainer):
         elif "ref_logps" in own:
             given["ref_logps"] = own["ref_logps"]
         own.setdefault("ref_logps", torch.zeros(len(own["label"]), device=own["label"].device))
-        policy = self._policy(model, texts)
+        policy = Pass(model, list(texts.values()))
         zero = {"desirable_weight": 0.0, "undesirable_weight": 0.0, "beta": self.terms[0].beta}
         standing = {"loss_type": "apo_zero_unpaired", "precompute_ref_logps": True, **zero}
         with self._standing_in(**standing):
