@@ -274,48 +274,6 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path, monkeypatch):
     assert (out / "mine").read_text() == "x"
 
 
-def test_objective_trainer_is_dpo_trainer_with_another_loss(tmp_path):
-    """TRL's own sigmoid loss and metrics, and the table's dpo through `ObjectiveTrainer`."""
-    from trl import DPOTrainer
-
-    from fastpo.demo.trainer import ObjectiveTrainer
-
-    found = {}
-    for kind in (DPOTrainer, ObjectiveTrainer):
-        trainer = tiny_trainer(kind, tmp_path)
-        if kind is ObjectiveTrainer:
-            trainer.objective = objective.choose("dpo")
-        trainer.train()
-        found[kind] = trainer.evaluate()
-    theirs, ours = found[DPOTrainer], found[ObjectiveTrainer]
-    names = ["eval_loss", *(f"eval_rewards/{n}" for n in ("accuracies", "margins", "chosen"))]
-    assert [ours[name] for name in names] == pytest.approx(
-        [theirs[name] for name in names], rel=1e-4
-    )
-    assert ours["eval_rewards/margins"] != 0
-
-
-def tiny_trainer(kind, folder):
-    from datasets import Dataset
-    from transformers import AutoTokenizer
-    from trl import DPOConfig
-
-    stage = prepare.Stage(folder)
-    pairs = data.embedded_pairs()
-    if not stage.start.exists():
-        train_tokenizer(texts_of(pairs.train), TINY.vocab).save_pretrained(stage.tokenizer)
-        prepare.build_model(TINY, 0, 64, stage)
-    arguments = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2}
-    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "bf16": False}
-    return kind(
-        str(stage.start),
-        args=DPOConfig(str(folder / "trl"), gradient_checkpointing=False, **arguments, **quiet),
-        train_dataset=Dataset.from_list(pairs.train[:6]),
-        eval_dataset=Dataset.from_list(pairs.held_out[:4]),
-        processing_class=AutoTokenizer.from_pretrained(stage.tokenizer),
-    )
-
-
 def test_from_end_to_end(tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -14,12 +14,15 @@ pytest.importorskip("datasets")
 import _tiny as tiny
 import torch
 import trl
+import trl.trainer.utils as utils
 from _tiny import one_thread  # noqa: F401
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import fastpo
 from fastpo import objectives
 from fastpo.integrations._columns import PAIRS, Carry
+from fastpo.integrations._objective import Setting
+from fastpo.integrations._trl_objectives import objectives_only
 from fastpo.objectives._quantities import SHAPES
 from fastpo.quantities import Quantities
 
@@ -326,3 +329,15 @@ def test_other_models_give_their_quantities(tmp_path):
     given = pair_quantities(batch, built.model.double(), others[0], columns)
     expected = Quantities(given).rows(objectives.get("mrpo")).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_objectives_run_on_trl_s_own_head(tmp_path):
+    """To compare heads: the same losses as with ours, and TRL's head untouched."""
+    with fastpo.patched(objective="wpo"):
+        expected, _ = trained(trainer("DPO", tmp_path))
+    head = utils._ChunkedLogProbFunction
+    with objectives_only(Setting("wpo")):
+        assert utils._ChunkedLogProbFunction is head
+        logs, _ = trained(trainer("DPO", tmp_path))
+    for log, own in zip(logs, expected, strict=True):
+        assert log == pytest.approx(own, rel=1e-4, abs=1e-4)

@@ -89,10 +89,6 @@ def bind(chosen: Objective) -> Any:
     return objectives.get(chosen.key, **chosen.hyperparameters)
 
 
-def needs(chosen: Objective, statistic: str) -> bool:
-    return any(name.endswith(statistic) for name in inspect.signature(bind(chosen)).parameters)
-
-
 def _check_quantities(chosen: Objective) -> None:
     """Some objectives want more than two texts: scores, earlier models, a third text."""
     import torch

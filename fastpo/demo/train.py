@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import fastpo
+from fastpo.integrations._objective import Setting
+from fastpo.integrations._trl_objectives import objectives_only
 
 from .jobs import Job
 from .memory import PeakMemory
-from .objective import Objective, needs
-from .trainer import ObjectiveTrainer
+from .objective import Objective
 
 Emit = Callable[..., None]
 
@@ -76,21 +77,16 @@ def prefer(job: Job, emit: Emit) -> None:
     rows = _rows(job)
     chosen = Objective(**(job.objective or {}))
     own = chosen.loss_type is None
-    options = {
-        "use_weighting": own and needs(chosen, "log_sum_sq_probs"),  # it makes the head return it
-        **chosen.trl_arguments,
-    }
-    with _head(job):
-        trainer: DPOTrainer = (ObjectiveTrainer if own else DPOTrainer)(
+    setting = Setting(chosen.key, chosen.hyperparameters) if own else Setting()
+    with _head(job), objectives_only(setting):
+        trainer = DPOTrainer(
             job.model,
-            args=DPOConfig(**arguments(job), **options),
+            args=DPOConfig(**arguments(job), **chosen.trl_arguments),
             train_dataset=Dataset.from_list(rows["train"]),
             eval_dataset=Dataset.from_list(rows["held_out"]),
             processing_class=AutoTokenizer.from_pretrained(job.tokenizer),
             callbacks=[Recorder(emit, schedule(job))],
         )
-        if isinstance(trainer, ObjectiveTrainer):
-            trainer.objective = chosen
         if job.out is not None:
             emit(prefers_chosen_before=preference(trainer))
         trainer.train()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ._objective import Setting, terms_of
-from ._seam import Make, Method, Seam
+from ._seam import Make, Method, Seam, kept, replace_when_imported
 from ._trl_base import ObjectiveTrainer
 from ._trl_trainers import PairTrainer, SingleTrainer
 
@@ -58,6 +59,14 @@ def replacements(setting: Setting) -> dict[Seam, Make]:
         DPO["__init__"]: functools.partial(_Init, setting=setting, mixin=PairTrainer, seams=DPO),
         KTO["__init__"]: functools.partial(_Init, setting=setting, mixin=SingleTrainer, seams=KTO),
     }
+
+
+@contextmanager
+def objectives_only(setting: Setting) -> Iterator[None]:
+    """fastpo's objectives on TRL's own head, to compare heads."""
+    with kept(*replacements(setting)):
+        replace_when_imported(replacements(setting))
+        yield
 
 
 class _Init(Method):
