@@ -77,6 +77,19 @@ def recording() -> Iterator[list[HeadCall]]:
         _recording.reset(token)
 
 
+_light: ContextVar[bool] = ContextVar("fastpo_light", default=False)
+
+
+@contextmanager
+def light_passes() -> Iterator[None]:
+    """Calls without gradient in the block compute log-probabilities only."""
+    token = _light.set(True)
+    try:
+        yield
+    finally:
+        _light.reset(token)
+
+
 class FusedHead(Replacement):
     """`linear_logps` behind the `apply` of TRL's autograd function."""
 
@@ -102,6 +115,8 @@ class FusedHead(Replacement):
                 f"outputs: expected a tuple of {', '.join(_OUTPUTS)}, got {tuple(outputs)}; "
                 f"fastpo works with trl {' and '.join(_VERSIONS)}"
             )
+        if _light.get() and not torch.is_grad_enabled():
+            outputs = ()
         wanted = tuple(_OUTPUTS[name] for name in ("log_probs", *outputs))
         options = HeadOptions(
             temperature, final_logit_softcapping, logit_scale, wanted, self.budget, self.backend
