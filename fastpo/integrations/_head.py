@@ -73,19 +73,40 @@ def score(
     labels: Tensor,  # [N] int64 in [0, V)
     options: HeadOptions,
     gather: Gather = gathered,
+    adapter: tuple[Tensor, Tensor] | None = None,  # [N, r] and [V, r]
 ) -> TokenStats:
     """`linear_logps` of rows that are all scored; `gather(weight, bias)` makes both readable.
 
-    The backward enters `gather` again, which the custom operators of `linear_logps` cannot.
+    adapter: down and up, adds down·upᵀ to the products. The backward enters `gather` again, which
+    the custom operators of `linear_logps` cannot.
     """
     # Inside an autograd.Function grad mode is always off, so it has to be read out here.
     grad = torch.is_grad_enabled()
-    head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
-    spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad))
+    trained = (weight, bias, None if adapter is None else adapter[1])
+    head_grad = any(x is not None and x.requires_grad for x in trained)
     with gather(weight, bias):
         _check_tensors(hidden, weight, labels, bias)
-        results = _GatheredHead.apply(hidden, weight, bias, labels, spec, gather)
+        up = None
+        if adapter is not None:
+            down, up = adapter
+            hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
+        spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad))
+        results = _GatheredHead.apply(hidden, weight, bias, up, labels, _Call(spec, gather))
     return TokenStats(**dict(zip(OUTPUTS, results, strict=True)))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is not a tensor in one call."""
+
+    spec: _driver.HeadSpec
+    gather: Gather
+
+    def head(self, weight: Tensor, up: Tensor | None) -> Tensor | _driver.Adapted:
+        if up is None:
+            return weight
+        first = 0 if weight.requires_grad else weight.shape[1]
+        return _driver.Adapted(weight, up, slice(first, None))
 
 
 class _GatheredHead(torch.autograd.Function):
@@ -94,39 +115,44 @@ class _GatheredHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,  # [N, H]
+        hidden: Tensor,  # [N, H], or [N, H + r] with an adapter
         weight: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
+        up: Tensor | None,  # [V, r]
         labels: Tensor,  # [N]
-        spec: _driver.HeadSpec,
-        gather: Gather,
+        call: _Call,
     ) -> tuple[Tensor | None, ...]:
         # Entropy is mostly logged only: a gradient of zeros would recompute all logits for it.
         ctx.set_materialize_grads(False)
-        saved = _driver.forward(hidden, weight, bias, labels, spec)
-        ctx.save_for_backward(hidden, weight, bias, labels, *saved)
-        ctx.spec, ctx.gather = spec, gather
-        stats = saved._asdict()
-        results = tuple(stats[name] if name in spec.outputs else None for name in OUTPUTS)
+        saved = _driver.forward(hidden, call.head(weight, up), bias, labels, call.spec)
+        ctx.save_for_backward(hidden, weight, bias, up, labels, *saved)
+        ctx.call = call
+        stats, outputs = saved._asdict(), call.spec.outputs
+        results = tuple(stats[name] if name in outputs else None for name in OUTPUTS)
         constant = ("log_sum_sq_probs", "mean_logits", "is_top1")
-        ctx.mark_non_differentiable(*(stats[name] for name in constant if name in spec.outputs))
+        ctx.mark_non_differentiable(*(stats[name] for name in constant if name in outputs))
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         by_name = dict(zip(OUTPUTS, grads, strict=True))
-        hidden, weight, bias, labels, *saved = ctx.saved_tensors
-        with ctx.gather(weight, bias):
-            dhidden, dweight, dbias = _driver.backward(
+        hidden, weight, bias, up, labels, *saved = ctx.saved_tensors
+        need_hidden, need_weight, need_bias, need_up, *_ = ctx.needs_input_grad
+        with ctx.call.gather(weight, bias):
+            dhidden, dhead, dbias = _driver.backward(
                 by_name,
                 hidden,
-                weight,
+                ctx.call.head(weight, up),
                 bias,
                 labels,
                 _driver.Forward(*saved),
-                ctx.spec,
-                ctx.needs_input_grad[:3],
+                ctx.call.spec,
+                (need_hidden, need_weight or need_up, need_bias),
             )
+        dup = None
+        if up is not None and dhead is not None:
+            dhead, dup = dhead.tensor_split([dhead.shape[1] - up.shape[1]], 1)
+            dup = dup.to(up.dtype)
         if dbias is not None:
             dbias = dbias.to(bias.dtype)
-        return dhidden, dweight, dbias, None, None, None
+        return dhidden, dhead if need_weight else None, dbias, dup, None, None

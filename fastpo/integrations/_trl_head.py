@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._adapter import operands
 from ._head import HeadOptions, score
 from ._seam import Replacement, Seam
 
@@ -58,9 +59,18 @@ class HeadCall:
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
+    adapter: tuple[Tensor, Tensor] | None  # [N, r], [V, r]
     bias: Tensor | None  # [V]
     targets: Tensor  # [N]
     options: HeadOptions
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Hidden states and weight with the adapter's columns beside them, a copy where one is."""
+        if self.adapter is None:
+            return self.hidden, self.weight
+        down, up = (part.to(self.hidden.dtype) for part in self.adapter)
+        return torch.cat((self.hidden, down), 1), torch.cat((self.weight, up), 1)
 
 
 _recording: ContextVar[list[HeadCall] | None] = ContextVar("fastpo_recording", default=None)
@@ -75,6 +85,25 @@ def recording() -> Iterator[list[HeadCall]]:
         yield calls
     finally:
         _recording.reset(token)
+
+
+_adapter: ContextVar[list[Any] | None] = ContextVar("fastpo_adapter", default=None)
+
+
+@contextmanager
+def adapted(layer: Any) -> Iterator[None]:
+    """The head of the next call is this PEFT layer; TRL hands over its base weight only."""
+    waiting = [layer]
+    token = _adapter.set(waiting)
+    try:
+        yield
+        if waiting:
+            raise RuntimeError(
+                "fastpo.patch: expected in force while training, because TRL's own head ignores "
+                "the adapter on lm_head; got TRL's own head"
+            )
+    finally:
+        _adapter.reset(token)
 
 
 _light: ContextVar[bool] = ContextVar("fastpo_light", default=False)
@@ -121,10 +150,13 @@ class FusedHead(Replacement):
         options = HeadOptions(
             temperature, final_logit_softcapping, logit_scale, wanted, self.budget, self.backend
         )
-        stats = score(hidden, weight, bias, targets, options, GATHER.current())
+        layer, adapter = _adapter.get(), None
+        if layer:
+            weight, adapter = operands(layer.pop(), hidden)
+        stats = score(hidden, weight, bias, targets, options, GATHER.current(), adapter)
         calls = _recording.get()
         if calls is not None:
-            calls.append(HeadCall(hidden, weight, bias, targets, options))
+            calls.append(HeadCall(hidden, weight, adapter, bias, targets, options))
         return tuple(getattr(stats, name) for name in _OUTPUTS.values())
 
 

@@ -119,10 +119,8 @@ def token_kl(policy: Pass, reference: Pass) -> Callable[[], Tensor]:
 
         own, other = policy.head, reference.head
         found = linear_divergence(
-            own.hidden,
-            own.weight,
-            other.hidden,
-            other.weight,
+            *own.operands,
+            *other.operands,
             kind="forward_kl",
             bias=own.bias,
             teacher_bias=other.bias,
@@ -149,14 +147,14 @@ def mixed(policy: Pass, reference: Pass, mixing: float) -> Callable[[], Tensor]:
     def compute() -> Tensor:
         from ..ops.mixed_linear_logps import mixed_linear_logps
 
-        heads = (policy.head, reference.head)
+        heads = [call.operands for call in (policy.head, reference.head)]
         with torch.no_grad():
             stats = mixed_linear_logps(
-                [call.hidden for call in heads],
-                [call.weight for call in heads],
+                [hidden for hidden, _ in heads],
+                [weight for _, weight in heads],
                 (mixing, 1 - mixing),
                 policy.head.targets,
-                biases=[call.bias for call in heads],
+                biases=[policy.head.bias, reference.head.bias],
             )
         assert stats.logps is not None
         return policy.spread(stats.logps)
@@ -171,7 +169,7 @@ def alternatives(policy: Pass, k: int) -> Callable[[], Tensor]:
         from ..ops.linear_topk import linear_topk
 
         call = policy.head
-        found = linear_topk(call.hidden, call.weight, k, exclude=call.targets, bias=call.bias)
+        found = linear_topk(*call.operands, k, exclude=call.targets, bias=call.bias)
         return policy.spread(found.sample().values)
 
     return compute

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from . import _rows as R
-from ._head import Forward, Head, HeadSpec, addmm_float32
+from ._head import Adapted, Forward, Head, HeadSpec, addmm_float32
 
 
 def backward(
     grads: dict[str, Tensor | None],  # of logps, entropy and lse, each [N] or None
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | Adapted,
     bias: Tensor | None,
     labels: Tensor,
     saved: Forward,
@@ -74,8 +74,9 @@ class _Backward:
     ) -> None:
         self.head, self.grads, self.saved, self.entropy_grad = head, grads, saved, entropy_grad
         n, (V, H) = len(head.hidden), head.weight.shape
+        trained = len(range(H)[head.trained])
         self.dhidden = torch.zeros(n, H, device=head.device) if needs[0] else None
-        self.dweight = torch.empty_like(head.weight) if needs[1] else None
+        self.dweight = head.empty(V, trained, dtype=head.weight.dtype) if needs[1] else None
         self.dbias = torch.zeros(V, device=head.device) if needs[2] else None
         self.in_place = n <= head.plan.tiles.tokens and head.weight.dtype == head.gemm
         self._dx = head.empty(head.tile_cells, dtype=head.gemm)
@@ -89,7 +90,7 @@ class _Backward:
                 if self.dhidden is not None:
                     addmm_float32(self.dhidden[a:b], dx, words)
                 if slab is not None:
-                    self._accumulate(slab, dx, head.block(a, b))
+                    self._accumulate(slab, dx, head.block(a, b)[:, head.trained])
                 if self.dbias is not None:
                     self.dbias[v0:v1] += dx.sum(0, dtype=torch.float32)
             if self.dweight is not None and slab is not None and not self.in_place:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from . import _rows as R
 from ._backward import backward
-from ._head import Forward, Head, HeadSpec, addmm_float32, check_labels, kept_shapes
+from ._head import Adapted, Forward, Head, HeadSpec, addmm_float32, check_labels, kept_shapes
 
-__all__ = ["Forward", "HeadSpec", "backward", "fake_forward", "forward"]
+__all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forward"]
 
 
 def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, spec: HeadSpec
+    hidden: Tensor, weight: Tensor | Adapted, bias: Tensor | None, labels: Tensor, spec: HeadSpec
 ) -> Forward:
     check_labels(labels, weight.shape[0], spec.ignore_index)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):

@@ -26,7 +26,7 @@ class HeadSpec:
     head_grad: bool
     budget: int | None
 
-    def plan(self, hidden: Tensor, weight: Tensor) -> planner.Plan:
+    def plan(self, hidden: Tensor, weight: Tensor | Adapted) -> planner.Plan:
         return planner.make_plan(
             len(hidden),
             weight.shape[0],
@@ -64,13 +64,41 @@ class Forward(NamedTuple):
     direction: Tensor
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """A head [V, H + r]: `weight` [V, H] and an adapter's `up` [V, r], joined tile by tile.
+
+    Its hidden states carry the adapter's own r values behind theirs. trained: the columns whose
+    gradient is wanted; products for the others are left out.
+    """
+
+    weight: Tensor
+    up: Tensor
+    trained: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1] + self.up.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def __getitem__(self, words: slice) -> Tensor:
+        return torch.cat((self.weight[words], self.up[words].to(self.dtype)), 1)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        parts = (self.weight.index_select(dim, index), self.up.index_select(dim, index))
+        return torch.cat((parts[0], parts[1].to(self.dtype)), 1)
+
+
 class Head:
     """One call's operands: compacted tokens, and tiles in the dtype of the products."""
 
     def __init__(
         self,
         hidden: Tensor,  # [N, H]
-        weight: Tensor,  # [V, H]
+        weight: Tensor | Adapted,  # [V, H]
         bias: Tensor | None,  # [V]
         labels: Tensor,  # [N]
         spec: HeadSpec,
@@ -87,6 +115,7 @@ class Head:
             hidden = hidden.masked_fill(self.ignored.unsqueeze(1), 0)
         self.hidden, self.weight, self.labels = hidden, weight, labels.contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
+        self.trained = weight.trained if isinstance(weight, Adapted) else slice(None)
         self.spec = spec
         self.kernels = R.load(spec.backend)
         self.plan = spec.plan(hidden, weight)
@@ -169,7 +198,9 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int | None) -> None:
         )
 
 
-def kept_shapes(spec: HeadSpec, hidden: Tensor, weight: Tensor) -> tuple[int, tuple[int, int]]:
+def kept_shapes(
+    spec: HeadSpec, hidden: Tensor, weight: Tensor | Adapted
+) -> tuple[int, tuple[int, int]]:
     """Size of `kept` and shape of `anchors` as if all rows were scored.
 
     So the shapes are known without reading the labels; memory never written is never committed.
