@@ -131,12 +131,17 @@ def test_detach_under_a_wrapper_put_on_later():
     assert "forward" not in vars(model)
 
 
-@pytest.mark.parametrize("order", ["attach_first", "peft_first", "head_trained_whole"])
-def test_peft(order):
+# On the head: nothing, a whole copy, LoRA, DoRA.
+@pytest.mark.parametrize("head", [None, "whole", "lora", "dora"])
+@pytest.mark.parametrize("order", ["attach_first", "peft_first"])
+def test_peft(order, head):
     peft = pytest.importorskip("peft")
-    whole = ["lm_head"] if order == "head_trained_whole" else None
     config = peft.LoraConfig(
-        r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=whole
+        r=4,
+        target_modules=["q_proj", *(["lm_head"] if head in ("lora", "dora") else [])],
+        init_lora_weights=False,
+        modules_to_save=["lm_head"] if head == "whole" else None,
+        use_dora=head == "dora",
     )
     model, inputs = tiny.model("llama"), tiny.batch()
     if order == "attach_first":
@@ -151,23 +156,27 @@ def test_peft(order):
     model._fastpo.detach()
     _, own = step(wrapped, inputs)
     assert_same(ours, own)
-    assert any("lm_head" in name for name in ours) == (whole is not None)
+    assert any("lm_head" in name for name in ours) == (head is not None)
     with wrapped.disable_adapter():
         assert_same(without, wrapped(**inputs).loss.detach())
 
 
 @pytest.mark.parametrize("attach_first", [True, False])
-def test_adapter_on_the_head_is_refused(attach_first):
+def test_an_unknown_adapter_on_the_head_is_refused(attach_first):
     peft = pytest.importorskip("peft")
     model = tiny.model("llama")
-    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
+    config = peft.LoHaConfig(target_modules=["q_proj", "lm_head"])
     if attach_first:
         fastpo.attach(model)
         call = peft.get_peft_model(model, config).forward
-        with pytest.raises(RuntimeError, match=r"without adapters or quantisation, got peft"):
+        with pytest.raises(
+            RuntimeError, match=r"expected a head of LoRA, got an adapter of type peft"
+        ):
             call(**tiny.batch())
     else:
-        with pytest.raises(RuntimeError, match=r"without adapters or quantisation, got peft"):
+        with pytest.raises(
+            RuntimeError, match=r"expected a head of LoRA, got an adapter of type peft"
+        ):
             fastpo.attach(peft.get_peft_model(model, config))
 
 

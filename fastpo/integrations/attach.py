@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..ops.linear_logps import TokenStats
+from ._adapter import is_adapter, operands, unsupported
 from ._head import HeadOptions, score
 from ._seam import Seam
 
@@ -245,17 +246,15 @@ class _Call:
         self, hidden: Tensor, targets: Tensor, ignore_index: int
     ) -> tuple[Tensor, TokenStats]:
         """Only rows whose label counts reach the head; which ones they are."""
-        weight = _whole(self.head.weight)
-        bias = None if self.head.bias is None else _whole(self.head.bias)
-        # With a device_map the backbone may end elsewhere.
-        hidden, labels = (
-            hidden.to(weight.device).flatten(0, -2),
-            targets.to(weight.device).flatten(),
-        )
+        device = self.head.weight.device  # with a device_map the backbone may end elsewhere
+        hidden, labels = hidden.to(device).flatten(0, -2), targets.to(device).flatten()
         rows = (labels != ignore_index).nonzero().squeeze(1)
-        stats = score(
-            hidden.index_select(0, rows), weight, bias, labels.index_select(0, rows), self.options
-        )
+        hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+        weight, adapter = self.head.weight, None
+        if is_adapter(self.head):
+            weight, adapter = operands(self.head, hidden)
+        bias = None if self.head.bias is None else _whole(self.head.bias)
+        stats = score(hidden, _whole(weight), bias, labels, self.options, adapter=adapter)
         return rows, stats
 
     def check(self, logits: Tensor, vocab_size: int | None) -> None:
@@ -305,16 +304,21 @@ def _output_class(own: type[ModelOutput]) -> type[ModelOutput]:
 
 
 def _linear_head(model: PreTrainedModel) -> nn.Linear:
-    """The head as a plain linear layer, read anew at each call: PEFT may come after `attach`."""
+    """The head as a linear layer, perhaps with LoRA; read at each call: PEFT may come later."""
     head = model.get_output_embeddings()
     if head is not None and "modules_to_save" in head._modules:  # PEFT trains a copy of it whole
         chosen = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[chosen[0]] if chosen else head.original_module
     foreign = "forward" in getattr(head, "__dict__", {}) and not hasattr(head, "_hf_hook")
+    if not foreign and is_adapter(head):
+        reason = unsupported(head)
+        if reason is not None:
+            raise RuntimeError(f"{type(model).__name__}: expected a head of LoRA, got {reason}")
+        return head
     if foreign or getattr(type(head), "forward", None) is not nn.Linear.forward:
         raise RuntimeError(
             f"{type(model).__name__}.get_output_embeddings(): expected a torch.nn.Linear without "
-            f"adapters or quantisation, got {type(head).__module__}.{type(head).__name__}"
+            f"quantisation, got {type(head).__module__}.{type(head).__name__}"
         )
     if head.weight.device.type == "meta":
         raise RuntimeError("lm_head.weight: expected a tensor in memory, got an offloaded one")
