@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench matrix clean
 
 setup: $(READY)
 
@@ -30,6 +30,15 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+
+# The integrations against every TRL release they claim to work with.
+TRL_VERSIONS := 1.15.0 1.16.0
+matrix: $(READY)
+	set -e; for version in $(TRL_VERSIONS); do \
+	  $(BIN)/pip install -q --no-deps --upgrade --target build/trl-$$version trl==$$version; \
+	  PYTHONPATH=build/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto \
+	    $(wildcard tests/test_trl*.py tests/test_group_trainer.py tests/test_adapter.py); \
+	done
 
 bench: $(READY)
 	$(BIN)/python benchmarks/bench_linear_logps.py

@@ -20,6 +20,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 import fastpo
 from fastpo import objectives
+from fastpo.integrations import _imports
 from fastpo.integrations._columns import PAIRS, Carry
 from fastpo.integrations._objective import Setting
 from fastpo.integrations._trl_objectives import objectives_only
@@ -341,3 +342,13 @@ def test_objectives_run_on_trl_s_own_head(tmp_path):
         logs, _ = trained(trainer("DPO", tmp_path))
     for log, own in zip(logs, expected, strict=True):
         assert log == pytest.approx(own, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx"])
+def test_a_patch_that_fails_changes_nothing(name, monkeypatch):
+    init, waiting = vars(trl.DPOTrainer)["__init__"], _imports.waiting()
+    monkeypatch.setattr(utils, name, None)
+    with pytest.raises(RuntimeError, match=rf"{name}: expected .*, got nothing; trl"):
+        fastpo.patch()
+    assert vars(trl.DPOTrainer)["__init__"] is init
+    assert _imports.waiting() == waiting

@@ -57,7 +57,8 @@ def patch(
         mixing,
         alternatives,
     )
-    GATHER.read()
+    for seam in (GATHER, HEAD, COMPACT):
+        seam.read()  # nothing is changed before all are known to fit
     replace_when_imported(_lazy(setting))
     replace({HEAD: partial(FusedHead, budget=budget, backend=backend), COMPACT: Compact})
 
