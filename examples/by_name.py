@@ -81,10 +81,10 @@ def as_group(row: dict) -> dict:
     return {"prompt": row["prompt"], "completions": completions, "scores": [1.0, 0.0]}
 
 
-def small_model(tokenizer) -> Qwen2ForCausalLM:
+def small_model(tokenizer, hidden_size: int = 128) -> Qwen2ForCausalLM:
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
+        hidden_size=hidden_size,
         intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,

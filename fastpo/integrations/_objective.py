@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import objectives
-from ..objectives._quantities import SHAPES
+from ..objectives._quantities import SHAPES, is_mask
 from ..objectives._registry import entry_of, lookup, quantities_of, unwrap
 from ..ops.linear_logps import TokenStats
 from ..quantities import Quantities, padded
@@ -146,12 +146,12 @@ class Needs:
 
     @classmethod
     def of(cls, terms: Iterable[Term], sides: tuple[str, ...], setting: Setting) -> Needs:
-        wanted: dict[str, bool] = {}
+        required: set[str] = set()
+        wanted: set[str] = set()
         for term in terms:
-            for name, needed in quantities_of(term.function).items():
-                wanted[name] = wanted.get(name, False) or needed
-        required = frozenset(name for name, needed in wanted.items() if needed)
-        return cls(required, frozenset(wanted) - required, sides, setting)
+            wanted |= set(quantities_of(term.function))
+            required |= _required(term.function)
+        return cls(frozenset(required), frozenset(wanted - required), sides, setting)
 
     @property
     def names(self) -> frozenset[str]:
@@ -212,6 +212,29 @@ class Needs:
             made |= {f"{kind}_logps", f"ref_{kind}_logps", f"{kind}_lengths"}
         names = made | {name for name in columns if name in SHAPES}
         return q | dict.fromkeys(names, zeros)
+
+
+def _required(function: Objective) -> set[str]:
+    """What a function cannot do without: some hyperparameters need an optional quantity."""
+    names = quantities_of(function)
+    required = {name for name, needed in names.items() if needed}
+    while True:
+        try:
+            function(**{name: _nothing(name) for name in required})
+            return required
+        except ValueError as error:
+            missing = str(error).partition(":")[0]
+            if missing not in names or missing in required:
+                return required  # not about what is missing: the first batch will tell
+            required.add(missing)
+
+
+def _nothing(name: str) -> Tensor:
+    """A quantity of one row, one token, one group and two further models, that says nothing."""
+    whole = name.endswith(("lengths", "segments", "groups", "steps", "label_ids"))
+    truth = is_mask(name) or name in ("labels", "ties")
+    dtype = torch.int64 if whole else torch.bool if truth else torch.float32
+    return torch.zeros([2 if letter == "K" else 1 for letter in SHAPES[name][0]], dtype=dtype)
 
 
 # Per side: what the trainer's own passes give. A column could only be stale.
