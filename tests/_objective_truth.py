@@ -38,6 +38,7 @@ class Row:
     )  # which shape of the table, if not the first
     gradient_into: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()  # optional quantities the cases beyond the defaults ask for
+    always: tuple[str, ...] = ()  # optional quantities even the defaults ask for
     excludes: tuple[str, ...] = ()  # optional quantities they cannot have
     sizes: dict[str, int] = field(default_factory=dict)  # dimensions that cannot be any number
     detaches: bool = False  # stops a gradient on purpose: finite differences see more than that

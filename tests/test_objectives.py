@@ -39,6 +39,7 @@ def problem(key: str, case: int = 0, *, optional: bool = True, **options):
     row, function = ROWS[key], objectives.get(key)
     inputs = make_inputs(function, forms=row.forms, **{**row.sizes, **options})
     kept = {n for n, required in quantities_of(function).items() if required or optional}
+    kept |= set(row.always)
     if case:
         kept = (kept | set(row.needs)) - set(row.excludes)
     return function, row, {n: x for n, x in inputs.items() if n in kept}, row.cases[case]

@@ -241,6 +241,38 @@ def by_the_book(key, hyperparameters, batch, policy, reference):
     return Quantities(given).rows(objectives.get(key, **hyperparameters)).mean()
 
 
+def test_a_mixture_of_policy_and_reference(tmp_path):
+    """spa: log-probabilities under softmax(1.5·policy - 0.5·reference)."""
+    reference = tiny.model("llama", seed=1)
+    with fastpo.patched(objective="spa", mixing=1.5):
+        built = trainer("DPO", tmp_path, ref_model=reference)
+        batch = next(iter(built.get_train_dataloader()))
+        loss = built.compute_loss(built.model, dict(batch))
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+    heads = [naive(model, ids, mask)[1] for model in (built.model.double(), reference.double())]
+    mixture = (1.5 * heads[0] - 0.5 * heads[1]).log_softmax(-1)
+    sums = (mixture.gather(-1, ids[:, 1:, None]).squeeze(-1) * mask).sum(1).chunk(2)
+    columns = {f"mixed_{side}_logps": x for side, x in zip(SIDES, sums, strict=True)}
+    given = pair_quantities(batch, built.model, reference, columns)
+    expected = Quantities(given).rows(objectives.get("spa")).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_another_token_of_the_best_is_drawn(tmp_path):
+    """pairwise_cringe with one alternative: the best token that is not the one written."""
+    with fastpo.patched(objective="pairwise_cringe", alternatives=1):
+        built = trainer("DPO", tmp_path)
+        batch = next(iter(built.get_train_dataloader()))
+        loss = built.compute_loss(built.model, dict(batch))
+    ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
+    _, log_p = naive(built.model.double(), ids, mask)
+    best = log_p.scatter(-1, ids[:, 1:, None], -torch.inf).amax(-1).chunk(2)[1]
+    columns = {"rejected_alternative_token_logps": best}
+    given = pair_quantities(batch, built.model, built.model, columns)
+    expected = Quantities(given).rows(objectives.get("pairwise_cringe")).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("length", [None, 3, 6])
 def test_token_columns_go_where_their_tokens_go(mode, length):
@@ -285,6 +317,7 @@ ERRORS = {
     "mnpo": (r"history_chosen_logps: expected a dataset column .* or references=", {}),
     "mask_dpo": (r"chosen_token_weights: .*one list per row, a number for every token", {}),
     "kto": (r"kto: expected an objective of pairs or tokens, got singles", {}),
+    "spa": (r"mixed_chosen_logps: expected mixing=m in fastpo.patch", {}),
     "no_such": (r"objective: expected one of .*, got 'no_such'", {}),
     "simpo": (r"use_weighting: expected False with simpo", {"use_weighting": True}),
 }

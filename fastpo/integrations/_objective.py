@@ -246,6 +246,8 @@ def _how(name: str) -> str:
     if name.startswith(("third_", "unlabeled_", "ref_third_")):
         text = "unlabeled" if name.startswith("unlabeled") else "third"
         return f"a dataset column {text!r} with a text for every row"
+    if name.startswith("mixed_"):
+        return "mixing=m in fastpo.patch"
     if name.startswith(("prev_", "history_")):
         model = name.partition("_")[0]
         return f"a dataset column {name!r}, or references={{{model!r}: ...}} in fastpo.patch"

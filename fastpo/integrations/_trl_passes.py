@@ -155,6 +155,9 @@ def mixed(policy: Pass, reference: Pass, mixing: float) -> Callable[[], Tensor]:
                 (mixing, 1 - mixing),
                 policy.head.targets,
                 biases=[policy.head.bias, reference.head.bias],
+                temperature=policy.head.options.temperature,
+                softcaps=[run.head.options.softcap for run in (policy, reference)],
+                logit_scales=[run.head.options.logit_scale for run in (policy, reference)],
             )
         assert stats.logps is not None
         return policy.spread(stats.logps)
@@ -169,7 +172,9 @@ def alternatives(policy: Pass, k: int) -> Callable[[], Tensor]:
         from ..ops.linear_topk import linear_topk
 
         call = policy.head
-        found = linear_topk(*call.operands, k, exclude=call.targets, bias=call.bias)
+        found = linear_topk(
+            *call.operands, k, exclude=call.targets, bias=call.bias, **_map(call, "")
+        )
         return policy.spread(found.sample().values)
 
     return compute
