@@ -14,6 +14,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -49,6 +50,7 @@ def main() -> None:
 
 def build(key: str, hyperparameters: dict, rows: list, folder: str, steps: int):
     tokenizer = train_tokenizer(texts_of(rows), 4096)
+    torch.manual_seed(0)
     small_model(tokenizer).save_pretrained(f"{folder}/model")
     settings = {
         "output_dir": folder,

@@ -197,8 +197,16 @@ def test_vespo_weight():
     tiny = get("vespo")(**q, is_weights=torch.full((N, 1), 1e-8))
     for value in (0.0, -1.0, 1e-30):
         close(get("vespo")(**q, is_weights=torch.full((N, 1), value)), tiny)
-    huge = get("vespo", k_pos=1e4, lambda_pos=1e3)(**{**far, "old_token_logps": q["token_logps"]})
-    assert huge.isfinite().all()
+    sharp = get("vespo", k_pos=1e4, lambda_pos=1e3, k_neg=1e4, lambda_neg=1e3)  # φ(e²) = e^13611
+    assert sharp(**q, is_weights=torch.full((N, 1), math.exp(2))).isfinite().all()
+
+
+def test_few_tokens():
+    """A global batch of no tokens counts as one token, whoever counts."""
+    q = inputs("dapo", 7)
+    one = get("dapo", num_tokens=1)(**q)
+    for few_tokens in (0, -1, torch.tensor(0), torch.tensor(0.3)):
+        close(get("dapo", num_tokens=few_tokens)(**q), one)
 
 
 def test_missing_and_conflicting():
