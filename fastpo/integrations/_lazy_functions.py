@@ -1,0 +1,138 @@
+"""The functions of torch that `LazyLogits` answers without logits, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.linear_topk import linear_topk
+from ._lazy_logits import LazyLogits
+
+
+def _last(logits: LazyLogits, dim: Any) -> bool:
+    return isinstance(dim, int) and dim % logits.ndim == logits.ndim - 1
+
+
+def cross_entropy(
+    logits: LazyLogits,  # [N, V]
+    target: Tensor,  # [N]
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    usual = weight is None and size_average is None and reduce is None and logits.ndim == 2
+    if not usual or target.dtype != torch.int64 or logits.normalized:
+        options = (weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        return F.cross_entropy(logits.materialize(), target, *options)
+    scored = target != ignore_index
+    kept = logits.only(scored)
+    losses = -kept.logps(target.masked_fill(~scored, 0))
+    if label_smoothing:
+        total = _sum_of_logs(kept)
+        smooth = -total.masked_fill(~scored, 0) / logits.shape[-1]
+        losses = (1 - label_smoothing) * losses + label_smoothing * smooth
+    if reduction == "none":
+        return losses
+    return losses.sum() if reduction == "sum" else losses.sum() / scored.sum()
+
+
+def _sum_of_logs(logits: LazyLogits) -> Tensor:
+    """Σ_v log p_v of every row, with gradient."""
+    if logits.capped:  # the mean of capped logits carries no gradient
+        return logits.materialize().float().log_softmax(-1).sum(-1)
+    lse = logits.stats(torch.zeros_like(logits.rows), "lse").lse
+    assert lse is not None
+    return logits.shape[-1] * (logits.means() - lse)
+
+
+def log_softmax(
+    logits: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Any:
+    if not _last(logits, dim) or logits.normalized:
+        return F.log_softmax(logits.materialize(), dim, dtype=dtype)
+    made = LazyLogits(**{**vars(logits), "normalized": True})
+    return made if dtype is None else made.to(dtype)
+
+
+def gather(logits: LazyLogits, dim: int, index: Tensor, **kwargs: Any) -> Any:
+    """Of log-softmax, one word per row."""
+    one = logits.normalized and _last(logits, dim) and index.shape == (*logits.rows.shape, 1)
+    if not one or kwargs:
+        return torch.gather(logits.materialize(), dim, index, **kwargs)
+    return logits.sign * logits.logps(index.squeeze(-1)).unsqueeze(-1)
+
+
+def take_along_dim(logits: LazyLogits, indices: Tensor, dim: int | None = None) -> Any:
+    if dim is None:
+        return torch.take_along_dim(logits.materialize(), indices)
+    return gather(logits, dim, indices)
+
+
+def total(logits: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """Σ_v log p_v, which label smoothing asks for."""
+    if not logits.normalized or not _last(logits, dim):
+        return logits.materialize().sum(dim, keepdim=keepdim, dtype=dtype)
+    plain = LazyLogits(**{**vars(logits), "normalized": False, "sign": 1.0})
+    found = logits.sign * _sum_of_logs(plain)
+    return found.unsqueeze(-1) if keepdim else found
+
+
+def logsumexp(logits: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
+    if not _last(logits, dim) or logits.normalized:
+        return torch.logsumexp(logits.materialize(), dim, keepdim)
+    lse = logits.stats(torch.zeros_like(logits.rows), "lse").lse
+    assert lse is not None
+    return lse.unsqueeze(-1) if keepdim else lse
+
+
+def mean(logits: LazyLogits, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    if logits.normalized or kwargs or keepdim or (dim is not None and not _last(logits, dim)):
+        return torch.mean(logits.materialize(), dim, keepdim, **kwargs)
+    means = logits.means()
+    return means if dim is not None else means.mean()
+
+
+def argmax(logits: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
+    if not _last(logits, dim) or keepdim or logits.sign < 0:
+        return torch.argmax(logits.materialize(), dim, keepdim)
+    base, rows = logits.base, logits.rows.flatten().clamp(min=0)
+    hidden, adapter = base.select(rows)
+    if adapter is not None or logits.inner * logits.outer <= 0:
+        return torch.argmax(logits.materialize(), dim)
+    with torch.no_grad():  # scale and soft-cap keep the order
+        ids = linear_topk(hidden.detach(), base.weight.detach(), 1, bias=base.bias).ids
+    return ids.view(logits.rows.shape)
+
+
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.cross_entropy: cross_entropy,
+    F.log_softmax: log_softmax,
+    torch.log_softmax: lambda logits, dim, dtype=None: log_softmax(logits, dim, dtype=dtype),
+    torch.gather: gather,
+    torch.take_along_dim: take_along_dim,
+    torch.sum: total,
+    torch.logsumexp: logsumexp,
+    torch.mean: mean,
+    torch.argmax: argmax,
+    torch.tanh: LazyLogits.tanh,
+    torch.mul: LazyLogits.__mul__,
+    torch.div: LazyLogits.__truediv__,
+    torch.neg: LazyLogits.__neg__,
+    torch.chunk: LazyLogits.chunk,
+    torch.split: LazyLogits.split,
+}
+METHODS: dict[str, Any] = {
+    "log_softmax": FUNCTIONS[torch.log_softmax],
+    "gather": gather,
+    "sum": total,
+    "logsumexp": logsumexp,
+    "mean": mean,
+    "argmax": argmax,
+}

@@ -1,0 +1,172 @@
+"""TRL's trainers that build logits: while they compute log-probabilities, the head is lazy.
+
+One seam per trainer, the method that calls the model and reads its logits, and the helpers it
+reads them with. What they compute stays theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ._lazy_logits import LazyLogits
+from ._seam import Make, Method, Replacement, Seam
+
+_log = logging.getLogger(__name__)
+_VERSIONS = ("1.15", "1.16")
+
+
+@contextmanager
+def lazy_head(model: Any, trainer: str) -> Iterator[None]:
+    """The model's head answers with `LazyLogits`; a head fastpo does not know stays itself."""
+    from .attach import _instead, _linear_head  # imports transformers
+
+    try:
+        head: Any = _linear_head(model)
+        if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id") or _fsdp():
+            raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard")
+    except RuntimeError as error:
+        _say_once(trainer, str(error))
+        yield
+        return
+    with _instead(head, "forward", lambda hidden: LazyLogits.of(head, hidden)):
+        yield
+
+
+def _fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+
+
+@functools.cache
+def _say_once(trainer: str, why: str) -> None:
+    _log.warning("fastpo: %s keeps its full logits: %s", trainer, why)
+
+
+class _Reader(Method):
+    """A method that calls `model` and reads its logits."""
+
+    def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        bare = trainer.accelerator.unwrap_model(model)
+        unwrap = getattr(bare, "get_base_model", None)  # PEFT's
+        with lazy_head(bare if unwrap is None else unwrap(), type(trainer).__name__):
+            return _real(self.original(trainer, model, *args, **kwargs))
+
+
+def _real(result: Any) -> Any:
+    """Outputs that a trainer hands out hold tensors."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        return result
+    outputs = result[1]
+    if isinstance(getattr(outputs, "logits", None), LazyLogits):
+        outputs.logits = outputs.logits.materialize().detach()
+    return result
+
+
+class _Smoothed(_Reader):
+    """SFT's `compute_loss`: it builds logits for label smoothing and a loss of the user's."""
+
+    def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(self.original).bind(trainer, model, *args, **kwargs).arguments
+        logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
+        if logits and not bound.get("return_outputs"):
+            return super().__call__(trainer, model, *args, **kwargs)
+        return self.original(trainer, model, *args, **kwargs)
+
+
+class _BatchLogps(Replacement):
+    """`get_batch_logps`: its own labels say which positions count."""
+
+    def __call__(self, logits: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(logits, LazyLogits):
+            scored = labels != -100
+            # The row before a label predicts it; the last one predicts nothing.
+            logits = logits.only(scored.roll(-1, 1))
+        return self.original(logits, labels, *args, **kwargs)
+
+
+class _Selected(Replacement):
+    """`selective_log_softmax`."""
+
+    def __call__(
+        self,
+        logits: Any,
+        index: Tensor,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> Any:
+        if isinstance(logits, LazyLogits) and index.ndim == logits.ndim - 1:
+            return _masked(logits, row_mask, temperature).logps(index)
+        real = logits.materialize() if isinstance(logits, LazyLogits) else logits
+        return self.original(real, index, temperature, row_mask)
+
+
+class _SelectedWithEntropy(Replacement):
+    """`selective_log_softmax_and_entropy`."""
+
+    def __call__(
+        self,
+        logits: Any,
+        index: Tensor,
+        entropy_requires_grad: bool = True,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> Any:
+        if not isinstance(logits, LazyLogits):
+            return self.original(logits, index, entropy_requires_grad, temperature, row_mask)
+        stats = _masked(logits, row_mask, temperature).stats(index, "entropy")
+        entropy = stats.entropy
+        assert entropy is not None
+        return stats.logps, entropy if entropy_requires_grad else entropy.detach()
+
+
+def _masked(logits: LazyLogits, row_mask: Tensor | None, temperature: float) -> LazyLogits:
+    tempered = logits if temperature == 1 else logits / temperature
+    return tempered if row_mask is None else tempered.only(row_mask != 0)
+
+
+_SELECT = ("logits", "index", "temperature", "row_mask")
+_SELECT_BOTH = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
+_LOGPS = ("labels", "average_log_prob", "is_encoder_decoder")
+_VISION = ("completion_ids", "completion_mask", "vision_inputs")
+# module, name, parameters, what stands in
+_TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
+    ("cpo", "CPOTrainer.concatenated_forward", ("model", "batch"), _Reader),
+    ("cpo", "CPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
+    ("cpo", "selective_log_softmax", _SELECT, _Selected),
+    ("orpo", "ORPOTrainer.concatenated_forward", ("model", "batch"), _Reader),
+    ("orpo", "ORPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
+    ("orpo", "selective_log_softmax", _SELECT, _Selected),
+    ("tpo", "TPOTrainer._compute_loss", ("model", "inputs", "return_outputs"), _Reader),
+    ("tpo", "selective_log_softmax_and_entropy", _SELECT_BOTH, _SelectedWithEntropy),
+    (
+        "a2po",
+        "A2POTrainer._get_sequence_logps",
+        ("model", "input_ids", "attention_mask", "logits_to_keep"),
+        _Reader,
+    ),
+    ("a2po", "selective_log_softmax", _SELECT, _Selected),
+    (
+        "online_dpo",
+        "OnlineDPOTrainer._forward",
+        ("model", "prompt_ids", "prompt_mask", *_VISION),
+        _Reader,
+    ),
+)
+
+
+def replacements() -> dict[Seam, Make]:
+    made = {
+        Seam(f"trl.experimental.{name}.{name}_trainer", attribute, parameters, _VERSIONS): make
+        for name, attribute, parameters, make in _TABLE
+    }
+    arguments = ("model", "inputs", "return_outputs", "num_items_in_batch")
+    sft = Seam("trl.trainer.sft_trainer", "SFTTrainer.compute_loss", arguments, _VERSIONS)
+    return {**made, sft: _Smoothed}
