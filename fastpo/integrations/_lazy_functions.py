@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops._picked import picked_products
 from ..ops.linear_topk import linear_topk
 from ._lazy_logits import LazyLogits
 
@@ -57,16 +59,52 @@ def log_softmax(
 ) -> Any:
     if not _last(logits, dim) or logits.normalized:
         return F.log_softmax(logits.materialize(), dim, dtype=dtype)
-    made = LazyLogits(**{**vars(logits), "normalized": True})
+    made = replace(logits, normalized=True)
     return made if dtype is None else made.to(dtype)
 
 
 def gather(logits: LazyLogits, dim: int, index: Tensor, **kwargs: Any) -> Any:
-    """Of log-softmax, one word per row."""
-    one = logits.normalized and _last(logits, dim) and index.shape == (*logits.rows.shape, 1)
-    if not one or kwargs:
+    """One word per row of log-softmax, or a few of anything."""
+    if not _last(logits, dim) or index.shape[:-1] != logits.rows.shape or kwargs:
         return torch.gather(logits.materialize(), dim, index, **kwargs)
-    return logits.sign * logits.logps(index.squeeze(-1)).unsqueeze(-1)
+    if logits.normalized and index.shape[-1] == 1:
+        return logits.sign * logits.logps(index.squeeze(-1)).unsqueeze(-1)
+    z = _words(logits, index)
+    if not logits.normalized:
+        return z
+    return logits.sign * (z - logsumexp(_plain(logits), -1, True))
+
+
+def _plain(logits: LazyLogits) -> LazyLogits:
+    return replace(logits, normalized=False, sign=1.0)
+
+
+def _words(logits: LazyLogits, index: Tensor) -> Tensor:
+    """The logits of a few words per row [*rows.shape, K]."""
+    base, rows = logits.base, logits.rows.flatten().clamp(min=0)
+    hidden, adapter = base.select(rows)
+    ids = index.flatten(0, -2)
+    x = picked_products(hidden, base.weight, ids)
+    if adapter is not None:
+        x = x + picked_products(*adapter, ids)
+    if base.bias is not None:
+        x = x + base.bias.float()[ids]
+    x = x * logits.inner
+    return (x.tanh() * logits.outer if logits.capped else x).view(index.shape)
+
+
+def topk(
+    logits: LazyLogits, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
+) -> Any:
+    """The k largest, the lowest word first where they tie."""
+    base = logits.base
+    if not _last(logits, dim) or not largest or base.adapter or logits.inner * logits.outer <= 0:
+        return torch.topk(logits.materialize(), k, dim, largest, sorted)
+    rows = logits.rows.flatten().clamp(min=0)
+    with torch.no_grad():  # scale and soft-cap keep the order
+        found = linear_topk(base.hidden.index_select(0, rows), base.weight, k, bias=base.bias)
+    ids = found.ids.view(*logits.rows.shape, k)
+    return torch.return_types.topk((gather(logits, -1, ids), ids))
 
 
 def take_along_dim(logits: LazyLogits, indices: Tensor, dim: int | None = None) -> Any:
@@ -79,8 +117,7 @@ def total(logits: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: 
     """Σ_v log p_v, which label smoothing asks for."""
     if not logits.normalized or not _last(logits, dim):
         return logits.materialize().sum(dim, keepdim=keepdim, dtype=dtype)
-    plain = LazyLogits(**{**vars(logits), "normalized": False, "sign": 1.0})
-    found = logits.sign * _sum_of_logs(plain)
+    found = logits.sign * _sum_of_logs(_plain(logits))
     return found.unsqueeze(-1) if keepdim else found
 
 
@@ -121,6 +158,7 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.logsumexp: logsumexp,
     torch.mean: mean,
     torch.argmax: argmax,
+    torch.topk: topk,
     torch.tanh: LazyLogits.tanh,
     torch.mul: LazyLogits.__mul__,
     torch.div: LazyLogits.__truediv__,
@@ -135,4 +173,5 @@ METHODS: dict[str, Any] = {
     "logsumexp": logsumexp,
     "mean": mean,
     "argmax": argmax,
+    "topk": topk,
 }

@@ -50,17 +50,22 @@ def _say_once(trainer: str, why: str) -> None:
     _log.warning("fastpo: %s keeps its full logits: %s", trainer, why)
 
 
-class _Reader(Method):
+class Reader(Method):
     """A method that calls `model` and reads its logits."""
 
     def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        bare = trainer.accelerator.unwrap_model(model)
-        unwrap = getattr(bare, "get_base_model", None)  # PEFT's
-        with lazy_head(bare if unwrap is None else unwrap(), type(trainer).__name__):
-            return _real(self.original(trainer, model, *args, **kwargs))
+        with lazy_head(bare(trainer, model), type(trainer).__name__):
+            return real_outputs(self.original(trainer, model, *args, **kwargs))
 
 
-def _real(result: Any) -> Any:
+def bare(trainer: Any, model: Any) -> Any:
+    """The causal language model under DDP's, a compiler's and PEFT's wrappers."""
+    inner = trainer.accelerator.unwrap_model(model)
+    unwrap = getattr(inner, "get_base_model", None)
+    return inner if unwrap is None else unwrap()
+
+
+def real_outputs(result: Any) -> Any:
     """Outputs that a trainer hands out hold tensors."""
     if not isinstance(result, tuple) or len(result) != 2:
         return result
@@ -70,7 +75,7 @@ def _real(result: Any) -> Any:
     return result
 
 
-class _Smoothed(_Reader):
+class _Smoothed(Reader):
     """SFT's `compute_loss`: it builds logits for label smoothing and a loss of the user's."""
 
     def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -138,26 +143,26 @@ _LOGPS = ("labels", "average_log_prob", "is_encoder_decoder")
 _VISION = ("completion_ids", "completion_mask", "vision_inputs")
 # module, name, parameters, what stands in
 _TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
-    ("cpo", "CPOTrainer.concatenated_forward", ("model", "batch"), _Reader),
+    ("cpo", "CPOTrainer.concatenated_forward", ("model", "batch"), Reader),
     ("cpo", "CPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
     ("cpo", "selective_log_softmax", _SELECT, _Selected),
-    ("orpo", "ORPOTrainer.concatenated_forward", ("model", "batch"), _Reader),
+    ("orpo", "ORPOTrainer.concatenated_forward", ("model", "batch"), Reader),
     ("orpo", "ORPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
     ("orpo", "selective_log_softmax", _SELECT, _Selected),
-    ("tpo", "TPOTrainer._compute_loss", ("model", "inputs", "return_outputs"), _Reader),
+    ("tpo", "TPOTrainer._compute_loss", ("model", "inputs", "return_outputs"), Reader),
     ("tpo", "selective_log_softmax_and_entropy", _SELECT_BOTH, _SelectedWithEntropy),
     (
         "a2po",
         "A2POTrainer._get_sequence_logps",
         ("model", "input_ids", "attention_mask", "logits_to_keep"),
-        _Reader,
+        Reader,
     ),
     ("a2po", "selective_log_softmax", _SELECT, _Selected),
     (
         "online_dpo",
         "OnlineDPOTrainer._forward",
         ("model", "prompt_ids", "prompt_mask", *_VISION),
-        _Reader,
+        Reader,
     ),
 )
 
