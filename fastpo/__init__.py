@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import objectives, quantities
 from .ops.linear_logps import TokenStats, linear_logps
+from .ops.linear_topk import TokenSample, TopK, linear_topk, sample_topk
+from .ops.mixed_linear_logps import mixed_linear_logps
+from .ops.multi_head import multi_head_logps
 from .planner import Plan, plan
 
 if TYPE_CHECKING:
@@ -17,14 +20,20 @@ __version__ = "0.1.0"
 __all__ = [
     "GroupTrainer",
     "Plan",
+    "TokenSample",
     "TokenStats",
+    "TopK",
     "attach",
     "linear_logps",
+    "linear_topk",
+    "mixed_linear_logps",
+    "multi_head_logps",
     "objectives",
     "patch",
     "patched",
     "plan",
     "quantities",
+    "sample_topk",
     "unpatch",
 ]
 

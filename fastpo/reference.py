@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .ops.linear_logps import TokenStats
+from .ops.linear_topk import TopK
 
 
 def linear_logps(
@@ -20,13 +23,21 @@ def linear_logps(
     ignore_index: int | None = -100,
 ) -> TokenStats:
     """All statistics of `fastpo.linear_logps`, in the dtype of the inputs, by autograd."""
+    z = _logits(hidden, weight, bias, softcap, logit_scale) / temperature
+    return _statistics(z, labels, ignore_index)
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, logit_scale: float
+) -> Tensor:  # [..., V]
     z = hidden @ weight.t()
     if bias is not None:
         z = z + bias
     z = z * logit_scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _statistics(z: Tensor, labels: Tensor, ignore_index: int | None) -> TokenStats:
     ignored = torch.zeros_like(labels, dtype=torch.bool)
     if ignore_index is not None:
         ignored = labels == ignore_index
@@ -47,3 +58,86 @@ def linear_logps(
         "lse": lse,
     }
     return TokenStats(**{name: x.masked_fill(ignored, 0) for name, x in stats.items()})
+
+
+def linear_topk(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    k: int,
+    *,
+    exclude: Tensor | None = None,  # [...] int64
+    mask: Tensor | None = None,  # [...] bool
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> TopK:
+    """`fastpo.linear_topk` in the dtype of the inputs, by autograd and a stable sort."""
+    z = _logits(hidden, weight, bias, softcap, logit_scale) / temperature
+    log_p, lse = torch.log_softmax(z, -1), torch.logsumexp(z, -1)
+    ranked = z.detach()
+    if exclude is not None:
+        word = torch.arange(z.shape[-1], device=z.device)
+        ranked = ranked.masked_fill(word == exclude.unsqueeze(-1), float("-inf"))
+    ids = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :k]
+    values = log_p.gather(-1, ids)
+    if mask is not None:
+        left_out = ~mask.unsqueeze(-1)
+        values, ids = values.masked_fill(left_out, 0), ids.masked_fill(left_out, 0)
+        lse = lse.masked_fill(~mask, 0)
+    return TopK(values, ids, lse)
+
+
+def mixed_linear_logps(
+    hiddens: Sequence[Tensor],  # M of [..., H_i]
+    weights: Sequence[Tensor],  # M of [V, H_i]
+    coefficients: Tensor,  # [M] or [..., M]
+    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    *,
+    biases: Sequence[Tensor | None] | None = None,  # M of [V]
+    temperature: float = 1.0,
+    softcaps: Sequence[float | None] | None = None,  # M
+    logit_scales: Sequence[float] | None = None,  # M
+    ignore_index: int | None = -100,
+) -> TokenStats:
+    """All statistics of `fastpo.mixed_linear_logps`, in the dtype of the inputs, by autograd."""
+    heads = len(hiddens)
+    z = [
+        _logits(*head)
+        for head in zip(
+            hiddens,
+            weights,
+            biases or (None,) * heads,
+            softcaps or (None,) * heads,
+            logit_scales or (1.0,) * heads,
+            strict=True,
+        )
+    ]
+    m = coefficients.to(z[0].dtype).unsqueeze(-1)  # [M, 1] or [..., M, 1]
+    mixture = (torch.stack(z, -2) * m).sum(-2)
+    return _statistics(mixture / temperature, labels, ignore_index)
+
+
+def multi_head_logps(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [K, V, H]
+    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    heads: Tensor,  # [...] int64 in [0, K)
+    *,
+    bias: Tensor | None = None,  # [K, V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+) -> TokenStats:
+    """All statistics of `fastpo.multi_head_logps`: every head over every token, then a choice."""
+    z = torch.stack(
+        [
+            _logits(hidden, w, None if bias is None else bias[i], softcap, logit_scale)
+            for i, w in enumerate(weight)
+        ],
+        -2,
+    )  # [..., K, V]
+    index = heads.to(z.device)[..., None, None].expand(*heads.shape, 1, z.shape[-1])
+    own = z.gather(-2, index).squeeze(-2)
+    return _statistics(own / temperature, labels, ignore_index)

@@ -1,0 +1,169 @@
+"""`linear_topk`: the k most likely words of a language-model head, without its logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _rows as R
+from . import _topk
+from ._head import Forward, HeadSpec
+from .linear_logps import _check_options, _check_tensors, _shape, compute_dtype
+
+_LEFT_OUT = -100
+
+
+class TokenSample(NamedTuple):
+    """One word per token.  values: [...] float32 log-probability, nats.  ids: [...] int64."""
+
+    values: Tensor
+    ids: Tensor
+
+
+class TopK(NamedTuple):
+    """The k most likely words of every token, the most likely first; 0 where masked out.
+
+    values: [..., k] float32, log-probabilities over the whole vocabulary, nats.
+    ids: [..., k] int64.  lse: [...] float32, log Σ exp z over the whole vocabulary, nats.
+    Gradient flows from values and lse.
+    """
+
+    values: Tensor
+    ids: Tensor
+    lse: Tensor
+
+    def sample(
+        self, *, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> TokenSample:
+        """`sample_topk` of this list."""
+        return sample_topk(self, temperature=temperature, generator=generator)
+
+
+def sample_topk(
+    topk: TopK, *, temperature: float = 1.0, generator: torch.Generator | None = None
+) -> TokenSample:
+    """One word of each list, drawn with probability ∝ exp(value / temperature); [...] each.
+
+    values are those of the list, over the whole vocabulary and before `temperature`, with their
+    gradient. generator: of the device of `topk`; None: PyTorch's default one.
+    Raises ValueError for a temperature that is not a finite number > 0.
+    """
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    scores = topk.values.detach() / temperature
+    # The first of k exponential clocks to ring. torch.multinomial would stop a GPU at a row of
+    # NaN; here such a row gives NaN.
+    clocks = torch.empty_like(scores).exponential_(generator=generator)
+    drawn = (scores - clocks.log()).argmax(-1, keepdim=True)
+    return TokenSample(*(x.gather(-1, drawn).squeeze(-1) for x in (topk.values, topk.ids)))
+
+
+def linear_topk(
+    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
+    weight: Tensor,  # [V, H]
+    k: int,
+    *,
+    exclude: Tensor | None = None,  # [...] int64
+    mask: Tensor | None = None,  # [...] bool
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    budget: int | None = None,
+    backend: str | None = None,
+) -> TopK:
+    """The k largest of log softmax(z), with z as in `linear_logps`, and the words they belong to.
+
+    Of words with the same z the lowest comes first, on every device. Memory is that of
+    `linear_logps` and [..., k]; the logits exist only as tiles.
+
+    exclude: a word per token that is left out of its list, though not of the softmax; negative:
+        none. The alternatives of arXiv:2312.16682 are drawn from such a list.
+    mask: False leaves a token out: zeros, no gradient. None: all are scored.
+    budget: bytes of probabilities that may be kept for the backward; tokens above it are
+        recomputed, one product more. None: 4·V·H for a trainable head, 0 for a frozen one.
+    backend: "triton", "cuda", "cpu" or "torch"; None: the best that is there.
+
+    Raises ValueError for shapes, dtypes, devices and options, for k outside [1, V] (V - 1 with
+    `exclude`) and, on a CPU, for an excluded word that is not there. RuntimeError when a named
+    backend is missing. A NaN or infinite hidden state gives NaN in its row.
+    """
+    tokens = hidden.shape[:-1]
+    labels = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
+    _check_tensors(hidden, weight, labels, bias)
+    _check_options(temperature, softcap, logit_scale, ("logps",), budget)
+    _check_lists(labels, weight.shape[0], k, exclude, mask)
+    grad = torch.is_grad_enabled()
+    head_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    any_grad = head_grad or (grad and hidden.requires_grad)
+    head = HeadSpec(
+        logit_map=R.LogitMap(float(temperature), softcap and float(softcap), float(logit_scale)),
+        ignore_index=None if mask is None else _LEFT_OUT,
+        outputs=("logps",),
+        compute_dtype=compute_dtype(hidden),
+        backend=R.choose(backend, hidden.device),
+        hidden_grad=any_grad,
+        head_grad=any_grad,  # what a frozen head keeps is the same
+        budget=0 if budget is None and not head_grad else budget,
+    )
+    values, ids, lse = _LinearTopK.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        labels.view(-1) if mask is None else torch.where(mask.reshape(-1), 0, _LEFT_OUT),
+        None if exclude is None else exclude.reshape(-1),
+        _topk.TopKSpec(k, head),
+    )
+    return TopK(values.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))
+
+
+class _LinearTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        exclude: Tensor | None,
+        spec: _topk.TopKSpec,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found = _topk.forward(hidden, weight, bias, labels, exclude, spec)
+        ctx.spec = spec
+        ctx.save_for_backward(hidden, weight, bias, labels, found.z, found.ids, *found.stats)
+        ctx.mark_non_differentiable(found.ids)
+        ctx.set_materialize_grads(False)
+        return found.values, found.ids, found.stats.lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, values: Tensor | None, _: Any, lse: Tensor | None) -> tuple:
+        hidden, weight, bias, labels, z, ids, *stats = ctx.saved_tensors
+        found = _topk.Found(z, ids, Forward(*stats))
+        needs = ctx.needs_input_grad[:3]
+        grads = _topk.backward((values, lse), hidden, weight, bias, labels, found, ctx.spec, needs)
+        dbias = None if grads[2] is None or bias is None else grads[2].to(bias.dtype)
+        return *grads[:2], dbias, None, None, None
+
+
+def _check_lists(
+    labels: Tensor, vocab: int, k: int, exclude: Tensor | None, mask: Tensor | None
+) -> None:
+    most = vocab - (exclude is not None)
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
+        raise ValueError(f"k: expected an integer in [1, {most}], got {k!r}")
+    given = {"exclude": (exclude, torch.int64), "mask": (mask, torch.bool)}
+    for name, (tensor, dtype) in given.items():
+        if tensor is None:
+            continue
+        if tensor.shape != labels.shape:
+            raise ValueError(f"{name}: expected shape {_shape(labels)}, got {_shape(tensor)}")
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
+        if tensor.device != labels.device:
+            raise ValueError(f"{name}: expected device {labels.device}, got {tensor.device}")
+    if exclude is not None and exclude.device.type == "cpu" and bool((exclude >= vocab).any()):
+        raise ValueError(f"exclude: expected values below {vocab}, got {int(exclude.max())}")

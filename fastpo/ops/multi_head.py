@@ -1,0 +1,100 @@
+"""`multi_head_logps`: every token scored by a head of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .linear_logps import OUTPUTS, TokenStats, _shape, linear_logps
+
+
+def multi_head_logps(
+    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
+    weight: Tensor,  # [K, V, H]
+    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    heads: Tensor,  # [...] int64 in [0, K)
+    *,
+    bias: Tensor | None = None,  # [K, V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    outputs: tuple[str, ...] = ("logps",),
+    budget: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """`linear_logps` of each token under head `heads[token]`, with gradient to all heads.
+
+    Tokens are grouped by head and each group goes through `linear_logps` once, so the matrix
+    products are those of one head. The sizes of the groups are needed on the host: give `heads`
+    on the CPU, or the call waits for the device once to copy it.
+
+    budget: bytes of probabilities that may be kept, per head.
+
+    Raises ValueError as `linear_logps` does, and for heads outside [0, K), also where the label
+    is ignore_index.
+    """
+    _check(hidden, weight, labels, heads, bias)
+    host = heads.reshape(-1).cpu()
+    order, sizes = _grouped(host, weight.shape[0])
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    order, back = (x.to(hidden.device, non_blocking=True) for x in (order, back))
+    rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, order).split(sizes)
+    words = labels.reshape(-1).index_select(0, order).split(sizes)
+    # unbind, whose backward stacks; indexing would add K gradients of the size of all heads.
+    biases = [None] * len(sizes) if bias is None else bias.unbind()
+    groups = [
+        linear_logps(
+            *operands,
+            bias=offset,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            ignore_index=ignore_index,
+            outputs=outputs,
+            budget=budget,
+            backend=backend,
+        )
+        for *operands, offset in zip(rows, weight.unbind(), words, biases, strict=True)
+    ]
+    return TokenStats(
+        **{
+            name: torch.cat([getattr(group, name) for group in groups])
+            .index_select(0, back)
+            .view(labels.shape)
+            for name in OUTPUTS
+            if name in outputs
+        }
+    )
+
+
+def _grouped(heads: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """Tokens sorted by head, stably, and how many each head has; on the host."""
+    wrong = (heads < 0) | (heads >= count)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"heads: expected values in [0, {count}), got {int(heads[row])} at row {row}"
+        )
+    return heads.argsort(stable=True), heads.bincount(minlength=count).tolist()
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, labels: Tensor, heads: Tensor, bias: Tensor | None
+) -> None:
+    """What `linear_logps` would say of a slice, said of what the caller gave."""
+    if hidden.dim() < 1:
+        raise ValueError("hidden: expected shape (..., H), got ()")
+    if weight.dim() != 3 or 0 in weight.shape[:2] or weight.shape[2] != hidden.shape[-1]:
+        raise ValueError(f"weight: expected shape (K, V, {hidden.shape[-1]}), got {_shape(weight)}")
+    for name, x in {"labels": labels, "heads": heads}.items():
+        if x.shape != hidden.shape[:-1]:
+            raise ValueError(f"{name}: expected shape {_shape(hidden)[:-1]}, got {_shape(x)}")
+    if heads.dtype != torch.int64:
+        raise ValueError(f"heads: expected dtype torch.int64, got {heads.dtype}")
+    if heads.device.type != "cpu" and heads.device != hidden.device:
+        raise ValueError(f"heads: expected device cpu or {hidden.device}, got {heads.device}")
+    if labels.device != hidden.device:
+        raise ValueError(f"labels: expected device {hidden.device}, got {labels.device}")
+    if bias is not None and bias.shape != weight.shape[:2]:
+        raise ValueError(f"bias: expected shape {_shape(weight)[:2]}, got {_shape(bias)}")
