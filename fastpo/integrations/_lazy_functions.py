@@ -32,7 +32,7 @@ def cross_entropy(
     usual = weight is None and size_average is None and reduce is None and logits.ndim == 2
     if not usual or target.dtype != torch.int64 or logits.normalized:
         options = (weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        return F.cross_entropy(logits.materialize(), target, *options)
+        return F.cross_entropy(logits.real("cross_entropy"), target, *options)
     scored = target != ignore_index
     kept = logits.only(scored)
     losses = -kept.logps(target.masked_fill(~scored, 0))
@@ -47,18 +47,14 @@ def cross_entropy(
 
 def _sum_of_logs(logits: LazyLogits) -> Tensor:
     """Σ_v log p_v of every row, with gradient."""
-    if logits.capped:  # the mean of capped logits carries no gradient
-        return logits.materialize().float().log_softmax(-1).sum(-1)
-    lse = logits.stats(torch.zeros_like(logits.rows), "lse").lse
-    assert lse is not None
-    return logits.shape[-1] * (logits.means() - lse)
+    return logits.shape[-1] * (logits.means() - logits.lse())
 
 
 def log_softmax(
     logits: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
 ) -> Any:
     if not _last(logits, dim) or logits.normalized:
-        return F.log_softmax(logits.materialize(), dim, dtype=dtype)
+        return F.log_softmax(logits.real("log_softmax"), dim, dtype=dtype)
     made = replace(logits, normalized=True)
     return made if dtype is None else made.to(dtype)
 
@@ -66,7 +62,7 @@ def log_softmax(
 def gather(logits: LazyLogits, dim: int, index: Tensor, **kwargs: Any) -> Any:
     """One word per row of log-softmax, or a few of anything."""
     if not _last(logits, dim) or index.shape[:-1] != logits.rows.shape or kwargs:
-        return torch.gather(logits.materialize(), dim, index, **kwargs)
+        return torch.gather(logits.real("gather"), dim, index, **kwargs)
     if logits.normalized and index.shape[-1] == 1:
         return logits.sign * logits.logps(index.squeeze(-1)).unsqueeze(-1)
     z = _words(logits, index)
@@ -99,7 +95,7 @@ def topk(
     """The k largest, the lowest word first where they tie."""
     base = logits.base
     if not _last(logits, dim) or not largest or base.adapter or logits.inner * logits.outer <= 0:
-        return torch.topk(logits.materialize(), k, dim, largest, sorted)
+        return torch.topk(logits.real("topk"), k, dim, largest, sorted)
     rows = logits.rows.flatten().clamp(min=0)
     with torch.no_grad():  # scale and soft-cap keep the order
         found = linear_topk(base.hidden.index_select(0, rows), base.weight, k, bias=base.bias)
@@ -109,42 +105,44 @@ def topk(
 
 def take_along_dim(logits: LazyLogits, indices: Tensor, dim: int | None = None) -> Any:
     if dim is None:
-        return torch.take_along_dim(logits.materialize(), indices)
+        return torch.take_along_dim(logits.real("take_along_dim"), indices)
     return gather(logits, dim, indices)
 
 
 def total(logits: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Σ_v log p_v, which label smoothing asks for."""
     if not logits.normalized or not _last(logits, dim):
-        return logits.materialize().sum(dim, keepdim=keepdim, dtype=dtype)
+        return logits.real("sum").sum(dim, keepdim=keepdim, dtype=dtype)
     found = logits.sign * _sum_of_logs(_plain(logits))
     return found.unsqueeze(-1) if keepdim else found
 
 
 def logsumexp(logits: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
     if not _last(logits, dim) or logits.normalized:
-        return torch.logsumexp(logits.materialize(), dim, keepdim)
-    lse = logits.stats(torch.zeros_like(logits.rows), "lse").lse
-    assert lse is not None
+        return torch.logsumexp(logits.real("logsumexp"), dim, keepdim)
+    lse = logits.lse()
     return lse.unsqueeze(-1) if keepdim else lse
 
 
 def mean(logits: LazyLogits, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     if logits.normalized or kwargs or keepdim or (dim is not None and not _last(logits, dim)):
-        return torch.mean(logits.materialize(), dim, keepdim, **kwargs)
+        return torch.mean(logits.real("mean"), dim, keepdim, **kwargs)
     means = logits.means()
     return means if dim is not None else means.mean()
 
 
 def argmax(logits: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
-    if not _last(logits, dim) or keepdim or logits.sign < 0:
-        return torch.argmax(logits.materialize(), dim, keepdim)
+    flipped = logits.sign < 0 or logits.inner * logits.outer <= 0
+    if not _last(logits, dim) or keepdim or flipped:
+        return torch.argmax(logits.real("argmax"), dim, keepdim)
     base, rows = logits.base, logits.rows.flatten().clamp(min=0)
     hidden, adapter = base.select(rows)
-    if adapter is not None or logits.inner * logits.outer <= 0:
-        return torch.argmax(logits.materialize(), dim)
+    weight = base.weight
     with torch.no_grad():  # scale and soft-cap keep the order
-        ids = linear_topk(hidden.detach(), base.weight.detach(), 1, bias=base.bias).ids
+        if adapter is not None:
+            down, up = (x.to(hidden.dtype) for x in adapter)
+            hidden, weight = torch.cat((hidden, down), 1), torch.cat((weight, up), 1)
+        ids = linear_topk(hidden, weight, 1, bias=base.bias).ids
     return ids.view(logits.rows.shape)
 
 

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from ..ops.linear_logps import TokenStats
 from ._adapter import is_adapter, operands
 from ._head import HeadOptions, score
+from ._lazy_operators import Operators, settle
 
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
@@ -43,7 +44,19 @@ class Base:
     adapter: tuple[Tensor, Tensor] | None  # [M, r], [V, r]
     labels: Tensor  # [M] of known log-probabilities, -1 where none is
     logps: Tensor  # [M]
+    lse: Tensor  # [M]
     known_for: Any = None  # which logits, and whether with gradient
+
+    def remember(self, where: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> None:
+        """One word per row; of several the same one's, whichever it is, in all three."""
+        if not len(where):
+            return
+        order = torch.full_like(self.labels, -1)
+        order = order.index_copy(0, where, torch.arange(len(where), device=where.device))
+        new, order = order >= 0, order.clamp(min=0)
+        self.labels = torch.where(new, labels[order], self.labels)
+        self.logps = torch.where(new, logps[order], self.logps)
+        self.lse = torch.where(new, lse[order], self.lse)
 
     def select(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         down = self.adapter and (self.adapter[0].index_select(0, rows), self.adapter[1])
@@ -51,7 +64,7 @@ class Base:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LazyLogits:
+class LazyLogits(Operators):
     """Logits [*rows.shape, V]; `rows` are rows of the base, -1 where nothing is scored.
 
     z = outer·tanh(inner·x) when capped, else inner·x. normalized: log-softmax of it, times sign.
@@ -76,10 +89,17 @@ class LazyLogits:
         flat = hidden.reshape(-1, hidden.shape[-1])
         # Dropout inside an adapter is drawn here, once.
         weight, adapter = operands(head, flat) if is_adapter(head) else (head.weight, None)
+        bias = head.bias
+        if torch.is_grad_enabled():
+            # DDP follows the graph of what a forward returns, and only from tensors inside a graph:
+            # a bare parameter would count as unused, and fail when its gradient comes all the same.
+            weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
         rows = torch.arange(len(flat), device=flat.device)
-        known = torch.full_like(rows, -1), flat.new_zeros(len(flat), dtype=torch.float32)
-        base = Base(flat, weight, head.bias, adapter, *known)
-        return cls(base, rows.view(hidden.shape[:-1]), hidden.dtype)
+        zeros = flat.new_zeros(len(flat), dtype=torch.float32)
+        base = Base(flat, weight, bias, adapter, torch.full_like(rows, -1), zeros, zeros)
+        made = cls(base, rows.view(hidden.shape[:-1]), hidden.dtype)
+        # Logits of a pass without gradient stay constants, wherever they are read.
+        return made if torch.is_grad_enabled() else made.detach()
 
     # What a tensor says of itself
 
@@ -97,7 +117,8 @@ class LazyLogits:
 
     @property
     def requires_grad(self) -> bool:
-        return self.base.hidden.requires_grad or self.base.weight.requires_grad
+        parts = (self.base.hidden, self.base.weight, self.base.bias, *(self.base.adapter or ()))
+        return any(x is not None and x.requires_grad for x in parts)
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
@@ -161,7 +182,7 @@ class LazyLogits:
     def detach(self) -> LazyLogits:
         base = self.base
         constant = replace(base, hidden=base.hidden.detach(), weight=base.weight.detach(),
-                           logps=base.logps.detach())  # fmt: skip
+                           logps=base.logps.detach(), lse=base.lse.detach())  # fmt: skip
         if base.adapter is not None:
             constant.adapter = (base.adapter[0].detach(), base.adapter[1].detach())
         if base.bias is not None:
@@ -188,6 +209,8 @@ class LazyLogits:
         if self.normalized:
             return replace(self, sign=-self.sign)
         if self.capped:
+            if factor <= 0:  # no soft-cap that linear_logps knows
+                return self._fallback(name, factor)
             return replace(self, outer=self.outer * factor)
         return replace(self, inner=self.inner * factor)
 
@@ -204,7 +227,7 @@ class LazyLogits:
     div = __truediv__
 
     def __neg__(self) -> Any:
-        return self._scaled(-1, "__neg__")
+        return self._scaled(-1, "__mul__")
 
     def tanh(self) -> Any:
         if self.capped or self.normalized:
@@ -236,38 +259,61 @@ class LazyLogits:
 
     def logps(self, labels: Tensor) -> Tensor:
         """log softmax(z)[label] [*rows.shape], float32; what is known already is not computed."""
+        return self._known(labels)[0]
+
+    def lse(self) -> Tensor:
+        """log Σ exp z [*rows.shape], float32; free where any log-probability is known."""
+        return self._known(None)[1]
+
+    def _known(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and log-sum-exp; without labels any word's log-probability will do."""
+        if labels is None:
+            known = self.base.labels[self.rows.clamp(min=0)]
+            labels = known.clamp(min=0) if self.base.known_for == self._which() else known * 0
         if labels.shape != self.rows.shape:
             expected, got = tuple(self.rows.shape), tuple(labels.shape)
             raise ValueError(f"labels: expected shape {expected}, got {got}")
         base, rows = self.base, self.rows.flatten()
         labels = labels.to(rows.device).flatten()
-        which = (self.inner, self.capped, self.outer, torch.is_grad_enabled())
-        if base.known_for != which:
-            base.known_for, base.labels = which, torch.full_like(base.labels, -1)
-            base.logps = torch.zeros_like(base.logps, requires_grad=False)
+        if base.known_for != self._which():
+            base.known_for, base.labels = self._which(), torch.full_like(base.labels, -1)
+            base.logps = base.lse = torch.zeros_like(base.logps, requires_grad=False)
         asked = (rows >= 0) & (base.labels[rows.clamp(min=0)] != labels)
         missing = asked.nonzero().squeeze(1)
-        if len(missing):
+        results = tuple(x[rows.clamp(min=0)] for x in (base.logps, base.lse))
+        # Rows without a label have gradients, too, of zeros: a batch of padding must not fail.
+        graph = self.requires_grad and torch.is_grad_enabled()
+        if len(missing) or (graph and not base.logps.requires_grad):
             where = rows.index_select(0, missing)
             new = labels.index_select(0, missing)
-            found = self._view(where).stats(new).logps
-            assert found is not None
-            base.labels = base.labels.index_copy(0, where, new)
-            base.logps = base.logps.index_copy(0, where, found)
-        known = base.logps[rows.clamp(min=0)].masked_fill(rows < 0, 0)
-        return known.view(self.rows.shape)
+            stats = self._view(where).stats(new, "lse")
+            assert stats.logps is not None and stats.lse is not None
+            # Straight into the results: a row may be asked for several words at once.
+            pairs = zip(results, (stats.logps, stats.lse), strict=True)
+            results = tuple(x.index_copy(0, missing, found) for x, found in pairs)
+            base.remember(where, new, stats.logps, stats.lse)
+        logps, lse = (x.masked_fill(rows < 0, 0).view(self.rows.shape) for x in results)
+        return logps, lse
+
+    def _which(self) -> tuple[Any, ...]:
+        return self.inner, self.capped, self.outer, torch.is_grad_enabled()
 
     def means(self) -> Tensor:
-        """Mean logit of every row [*rows.shape], with gradient; None of it needs the vocabulary."""
+        """Mean logit of every row [*rows.shape], with gradient, without products over words.
+
+        Capped: a pass over the words where no gradient is needed, full logits where one is.
+        """
         base, rows = self.base, self.rows.flatten().clamp(min=0)
+        if self.capped and self.requires_grad and torch.is_grad_enabled():
+            return self.real("mean").float().mean(-1)
         if self.capped:
             stats = self._view(rows).stats(torch.zeros_like(rows), "mean_logits")
             assert stats.mean_logits is not None
             return stats.mean_logits.view(self.rows.shape)
         hidden, adapter = base.select(rows)
-        mean = hidden.float() @ base.weight.float().mean(0)
+        mean = hidden.float() @ base.weight.mean(0, dtype=torch.float32)  # no float32 copy of it
         if adapter is not None:
-            mean = mean + adapter[0].float() @ adapter[1].float().mean(0)
+            mean = mean + adapter[0].float() @ adapter[1].mean(0, dtype=torch.float32)
         if base.bias is not None:
             mean = mean + base.bias.float().mean()
         return (mean * self.inner).view(self.rows.shape)
@@ -283,9 +329,13 @@ class LazyLogits:
         x = (x.tanh() * self.outer if self.capped else x).view(self.shape)
         return self.sign * x.log_softmax(-1) if self.normalized else x
 
-    def _fallback(self, name: str, *args: Any, **kwargs: Any) -> Any:
+    def real(self, name: str) -> Tensor:
+        """The logits for an operation that cannot do without them, and a word about it."""
         _tell(name)
-        return getattr(self.materialize(), name)(*args, **kwargs)
+        return self.materialize()
+
+    def _fallback(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.real(name), name)(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -294,8 +344,11 @@ class LazyLogits:
 
         if name in METHODS:
             return METHODS[name].__get__(self)
-        _tell(name)
-        return getattr(self.materialize(), name)
+        if not hasattr(Tensor, name):  # asking for it must not cost the logits
+            raise AttributeError(f"'LazyLogits' object has no attribute {name!r}")
+        if name.endswith("_"):
+            return getattr(settle(self, name), name)
+        return getattr(self.real(name), name)
 
     @classmethod
     def __torch_function__(

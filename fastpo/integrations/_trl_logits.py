@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..ops.linear_logps import _DTYPES
 from ._lazy_logits import LazyLogits
 from ._seam import Make, Method, Replacement, Seam
 
@@ -37,7 +38,12 @@ def lazy_head(model: Any, trainer: str) -> Iterator[None]:
         _say_once(trainer, str(error))
         yield
         return
-    with _instead(head, "forward", lambda hidden: LazyLogits.of(head, hidden)):
+    own = head.forward
+
+    def forward(hidden: Tensor) -> Any:
+        return LazyLogits.of(head, hidden) if hidden.dtype in _DTYPES else own(hidden)
+
+    with _instead(head, "forward", forward):
         yield
 
 
@@ -89,12 +95,19 @@ class _Smoothed(Reader):
 class _BatchLogps(Replacement):
     """`get_batch_logps`: its own labels say which positions count."""
 
-    def __call__(self, logits: Any, labels: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self,
+        logits: Any,
+        labels: Tensor,
+        average_log_prob: bool = False,
+        is_encoder_decoder: bool = False,
+    ) -> Any:
         if isinstance(logits, LazyLogits):
             scored = labels != -100
-            # The row before a label predicts it; the last one predicts nothing.
-            logits = logits.only(scored.roll(-1, 1))
-        return self.original(logits, labels, *args, **kwargs)
+            # The row before a label predicts it; the last one predicts nothing. Decoders of an
+            # encoder are fed shifted ids instead.
+            logits = logits.only(scored if is_encoder_decoder else scored.roll(-1, 1))
+        return self.original(logits, labels, average_log_prob, is_encoder_decoder)
 
 
 class _Selected(Replacement):
@@ -130,6 +143,13 @@ class _SelectedWithEntropy(Replacement):
         entropy = stats.entropy
         assert entropy is not None
         return stats.logps, entropy if entropy_requires_grad else entropy.detach()
+
+
+class _Supports(Replacement):
+    """TRL's Triton kernel over logits reads their memory; its plain path asks for what it needs."""
+
+    def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> bool:
+        return not isinstance(logits, LazyLogits) and self.original(logits, *args, **kwargs)
 
 
 def _masked(logits: LazyLogits, row_mask: Tensor | None, temperature: float) -> LazyLogits:
@@ -174,4 +194,11 @@ def replacements() -> dict[Seam, Make]:
     }
     arguments = ("model", "inputs", "return_outputs", "num_items_in_batch")
     sft = Seam("trl.trainer.sft_trainer", "SFTTrainer.compute_loss", arguments, _VERSIONS)
-    return {**made, sft: _Smoothed}
+    supports = Seam(
+        "trl.trainer.utils",
+        "_supports_trl_loss_kernel",
+        ("logits", "index", "row_mask"),
+        _VERSIONS,
+        optional=True,
+    )
+    return {**made, sft: _Smoothed, supports: _Supports}
