@@ -4,6 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, quantities
+from .ops.linear_divergence import (
+    DivergenceStats,
+    linear_divergence,
+    linear_topk_divergence,
+)
 from .ops.linear_logps import TokenStats, linear_logps
 from .ops.linear_topk import TokenSample, TopK, linear_topk, sample_topk
 from .ops.mixed_linear_logps import mixed_linear_logps
@@ -18,14 +23,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DivergenceStats",
     "GroupTrainer",
     "Plan",
     "TokenSample",
     "TokenStats",
     "TopK",
     "attach",
+    "linear_divergence",
     "linear_logps",
     "linear_topk",
+    "linear_topk_divergence",
     "mixed_linear_logps",
     "multi_head_logps",
     "objectives",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .ops.linear_divergence import DivergenceStats
 from .ops.linear_logps import TokenStats
 from .ops.linear_topk import TopK
 
@@ -141,3 +142,46 @@ def multi_head_logps(
     index = heads.to(z.device)[..., None, None].expand(*heads.shape, 1, z.shape[-1])
     own = z.gather(-2, index).squeeze(-2)
     return _statistics(own / temperature, labels, ignore_index)
+
+
+def linear_divergence(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    teacher_hidden: Tensor,  # [..., H']
+    teacher_weight: Tensor,  # [V, H']
+    *,
+    kind: str,
+    beta: float = 0.5,
+    alpha: float = 0.5,
+    bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+) -> DivergenceStats:
+    """`fastpo.linear_divergence` in the dtype of the inputs, by autograd, into the teacher too."""
+    z = _logits(hidden, weight, bias, softcap, logit_scale) / temperature
+    other = _logits(
+        teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale
+    )
+    s = torch.log_softmax(z, -1)
+    t = torch.log_softmax(other / (teacher_temperature or temperature), -1)
+    p, q = s.exp(), t.exp()
+    limits = {("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl"}
+    limits |= {("alpha", 1.0): "forward_kl", ("alpha", 0.0): "reverse_kl"}
+    kind = limits.get((kind, alpha if kind == "alpha" else beta), kind)
+    if kind == "forward_kl":
+        rows = q * (t - s)
+    elif kind == "reverse_kl":
+        rows = p * (s - t)
+    elif kind == "jsd":
+        m = (beta * q + (1 - beta) * p).log()
+        rows = beta * q * (t - m) + (1 - beta) * p * (s - m)
+    elif kind == "alpha":
+        rows = (torch.exp(alpha * t + (1 - alpha) * s) - p) / (alpha * (alpha - 1))
+    else:
+        rows = 0.5 * (p - q).abs()
+    return DivergenceStats(rows.sum(-1), -(p * s).sum(-1))

@@ -118,15 +118,19 @@ def token_kl(policy: Pass, reference: Pass) -> Callable[[], Tensor]:
         from ..ops.linear_divergence import linear_divergence
 
         own, other = policy.head, reference.head
+        (hidden, weight), (teacher, teacher_weight) = own.operands, other.operands
         found = linear_divergence(
-            *own.operands,
-            *other.operands,
+            hidden,
+            weight,
+            teacher,
+            teacher_weight,
             kind="forward_kl",
             bias=own.bias,
             teacher_bias=other.bias,
             **_map(own, ""),
             **_map(other, "teacher_"),
         )
+        assert found.divergence is not None
         return policy.spread(found.divergence)
 
     return compute

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from . import _trl_adapter, _trl_light, _trl_logits, _trl_objectives
+from . import _trl_adapter, _trl_distillation, _trl_light, _trl_logits, _trl_objectives
 from ._objective import Objective, Setting
 from ._seam import Make, Seam, kept, replace, replace_when_imported, restore
 from ._trl_head import COMPACT, GATHER, HEAD, Compact, FusedHead
@@ -70,6 +70,7 @@ def _lazy(setting: Setting) -> dict[Seam, Make]:
         **_trl_adapter.replacements(),
         **_trl_light.replacements(),
         **_trl_logits.replacements(),
+        **_trl_distillation.replacements(),
     }
 
 

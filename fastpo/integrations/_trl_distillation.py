@@ -1,0 +1,220 @@
+"""TRL's distillation trainers: two heads, and the divergence between them without logits.
+
+DistillationTrainer hands hidden states to one function. GKD, GOLD, IW-OPD, SDPO and SDFT take the
+logits of student and teacher: both heads are lazy while they do, and where the two meet fastpo
+computes the divergence per token. Masks and reductions stay TRL's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.linear_divergence import linear_divergence
+from ._lazy_logits import LazyLogits
+from ._seam import Make, Replacement, Seam
+from ._trl_head import Compact
+from ._trl_logits import Reader, bare, lazy_head, real_outputs
+
+_VERSIONS = ("1.16",)
+_EXPERIMENTAL = ("1.15", "1.16")
+
+
+def divergence(student: LazyLogits, teacher: LazyLogits, beta: float) -> Tensor:
+    """Generalised JSD per position [*rows.shape], nats: β KL(T‖M) + (1 - β) KL(S‖M)."""
+    rows = [side.rows.flatten().clamp(min=0) for side in (student, teacher)]
+    scored = (student.rows >= 0) & (teacher.rows >= 0)
+    sides = [_operands(side, row) for side, row in zip((student, teacher), rows, strict=True)]
+    found = linear_divergence(
+        *sides[0],
+        *sides[1],
+        kind="jsd",
+        beta=beta,
+        mask=scored.flatten(),
+        bias=student.base.bias,
+        teacher_bias=teacher.base.bias,
+        softcap=student.options.softcap,
+        teacher_softcap=teacher.options.softcap,
+        logit_scale=student.options.logit_scale,
+        teacher_logit_scale=teacher.options.logit_scale,
+    )
+    assert found.divergence is not None
+    return found.divergence.view(student.rows.shape)
+
+
+def _operands(side: LazyLogits, rows: Tensor) -> tuple[Tensor, Tensor]:
+    hidden, adapter = side.base.select(rows)
+    if adapter is None:
+        return hidden, side.base.weight
+    down, up = (part.to(hidden.dtype) for part in adapter)
+    return torch.cat((hidden, down), 1), torch.cat((side.base.weight.to(hidden.dtype), up), 1)
+
+
+class _Rows:
+    """In place of logits in TRL's loss: its elementwise divergence is the rows we have."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __truediv__(self, temperature: Any) -> _Rows:
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (F.log_softmax, torch.log_softmax):
+            return args[0]
+        if func is F.kl_div:
+            return args[0].rows.unsqueeze(-1)
+        raise RuntimeError(f"generalized_jsd_loss: expected log_softmax and kl_div, got {func}")
+
+
+class _JSD(Replacement):
+    """`generalized_jsd_loss`, static in three trainers."""
+
+    def __call__(
+        self,
+        student_logits: Any,
+        teacher_logits: Any,
+        labels: Tensor | None = None,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        **options: Any,
+    ) -> Any:
+        plain = not any(options.get(name) for name in ("top_k", "logits_are_probs"))
+        lazy = isinstance(student_logits, LazyLogits) and isinstance(teacher_logits, LazyLogits)
+        if not (lazy and plain and reduction in ("batchmean", "sum")):
+            args = (_real(student_logits), _real(teacher_logits), labels, beta, temperature)
+            return self.original(*args, reduction, **options)
+        student, teacher = student_logits / temperature, teacher_logits / temperature
+        if labels is not None:
+            student = student.only(labels != -100)
+        rows = _Rows(divergence(student, teacher, beta))
+        return self.original(rows, rows, labels, 0, 1.0, reduction, **options)
+
+
+class _FullLogits(Replacement):
+    """`compute_full_logit_self_distillation_loss` is the primitive."""
+
+    def __call__(
+        self, student_logits: Any, teacher_logits: Any, *, distillation_alpha: float
+    ) -> Any:
+        if isinstance(student_logits, LazyLogits) and isinstance(teacher_logits, LazyLogits):
+            return divergence(student_logits, teacher_logits, distillation_alpha)
+        real = _real(student_logits), _real(teacher_logits)
+        return self.original(*real, distillation_alpha=distillation_alpha)
+
+
+def _real(logits: Any) -> Any:
+    return logits.materialize() if isinstance(logits, LazyLogits) else logits
+
+
+class _TwoHeads(Reader):
+    """`compute_loss` of a trainer with a teacher in this process."""
+
+    def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        models = [model, getattr(trainer, "teacher_model", None)]
+        with ExitStack() as stack:
+            for one in models:
+                if one is not None:
+                    stack.enter_context(lazy_head(bare(trainer, one), type(trainer).__name__))
+            return real_outputs(self.original(trainer, model, *args, **kwargs))
+
+
+class _Divergence(Replacement):
+    """`linear_divergence` behind the `apply` of TRL's autograd function."""
+
+    def apply(
+        self,
+        student_hidden: Tensor,  # [N, H]
+        student_weight: Tensor,  # [V, H]
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor,  # [N, H']
+        teacher_weight: Tensor,  # [V, H']
+        teacher_bias: Tensor | None,
+        beta: float,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # each [N]
+        found = linear_divergence(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            kind="jsd",
+            beta=beta,
+            bias=student_bias,
+            teacher_bias=teacher_bias,
+            temperature=temperature,
+            softcap=student_final_logit_softcapping,
+            teacher_softcap=teacher_final_logit_softcapping,
+            logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            outputs=("divergence", "entropy"),
+        )
+        assert found.divergence is not None and found.entropy is not None
+        return found.divergence, found.entropy.detach()
+
+
+_TRL = "trl.trainer.distillation_trainer"
+_APPLY = (
+    "student_hidden",
+    "student_weight",
+    "student_bias",
+    "teacher_hidden",
+    "teacher_weight",
+    "teacher_bias",
+    "beta",
+    "temperature",
+    "student_logit_scale",
+    "student_final_logit_softcapping",
+    "teacher_logit_scale",
+    "teacher_final_logit_softcapping",
+)
+_LOSS = ("model", "inputs", "return_outputs", "num_items_in_batch")
+_PAIR = ("teacher_logits", "labels", "beta", "temperature", "reduction")
+_FORWARD = ("model", "input_ids", "attention_mask", "logits_to_keep")
+_SELF = ("student_logits", "teacher_logits", "distillation_alpha")
+_TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
+    ("gkd", "GKDTrainer.compute_loss", _LOSS, _TwoHeads),
+    ("gkd", "GKDTrainer.generalized_jsd_loss", (*_PAIR, "num_items_in_batch"), _JSD),
+    ("gold", "GOLDTrainer.compute_loss", _LOSS, _TwoHeads),
+    (
+        "gold",
+        "GOLDTrainer.generalized_jsd_loss",
+        (*_PAIR, "logits_are_probs", "num_items_in_batch"),
+        _JSD,
+    ),
+    ("iw_opd", "IWOPDTrainer.compute_loss", _LOSS, _TwoHeads),
+    (
+        "iw_opd",
+        "IWOPDTrainer.generalized_jsd_loss",
+        (*_PAIR, "top_k", "add_tail", "num_items_in_batch"),
+        _JSD,
+    ),
+    ("server_distillation", "ServerDistillationTrainer.compute_loss", _LOSS, _TwoHeads),
+    ("sdpo", "SDPOTrainer._forward_logits", _FORWARD, Reader),
+    ("sdpo", "compute_full_logit_self_distillation_loss", _SELF, _FullLogits),
+    ("sdft", "SDFTTrainer._forward_logits", _FORWARD, Reader),
+    ("sdft", "compute_full_logit_self_distillation_loss", _SELF, _FullLogits),
+)
+
+
+def replacements() -> dict[Seam, Make]:
+    made = {
+        Seam(f"trl.experimental.{name}.{name}_trainer", attribute, parameters, _EXPERIMENTAL): make
+        for name, attribute, parameters, make in _TABLE
+    }
+    apply = Seam(_TRL, "ChunkedDivergenceFunction", _APPLY, _VERSIONS, "forward", optional=True)
+    compact = Seam(_TRL, "_use_triton", ("device",), _VERSIONS, optional=True)
+    return {**made, apply: _Divergence, compact: Compact}

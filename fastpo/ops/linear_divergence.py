@@ -1,0 +1,275 @@
+"""`linear_divergence`: how far a student's next-token distribution is from a teacher's.
+
+Both distributions come from hidden states and heads; the logits [N, V] of either exist only as
+tiles. `linear_topk_divergence` takes a teacher stored as its k best words instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _divergence
+from . import _rows as R
+from ._divergence import KINDS, DivergenceSpec, Rule
+from ._head import HeadSpec
+from ._mixture import Operands
+from ._picked import picked_products
+from .linear_logps import _check_options, _check_tensors, _shape, compute_dtype, linear_logps
+
+_LEFT_OUT = -100
+_OUTPUTS = ("divergence", "entropy")
+_LEAST_REST = -1e-6  # log(1 - p) of a list that holds all the mass
+
+
+class DivergenceStats(NamedTuple):
+    """Per token, float32, nats, 0 where masked out; None where not requested.
+
+    divergence: with gradient.  entropy: of the student, -Σ p log p, without gradient.
+    """
+
+    divergence: Tensor | None = None
+    entropy: Tensor | None = None
+
+
+def linear_divergence(
+    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
+    weight: Tensor,  # [V, H]
+    teacher_hidden: Tensor,  # [..., H']
+    teacher_weight: Tensor,  # [V, H']
+    *,
+    kind: str,
+    beta: float = 0.5,
+    alpha: float = 0.5,
+    mask: Tensor | None = None,  # [...] bool
+    bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    teacher_grad: bool = False,
+    outputs: tuple[str, ...] = ("divergence",),
+    backend: str | None = None,
+) -> DivergenceStats:
+    """The divergence of student p and teacher q over the whole vocabulary, for every token.
+
+    kind: "forward_kl" KL(q‖p); "reverse_kl" KL(p‖q); "jsd" β·KL(q‖m) + (1-β)·KL(p‖m) with
+        m = β·q + (1-β)·p (arXiv:2306.13649), 0 and 1 being forward and reverse KL as in TRL;
+        "alpha" (Σ q^α·p^{1-α} - 1)/(α·(α-1)), its limits at 0 and 1 the KLs; "tvd" ½·Σ|p - q|.
+        No temperature² factor. beta in [0, 1] and alpha, finite, are read by their kind only.
+    mask: False leaves a token out: 0, no gradient. None: all are scored.
+    teacher_temperature: None: that of the student.
+    teacher_grad: gradient into the teacher's tensors, too, where they require it.
+    outputs: of divergence and entropy.
+    backend: where the products run, "cpu" or "torch" on a CPU; the rows are plain PyTorch.
+
+    log-softmax and sums are computed from float32 products whatever the inputs are; gradients are
+    summed in float32 and rounded once. Raises ValueError for shapes, dtypes, devices and options.
+    A NaN or infinite hidden state gives NaN in its row.
+    """
+    labels = _labels(hidden, mask)
+    _check_tensors(hidden, weight, labels, bias)
+    _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias, labels)
+    rule = _rule(kind, beta, alpha)
+    _check_outputs(outputs)
+    tempered = temperature if teacher_temperature is None else teacher_temperature
+    _check_options(temperature, softcap, logit_scale, ("logps",), None)
+    _check_options(tempered, teacher_softcap, teacher_logit_scale, ("logps",), None)
+    if not teacher_grad:
+        teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
+        teacher_bias = None if teacher_bias is None else teacher_bias.detach()
+    head = HeadSpec(
+        logit_map=R.LogitMap(),
+        ignore_index=None if mask is None else _LEFT_OUT,
+        outputs=("logps",),
+        compute_dtype=torch.float32,
+        backend=R.choose(backend, hidden.device),
+        hidden_grad=False,
+        head_grad=False,
+        budget=0,
+    )
+    maps = (
+        R.LogitMap(float(temperature), softcap and float(softcap), float(logit_scale)),
+        R.LogitMap(
+            float(tempered), teacher_softcap and float(teacher_softcap), float(teacher_logit_scale)
+        ),
+    )
+    dtypes = (compute_dtype(hidden), compute_dtype(teacher_hidden))
+    found = _Divergence.apply(
+        labels.flatten(),
+        DivergenceSpec(head, maps, dtypes, rule),
+        *(hidden.reshape(-1, hidden.shape[-1]), weight, bias),
+        *(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias),
+    )
+    named = dict(zip(_OUTPUTS, found, strict=True))
+    return DivergenceStats(**{name: named[name].view(labels.shape) for name in outputs})
+
+
+class _Divergence(torch.autograd.Function):
+    """Of labels, spec, then hidden, weight and bias of student and teacher."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, labels: Tensor, spec: DivergenceSpec, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        saved = _divergence.forward(_operands(tensors), labels, spec)
+        ctx.save_for_backward(labels, saved.constants, *tensors)
+        ctx.spec = spec
+        ctx.mark_non_differentiable(saved.entropy)
+        return saved.divergence, saved.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        labels, constants, *tensors = ctx.saved_tensors
+        operands = _operands(tensors)
+        wanted = ctx.needs_input_grad[2:]
+        needs = (wanted[:3], wanted[3:])
+        found = _divergence.backward(grad, operands, labels, constants, ctx.spec, needs)
+        grads: list[Tensor | None] = [None, None]
+        for side, own in zip(found, operands, strict=True):
+            dbias = side.bias
+            if dbias is not None and own.bias is not None:
+                dbias = dbias.to(own.bias.dtype)
+            grads += [side.hidden, side.weight, dbias]
+        return tuple(grads)
+
+
+def _operands(tensors: Any) -> list[Operands]:
+    return [Operands(*tensors[:3]), Operands(*tensors[3:])]
+
+
+def linear_topk_divergence(
+    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
+    weight: Tensor,  # [V, H]
+    teacher_ids: Tensor,  # [..., K] int64 in [0, V)
+    teacher_logps: Tensor,  # [..., K] nats, over the whole vocabulary
+    *,
+    kind: str,
+    beta: float = 0.5,
+    tail: bool = True,
+    mask: Tensor | None = None,  # [...] bool
+    bias: Tensor | None = None,  # [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    budget: int | None = None,
+    backend: str | None = None,
+) -> Tensor:  # [...] float32, nats
+    """The divergence over K stored words of the teacher and, with `tail`, one bucket for the rest.
+
+    kind: "forward_kl", "reverse_kl" or "jsd" as in `linear_divergence`. Without `tail` both sides
+    are renormalised over the K words, as in `fastpo.objectives.get("topk_kl")`. One walk over the
+    vocabulary for the student's log-sum-exp; its K words are multiplied by themselves.
+
+    Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
+    """
+    labels = _labels(hidden, mask)
+    _check_tensors(hidden, weight, labels, bias)
+    rule = _rule(kind, beta, 0.5)
+    if rule.kind not in ("forward_kl", "reverse_kl", "jsd"):
+        raise ValueError(f"kind: expected forward_kl, reverse_kl or jsd, got {kind!r}")
+    _check_lists(hidden, weight, teacher_ids, teacher_logps)
+    lse = linear_logps(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        outputs=("lse",),
+        budget=budget,
+        backend=backend,
+    ).lse
+    assert lse is not None
+    x = picked_products(
+        hidden.reshape(-1, hidden.shape[-1]), weight, teacher_ids.reshape(-1, teacher_ids.shape[-1])
+    ).view(teacher_ids.shape)
+    if bias is not None:
+        x = x + bias.float()[teacher_ids]
+    z = x * (logit_scale / temperature)
+    if softcap is not None:
+        z = torch.tanh(x * (logit_scale / softcap)) * (softcap / temperature)
+    student, teacher = z - lse.unsqueeze(-1), teacher_logps.detach().float()
+    if tail:
+        student, teacher = _with_rest(student), _with_rest(teacher)
+    else:
+        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    found = rule.terms(student, teacher)[0].sum(-1)
+    return found if mask is None else torch.where(mask, found, 0.0)
+
+
+def _with_rest(logps: Tensor) -> Tensor:
+    rest = logps.logsumexp(-1, keepdim=True).clamp_max(_LEAST_REST)
+    return torch.cat((logps, torch.log(-torch.expm1(rest))), -1)
+
+
+def _labels(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Any word where a token is scored: the heads compact by it."""
+    labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    if mask is None:
+        return labels
+    if mask.shape != labels.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"mask: expected bool of shape {_shape(labels)}, got {mask.dtype} of {_shape(mask)}"
+        )
+    return labels.masked_fill(~mask, _LEFT_OUT)
+
+
+def _rule(kind: str, beta: float, alpha: float) -> Rule:
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
+    if not -float("inf") < alpha < float("inf"):
+        raise ValueError(f"alpha: expected a finite number, got {alpha}")
+    return Rule.of(kind, beta, alpha)
+
+
+def _check_outputs(outputs: tuple[str, ...]) -> None:
+    if not isinstance(outputs, tuple | list) or not outputs or set(outputs) - set(_OUTPUTS):
+        raise ValueError(f"outputs: expected a tuple of {', '.join(_OUTPUTS)}, got {outputs!r}")
+
+
+def _check_teacher(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    labels: Tensor,
+) -> None:
+    try:
+        _check_tensors(teacher_hidden, teacher_weight, labels, teacher_bias)
+    except ValueError as error:
+        raise ValueError(f"teacher: {error}") from None
+    if len(teacher_weight) != len(weight):
+        raise ValueError(
+            f"teacher_weight: expected {len(weight)} words as in weight, got {len(teacher_weight)}"
+        )
+    if teacher_hidden.device != hidden.device:
+        raise ValueError(
+            f"teacher_hidden: expected device {hidden.device}, got {teacher_hidden.device}"
+        )
+
+
+def _check_lists(hidden: Tensor, weight: Tensor, ids: Tensor, logps: Tensor) -> None:
+    if ids.dtype != torch.int64 or ids.dim() != hidden.dim() or ids.shape[:-1] != hidden.shape[:-1]:
+        expected = (*_shape(hidden)[:-1], "K")
+        raise ValueError(
+            f"teacher_ids: expected int64 of shape {expected}, got {ids.dtype} of {_shape(ids)}"
+        )
+    if logps.shape != ids.shape:
+        raise ValueError(f"teacher_logps: expected shape {_shape(ids)}, got {_shape(logps)}")
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= len(weight):
+        raise ValueError(f"teacher_ids: expected values in [0, {len(weight)}), got {low} to {high}")
