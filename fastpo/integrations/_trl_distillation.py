@@ -91,8 +91,8 @@ class _JSD(Replacement):
         plain = not any(options.get(name) for name in ("top_k", "logits_are_probs"))
         lazy = isinstance(student_logits, LazyLogits) and isinstance(teacher_logits, LazyLogits)
         if not (lazy and plain and reduction in ("batchmean", "sum")):
-            args = (_real(student_logits), _real(teacher_logits), labels, beta, temperature)
-            return self.original(*args, reduction, **options)
+            logits = (student_logits, teacher_logits)  # lazy ones say what they compute in full
+            return self.original(*logits, labels, beta, temperature, reduction, **options)
         student, teacher = student_logits / temperature, teacher_logits / temperature
         if labels is not None:
             student = student.only(labels != -100)
@@ -108,12 +108,7 @@ class _FullLogits(Replacement):
     ) -> Any:
         if isinstance(student_logits, LazyLogits) and isinstance(teacher_logits, LazyLogits):
             return divergence(student_logits, teacher_logits, distillation_alpha)
-        real = _real(student_logits), _real(teacher_logits)
-        return self.original(*real, distillation_alpha=distillation_alpha)
-
-
-def _real(logits: Any) -> Any:
-    return logits.materialize() if isinstance(logits, LazyLogits) else logits
+        return self.original(student_logits, teacher_logits, distillation_alpha=distillation_alpha)
 
 
 class _TwoHeads(Reader):
