@@ -64,6 +64,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "output_router_logits": True,
         },
     ),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "mistral": ("Mistral", {}),
+    "gemma3": ("Gemma3Text", {"final_logit_softcapping": 3.0, "tie_word_embeddings": True}),
+    "falcon_h1": (
+        "FalconH1",
+        {
+            "lm_head_multiplier": 0.6,
+            "mamba_d_ssm": 32,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 8,
+            "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
 }
 
 
@@ -96,27 +111,46 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def model(name: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """The architecture with random weights; biases, too, are not zero."""
-    prefix, config = MODELS[name]
+def _settings() -> dict[str, Any]:
     words = tokenizer()
-    settings = {
+    return {
         **_SIZES,
         "vocab_size": len(words),
         "pad_token_id": words.pad_token_id,
         "eos_token_id": words.eos_token_id,
         "bos_token_id": words.eos_token_id,
-        **config,
-        **changes,
     }
+
+
+def model(name: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """The architecture with random weights; biases, too, are not zero."""
+    prefix, config = MODELS[name]
+    settings = {**_settings(), **config, **changes}
     torch.manual_seed(seed)
-    built = getattr(transformers, f"{prefix}ForCausalLM")(
+    built = transformers.AutoModelForCausalLM.from_config(
         getattr(transformers, f"{prefix}Config")(**settings)
     )
     head = built.get_output_embeddings()
     if head.bias is not None:
         torch.nn.init.normal_(head.bias, std=0.5)
     return built.eval()
+
+
+def vision_language_model(*, seed: int = 0) -> PreTrainedModel:
+    """A Llama behind a CLIP tower."""
+    tower = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    text = transformers.LlamaConfig(**_settings())
+    torch.manual_seed(seed)
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_index=4)
+    ).eval()
 
 
 def batch(*, rows: int = 3, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -174,7 +208,7 @@ def prompts() -> Dataset:
 
 
 class Widest(TorchDispatchMode):
-    """The largest number of elements any operator returned."""
+    """The largest number of elements any operator returned, of the tensors that count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -183,9 +217,12 @@ class Widest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and self.counts(x):
                 self.elements = max(self.elements, x.numel())
         return result
+
+    def counts(self, x: torch.Tensor) -> bool:
+        return True
 
 
 def count_calls(monkeypatch: Any) -> list[HeadSpec]:

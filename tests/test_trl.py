@@ -11,6 +11,7 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 import _tiny as tiny
+import _trainers
 import torch
 import trl
 import trl.trainer.utils as utils
@@ -53,45 +54,15 @@ TRAINERS = {
         {**GENERATION, "beta": 0.1, "temperature": 0.8, "entropy_coef": 0.1},
         lambda: {"reward_funcs": reward},
     ),
+    "gmpo": ("GMPO", tiny.prompts, "llama", GENERATION, lambda: {"reward_funcs": reward}),
     "rloo": ("RLOO", tiny.prompts, "llama", GENERATION, lambda: {"reward_funcs": reward}),
 }
-TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time"}
 
 
 def train(name, folder, path):
-    """Three steps as a script would take them: the log of each, the final parameters.
-
-    SGD, because Adam would hide a gradient of the wrong scale.
-    """
     prefix, data, _, changes, arguments = TRAINERS[name]
-    config = getattr(trl, f"{prefix}Config")(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=0.05,
-        optim="sgd",
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **changes,
-    )
-    trainer = getattr(trl, f"{prefix}Trainer")(
-        model=str(path),
-        args=config,
-        train_dataset=data(),
-        processing_class=tiny.tokenizer(),
-        **arguments(),
-    )
-    trainer.train()
-    logs = [
-        {key: value for key, value in log.items() if key not in TIMINGS}
-        for log in trainer.state.log_history
-    ]
-    return logs, {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer = _trainers.build(prefix, folder, str(path), data(), changes, **arguments())
+    return _trainers.train(trainer)
 
 
 @pytest.mark.parametrize("name", TRAINERS)
