@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format bench matrix clean
+.PHONY: setup demo test lint format bench gpu matrix clean
 
 setup: $(READY)
 
@@ -41,7 +41,14 @@ matrix: $(READY)
 	done
 
 bench: $(READY)
-	$(BIN)/python benchmarks/bench_linear_logps.py
+	$(BIN)/fastpo bench head
+	$(BIN)/fastpo bench step
+	$(BIN)/fastpo bench readme
+
+# On a machine with a GPU and nothing of ours: `make gpu PART=1`, then PART=2; results in $$OUT.
+PART := 1
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu_session.sh $(PART)
 
 clean:
 	rm -rf $(VENV) build dist

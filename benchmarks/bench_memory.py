@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_linear_logps import machine, status_kib
 from torch import Tensor
 
 import fastpo
 from fastpo import reference
+from fastpo.bench import machine
 from fastpo.testing import HeadInputs, make_head
 
 K = 20
@@ -163,15 +163,9 @@ def measure(name: str, args: argparse.Namespace) -> float:
     heads = make(args, args.tokens, args.vocab, count)
     hidden_grad, weight_grad, _ = MODES[mode]
     owed = heads[0].hidden.nbytes * hidden_grad + heads[0].weight.nbytes * weight_grad
-    if args.device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(name, heads)
-        return (torch.cuda.max_memory_allocated() - before - owed) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
-    before = status_kib("VmRSS")
+    peak = machine.Peak(args.device)
     step(name, heads)
-    return (status_kib("VmHWM") - before) / 1024 - owed / 2**20
+    return peak.mib() - owed / 2**20
 
 
 def in_fresh_process(name: str, args: argparse.Namespace) -> float:
@@ -206,7 +200,7 @@ def main() -> None:
         return
     size = {"dtype": args.dtype, "N": args.tokens, "V": args.vocab, "H": args.hidden, "k": K}
     whole = 4 * args.tokens * args.vocab / 2**20
-    report = machine(args.device) | size | {"logits_mib": whole, "rows": (rows := [])}
+    report = machine.facts(args.device) | size | {"logits_mib": whole, "rows": (rows := [])}
     print(f"{report['device']}, {size}; float32 logits: {whole:.0f} MiB")
     print(f"{'variant':<42}{'extra MiB':>10}{'max error':>11}")
     for name in names:

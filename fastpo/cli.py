@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_run(commands)
     _add_plan(commands)
     _add_objectives(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -159,6 +160,12 @@ def _objectives(options: argparse.Namespace) -> int:
     except ValueError as error:
         return _complain("objectives", error, code=2)
     return 0
+
+
+def _add_bench(commands: argparse._SubParsersAction) -> None:
+    from .bench import cli
+
+    cli.add(commands)
 
 
 def _complain(command: str, error: Exception, code: int) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from fastpo import cli, objectives
 
-COMMANDS = ("demo", "run", "plan", "objectives")
+COMMANDS = ("demo", "run", "plan", "objectives", "bench")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -9,6 +9,7 @@ import torch
 
 import fastpo
 from fastpo import reference
+from fastpo.bench.readme import rewrite
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -38,3 +39,7 @@ def test_example_from_hidden_states_to_gradients():
     (-torch.nn.functional.logsigmoid(0.1 * (ratios[:2] - ratios[2:]))).mean().backward()
     torch.testing.assert_close(hidden.grad.double(), x.grad, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(lm_head.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_tables_stand_as_their_reports_give_them():
+    assert rewrite(README, write=False) == []

@@ -1,0 +1,1 @@
+"""`fastpo bench`: time, memory and error of the head and of whole steps, against others."""

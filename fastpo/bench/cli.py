@@ -1,0 +1,254 @@
+"""Arguments of `fastpo bench`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time, memory and error against others",
+        description="Measures; every figure goes into a JSON file with its machine and versions.",
+    )
+    kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
+    for build in (_add_head, _add_step, _add_sweep, _add_plot, _add_readme):
+        build(kinds)
+
+
+def _parser(kinds: argparse._SubParsersAction, name: str, about: str, run: Any) -> Any:
+    parser = kinds.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    parser.set_defaults(command=_guarded(name, run))
+    return parser
+
+
+def _guarded(name: str, run: Callable[[argparse.Namespace], int]) -> Any:
+    def command(options: argparse.Namespace) -> int:
+        import sys
+
+        from .errors import BenchError
+
+        try:
+            return run(options)
+        except BenchError as error:
+            print(f"fastpo bench {name}: error: {error}", file=sys.stderr)
+            return 2
+
+    return command
+
+
+def _add_machine(add: Callable[..., Any]) -> None:
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
+    add("--threads", type=int, metavar="N", help="of torch on a CPU; default: torch's own")
+    add("--out", type=Path, metavar="FILE", help="JSON; default: in benchmarks/results")
+
+
+def _add_head(kinds: argparse._SubParsersAction) -> None:
+    about = "the head alone: score, frozen and trainable, against every rival that is installed"
+    add = _parser(kinds, "head", about, _head).add_argument
+    _add_machine(add)
+    add(
+        "--shapes",
+        nargs="+",
+        metavar="SET",
+        help="readme, h200, long, small, by-tokens, by-vocab, a head's name, or N,V,H; "
+        "default: readme on a CPU, h200 on a GPU",
+    )
+    add("--cases", nargs="+", choices=("score", "frozen", "trainable"), help="default: all")
+    add("--variants", metavar="A,B", help="only those whose names begin so; default: all")
+    add("--repeats", type=int, metavar="N", help="turns; default: 3 on a CPU, 11 on a GPU")
+    add("--slow", type=float, default=20.0, metavar="S", help="run once what takes longer (20)")
+    add("--time-limit", type=float, metavar="S", help="begin no further shape after this")
+    add("--no-memory", action="store_true", help="skip the memory runs")
+    add("--check", action="store_true", help="only compare with float64")
+
+
+def _device(options: argparse.Namespace) -> tuple[str, str]:
+    import torch
+
+    from .errors import BenchError
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BenchError("--device: expected one that is there, got cuda")
+    if options.threads is not None:
+        if options.threads < 1:
+            raise BenchError(f"--threads: expected an integer >= 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    return device, options.dtype or ("bfloat16" if device == "cuda" else "float32")
+
+
+def _out(options: argparse.Namespace, device: str, what: str) -> Path | None:
+    """Where the report goes; None outside a checkout when no file is named."""
+    from . import machine
+
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    if options.out is not None or not results.is_dir():
+        return options.out
+    return results / f"{machine.slug(device)}_{what}.json"
+
+
+def _plain(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments as they go into the report; a path only by its name."""
+    given = {k: v for k, v in vars(options).items() if k != "command" and v is not None}
+    return {k: v.name if isinstance(v, Path) else v for k, v in given.items()}
+
+
+def _keep(path: Path | None, arguments: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    from . import report
+
+    return lambda made: None if path is None else report.write(made | arguments, path)
+
+
+def _at_least(name: str, value: int, least: int) -> int:
+    from .errors import BenchError
+
+    if value < least:
+        raise BenchError(f"--{name}: expected an integer >= {least}, got {value}")
+    return value
+
+
+def _head(options: argparse.Namespace) -> int:
+    from . import shapes
+    from .head import HeadOptions, bench
+    from .variants import CASES
+
+    device, dtype = _device(options)
+    gpu = device == "cuda"
+    repeats = (11 if gpu else 3) if options.repeats is None else options.repeats
+    wanted = HeadOptions(
+        shapes=tuple(shapes.parse(options.shapes or (["h200"] if gpu else ["readme"]))),
+        device=device,
+        dtype=dtype,
+        cases=tuple(options.cases or CASES),
+        variants=None if options.variants is None else tuple(options.variants.split(",")),
+        repeats=_at_least("repeats", repeats, 1),
+        memory=not options.no_memory,
+        check_only=options.check,
+        slow=options.slow,
+        time_limit=options.time_limit,
+    )
+    path = None if options.check else _out(options, device, "head")
+    made = bench(wanted, print, _keep(path, {"arguments": _plain(options)}))
+    if path is not None:
+        print(f"\n{path}")
+    failed = [row for row in made["rows"] if row["own"] and row["status"] == "wrong"]
+    return 1 if failed else 0
+
+
+def _add_step(kinds: argparse._SubParsersAction) -> None:
+    about = "a whole DPO step of a real architecture, with and without fastpo"
+    add = _parser(kinds, "step", about, _step).add_argument
+    _add_machine(add)
+    add(
+        "--model",
+        metavar="NAME",
+        help="tiny, small, qwen2.5-0.5b, qwen2.5-1.5b, llama-3-8b-lora; "
+        "default: small on a CPU, qwen2.5-0.5b on a GPU",
+    )
+    add("--lengths", nargs="+", type=int, metavar="T", help="tokens of a row; default: 256")
+    add("--pairs", type=int, default=4, metavar="B", help="per step; default: 4")
+    add("--steps", type=int, metavar="N", help="timed ones; default: 3 on a CPU, 10 on a GPU")
+    add("--rounds", type=int, metavar="N", help="turns of all variants; default: 2, on a GPU 1")
+    add("--variants", metavar="A,B", help="of eager, fastpo, trl, trl + fastpo; default: all")
+    add("--checkpointing", action="store_true", help="recompute the layers in the backward")
+    add("--fit", nargs="*", choices=("length", "pairs"), help="what to search; default: both")
+    add("--memory-limit", type=int, metavar="MIB", help="default: 1536 on a CPU, all of a GPU")
+    add("--most", type=int, default=2**17, metavar="N", help="search no further; default: 131072")
+    add("--time-limit", type=float, metavar="S", help="begin no further measurement after this")
+
+
+def _step(options: argparse.Namespace) -> int:
+    from . import step_loop
+    from .step import StepOptions, bench
+
+    device, dtype = _device(options)
+    gpu = device == "cuda"
+    names = options.variants.split(",") if options.variants else step_loop.VARIANTS
+    wanted = StepOptions(
+        model=options.model or ("qwen2.5-0.5b" if gpu else "small"),
+        lengths=tuple(_at_least("lengths", n, 2) for n in options.lengths or (256,)),
+        device=device,
+        dtype=dtype,
+        pairs=_at_least("pairs", options.pairs, 1),
+        steps=_at_least("steps", options.steps or (10 if gpu else 3), 1),
+        rounds=_at_least("rounds", options.rounds or (1 if gpu else 2), 1),
+        variants=tuple(name.strip() for name in names),
+        checkpointing=options.checkpointing,
+        fit=("length", "pairs") if options.fit is None else tuple(options.fit),
+        memory_limit=options.memory_limit or (None if gpu else 1536),
+        most=_at_least("most", options.most, 128),
+        time_limit=options.time_limit,
+    )
+    path = _out(options, device, "step")
+    made = bench(wanted, print, _keep(path, {"arguments": _plain(options)}))
+    if path is not None:
+        print(f"\n{path}")
+    return 1 if any(row["status"] == "wrong" for row in made["rows"]) else 0
+
+
+def _add_sweep(kinds: argparse._SubParsersAction) -> None:
+    about = "tile widths and warps of the Triton row kernels"
+    add = _parser(kinds, "sweep", about, _sweep).add_argument
+    add("--out", type=Path, metavar="FILE", help="JSON; default: in benchmarks/results")
+    add("--rows", type=int, default=8192, metavar="N", help="of the tile; default: 8192")
+    add("--width", type=int, default=8192, metavar="V", help="of the tile; default: 8192")
+    add("--repeats", type=int, default=15, metavar="N", help="turns; default: 15")
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    import torch
+
+    from .sweep import bench
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    sizes = {name: _at_least(name, getattr(options, name), 1) for name in ("rows", "width")}
+    path = _out(options, device, "sweep")
+    keep = _keep(path, {"arguments": _plain(options)})
+    made = bench(device, **sizes, repeats=_at_least("repeats", options.repeats, 1))
+    keep(made)
+    from .report import sweep_table
+
+    print(sweep_table(made))
+    return 1 if any(row["status"] == "wrong" for row in made["rows"]) else 0
+
+
+def _add_plot(kinds: argparse._SubParsersAction) -> None:
+    add = _parser(kinds, "plot", "pictures of reports, one PNG each", _plot).add_argument
+    add("reports", nargs="+", type=Path, metavar="FILE", help="JSON of head or step")
+    add("--out", type=Path, metavar="FOLDER", help="default: beside each file")
+
+
+def _plot(options: argparse.Namespace) -> int:
+    from importlib.util import find_spec
+
+    from .errors import BenchError
+
+    if find_spec("matplotlib") is None:
+        raise BenchError("needs matplotlib: pip install 'fastpo[bench]'")
+    from .plots import draw
+
+    for path in options.reports:
+        print(draw(path, options.out or path.parent))
+    return 0
+
+
+def _add_readme(kinds: argparse._SubParsersAction) -> None:
+    add = _parser(kinds, "readme", "tables of README.md from reports", _readme).add_argument
+    add("readme", nargs="?", type=Path, default=Path("README.md"), help="default: README.md")
+    add("--check", action="store_true", help="change nothing; fail where a table is another")
+
+
+def _readme(options: argparse.Namespace) -> int:
+    from .readme import rewrite
+
+    stale = rewrite(options.readme, write=not options.check)
+    for name in stale:
+        print(f"{options.readme}: {name}: {'differs from' if options.check else 'rewritten from'}")
+    return 1 if stale and options.check else 0

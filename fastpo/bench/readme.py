@@ -1,0 +1,150 @@
+"""Tables of README.md, written from reports: a figure that is in no report cannot stay there.
+
+<!-- bench: benchmarks/results/NAME.json -->
+... replaced ...
+<!-- end of bench -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import BenchError
+from .report import Report, read
+from .shapes import Shape
+
+_BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end of bench -->)", re.DOTALL)
+_MOST_LOAD = 1.5
+_HEAD_NAMES = {
+    "score": "no gradient",
+    "frozen": "frozen head",
+    "trainable": "trained head",
+    "keep": "probabilities kept",
+    "lean": "nothing kept",
+}
+
+
+def rewrite(path: Path, *, write: bool) -> list[str]:
+    """Names of the reports whose tables were others; `write` puts them right."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"{path}: {error.strerror}") from None
+    stale = []
+
+    def table(found: re.Match[str]) -> str:
+        start, name, before, end = found.groups()
+        body = render(read(path.parent / name), name)
+        if body != before:
+            stale.append(name)
+        return start + body + end
+
+    new = _BLOCK.sub(table, text)
+    if not _BLOCK.search(text):
+        raise BenchError(f"{path}: expected a line <!-- bench: FILE -->, got none")
+    if write and stale:
+        path.write_text(new, encoding="utf-8")
+    return stale
+
+
+def render(report: Report, name: str) -> str:
+    parts = {"head": _head, "step": _step}
+    if report["what"] not in parts:
+        raise BenchError(f"{name}: expected a report of head or step, got {report['what']}")
+    return "\n".join(parts[report["what"]](report)) + f"\n\n{_source(report, name)}\n"
+
+
+def _source(report: Report, name: str) -> str:
+    versions = report["versions"]
+    used = ", ".join(f"{k} {versions[k]}" for k in ("torch", "trl", "liger_kernel") if versions[k])
+    busy = ""
+    if _busy(report):
+        busy = (
+            f"; no times, because other work ran beside it (load {report['load_average'][0]:.1f})"
+        )
+    return f"`{name}`, {report['created'][:10]}, {used}{busy}."
+
+
+def _busy(report: Report) -> bool:
+    """A time on a shared CPU says nothing: the same variant took 3 s and 17 s in one run."""
+    load = report["load_average"]
+    return report["device_type"] == "cpu" and load is not None and load[0] > _MOST_LOAD
+
+
+def _machine(report: Report) -> str:
+    if report["device_type"] == "cuda":
+        return f"on one {report['device']}"
+    return f"on {report['threads']} cores of an {report['device']} ({report['capability']})"
+
+
+def _head(report: Report) -> Iterator[str]:
+    timed = not _busy(report)
+    for shape in report["shapes"]:
+        size = Shape(*(shape[name] for name in Shape._fields))
+        floor = shape["floor_ms"]
+        unit = f", in units of one bare matrix product ({_milliseconds(floor['score'])})"
+        yield f"Head of {size}, {report['dtype']}, {_machine(report)}{unit * timed}:"
+        yield ""
+        yield f"| |{' products |' * timed} extra memory | log-prob error |"
+        yield "| --- |" + " --- |" * (3 if timed else 2)
+        rows = [r for r in report["rows"] if all(r[k] == v for k, v in size._asdict().items())]
+        for case in ("score", "frozen", "trainable"):
+            best = f" bare products | {floor[case] / floor['score']:.2f} |" if timed else " |"
+            yield f"| **{_HEAD_NAMES[case]}**{best} | |"
+            shown = _shown(rows, case, report["backend"])
+            for row in sorted(shown, key=lambda row: row["median_ms"]) if timed else shown:
+                yield _head_row(row, timed)
+
+
+def _shown(rows: list[dict[str, Any]], case: str, backend: str) -> list[dict[str, Any]]:
+    """What was timed; of fastpo's backends the one it chooses."""
+    timed = [row for row in rows if row["case"] == case and "median_ms" in row]
+    return [row for row in timed if not row["own"] or row["variant"].split()[1] == backend]
+
+
+def _head_row(row: dict[str, Any], timed: bool) -> str:
+    name = row["variant"]
+    if row["own"]:
+        mode = name.split()[2:]
+        name = ", ".join(["fastpo", *(_HEAD_NAMES[m] for m in mode)])
+    extra = f"{max(row['extra_mib'], 0):,.0f} MiB" if "extra_mib" in row else "–"
+    error = row["errors"]["logps"]
+    products = f" {row['products']:.2f} |" if timed else ""
+    return f"| {name} |{products} {extra} | {error:.1e} |"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value / 1e3:.1f} s" if value >= 1e3 else f"{value:.2f} ms"
+
+
+def _step(report: Report) -> Iterator[str]:
+    model = report["model"]
+    size = model["parameters"] / 1e6
+    yield (
+        f"A DPO step of `{model['name']}` ({size:,.0f} M parameters), {report['dtype']}, "
+        f"{_machine(report)}:"
+    )
+    yield ""
+    timed = not _busy(report)
+    yield f"| | pairs × tokens |{' step | tokens/s |' * timed} memory of the step |"
+    yield "| --- | --- |" + " --- |" * (3 if timed else 1)
+    for row in report["rows"]:
+        if row.get("status") == "ok":
+            times = f" {row['median_s']:.2f} s | {row['tokens_per_s']:,.0f} |" if timed else ""
+            size = f"{row['pairs']} × {row['length']:,}"
+            yield f"| {row['variant']} | {size} |{times} {row['extra_mib']:,.0f} MiB |"
+    if report["fits"]:
+        yield ""
+    for of, what in {"length": "Longest context", "pairs": "Biggest batch"}.items():
+        fits = [fit for fit in report["fits"] if fit["of"] == of]
+        if fits:
+            found = ", ".join(f"{f['variant']} {f['largest']:,}{_more(f)}" for f in fits)
+            yield f"{what} under {fits[0]['limit_mib']:,} MiB: {found}."
+
+
+def _more(fit: dict[str, Any]) -> str:
+    unit = " tokens" if fit["of"] == "length" else " pairs"
+    return unit + (" or more" if fit["at_limit"] else "")

@@ -1,0 +1,237 @@
+"""DPO steps: a bare loop with eager logits or with fastpo's head, and TRL's DPOTrainer."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+import fastpo
+from fastpo.testing import assert_as_good_as_eager
+
+from . import step_model
+from .step_model import Models
+
+BETA = 0.1
+_RATE = 1e-5
+_CHECKED = 32  # positions of the two rows whose log-probabilities are judged
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant at one size."""
+
+    variant: str
+    model: str
+    device: str
+    dtype: str
+    pairs: int
+    length: int
+    steps: int
+    checkpointing: bool
+    threads: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        kind = getattr(torch, self.dtype)
+        assert isinstance(kind, torch.dtype)
+        return kind
+
+
+# [2·pairs] summed log-probabilities of a model for ids and labels
+Score = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
+
+
+def eager_tokens(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
+    """[B, T - 1] as a trainer without a fused head has them: logits, float32, log-softmax."""
+    logits = model(input_ids=ids).logits[:, :-1].float()
+    words = labels[:, 1:]
+    own = torch.log_softmax(logits, -1).gather(-1, words.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return own.masked_fill(words < 0, 0)
+
+
+def fused_tokens(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
+    """[B, T - 1] through `fastpo.attach`."""
+    logps = model(input_ids=ids, labels=labels).logps
+    assert isinstance(logps, Tensor)
+    return logps
+
+
+@contextmanager
+def attached(models: Models) -> Iterator[None]:
+    copied = nullcontext() if models.copied is None else fastpo.attach(models.copied)
+    with fastpo.attach(models.policy), copied:
+        yield
+
+
+BARE: dict[str, tuple[Score, Callable[[Models], Any]]] = {
+    "eager": (eager_tokens, lambda _: nullcontext()),
+    "fastpo": (fused_tokens, attached),
+}
+THROUGH_TRL = {"trl": False, "trl + fastpo": True}
+VARIANTS = (*BARE, *THROUGH_TRL)
+
+
+@contextmanager
+def bare_loop(job: Job, models: Models) -> Iterator[Callable[[int, int], float]]:
+    """A function that takes a whole step of (pairs, length) and returns its loss."""
+    score, around = BARE[job.variant]
+    trained = [p for p in models.policy.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, lr=_RATE, weight_decay=0.0)
+    vocab = models.policy.config.vocab_size
+
+    def step(pairs: int, length: int) -> float:
+        ids, labels = step_model.batch(pairs, length, vocab, job.device)
+        with models.as_reference() as reference:
+            before = score(reference, ids, labels).sum(1)
+        ratio = score(models.policy, ids, labels).sum(1) - before
+        chosen, rejected = ratio.chunk(2)
+        loss = -functional.logsigmoid(BETA * (chosen - rejected)).mean()
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        return loss.item()
+
+    with around(models):
+        yield step
+
+
+@torch.no_grad()
+def check(job: Job, models: Models) -> None:
+    """AssertionError unless the log-probabilities of the policy keep the project's rule."""
+    model = models.policy
+    ids, labels = step_model.batch(1, 2 * _CHECKED, model.config.vocab_size, job.device)
+    eager = eager_tokens(model, ids, labels)
+    hidden = model.get_decoder()(input_ids=ids).last_hidden_state[:, :-1]
+    head = model.get_output_embeddings()
+    assert isinstance(head, torch.nn.Linear)
+    log_p = torch.log_softmax(hidden.double() @ head.weight.double().t(), -1)
+    words = labels[:, 1:]
+    truth = log_p.gather(-1, words.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    with attached(models):
+        fused = fused_tokens(model, ids, labels)
+    assert_as_good_as_eager("logps", fused, eager, truth.masked_fill(words < 0, 0))
+
+
+def models_of(job: Job) -> Models:
+    return step_model.build(
+        step_model.architecture(job.model),
+        job.device,
+        job.torch_dtype,
+        checkpointing=job.checkpointing,
+        adapted=job.variant in BARE,
+    )
+
+
+def trl_losses(job: Job, seconds: list[float], begin: Callable[[], None]) -> list[float]:
+    """Losses of a DPOTrainer's steps on the same batch; appends the seconds of each to `seconds`.
+
+    begin: called before the first step, after all that is loaded once.
+    """
+    from transformers import PrinterCallback
+
+    _hush()
+    patched = THROUGH_TRL[job.variant]
+    with tempfile.TemporaryDirectory() as folder, fastpo.patched() if patched else nullcontext():
+        trainer = _trainer(job, models_of(job), folder)
+        trainer.add_callback(_clock(job, seconds, begin))
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def _hush() -> None:
+    """A benchmark's own process: what libraries say about their progress is in nobody's way."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    warnings.simplefilter("ignore", FutureWarning)
+
+
+def _trainer(job: Job, models: Models, folder: str) -> Any:
+    os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    from fastpo.demo.data import embedded_pairs
+    from fastpo.demo.tokenizer import texts_of, train_tokenizer
+
+    rows = embedded_pairs().train
+    vocab = models.policy.config.vocab_size
+    ids, labels = step_model.batch(job.pairs, job.length, vocab, "cpu")
+    fixed = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    fixed["completion_mask"] = (labels >= 0).long()
+    extra: dict[str, Any] = {"ref_model": models.copied}
+    if models.copied is None:
+        from peft import LoraConfig
+
+        extra = {
+            "peft_config": LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+        }
+    return DPOTrainer(
+        models.policy,
+        args=_config(job, folder),
+        train_dataset=Dataset.from_list(rows[:1] * (job.pairs * (job.steps + 1))),
+        processing_class=train_tokenizer(texts_of(rows), min(2048, vocab)),
+        data_collator=lambda _: dict(fixed),  # the texts only satisfy the trainer
+        **extra,
+    )
+
+
+def _config(job: Job, folder: str) -> Any:
+    """What the bare loop does, in TRL's words: no schedule, no clipping, no weight decay."""
+    from trl import DPOConfig
+
+    return DPOConfig(
+        output_dir=folder,
+        max_steps=job.steps + 1,
+        per_device_train_batch_size=job.pairs,
+        learning_rate=_RATE,
+        beta=BETA,
+        lr_scheduler_type="constant",
+        max_grad_norm=0,
+        use_cpu=job.device == "cpu",
+        bf16=False,  # the weights already are
+        gradient_checkpointing=job.checkpointing,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+
+
+def _clock(job: Job, seconds: list[float], begin: Callable[[], None]) -> Any:
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        start = 0.0
+
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            begin()
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.start = now(job.device)
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds.append(now(job.device) - self.start)
+
+    return Clock()
+
+
+def now(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,134 @@
+"""Real architectures with random weights, and the batch they are trained on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+
+RANK, ADAPTED = 16, ("q_proj", "v_proj")
+# Lengths are bounded by memory here; a rope of any length costs nothing.
+_POSITIONS = 2**20
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """lora: low-rank adapters on the attention's q and v; head and body are frozen."""
+
+    name: str
+    config: Any
+    lora: bool = False
+
+
+def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int) -> Any:
+    return Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv,
+        vocab_size=vocab,
+        max_position_embeddings=_POSITIONS,
+        tie_word_embeddings=True,
+    )
+
+
+def architecture(name: str) -> Architecture:
+    return Architecture(name, MODELS[name](), lora=name.endswith("-lora"))
+
+
+def _llama_3_8b() -> Any:
+    return LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128_256,
+        max_position_embeddings=_POSITIONS,
+        tie_word_embeddings=False,
+    )
+
+
+MODELS = {
+    "tiny": lambda: _qwen2(32, 64, 1, 2, 1, 512),
+    "small": lambda: _qwen2(128, 384, 4, 4, 2, 32_768),
+    "qwen2.5-0.5b": lambda: _qwen2(896, 4864, 24, 14, 2, 151_936),
+    "qwen2.5-1.5b": lambda: _qwen2(1536, 8960, 28, 12, 2, 151_936),
+    "llama-3-8b-lora": _llama_3_8b,
+}
+
+
+class LowRank(nn.Module):
+    """A linear layer plus scale·(x·downᵀ)·upᵀ; its own, because PEFT may not be there."""
+
+    enabled = True
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        down = torch.randn(RANK, base.in_features) / RANK
+        self.down = nn.Parameter(down.to(base.weight))
+        self.up = nn.Parameter(torch.zeros(base.out_features, RANK).to(base.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if not LowRank.enabled:
+            return y
+        return y + nn.functional.linear(nn.functional.linear(x, self.down), self.up)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The policy, and what scores as the reference: a frozen copy, or the policy unadapted."""
+
+    policy: PreTrainedModel
+    copied: PreTrainedModel | None
+
+    @contextmanager
+    def as_reference(self) -> Iterator[PreTrainedModel]:
+        LowRank.enabled = self.copied is not None
+        try:
+            with torch.no_grad():
+                yield self.policy if self.copied is None else self.copied
+        finally:
+            LowRank.enabled = True
+
+
+def build(
+    of: Architecture, device: str, dtype: torch.dtype, *, checkpointing: bool, adapted: bool
+) -> Models:
+    """adapted: with this file's adapters where the architecture has some; else PEFT brings its."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        policy = AutoModelForCausalLM.from_config(of.config, dtype=dtype)
+    policy.config.use_cache = False
+    if of.lora:
+        policy.requires_grad_(False)
+        _adapt(policy if adapted else nn.Module())
+    copied = None if of.lora else copy.deepcopy(policy).requires_grad_(False).eval()
+    if checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return Models(policy.train(), copied)
+
+
+def _adapt(model: nn.Module) -> None:
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in ADAPTED and isinstance(child, nn.Linear):
+                setattr(parent, name, LowRank(child))
+
+
+def batch(pairs: int, length: int, vocab: int, device: str) -> tuple[Tensor, Tensor]:
+    """ids and labels [2·pairs, length]: chosen rows first, the first half of each is the prompt."""
+    g = torch.Generator().manual_seed(pairs * length)
+    ids = torch.randint(vocab, (2 * pairs, length), generator=g)
+    labels = ids.clone()
+    labels[:, : length // 2] = -100
+    return ids.to(device), labels.to(device)
