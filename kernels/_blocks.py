@@ -23,3 +23,35 @@ def row_blocks(width: int) -> Blocks:
     # 80 registers; 8,192 columns spill there. (Compile report, sm_90; no time measured yet.)
     v = min(max(triton.next_power_of_2(width), 32), 4096)
     return Blocks(v, num_warps=max(v // 512, 1))
+
+
+class GemmBlocks(NamedTuple):
+    m: int  # rows of the block one program holds
+    v: int  # its columns: words
+    h: int  # one step along the hidden size
+    group: int  # blocks of rows that share their words before the next words are read
+    num_stages: int
+    num_warps: int
+    tma: bool  # persistent, loaded through descriptors
+
+
+def gemm_blocks(tma: bool) -> GemmBlocks:
+    """For the product with exponentials in its epilogue. No GPU timing has chosen these yet.
+
+    Depends on nothing else, because `v` is how partial sums are cut: see `row_blocks`.
+    """
+    if tma:
+        # sm_90: 193 registers where E is stored, at most 255 with a soft-cap, a bias or odd widths;
+        # no spills. Shared memory 204,832 B of 232,448: a fifth stage of 49,152 does not fit.
+        return GemmBlocks(128, 256, 64, 8, num_stages=4, num_warps=8, tma=True)
+    # sm_80: 126 registers, 128 when E is stored, so two programs share a multiprocessor and one's
+    # epilogue runs beside the other's products; 176 with a soft-cap, at most 255 where rows start
+    # anywhere. No spills; 49,152 B of 166,912. (128 x 256 and four warps spill with a soft-cap.)
+    return GemmBlocks(128, 128, 32, 8, num_stages=4, num_warps=8, tma=False)
+
+
+def repair_blocks() -> GemmBlocks:
+    """For rows that are computed again: rare, and beside sums that want many small programs."""
+    # 128 registers on sm_80, 96 on sm_90, at most 254 where rows start anywhere; no spills;
+    # 12,288 B of shared memory. (64 x 64, or 64 of the hidden size, spills on sm_80.)
+    return GemmBlocks(64, 32, 32, 1, num_stages=2, num_warps=4, tma=False)

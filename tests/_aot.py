@@ -14,14 +14,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels import rows
+from fastpo.kernels import _blocks, anchored, anchored_fold, rows
 from fastpo.ops import _rows as R
 from fastpo.ops import _rows_triton
 
@@ -60,27 +62,51 @@ BACKWARD = [
     (1, True, CAPPED, None, True, FP32),
 ]
 
+# rows, width, hidden size, dtype, bias, map, E stored, and for a frozen head
+ANCHORED = [
+    *(
+        (512, 8192, 4096, BF16, biased, logit_map, kept, frozen)
+        for biased, logit_map in ((False, PLAIN), (True, CAPPED))
+        for kept, frozen in ((False, False), (True, False), (True, True))
+    ),
+    (512, 8192, 4096, BF16, True, PLAIN, True, False),
+    (512, 8192, 4096, BF16, False, CAPPED, True, True),
+    (512, 8192, 4096, FP16, False, PLAIN, True, False),
+    (512, 8191, 4096, BF16, False, PLAIN, False, False),
+    (512, 8191, 4096, BF16, False, PLAIN, True, False),
+    (500, 8191, 4090, BF16, True, CAPPED, True, True),
+    (1, 1, 8, BF16, True, CAPPED, True, False),
+]
+
 
 class Launch(NamedTuple):
     name: str
     kernel: triton.JITFunction
     arguments: dict[str, object]
     options: dict[str, object]  # num_warps and the like
+    architectures: tuple[int, ...] = ARCHITECTURES
 
 
-def record(name: str, kernel: str, adapter: Callable[..., None], arguments: tuple) -> Launch:
+def record(
+    name: str,
+    kernel: str,
+    adapter: Callable[..., None],
+    arguments: tuple,
+    module: ModuleType = rows,
+    **options: object,
+) -> Launch:
     """The launch that the adapter makes with these arguments, instead of making it."""
-    original, found = getattr(rows, kernel), []
+    original, found = getattr(module, kernel), []
 
     class Recorder:
         def __getitem__(self, grid: object) -> Callable[..., None]:
             return lambda *args, **named: found.append((args, named))
 
-    setattr(rows, kernel, Recorder())
+    setattr(module, kernel, Recorder())
     try:
-        adapter(*arguments)
+        adapter(*arguments, **options)
     finally:
-        setattr(rows, kernel, original)
+        setattr(module, kernel, original)
     ((args, named),) = found
     values = dict(zip(original.arg_names, args, strict=False))
     values |= {key: named.pop(key) for key in original.arg_names[len(args) :]}
@@ -107,6 +133,54 @@ def launches() -> Iterator[Launch]:
         name = f"backward {width} {_words(biased, logit_map)}{'entropy ' if entropy else ''}"
         name += f"kept={_short(dtype)} out={_short(dtype_out)}"
         yield record(name, "rows_bwd_kernel", _rows_triton.backward, arguments)
+    for case in ANCHORED:
+        yield from anchored_launches(*case)
+
+
+def anchored_launches(
+    n: int,
+    width: int,
+    hidden: int,
+    dtype: torch.dtype,
+    biased: bool,
+    logit_map: R.LogitMap,
+    kept: bool,
+    frozen: bool,
+) -> Iterator[Launch]:
+    scalars = _rows_triton.map_scalars(logit_map)
+    x, words = torch.empty(n, hidden, dtype=dtype), torch.empty(width, hidden, dtype=dtype)
+    bias, numbers = torch.zeros(width) if biased else None, torch.zeros(n)
+    e = torch.empty(n, width, dtype=dtype) if kept else None
+    rows = (x, words, torch.zeros(n, dtype=torch.int64), bias)
+    name = f"{n}x{width}x{hidden} {_short(dtype)} {_words(biased, logit_map)}"
+    name += f"frozen={frozen} kept={kept}"
+    options = {**scalars, "fold_cap": frozen}
+
+    def launch(prefix: str, kernel: str, adapter: Callable[..., None], *arguments: object):
+        module = anchored_fold if prefix == "fold " else anchored
+        return record(prefix + name, kernel, adapter, arguments, module, **options)
+
+    for tma in (False, True):
+        blocks = _blocks.gemm_blocks(tma)
+        if tma and hidden * dtype.itemsize % 16:
+            continue  # what a descriptor cannot load, the other kernel does
+        partial = torch.zeros(-(-width // blocks.v), n)
+        found = launch(
+            "descriptors " if tma else "pointers ",
+            "anchored_fwd_tma_kernel" if tma else "anchored_fwd_kernel",
+            anchored.anchored_fwd, *rows, numbers, partial, e, 0, blocks, 132,
+        )  # fmt: skip
+        yield found._replace(architectures=(90,)) if tma else found
+    anchors, total = (None, torch.zeros(n, hidden)) if frozen else (numbers if kept else None, None)
+    yield launch(
+        "fold ", "anchored_fold_kernel", anchored_fold.anchored_fold,
+        *rows, partial, numbers, numbers, e, anchors, total, 0,
+    )  # fmt: skip
+    options = {**scalars, "vocab": width}
+    yield launch(
+        "target ", "anchored_target_kernel", anchored.anchored_target,
+        x, x, *rows[2:], numbers, numbers,
+    )  # fmt: skip
 
 
 def _words(biased: bool, logit_map: R.LogitMap) -> str:
@@ -125,6 +199,10 @@ def source_of(launch: Launch) -> ASTSource:
         if name in constexpr or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
+        if isinstance(value, TensorDescriptor):
+            shape = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_short(value.base.dtype)}[{shape}]>"
+            continue
         number = value.data_ptr() if isinstance(value, torch.Tensor) else value
         if isinstance(value, torch.Tensor):
             signature[name] = TYPES[value.dtype]
@@ -136,26 +214,30 @@ def source_of(launch: Launch) -> ASTSource:
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and local memory, as the tool in Triton's wheel reads them."""
+    """Registers, stack, local memory and matrix instructions, as Triton's wheel reads them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        command = [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    return {name.lower(): int(value) for name, value in found.items()}
+    counts = {name: len(re.findall(rf"\b{name}\.", text)) for name in ("HGMMA", "HMMA")}
+    return {name.lower(): int(value) for name, value in (found | counts).items()}
 
 
 def reduction_layouts(ttgir: str) -> list[str]:
-    """How each sum and maximum of a row is spread over threads, which fixes its order."""
+    """How each sum and maximum of a row is spread over threads, which fixes its order.
+
+    Whole programs and blocks of rows: the result is a number, or a number per row.
+    """
     named = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
-    found = re.findall(r"\}\) : \(tensor<(\w+), (#[^>]*>?)>\) -> f32", ttgir)
+    found = re.findall(r"\}\) : \(tensor<(\w+), (#[^>]*>?)>\) -> (?:f32|tensor)", ttgir)
     return [f"{shape} {named.get(layout, layout)}" for shape, layout in found]
 
 
 def report() -> Iterator[dict]:
     for launch in launches():
-        for sm in ARCHITECTURES:
+        for sm in launch.architectures:
             target = GPUTarget("cuda", sm, 32)
             compiled = triton.compile(source_of(launch), target, launch.options)
             yield {

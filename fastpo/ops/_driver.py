@@ -8,9 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import _anchored_triton
 from . import _rows as R
 from ._backward import backward
 from ._head import Adapted, Forward, Head, HeadSpec, addmm_float32, check_labels, kept_shapes
+from ._pages import prefer_huge
 
 __all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forward"]
 
@@ -24,17 +26,20 @@ def forward(
         state = torch.tensor(R.INITIAL_STATE, device=head.device).unsqueeze(1)
         state = state.repeat(1, len(head.hidden))
         kept_size, anchors_shape = kept_shapes(spec, hidden, weight)
-        kept = head.empty(kept_size, dtype=spec.compute_dtype)
+        kept = prefer_huge(head.empty(kept_size, dtype=spec.compute_dtype))
         anchors = head.empty(*anchors_shape, dtype=torch.float32)
         frozen = head.plan.mode == "frozen"
+        score_block, frozen_block = _score_block, _frozen_block
+        if _anchored_triton.serves(spec, head.device):
+            score_block, frozen_block = _anchored_triton.score_block, _anchored_triton.frozen_block
         direction = head.empty(*(hidden.shape if frozen else (0, 0)), dtype=hidden.dtype)
         weighted = head.hidden.new_empty(0)
         for a, b in head.token_blocks():
             if frozen:
-                weighted = _frozen_block(head, state, a, b)
+                weighted = frozen_block(head, state, a, b)
                 _write_direction(head, state[:, a:b], weighted, a, b, direction)
             else:
-                _score_block(head, state, kept, anchors, a, b)
+                score_block(head, state, kept, anchors, a, b)
         return _finish(head, state, len(labels))._replace(
             kept=kept, anchors=anchors, direction=_scatter_direction(head, direction)
         )

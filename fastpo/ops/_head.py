@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -122,13 +123,16 @@ class Head:
         self.gemm = planner.gemm_dtype(spec.compute_dtype, self.device.type)
         tiles = self.plan.tiles
         self.tile_cells = tiles.tokens * tiles.vocab
-        self._tile = self.empty(self.tile_cells, dtype=torch.float32)
         # Converted copies live in one buffer each, written again only when the walk moves on.
         convert = hidden.dtype != self.gemm
         self._block = self.empty(tiles.tokens * convert, hidden.shape[1], dtype=self.gemm)
         convert = weight.dtype != self.gemm
         self._words = self.empty(tiles.vocab * convert, hidden.shape[1], dtype=self.gemm)
         self._converted: tuple[int, int] | None = None
+
+    @cached_property
+    def _tile(self) -> Tensor:
+        return self.empty(self.tile_cells, dtype=torch.float32)
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)

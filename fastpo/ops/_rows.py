@@ -111,11 +111,13 @@ class RowKernels(Protocol):
         """
 
 
-BACKENDS = ("cuda", "triton", "cpu", "torch")
+BACKENDS = ("cuda", "triton", "anchored", "cpu", "torch")
+# Its own forward where that serves (see _anchored_triton.py); else all of the other's.
+_ROW_KERNELS = {"anchored": "triton"}
 
 
 def load(name: str) -> RowKernels:
-    module: Any = import_module(f"fastpo.ops._rows_{name}")
+    module: Any = import_module(f"fastpo.ops._rows_{_ROW_KERNELS.get(name, name)}")
     return module
 
 

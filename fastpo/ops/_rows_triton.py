@@ -40,7 +40,7 @@ def _too_old(device: torch.device) -> str | None:
     return None
 
 
-def _map_scalars(logit_map: R.LogitMap) -> dict[str, float | bool]:
+def map_scalars(logit_map: R.LogitMap) -> dict[str, float | bool]:
     """z = post·x, or post·tanh(scale·x)."""
     if logit_map.softcap is None:
         return {"scale": 1.0, "post": logit_map.factor, "softcap": False}
@@ -70,7 +70,7 @@ def forward(
         state,
         kept,
         anchors,
-        **_map_scalars(logit_map),
+        **map_scalars(logit_map),
         stats=stats,
         headroom=0.0 if kept is None else R.headroom(kept.dtype),
         fold_cap=fold_cap,
@@ -98,7 +98,7 @@ def backward(
         bias,
         grads,
         out,
-        **_map_scalars(logit_map),
+        **map_scalars(logit_map),
         factor=logit_map.factor,
         entropy_grad=entropy_grad,
     )

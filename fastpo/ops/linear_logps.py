@@ -59,7 +59,9 @@ def linear_logps(
     outputs: names of the `TokenStats` fields to compute.
     budget: bytes of probabilities that may be kept for the backward of a trainable head; tokens
         above it are recomputed. None: 4·V·H, see `fastpo.plan`.
-    backend: "triton", "cuda", "cpu" or "torch"; None: the best that is there.
+    backend: "triton", "anchored", "cuda", "cpu" or "torch"; None: the best that is there.
+        "anchored" is "triton" with a forward that writes no logits, for bfloat16 products and no
+        other outputs than logps and lse; its log-probabilities differ from "triton" in last bits.
 
     Raises ValueError for shapes, dtypes, devices, options and, on a CPU, labels that cannot be;
     on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would
