@@ -4,97 +4,58 @@ D = Σ_v f(log p_v, log q_v) of student p and teacher q. With g_v = ∂f/∂log 
 
     dD/dz_v = g_v - p_v·G
 
-and the same for the teacher. One walk finds both softmaxes, a second D and its G; the backward
-multiplies every tile once more. In products: 4 forward, 2 more in the backward and one for each of
-d hidden and d weight. Nothing wide is kept.
+and the same for the teacher. The first walk finds both softmaxes, and with them a KL divergence;
+the other kinds walk again to sum f and g. The products of the first tokens, as many as the budget
+holds, are kept: their second walk and their backward multiply nothing twice. In products: 2 for a KL
+whose tokens are all kept, 2 more for each walk of those that are not, 1 each for d hidden and
+d weight. What is kept is float32 whatever the inputs are: p - q cancels.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from .. import planner
+from . import _pair_rows as P
 from . import _rows as R
-from ._head import Head, HeadSpec
-from ._logits import to_logits
+from ._head import Head, HeadSpec, mm_float32
 from ._mixture import Gradients, Operands, _Sums
+from ._pages import prefer_huge
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "alpha", "tvd")
-_NEAR = 1e-6  # an alpha this close to 0 or 1 is that limit
-_LARGEST = 40.0  # exponents of the alpha divergence
-_LOWEST = -1e30  # a word both exclude: 0·(-inf - -inf) would be NaN
-
-
-@dataclass(frozen=True)
-class Rule:
-    """Which divergence; `of` folds the limits of beta and alpha into the KLs."""
-
-    kind: str
-    parameter: float = 0.0
-
-    @classmethod
-    def of(cls, kind: str, beta: float, alpha: float) -> Rule:
-        limits = {("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl"}
-        if kind == "alpha":
-            if abs(alpha - 1) < _NEAR or abs(alpha) < _NEAR:
-                return cls("forward_kl" if abs(alpha - 1) < _NEAR else "reverse_kl")
-            return cls(kind, alpha)
-        return cls(limits.get((kind, float(beta)), kind), beta if kind == "jsd" else 0.0)
-
-    def terms(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """f, ∂f/∂s and ∂f/∂t of log-probabilities, cell by cell."""
-        p, q = s.exp(), t.exp()
-        if self.kind == "forward_kl":
-            f = q * (t - s)
-            return f, -q, f + q
-        if self.kind == "reverse_kl":
-            f = p * (s - t)
-            return f, f + p, -p
-        if self.kind == "jsd":
-            beta = self.parameter
-            mixture = torch.logaddexp(s + math.log1p(-beta), t + math.log(beta))
-            # What moves the mixture cancels between the two terms.
-            ds, dt = (1 - beta) * p * (s - mixture), beta * q * (t - mixture)
-            return ds + dt, ds, dt
-        if self.kind == "alpha":
-            alpha = self.parameter
-            f = (alpha * t + (1 - alpha) * s).clamp_max(_LARGEST).exp() / (alpha * (alpha - 1))
-            return f, (1 - alpha) * f, alpha * f
-        sign = 0.5 * torch.sign(p - q)
-        return sign * (p - q), sign * p, -sign * q
-
-    def value(self, total: Tensor) -> tuple[Tensor, Tensor | None]:
-        """D from Σ f, and where its gradient has ended."""
-        if self.kind != "alpha":
-            return total, None
-        scale = self.parameter * (self.parameter - 1)
-        sums = total * scale
-        capped = sums >= math.exp(_LARGEST)
-        largest = math.expm1(_LARGEST)
-        return torch.where(capped, torch.full_like(sums, largest), sums - 1) / scale, capped
+_PAIR_BYTES = 8  # of a word's two kept products
 
 
 @dataclass(frozen=True)
 class DivergenceSpec:
-    """All that is not a tensor in one call."""
+    """All that is not a tensor in one call.
+
+    budget: bytes of products that may be kept for the backward; None: the planner's own.
+    """
 
     head: HeadSpec
     maps: tuple[R.LogitMap, R.LogitMap]
     dtypes: tuple[torch.dtype, torch.dtype]
-    rule: Rule
+    rule: P.Rule
+    outputs: tuple[str, ...]
+    budget: int | None
 
 
 @dataclass(frozen=True)
 class Saved:
-    """[N] each: maximum and log-mass of both heads, Σ of both derivatives over the words."""
+    """divergence, entropy: [N] float32.  constants [4, n], totals [2, n]: see _pair_rows.py.
 
-    constants: Tensor  # [6, N]
+    kept: [2, kept tokens·V] float32 products, for each tile a contiguous block.
+    """
+
     divergence: Tensor
     entropy: Tensor
+    constants: Tensor
+    totals: Tensor
+    kept: Tensor
 
 
 class _Heads:
@@ -105,134 +66,193 @@ class _Heads:
             Head(x.hidden, x.weight, x.bias, labels, replace(spec.head, compute_dtype=dtype))
             for x, dtype in zip(operands, spec.dtypes, strict=True)
         ]
-        self.maps, self.rule = spec.maps, spec.rule
+        self.maps, self.rule, self.first = spec.maps, spec.rule, self.heads[0]
+        self.rows = P.load(spec.head.backend)
+        vocab, hidden = self.first.weight.shape
+        budget = planner.default_budget(vocab, hidden) if spec.budget is None else spec.budget
+        self.kept_tokens = min(len(self.first.hidden), budget // (_PAIR_BYTES * vocab))
 
-    def logits(self, i: int, words: Tensor, v0: int, a: int, b: int) -> Tensor:
-        head = self.heads[i]
-        return to_logits(head.products(head.block(a, b), words), v0, head.bias, self.maps[i])
+    def words(self, v0: int, v1: int) -> list[Tensor]:
+        return [head.words(v0, v1) for head in self.heads]
 
-    def logps(self, words: Sequence[Tensor], v0: int, part: slice, rows: Tensor) -> list[Tensor]:
-        """log-probabilities of one tile under both, in the heads' own buffers."""
-        found = []
-        for i in range(2):
-            z = self.logits(i, words[i], v0, part.start, part.stop)
-            shift, mass = rows[2 * i, part].unsqueeze(1), rows[2 * i + 1, part].unsqueeze(1)
-            found.append(z.sub_(shift).sub_(mass).clamp_min_(_LOWEST))
-        return found
+    def parts(self, a: int, b: int) -> Iterator[tuple[int, int, bool]]:
+        """The kept and the other rows of [a, b)."""
+        split = min(max(self.kept_tokens, a), b)
+        if split > a:
+            yield a, split, True
+        if split < b:
+            yield split, b, False
+
+    def kept(self, kept: Tensor, i: int, v0: int, v1: int, a: int, b: int) -> Tensor:
+        K = self.kept_tokens
+        return kept[i, K * v0 : K * v1].view(K, v1 - v0)[a:b]
+
+    def sides(self, tiles: Sequence[Tensor]) -> P.Sides:
+        student, teacher = (
+            P.Side(tile, head.bias, logit_map)
+            for tile, head, logit_map in zip(tiles, self.heads, self.maps, strict=True)
+        )
+        return student, teacher
+
+    def products(self, words: Sequence[Tensor], a: int, b: int) -> list[Tensor]:
+        """Computed again, in the heads' own buffers."""
+        pairs = zip(self.heads, words, strict=True)
+        return [head.products(head.block(a, b), own) for head, own in pairs]
+
+    def fill(self, words: Sequence[Tensor], kept: Tensor, v0: int, a: int, b: int) -> list[Tensor]:
+        """Computed for the first time, where they stay."""
+        v1 = v0 + len(words[0])
+        tiles = [self.kept(kept, i, v0, v1, a, b) for i in range(2)]
+        for head, own, tile in zip(self.heads, words, tiles, strict=True):
+            mm_float32(head.block(a, b), own.t(), tile)
+        return tiles
 
 
 def forward(operands: Sequence[Operands], labels: Tensor, spec: DivergenceSpec) -> Saved:
     device = operands[0].hidden.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         heads = _Heads(operands, labels, spec)
-        first = heads.heads[0]
-        rows = torch.zeros(6, len(first.hidden), device=device)
-        sums = torch.zeros(len(first.hidden), dtype=torch.float64, device=device)
-        entropy = torch.zeros_like(sums)
+        first = heads.first
+        n, vocab = len(first.hidden), len(first.weight)
+        state = torch.tensor(P.INITIAL_STATE, device=device).unsqueeze(1).repeat(1, n)
+        sums = torch.zeros(P.SUMS, n, dtype=torch.float64, device=device)
+        kept = prefer_huge(first.empty(2, heads.kept_tokens * vocab, dtype=torch.float32))
+        entropy = "entropy" in spec.outputs
         for a, b in first.token_blocks():
-            part = slice(a, b)
-            _softmaxes(heads, part, rows)
-            for _, v0, v1 in first.vocab_tiles():
-                words = [head.words(v0, v1) for head in heads.heads]
-                s, t = heads.logps(words, v0, part, rows)
-                f, ds, dt = heads.rule.terms(s, t)
-                # Tile by tile in float64: the sum over a vocabulary rounds once.
-                sums[part] += f.sum(1)
-                rows[4, part] += ds.sum(1)
-                rows[5, part] += dt.sum(1)
-                entropy[part] -= (s.exp() * s).sum(1)
-        divergence, ended = heads.rule.value(sums)
-        # A divergence is not negative; what is, is rounding. NaN stays.
-        found = [x.clamp_min(0).float() for x in (divergence, entropy)]
-        return Saved(
-            _all(first, _stopped(rows, ended), len(labels)),
-            *(_all(first, x, len(labels)) for x in found),
-        )
+            _softmaxes(heads, state, kept, entropy, a, b)
+            if spec.rule.over is None:
+                _values(heads, _constants(state), kept, sums, a, b)
+        return _finish(first, spec, state, sums, kept, len(labels))
 
 
-def _stopped(rows: Tensor, ended: Tensor | None) -> Tensor:
-    """NaN where the gradient has ended: a mark the backward turns into zeros."""
-    if ended is None:
-        return rows
-    return torch.cat((rows[:4], rows[4:].masked_fill(ended, float("inf"))))
+def _softmaxes(heads: _Heads, state: Tensor, kept: Tensor, entropy: bool, a: int, b: int) -> None:
+    for _, v0, v1 in heads.first.vocab_tiles():
+        words = heads.words(v0, v1)
+        for c, d, keep in heads.parts(a, b):
+            found = heads.fill(words, kept, v0, c, d) if keep else heads.products(words, c, d)
+            heads.rows.softmaxes(
+                heads.sides(found), v0, state[:, c:d], heads.rule.over, entropy
+            )
 
 
-def _softmaxes(heads: _Heads, part: slice, rows: Tensor) -> None:
-    """Maximum and log Σ exp(z - maximum) of both heads, for one block of tokens."""
-    lowest = torch.finfo(torch.float32).min
-    state = rows.new_zeros(2, 2, part.stop - part.start)
-    state[:, 0] = float("-inf")
-    for _, v0, v1 in heads.heads[0].vocab_tiles():
-        for i, head in enumerate(heads.heads):
-            z = heads.logits(i, head.words(v0, v1), v0, part.start, part.stop)
-            before, mass = state[i]
-            top = torch.maximum(before, z.amax(1))
-            reference = top.clamp_min(lowest)  # -inf - -inf, where a tile is masked out, is NaN
-            new = z.sub_(reference.unsqueeze(1)).exp_().sum(1)
-            state[i, 1] = mass * torch.exp(before - reference) + new
-            state[i, 0] = top
-    rows[0, part], rows[2, part] = state[0, 0], state[1, 0]
-    rows[1, part], rows[3, part] = state[0, 1].log(), state[1, 1].log()
+def _values(
+    heads: _Heads, constants: Tensor, kept: Tensor, sums: Tensor, a: int, b: int
+) -> None:
+    for c, d, keep in heads.parts(a, b):
+        for _, v0, v1 in heads.first.vocab_tiles():
+            if keep:
+                tiles = [heads.kept(kept, i, v0, v1, c, d) for i in range(2)]
+            else:
+                tiles = heads.products(heads.words(v0, v1), c, d)
+            sides = heads.sides(tiles)
+            heads.rows.values(sides, v0, constants[:, c:d], heads.rule, sums[:, c:d])
+
+
+def _constants(state: Tensor) -> Tensor:
+    return torch.stack(
+        [x for i in (0, 2) for x in (state[P.MAX + i], state[P.MASS + i].log())]
+    )
+
+
+def _finish(
+    head: Head, spec: DivergenceSpec, state: Tensor, sums: Tensor, kept: Tensor, tokens: int
+) -> Saved:
+    constants, over = _constants(state), spec.rule.over
+    log_mass = constants[P.LOG_MASS :: 2]
+    if over is None:
+        divergence, ended = spec.rule.value(sums[0])
+        totals = sums[1:].float()
+        if ended is not None:  # infinite: a mark that the backward turns into no gradient
+            totals = totals.masked_fill(ended, float("inf"))
+    else:
+        mean = state[P.CROSS] / state[P.MASS + 2 * over]
+        divergence = mean - log_mass[over] + log_mass[1 - over]
+        # The head that is averaged over, then the other one.
+        totals = torch.stack((divergence.clamp_max(-P.LOWEST) + 1, torch.full_like(divergence, -1)))
+        totals = totals.roll(over, 0)
+    entropy = log_mass[0] - state[P.MOMENT] / state[P.MASS]
+    # Neither is negative; what is, is rounding. NaN stays.
+    found = [x.clamp_min(0).float() for x in (divergence, entropy)]
+    return Saved(*(_all(head, x, tokens) for x in found), constants, totals, kept)
 
 
 def _all(head: Head, x: Tensor, tokens: int) -> Tensor:
-    """Back to all N rows in the last dimension, 0 where not scored."""
+    """Back to all N rows, 0 where not scored."""
     if head.ignored is not None:
         return x.masked_fill(head.ignored, 0)
     if head.rows is None:
         return x
-    return x.new_zeros(*x.shape[:-1], tokens).index_copy_(-1, head.rows, x)
+    return x.new_zeros(tokens).index_copy_(0, head.rows, x)
 
 
 def backward(
     grad: Tensor,  # [N]
     operands: Sequence[Operands],
     labels: Tensor,
-    constants: Tensor,  # [6, N]
+    constants: Tensor,
+    totals: Tensor,
+    kept: Tensor,
     spec: DivergenceSpec,
     needs: Sequence[tuple[bool, bool, bool]],  # per head: d hidden, d weight, d bias
 ) -> list[Gradients]:
     with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
         heads = _Heads(operands, labels, spec)
-        first = heads.heads[0]
-        if first.rows is not None:
-            grad, constants = grad[first.rows], constants[:, first.rows]
-        grad = grad.float()
-        # Where the gradient has ended, or nothing is scored: select, 0·inf would be NaN.
-        silent = constants[4:].isinf().any(0)
+        first = heads.first
+        grad = grad.float() if first.rows is None else grad[first.rows].float()
+        silent = totals.isinf().any(0)
         silent = silent if first.ignored is None else silent | first.ignored
-        constants = torch.cat((constants[:4], constants[4:].masked_fill(silent, 0)))
+        factors = torch.cat((totals, grad.masked_fill(silent, 0).unsqueeze(0)))
         sums = [_Sums(head, need) for head, need in zip(heads.heads, needs, strict=True)]
+        outs = [first.empty(first.tile_cells * one.wanted, dtype=one.head.gemm) for one in sums]
+        walk = _Backward(heads, constants, factors, kept, sums, outs)
         for _, v0, v1 in first.vocab_tiles():
-            words = [head.words(v0, v1) for head in heads.heads]
-            for one in sums:
-                one.open(v1 - v0)
-            for a, b in first.token_blocks():
-                part = slice(a, b)
-                dz = _dlogits(heads, words, v0, part, constants)
-                for i, one in enumerate(sums):
-                    if one.wanted:
-                        dx = dz[i] * grad[part].unsqueeze(1)
-                        dx = dx.masked_fill_(silent[part].unsqueeze(1), 0)
-                        one.add(dx, words[i], v0, a, b)
-            for one in sums:
-                one.close(v0, v1)
+            walk.tile(v0, v1)
         return [one.finish(len(labels)) for one in sums]
 
 
-def _dlogits(
-    heads: _Heads, words: Sequence[Tensor], v0: int, part: slice, constants: Tensor
-) -> list[Tensor]:
-    """d D / d products of both heads for one tile."""
-    s, t = heads.logps(words, v0, part, constants)
-    _, *derivatives = heads.rule.terms(s, t)
-    found = []
-    for i, (logp, derivative) in enumerate(zip((s, t), derivatives, strict=True)):
-        dz = derivative.sub_(logp.exp() * constants[4 + i, part].unsqueeze(1))
-        logit_map = heads.maps[i]
-        if logit_map.softcap is not None:
-            shift, mass = constants[2 * i, part], constants[2 * i + 1, part]
-            z = logp + shift.unsqueeze(1) + mass.unsqueeze(1)
-            dz = dz * logit_map.cap_slope(z.clamp_min(-logit_map.cap))
-        found.append(dz.mul_(logit_map.factor))
-    return found
+@dataclass(frozen=True)
+class _Backward:
+    heads: _Heads
+    constants: Tensor
+    factors: Tensor
+    kept: Tensor
+    sums: list[_Sums]
+    outs: list[Tensor]  # a tile for each head that is trained
+
+    def tile(self, v0: int, v1: int) -> None:
+        heads, words = self.heads, self.heads.words(v0, v1)
+        for one in self.sums:
+            one.open(v1 - v0)
+        for a, b in heads.first.token_blocks():
+            shape = (b - a, v1 - v0)
+            dx = [
+                x[: shape[0] * shape[1]].view(shape) if one.wanted else None
+                for x, one in zip(self.outs, self.sums, strict=True)
+            ]
+            self._turn(words, dx, v0, v1, a, b)
+            for one, own, x in zip(self.sums, words, dx, strict=True):
+                if x is not None:
+                    one.add(x, own, v0, a, b)
+        for one in self.sums:
+            one.close(v0, v1)
+
+    def _turn(
+        self, words: list[Tensor], dx: list[Tensor | None], v0: int, v1: int, a: int, b: int
+    ) -> None:
+        """d loss / d products of both heads for one tile."""
+        heads = self.heads
+        for c, d, keep in heads.parts(a, b):
+            if keep:
+                tiles = [heads.kept(self.kept, i, v0, v1, c, d) for i in range(2)]
+            else:
+                tiles = heads.products(words, c, d)
+            student, teacher = (None if x is None else x[c - a : d - a] for x in dx)
+            part = slice(c, d)
+            heads.rows.gradients(
+                heads.sides(tiles),
+                v0,
+                self.constants[:, part],
+                self.factors[:, part],
+                heads.rule,
+                (student, teacher),
+            )

@@ -145,8 +145,7 @@ class _Sums:
         self.dhidden = torch.zeros(n, H, device=head.device) if needs[0] else None
         self.dweight = head.empty(V, H, dtype=head.weight.dtype) if needs[1] else None
         self.dbias = torch.zeros(V, device=head.device) if needs[2] else None
-        rounded = head.gemm != torch.float32 and self.wanted
-        self._dx = head.empty(head.tile_cells * rounded, dtype=head.gemm)
+        self._dx = head.empty(0, dtype=head.gemm)
         self._slab: Tensor | None = None
 
     def open(self, v: int) -> None:
@@ -155,10 +154,12 @@ class _Sums:
             self._slab = torch.zeros(v, H, device=self.head.device)
 
     def add(self, dx: Tensor, words: Tensor, v0: int, a: int, b: int) -> None:
-        """dx: [b - a, v] float32 d loss / d products."""
+        """dx: [b - a, v] d loss / d products, in float32 or the dtype of the products."""
         if self.dbias is not None:
-            self.dbias[v0 : v0 + dx.shape[1]] += dx.sum(0)
-        if len(self._dx):
+            self.dbias[v0 : v0 + dx.shape[1]] += dx.sum(0, dtype=torch.float32)
+        if dx.dtype != self.head.gemm:
+            if not len(self._dx):
+                self._dx = self.head.empty(self.head.tile_cells, dtype=self.head.gemm)
             dx = self._dx[: dx.numel()].view_as(dx).copy_(dx)
         if self.dhidden is not None:
             addmm_float32(self.dhidden[a:b], dx, words)

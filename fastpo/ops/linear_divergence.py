@@ -14,9 +14,10 @@ from torch.autograd.function import once_differentiable
 
 from . import _divergence
 from . import _rows as R
-from ._divergence import KINDS, DivergenceSpec, Rule
+from ._divergence import DivergenceSpec
 from ._head import HeadSpec
 from ._mixture import Operands
+from ._pair_rows import KINDS, Rule
 from ._picked import picked_products
 from .linear_logps import _check_options, _check_tensors, _shape, compute_dtype, linear_logps
 
@@ -55,6 +56,7 @@ def linear_divergence(
     teacher_logit_scale: float = 1.0,
     teacher_grad: bool = False,
     outputs: tuple[str, ...] = ("divergence",),
+    budget: int | None = None,
     backend: str | None = None,
 ) -> DivergenceStats:
     """The divergence of student p and teacher q over the whole vocabulary, for every token.
@@ -67,7 +69,9 @@ def linear_divergence(
     teacher_temperature: None: that of the student.
     teacher_grad: gradient into the teacher's tensors, too, where they require it.
     outputs: of divergence and entropy.
-    backend: where the products run, "cpu" or "torch" on a CPU; the rows are plain PyTorch.
+    budget: bytes of float32 products, of both heads, that may be kept for the backward; tokens above
+        it are multiplied again. None: 4·V·H.
+    backend: as in `linear_logps`; "cuda" has PyTorch's row kernels here.
 
     log-softmax and sums are computed from float32 products whatever the inputs are; gradients are
     summed in float32 and rounded once. Raises ValueError for shapes, dtypes, devices and options.
@@ -79,7 +83,7 @@ def linear_divergence(
     rule = _rule(kind, beta, alpha)
     _check_outputs(outputs)
     tempered = temperature if teacher_temperature is None else teacher_temperature
-    _check_options(temperature, softcap, logit_scale, ("logps",), None)
+    _check_options(temperature, softcap, logit_scale, ("logps",), budget)
     _check_options(tempered, teacher_softcap, teacher_logit_scale, ("logps",), None)
     if not teacher_grad:
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
@@ -101,12 +105,14 @@ def linear_divergence(
         ),
     )
     dtypes = (compute_dtype(hidden), compute_dtype(teacher_hidden))
-    found = _Divergence.apply(
-        labels.flatten(),
-        DivergenceSpec(head, maps, dtypes, rule),
+    tensors = (
         *(hidden.reshape(-1, hidden.shape[-1]), weight, bias),
         *(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias),
     )
+    trained = any(x is not None and x.requires_grad for x in tensors)
+    kept = budget if trained and torch.is_grad_enabled() else 0
+    spec = DivergenceSpec(head, maps, dtypes, rule, tuple(outputs), kept)
+    found = _Divergence.apply(labels.flatten(), spec, *tensors)
     named = dict(zip(_OUTPUTS, found, strict=True))
     return DivergenceStats(**{name: named[name].view(labels.shape) for name in outputs})
 
@@ -119,7 +125,7 @@ class _Divergence(torch.autograd.Function):
         ctx: Any, labels: Tensor, spec: DivergenceSpec, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         saved = _divergence.forward(_operands(tensors), labels, spec)
-        ctx.save_for_backward(labels, saved.constants, *tensors)
+        ctx.save_for_backward(labels, saved.constants, saved.totals, saved.kept, *tensors)
         ctx.spec = spec
         ctx.mark_non_differentiable(saved.entropy)
         return saved.divergence, saved.entropy
@@ -127,11 +133,13 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        labels, constants, *tensors = ctx.saved_tensors
+        labels, constants, totals, kept, *tensors = ctx.saved_tensors
         operands = _operands(tensors)
         wanted = ctx.needs_input_grad[2:]
         needs = (wanted[:3], wanted[3:])
-        found = _divergence.backward(grad, operands, labels, constants, ctx.spec, needs)
+        found = _divergence.backward(
+            grad, operands, labels, constants, totals, kept, ctx.spec, needs
+        )
         grads: list[Tensor | None] = [None, None]
         for side, own in zip(found, operands, strict=True):
             dbias = side.bias
