@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,6 +30,7 @@ K = 20
 MIXING = (0.7, 0.3)
 CHECKED_ROWS = 8
 Step = Callable[[list[HeadInputs], int | None], Tensor]
+Truth = Callable[[list[HeadInputs]], Tensor]
 
 
 def logits(x: HeadInputs) -> Tensor:
@@ -86,13 +89,45 @@ def true_mixture(heads: list[HeadInputs]) -> Tensor:
     return found
 
 
+def fused_divergence(kind: str, heads: list[HeadInputs], budget: int | None) -> Tensor:
+    x, teacher = heads
+    found = fastpo.linear_divergence(
+        x.hidden, x.weight, teacher.hidden, teacher.weight, kind=kind, budget=budget
+    ).divergence
+    assert found is not None
+    return found
+
+
+def eager_divergence(kind: str, heads: list[HeadInputs], budget: int | None) -> Tensor:
+    s, t = (torch.log_softmax(logits(x).float(), -1) for x in heads)
+    if kind == "forward_kl":
+        return (t.exp() * (t - s)).sum(-1)
+    m = torch.logaddexp(s, t) - math.log(2)
+    return 0.5 * (t.exp() * (t - m) + s.exp() * (s - m)).sum(-1)
+
+
+def true_divergence(kind: str, heads: list[HeadInputs]) -> Tensor:
+    x, teacher = heads
+    found = reference.linear_divergence(
+        x.hidden, x.weight, teacher.hidden, teacher.weight, kind=kind
+    ).divergence
+    assert found is not None
+    return found
+
+
+def divergence(kind: str) -> tuple[Step, Step, Truth, int]:
+    return *(partial(f, kind) for f in (fused_divergence, eager_divergence, true_divergence)), 2
+
+
 # name -> (fused, materialised, truth, heads)
-PRIMITIVES: dict[str, tuple[Step, Step, Callable[[list[HeadInputs]], Tensor], int]] = {
+PRIMITIVES: dict[str, tuple[Step, Step, Truth, int]] = {
     "linear_logps": (fused_logps, eager_logps, true_logps, 1),
     "linear_topk": (fused_topk, eager_topk, true_topk, 1),
     "mixed_linear_logps": (fused_mixture, eager_mixture, true_mixture, 2),
+    "forward_kl": divergence("forward_kl"),
+    "jsd": divergence("jsd"),
 }
-# name -> (d hidden?, d weight?, budget); the mixture trains its first head only
+# name -> (d hidden?, d weight?, budget); of two heads only the first is trained
 MODES: dict[str, tuple[bool, bool, int | None]] = {
     "score": (False, False, None),
     "frozen": (True, False, None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _tiny import Widest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpo
 from fastpo import objectives, planner, reference
@@ -173,9 +174,83 @@ def test_words_both_exclude_and_far_apart_heads(name):
 def test_no_tensor_is_as_wide_as_the_logits():
     h, w, b, th, tw, tb = sides(tokens=200, vocab=1000)
     with Widest() as widest:
-        found = fastpo.linear_divergence(h, w, th, tw, kind="jsd", bias=b, teacher_bias=tb)
+        found = fastpo.linear_divergence(
+            h, w, th, tw, kind="jsd", bias=b, teacher_bias=tb, budget=0
+        )
         found.divergence.sum().backward()
     assert widest.elements <= w.numel() + 1000 * 16 < 200 * 1000
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications of the matrix products in its block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+# tokens kept of 13 -> (forward, backward) products of a KL; the others walk twice when they can not
+# read what was kept. The backward's own two are d hidden and d weight.
+BUDGETS = {13: (2, 2), 0: (2, 4), 7: (2, 2 + 2 * 6 / 13)}
+
+
+@pytest.mark.parametrize("kept", BUDGETS)
+@pytest.mark.parametrize("name", KINDS)
+def test_the_budget_changes_products_and_nothing_else(name, kept):
+    h, w, _, th, tw, _ = sides()
+    options = {"kind": name.removesuffix("_beyond"), **KINDS[name]}
+    # Both heads have 24 columns here, so that a product is a product.
+    th, tw = th[:, :24].detach(), tw[:, :24].detach()
+    expected = fastpo.linear_divergence(h, w, th, tw, budget=2**40, **options).divergence
+    grads = torch.autograd.grad(expected.sum(), [h, w])
+    product = 13 * 211 * 24
+    with Products() as forward:
+        found = fastpo.linear_divergence(h, w, th, tw, budget=kept * 8 * 211, **options).divergence
+    with Products() as backward:
+        others = torch.autograd.grad(found.sum(), [h, w])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for own, other in zip(grads, others, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
+    first, second = BUDGETS[kept]
+    first += 0 if "kl" in name else 2 * (13 - kept) / 13
+    assert forward.count == pytest.approx(first * product)
+    assert backward.count == pytest.approx(second * product)
+
+
+def test_without_a_gradient_nothing_is_kept():
+    h, w, _, th, tw, _ = sides(tokens=200, vocab=1000)
+    with torch.no_grad(), Widest() as widest:
+        fastpo.linear_divergence(h, w, th, tw, kind="forward_kl", budget=2**40)
+    assert widest.elements < 200 * 1000
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_a_student_close_to_its_teacher(kind):
+    """One walk finds a divergence of 1e-5 nats among logits of 30, as well as two would."""
+    h, w, b, *_ = (x.detach() for x in sides(tokens=64))
+    h = h * 4
+    th = h + 1e-3 * torch.randn(64, 24, generator=torch.Generator().manual_seed(1))
+    both = (h, w, th, w)
+    found = fastpo.linear_divergence(*both, kind=kind, bias=b, teacher_bias=b).divergence
+    eager = reference.linear_divergence(*both, kind=kind, bias=b, teacher_bias=b).divergence
+    wide = [x.double() for x in both]
+    truth = reference.linear_divergence(
+        *wide, kind=kind, bias=b.double(), teacher_bias=b.double()
+    ).divergence
+    assert_as_good_as_eager(kind, found, eager, truth)
+
+
+def test_the_backward_may_run_twice():
+    h, w, _, th, tw, _ = sides()
+    found = fastpo.linear_divergence(h, w, th, tw, kind="jsd", budget=2**40).divergence.sum()
+    once = torch.autograd.grad(found, [h, w], retain_graph=True)
+    again = torch.autograd.grad(found, [h, w])
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
 @pytest.mark.parametrize("tail", [True, False])
@@ -226,6 +301,7 @@ def test_best_words_with_a_mask():
 
 
 ERRORS = [
+    ({"budget": -1}, r"budget: expected bytes >= 0 or None, got -1"),
     ({"kind": "kl"}, r"kind: expected one of forward_kl, .*, tvd, got 'kl'"),
     ({"beta": 1.5}, r"beta: expected a number in \[0, 1\], got 1.5"),
     ({"alpha": float("nan")}, r"alpha: expected a finite number, got nan"),

@@ -6,9 +6,9 @@ D = Σ_v f(log p_v, log q_v) of student p and teacher q. With g_v = ∂f/∂log 
 
 and the same for the teacher. The first walk finds both softmaxes, and with them a KL divergence;
 the other kinds walk again to sum f and g. The products of the first tokens, as many as the budget
-holds, are kept: their second walk and their backward multiply nothing twice. In products: 2 for a KL
-whose tokens are all kept, 2 more for each walk of those that are not, 1 each for d hidden and
-d weight. What is kept is float32 whatever the inputs are: p - q cancels.
+holds, are kept: their second walk and their backward multiply nothing twice. In products: 2 in the
+forward, 2 more for each further walk over tokens that are not kept, 1 each for d hidden and
+d weight. What is kept is float32 whatever the inputs are, because p - q cancels.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def forward(operands: Sequence[Operands], labels: Tensor, spec: DivergenceSpec) 
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         heads = _Heads(operands, labels, spec)
         first = heads.first
-        n, vocab = len(first.hidden), len(first.weight)
+        n, vocab = len(first.hidden), first.weight.shape[0]
         state = torch.tensor(P.INITIAL_STATE, device=device).unsqueeze(1).repeat(1, n)
         sums = torch.zeros(P.SUMS, n, dtype=torch.float64, device=device)
         kept = prefer_huge(first.empty(2, heads.kept_tokens * vocab, dtype=torch.float32))
@@ -130,14 +130,10 @@ def _softmaxes(heads: _Heads, state: Tensor, kept: Tensor, entropy: bool, a: int
         words = heads.words(v0, v1)
         for c, d, keep in heads.parts(a, b):
             found = heads.fill(words, kept, v0, c, d) if keep else heads.products(words, c, d)
-            heads.rows.softmaxes(
-                heads.sides(found), v0, state[:, c:d], heads.rule.over, entropy
-            )
+            heads.rows.softmaxes(heads.sides(found), v0, state[:, c:d], heads.rule.over, entropy)
 
 
-def _values(
-    heads: _Heads, constants: Tensor, kept: Tensor, sums: Tensor, a: int, b: int
-) -> None:
+def _values(heads: _Heads, constants: Tensor, kept: Tensor, sums: Tensor, a: int, b: int) -> None:
     for c, d, keep in heads.parts(a, b):
         for _, v0, v1 in heads.first.vocab_tiles():
             if keep:
@@ -149,9 +145,7 @@ def _values(
 
 
 def _constants(state: Tensor) -> Tensor:
-    return torch.stack(
-        [x for i in (0, 2) for x in (state[P.MAX + i], state[P.MASS + i].log())]
-    )
+    return torch.stack([x for i in (0, 2) for x in (state[P.MAX + i], state[P.MASS + i].log())])
 
 
 def _finish(
@@ -173,7 +167,8 @@ def _finish(
     entropy = log_mass[0] - state[P.MOMENT] / state[P.MASS]
     # Neither is negative; what is, is rounding. NaN stays.
     found = [x.clamp_min(0).float() for x in (divergence, entropy)]
-    return Saved(*(_all(head, x, tokens) for x in found), constants, totals, kept)
+    divergence, entropy = (_all(head, x, tokens) for x in found)
+    return Saved(divergence, entropy, constants, totals, kept)
 
 
 def _all(head: Head, x: Tensor, tokens: int) -> Tensor:

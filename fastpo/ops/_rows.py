@@ -121,7 +121,6 @@ def load(name: str) -> RowKernels:
     return module
 
 
-@torch.compiler.assume_constant_result
 def choose(backend: str | None, device: torch.device) -> str:
     """The named backend, or the best that serves the device."""
     if backend is None:

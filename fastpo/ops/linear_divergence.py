@@ -69,8 +69,8 @@ def linear_divergence(
     teacher_temperature: None: that of the student.
     teacher_grad: gradient into the teacher's tensors, too, where they require it.
     outputs: of divergence and entropy.
-    budget: bytes of float32 products, of both heads, that may be kept for the backward; tokens above
-        it are multiplied again. None: 4·V·H.
+    budget: bytes of products, float32 and of both heads, that may be kept for the backward; tokens
+        above it are multiplied again. None: 4·V·H.
     backend: as in `linear_logps`; "cuda" has PyTorch's row kernels here.
 
     log-softmax and sums are computed from float32 products whatever the inputs are; gradients are

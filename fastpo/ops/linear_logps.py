@@ -70,7 +70,6 @@ def linear_logps(
     """
     _check_tensors(hidden, weight, labels, bias)
     _check_options(temperature, softcap, logit_scale, outputs, budget)
-    device = hidden.device
     grad = torch.is_grad_enabled()
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     results = _forward_op(
@@ -84,7 +83,7 @@ def linear_logps(
         ignore_index,
         ",".join(name for name in OUTPUTS if name in outputs or name == "logps"),
         compute_dtype(hidden),
-        R.choose(backend, device),
+        backend,
         grad and hidden.requires_grad,
         grad and head_grad,
         budget,
@@ -148,13 +147,14 @@ def _check_options(
 
 
 def _spec(
+    device: torch.device,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int | None,
     outputs: str,
     dtype: torch.dtype,
-    backend: str,
+    backend: str | None,
     hidden_grad: bool,
     head_grad: bool,
     budget: int | None,
@@ -164,7 +164,7 @@ def _spec(
         ignore_index,
         tuple(outputs.split(",")),
         dtype,
-        backend,
+        R.choose(backend, device),
         hidden_grad,
         head_grad,
         budget,
@@ -184,7 +184,7 @@ def _forward_op(
     ignore_index: int | None,
     outputs: str,
     dtype: torch.dtype,
-    backend: str,
+    backend: str | None,
     hidden_grad: bool,
     head_grad: bool,
     budget: int | None,
@@ -192,6 +192,7 @@ def _forward_op(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
     spec = _spec(
+        hidden.device,
         temperature,
         softcap,
         logit_scale,
@@ -208,7 +209,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *options: Any) -> tuple:
-    return tuple(_driver.fake_forward(hidden, weight, _spec(*options)))
+    return tuple(_driver.fake_forward(hidden, weight, _spec(hidden.device, *options)))
 
 
 @torch.library.custom_op("fastpo::linear_logps_backward", mutates_args=())
@@ -226,12 +227,13 @@ def _backward_op(
     ignore_index: int | None,
     outputs: str,
     dtype: torch.dtype,
-    backend: str,
+    backend: str | None,
     hidden_grad: bool,
     head_grad: bool,
     budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = _spec(
+        hidden.device,
         temperature,
         softcap,
         logit_scale,
