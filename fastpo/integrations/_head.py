@@ -26,7 +26,12 @@ Gather = Callable[..., AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What `linear_logps` takes as keywords; every row is scored, and logps always computed."""
+    """What `linear_logps` takes as keywords; every row is scored, and logps always computed.
+
+    accumulate: from the second backward on d weight is added to `weight.grad` as it is computed,
+    and autograd gets none: no second [V, H] while gradients are accumulated, and one rounding less.
+    Nobody but the optimiser may wait for that gradient: not DDP, no hook on the weight.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
@@ -34,6 +39,7 @@ class HeadOptions:
     outputs: tuple[str, ...] = ("logps",)
     budget: int | None = None
     backend: str | None = None
+    accumulate: bool = False
 
     def __post_init__(self) -> None:
         _check_options(self.temperature, self.softcap, self.logit_scale, self.outputs, self.budget)
@@ -91,7 +97,9 @@ def score(
             down, up = adapter
             hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
         spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad))
-        results = _GatheredHead.apply(hidden, weight, bias, up, labels, _Call(spec, gather))
+        results = _GatheredHead.apply(
+            hidden, weight, bias, up, labels, _Call(spec, gather, options.accumulate)
+        )
     return TokenStats(**dict(zip(OUTPUTS, results, strict=True)))
 
 
@@ -101,6 +109,15 @@ class _Call:
 
     spec: _driver.HeadSpec
     gather: Gather
+    accumulate: bool
+
+    def into(self, weight: Tensor, head: Tensor | _driver.Adapted) -> Tensor | None:
+        """Where d weight may be added at once: the gradient of a plain leaf that has one."""
+        if not self.accumulate or head is not weight or not weight.is_leaf:
+            return None
+        grad = weight.grad
+        plain = type(grad) is Tensor and grad.layout == torch.strided
+        return grad if plain and grad is not None and grad.shape == weight.shape else None
 
     def head(self, weight: Tensor, up: Tensor | None) -> Tensor | _driver.Adapted:
         if up is None:
@@ -139,15 +156,17 @@ class _GatheredHead(torch.autograd.Function):
         hidden, weight, bias, up, labels, *saved = ctx.saved_tensors
         need_hidden, need_weight, need_bias, need_up, *_ = ctx.needs_input_grad
         with ctx.call.gather(weight, bias):
+            head = ctx.call.head(weight, up)
             dhidden, dhead, dbias = _driver.backward(
                 by_name,
                 hidden,
-                ctx.call.head(weight, up),
+                head,
                 bias,
                 labels,
                 _driver.Forward(*saved),
                 ctx.call.spec,
                 (need_hidden, need_weight or need_up, need_bias),
+                ctx.call.into(weight, head) if need_weight else None,
             )
         dup = None
         if up is not None and dhead is not None:

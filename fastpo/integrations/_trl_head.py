@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -122,9 +122,9 @@ def light_passes() -> Iterator[None]:
 class FusedHead(Replacement):
     """`linear_logps` behind the `apply` of TRL's autograd function."""
 
-    def __init__(self, original: Any, budget: int | None, backend: str | None) -> None:
+    def __init__(self, original: Any, own: HeadOptions) -> None:
         super().__init__(original)
-        self.budget, self.backend = budget, backend
+        self.own = own
 
     def apply(
         self,
@@ -147,8 +147,12 @@ class FusedHead(Replacement):
         if _light.get() and not torch.is_grad_enabled():
             outputs = ()
         wanted = tuple(_OUTPUTS[name] for name in ("log_probs", *outputs))
-        options = HeadOptions(
-            temperature, final_logit_softcapping, logit_scale, wanted, self.budget, self.backend
+        options = replace(
+            self.own,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            outputs=wanted,
         )
         layer, adapter = _adapter.get(), None
         if layer:

@@ -53,6 +53,7 @@ def attach(
     outputs: tuple[str, ...] = ("logps",),
     budget: int | None = None,
     backend: str | None = None,
+    accumulate: bool = False,
 ) -> Attached:
     """Called with labels, `model` returns its loss and per-token log-probabilities, and no logits.
 
@@ -60,6 +61,9 @@ def attach(
     temperature: the loss, too, is that of logits / temperature.
     outputs, budget, backend: as in `fastpo.linear_logps`; each output becomes a field of the
         model's result, [B, T - 1], or [B, T] with `shift_labels`; 0 where the label is ignored.
+    accumulate: while gradients are accumulated, d weight of the head is added to `weight.grad` as
+        it is computed instead of being handed to autograd: no second [V, H], one rounding less.
+        Not for a head whose gradient others wait for, as DDP and hooks do.
 
     The loss is the one the model's own forward returns. Without labels the model is what it was,
     and so is its state_dict. Returns a handle: `detach()` gives the model back, as does leaving
@@ -75,7 +79,7 @@ def attach(
     _check_loss_function(base, LOSS.read())
     _linear_head(base)
     softcap, logit_scale = logit_map(base.config)
-    options = HeadOptions(temperature, softcap, logit_scale, outputs, budget, backend)
+    options = HeadOptions(temperature, softcap, logit_scale, outputs, budget, backend, accumulate)
     return Attached(base, options)
 
 

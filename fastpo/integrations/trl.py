@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from . import _trl_adapter, _trl_distillation, _trl_light, _trl_logits, _trl_objectives
+from ._head import HeadOptions
 from ._objective import Objective, Setting
 from ._seam import Make, Seam, kept, replace, replace_when_imported, restore
 from ._trl_head import COMPACT, GATHER, HEAD, Compact, FusedHead
@@ -19,6 +20,7 @@ def patch(
     *,
     budget: int | None = None,
     backend: str | None = None,
+    accumulate: bool = False,
     objective: str | Objective | None = None,
     references: Mapping[str, Any] | None = None,
     reference_free: bool = False,
@@ -34,6 +36,8 @@ def patch(
     where they were changed, and the paper's values otherwise. TRL's own names run TRL's code.
 
     budget, backend: as in `fastpo.linear_logps`.
+    accumulate: as in `fastpo.attach`, for trainers that use TRL's fused head on one device with
+        gradient accumulation.
     objective: a key of `fastpo.objectives`, with `hyperparameters`, or a function of quantities
         (of `fastpo.objectives.compose`, for one), that DPOTrainer or KTOTrainer minimise instead of
         their own loss. What it needs beside two texts comes from dataset columns of the quantity's
@@ -60,7 +64,8 @@ def patch(
     for seam in (GATHER, HEAD, COMPACT):
         seam.read()  # nothing is changed before all are known to fit
     replace_when_imported(_lazy(setting))
-    replace({HEAD: partial(FusedHead, budget=budget, backend=backend), COMPACT: Compact})
+    own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
+    replace({HEAD: partial(FusedHead, own=own), COMPACT: Compact})
 
 
 def _lazy(setting: Setting) -> dict[Seam, Make]:

@@ -23,6 +23,7 @@ def backward(
     saved: Forward,
     spec: HeadSpec,
     needs: tuple[bool, bool, bool],  # d hidden, d weight, d bias
+    into: Tensor | None = None,  # [V, H], d weight is added here; then None is returned for it
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         frozen = saved.direction.numel() > 0
@@ -34,7 +35,9 @@ def backward(
         head = Head(hidden, weight, bias, labels, replace(spec, budget=0) if frozen else spec)
         rows = _row_grads(head, grads, saved)
         entropy_grad = grads["entropy"] is not None
-        return _Backward(head, rows, saved, entropy_grad, needs).run(len(hidden))
+        walk = _Backward(head, rows, saved, entropy_grad, needs, into)
+        dhidden, dweight, dbias = walk.run(len(hidden))
+        return dhidden, dweight if into is None else None, dbias
 
 
 def _row_grads(head: Head, grads: dict[str, Tensor | None], saved: Forward) -> Tensor:
@@ -71,12 +74,16 @@ class _Backward:
         saved: Forward,
         entropy_grad: bool,
         needs: tuple[bool, bool, bool],
+        into: Tensor | None = None,
     ) -> None:
         self.head, self.grads, self.saved, self.entropy_grad = head, grads, saved, entropy_grad
         n, (V, H) = len(head.hidden), head.weight.shape
         trained = len(range(H)[head.trained])
         self.dhidden = torch.zeros(n, H, device=head.device) if needs[0] else None
-        self.dweight = head.empty(V, trained, dtype=head.weight.dtype) if needs[1] else None
+        self.adds = into is not None
+        self.dweight = into
+        if needs[1] and into is None:
+            self.dweight = head.empty(V, trained, dtype=head.weight.dtype)
         self.dbias = torch.zeros(V, device=head.device) if needs[2] else None
         self.in_place = n <= head.plan.tiles.tokens and head.weight.dtype == head.gemm
         self._dx = head.empty(head.tile_cells, dtype=head.gemm)
@@ -94,8 +101,8 @@ class _Backward:
                 if self.dbias is not None:
                     self.dbias[v0:v1] += dx.sum(0, dtype=torch.float32)
             if self.dweight is not None and slab is not None and not self.in_place:
-                self.dweight[v0:v1] = slab
-        if self.dweight is not None and not len(head.hidden):
+                self._round(self.dweight[v0:v1], slab)
+        if self.dweight is not None and not len(head.hidden) and not self.adds:
             self.dweight.zero_()
         return self._dhidden(tokens), self.dweight, self.dbias
 
@@ -107,10 +114,18 @@ class _Backward:
         return target if self.in_place else torch.zeros_like(target, dtype=torch.float32)
 
     def _accumulate(self, slab: Tensor, dx: Tensor, x: Tensor) -> None:
-        if self.in_place:
-            torch.mm(dx.t(), x, out=slab)
-        else:
+        if not self.in_place:
             addmm_float32(slab, dx.t(), x)
+        elif self.adds:
+            slab.addmm_(dx.t(), x)
+        else:
+            torch.mm(dx.t(), x, out=slab)
+
+    def _round(self, target: Tensor, slab: Tensor) -> None:
+        if self.adds:
+            target.copy_(slab.add_(target))
+        else:
+            target.copy_(slab)
 
     def _dproducts(self, i: int, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:
         """d loss / d products of one tile [b - a, v1 - v0]: kept rows first, then recomputed."""
