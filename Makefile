@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format bench gpu matrix clean
+.PHONY: setup demo test lint format cuda bench gpu matrix clean
 
 setup: $(READY)
 
@@ -39,6 +39,15 @@ matrix: $(READY)
 	  PYTHONPATH=build/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto \
 	    $(wildcard tests/test_trl*.py tests/test_group_trainer.py tests/test_adapter.py); \
 	done
+
+# csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit.
+NVCC := build/nvcc
+cuda: $(READY)
+	$(BIN)/pip install -q -c constraints.txt --no-deps --upgrade --target $(NVCC) nvidia-cuda-nvcc \
+	  nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cutlass
+	CUDACXX=$(CURDIR)/$(NVCC)/nvidia/cu13/bin/nvcc \
+	FASTPO_CUTLASS=$(CURDIR)/$(NVCC)/cutlass_library/source/include \
+	  $(BIN)/python -m pytest -q -n auto tests/test_cuda_build.py
 
 bench: $(READY)
 	$(BIN)/fastpo bench head

@@ -47,7 +47,7 @@ from fastpo.ops import _rows
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(json.dumps(machine.facts(device), indent=1))
 for name in _rows.BACKENDS:
-    print("backend", name, _rows.load(name).unavailable(torch.device(device)) or "is there")
+    print("backend", name, _rows.unavailable(name, torch.device(device)) or "is there")
 for name in ("trl", "peft", "liger_kernel", "cut_cross_entropy", "quack", "pytest", "matplotlib"):
     print("package", name, "is there" if importlib.util.find_spec(name) else "is missing")
 PY
@@ -66,11 +66,12 @@ build() {
             return 0
         fi
     done
+    # FASTPO_CUTLASS, where it is set, names the headers of CUTLASS.
     CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) "$python" -m pip wheel -q --no-deps --no-index \
         --no-build-isolation -C build-dir="$work/build" --wheel-dir "$work" . || return 1
     "$python" -m zipfile -e "$work"/fastpo-*.whl "$work/wheel"
     cp "$work"/wheel/fastpo/_C*.so fastpo/
-    "$python" -c 'import fastpo._C as C; print("built; CUDA:", C.has_cuda)'
+    "$python" -c 'import fastpo._C as C; print("built; CUDA:", C.has_cuda, "CUTLASS:", C.has_cutlass)'
 }
 
 tests() {
@@ -130,7 +131,7 @@ else
     walks=(--shapes by-tokens-8b by-vocab-8b --repeats 5 --time-limit 55
         --variants "fastpo,eager,trl,liger,cce,quack,torch linear")
     long=(--shapes long --repeats 3
-        --variants "fastpo triton,fastpo anchored,eager,trl,liger scaled,cce,quack")
+        --variants "fastpo triton,fastpo anchored,fastpo cutlass,eager,trl,liger scaled,cce,quack")
     models=(
         "qwen2.5-0.5b --lengths 1024 2048 4096 --steps 5 --memory-limit 24576 --checkpointing --most 65536"
         "qwen2.5-1.5b --lengths 2048 --steps 5 --fit"

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "fastpo/anchored.h"
+#include "fastpo/pair_rows.h"
 #include "fastpo/rows.h"
 
 namespace py = pybind11;
@@ -62,6 +64,40 @@ BackwardTile backward_tile(uintptr_t source, int source_dtype, int64_t source_st
           out_stride};
 }
 
+PairSide pair_side(uintptr_t tile, int64_t tile_stride, uintptr_t bias, float inner, float cap,
+                   float factor, uintptr_t out, int out_dtype, int64_t out_stride) {
+  return {pointer<const float>(tile),
+          tile_stride,
+          pointer<const float>(bias),
+          {inner, cap},
+          factor,
+          pointer<void>(out),
+          static_cast<DType>(out_dtype),
+          out_stride};
+}
+
+PairSoftmaxes pair_softmaxes(const PairTile& tile, uintptr_t state, int64_t state_stride, int over,
+                             bool entropy) {
+  return {tile, pointer<float>(state), state_stride, over, entropy};
+}
+
+PairValues pair_values(const PairTile& tile, const PairRule& rule, uintptr_t constants,
+                       int64_t constants_stride, uintptr_t sums, int64_t sums_stride) {
+  return {
+      tile,       rule, pointer<const float>(constants), constants_stride, pointer<double>(sums),
+      sums_stride};
+}
+
+PairGradients pair_gradients(const PairTile& tile, const PairRule& rule, uintptr_t constants,
+                             int64_t constants_stride, uintptr_t factors, int64_t factors_stride) {
+  return {tile,
+          rule,
+          pointer<const float>(constants),
+          constants_stride,
+          pointer<const float>(factors),
+          factors_stride};
+}
+
 void bind_tiles(py::module_& m) {
   using py::arg;
   py::class_<ForwardTile>(m, "ForwardTile")
@@ -74,6 +110,31 @@ void bind_tiles(py::module_& m) {
            arg("source_stride"), arg("anchors"), arg("n"), arg("v"), arg("first"), arg("labels"),
            arg("bias"), arg("grads"), arg("grads_stride"), arg("inner"), arg("cap"), arg("factor"),
            arg("entropy_grad"), arg("out"), arg("out_dtype"), arg("out_stride"));
+}
+
+void bind_pairs(py::module_& m) {
+  using py::arg;
+  py::class_<PairSide>(m, "PairSide")
+      .def(py::init(&pair_side), py::kw_only(), arg("tile"), arg("tile_stride"), arg("bias"),
+           arg("inner"), arg("cap"), arg("factor"), arg("out"), arg("out_dtype"),
+           arg("out_stride"));
+  py::class_<PairTile>(m, "PairTile")
+      .def(py::init([](const PairSide& student, const PairSide& teacher, int64_t n, int64_t v,
+                       int64_t first) { return PairTile{{student, teacher}, n, v, first}; }),
+           py::kw_only(), arg("student"), arg("teacher"), arg("n"), arg("v"), arg("first"));
+  py::class_<PairRule>(m, "PairRule")
+      .def(py::init(
+               [](int kind, double parameter) { return PairRule{Divergence(kind), parameter}; }),
+           py::kw_only(), arg("kind"), arg("parameter"));
+  py::class_<PairSoftmaxes>(m, "PairSoftmaxes")
+      .def(py::init(&pair_softmaxes), py::kw_only(), arg("tile"), arg("state"), arg("state_stride"),
+           arg("over"), arg("entropy"));
+  py::class_<PairValues>(m, "PairValues")
+      .def(py::init(&pair_values), py::kw_only(), arg("tile"), arg("rule"), arg("constants"),
+           arg("constants_stride"), arg("sums"), arg("sums_stride"));
+  py::class_<PairGradients>(m, "PairGradients")
+      .def(py::init(&pair_gradients), py::kw_only(), arg("tile"), arg("rule"), arg("constants"),
+           arg("constants_stride"), arg("factors"), arg("factors_stride"));
 }
 
 template <class Tile, void (*kRows)(const Tile&, int, Isa)>
@@ -95,19 +156,66 @@ void bind_cuda(py::module_& m, const char* name) {
       py::call_guard<py::gil_scoped_release>());
 }
 
+#ifdef FASTPO_HAS_CUTLASS
+AnchoredTile anchored_tile(uintptr_t x, int64_t x_stride, uintptr_t words, int64_t words_stride,
+                           int64_t n, int64_t v, int64_t h, uintptr_t columns, uintptr_t origin,
+                           uintptr_t bias, float slope, uintptr_t partial, uintptr_t e,
+                           int64_t e_stride) {
+  return {pointer<const void>(x),
+          x_stride,
+          pointer<const void>(words),
+          words_stride,
+          n,
+          v,
+          h,
+          pointer<const int>(columns),
+          pointer<const float>(origin),
+          pointer<const float>(bias),
+          slope,
+          pointer<float>(partial),
+          pointer<void>(e),
+          e_stride};
+}
+
+void bind_anchored(py::module_& m) {
+  using py::arg;
+  py::class_<AnchoredTile>(m, "AnchoredTile")
+      .def(py::init(&anchored_tile), py::kw_only(), arg("x"), arg("x_stride"), arg("words"),
+           arg("words_stride"), arg("n"), arg("v"), arg("h"), arg("columns"), arg("origin"),
+           arg("bias"), arg("slope"), arg("partial"), arg("e"), arg("e_stride"));
+  m.def(
+      "anchored_cuda",
+      [](const AnchoredTile& tile, int device, int multiprocessors, uintptr_t stream) {
+        anchored_cuda(tile, device, multiprocessors, pointer<void>(stream));
+      },
+      arg("tile"), arg("device"), arg("multiprocessors"), arg("stream"),
+      py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Row kernels of fastpo over raw addresses; _C.pyi says what each argument is.";
   bind_tiles(m);
+  bind_pairs(m);
   m.def("cpu_isa", [] { return static_cast<int>(best_isa()); });
   bind_cpu<ForwardTile, rows_forward_host>(m, "rows_forward_cpu");
   bind_cpu<BackwardTile, rows_backward_host>(m, "rows_backward_cpu");
+  bind_cpu<PairSoftmaxes, pair_softmaxes_host>(m, "pair_softmaxes_cpu");
+  bind_cpu<PairValues, pair_values_host>(m, "pair_values_cpu");
+  bind_cpu<PairGradients, pair_gradients_host>(m, "pair_gradients_cpu");
 #ifdef FASTPO_HAS_CUDA
   m.attr("has_cuda") = true;
   bind_cuda<ForwardTile, rows_forward_cuda>(m, "rows_forward_cuda");
   bind_cuda<BackwardTile, rows_backward_cuda>(m, "rows_backward_cuda");
 #else
   m.attr("has_cuda") = false;
+#endif
+#ifdef FASTPO_HAS_CUTLASS
+  m.attr("has_cutlass") = true;
+  bind_anchored(m);
+#else
+  m.attr("has_cutlass") = false;
 #endif
 }

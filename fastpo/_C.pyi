@@ -1,10 +1,11 @@
-"""Row kernels over raw addresses (csrc/include/fastpo/rows.h); 0 is an absent tensor.
+"""Row kernels over raw addresses (csrc/include/fastpo/{rows,pair_rows}.h); 0 is an absent tensor.
 
 Strides count elements. dtypes: 0 float32, 1 bfloat16, 2 float16. isa: 0 scalar, 1 AVX2, 2 AVX-512.
 The tensors must outlive the call, on CUDA until the stream has run it.
 """
 
 has_cuda: bool
+has_cutlass: bool
 
 class ForwardTile:
     def __init__(
@@ -53,6 +54,60 @@ class BackwardTile:
         out_stride: int,
     ) -> None: ...
 
+class PairSide:
+    def __init__(
+        self,
+        *,
+        tile: int,
+        tile_stride: int,
+        bias: int,
+        inner: float,
+        cap: float,
+        factor: float,
+        out: int,
+        out_dtype: int,
+        out_stride: int,
+    ) -> None: ...
+
+class PairTile:
+    def __init__(
+        self, *, student: PairSide, teacher: PairSide, n: int, v: int, first: int
+    ) -> None: ...
+
+class PairRule:
+    def __init__(self, *, kind: int, parameter: float) -> None:
+        """kind: its place in KINDS of ops/_pair_rows.py."""
+
+class PairSoftmaxes:
+    def __init__(
+        self, *, tile: PairTile, state: int, state_stride: int, over: int, entropy: bool
+    ) -> None:
+        """over: 0 student, 1 teacher, -1 neither."""
+
+class PairValues:
+    def __init__(
+        self,
+        *,
+        tile: PairTile,
+        rule: PairRule,
+        constants: int,
+        constants_stride: int,
+        sums: int,
+        sums_stride: int,
+    ) -> None: ...
+
+class PairGradients:
+    def __init__(
+        self,
+        *,
+        tile: PairTile,
+        rule: PairRule,
+        constants: int,
+        constants_stride: int,
+        factors: int,
+        factors_stride: int,
+    ) -> None: ...
+
 def cpu_isa() -> int:
     """The best instruction set that is compiled in and that this processor has."""
 
@@ -60,7 +115,35 @@ def rows_forward_cpu(tile: ForwardTile, threads: int, isa: int) -> None:
     """Raises RuntimeError when the processor lacks `isa`."""
 
 def rows_backward_cpu(tile: BackwardTile, threads: int, isa: int) -> None: ...
+def pair_softmaxes_cpu(tile: PairSoftmaxes, threads: int, isa: int) -> None: ...
+def pair_values_cpu(tile: PairValues, threads: int, isa: int) -> None: ...
+def pair_gradients_cpu(tile: PairGradients, threads: int, isa: int) -> None: ...
 def rows_forward_cuda(tile: ForwardTile, device: int, stream: int) -> None:
     """Only with `has_cuda`. Asynchronous on the stream; RuntimeError when the launch fails."""
 
 def rows_backward_cuda(tile: BackwardTile, device: int, stream: int) -> None: ...
+
+class AnchoredTile:
+    """Of csrc/include/fastpo/anchored.h; only with `has_cutlass`."""
+
+    def __init__(
+        self,
+        *,
+        x: int,
+        x_stride: int,
+        words: int,
+        words_stride: int,
+        n: int,
+        v: int,
+        h: int,
+        columns: int,
+        origin: int,
+        bias: int,
+        slope: float,
+        partial: int,
+        e: int,
+        e_stride: int,
+    ) -> None: ...
+
+def anchored_cuda(tile: AnchoredTile, device: int, multiprocessors: int, stream: int) -> None:
+    """Only with `has_cutlass`. Asynchronous; RuntimeError when the launch fails."""

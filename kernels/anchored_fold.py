@@ -26,7 +26,7 @@ def anchored_fold_kernel(
     w_ptr,  # [width, H]
     labels_ptr,  # [n] int64
     bias_ptr,  # [width] float32, from the tile's first word on, or None
-    partial_ptr,  # [blocks, n] float32
+    partial_ptr,  # [blocks, n] float32, in rows of `stride_partial`
     origin_ptr,  # [n] float32, updated where the row is computed again
     others_ptr,  # [n] float32, updated: Σ exp(z - origin·post) over the others so far
     e_ptr,  # [stored, width], rows computed again are written, or None
@@ -38,6 +38,7 @@ def anchored_fold_kernel(
     stored,
     first,
     blocks,
+    stride_partial,
     stride_x,
     stride_w,
     stride_e,
@@ -59,7 +60,7 @@ def anchored_fold_kernel(
     for start in range(0, blocks, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         mask = (p < blocks)[:, None] & (m < n)[None, :]
-        address = partial_ptr + p.to(tl.int64)[:, None] * n + m[None, :]
+        address = partial_ptr + p.to(tl.int64)[:, None] * stride_partial + m[None, :]
         total += tl.sum(tl.load(address, mask=mask, other=0.0), 0)
     origin = tl.load(origin_ptr + m, mask=m < n, other=0.0)
     others = tl.load(others_ptr + m, mask=m < n, other=0.0)
@@ -148,6 +149,7 @@ def anchored_fold(
             0 if e is None else len(e),
             first,
             len(partial),
+            partial.stride(0),
             x.stride(0),
             w.stride(0),
             0 if e is None else e.stride(0),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastpo
 from fastpo import planner, reference
-from fastpo.ops import _anchored_triton, _rows_triton
+from fastpo.ops import _anchored, _rows_triton
 from fastpo.ops import _rows as R
 from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head, max_error
 
@@ -31,6 +31,9 @@ pytestmark = [
     pytest.mark.skipif(reason is not None, reason=str(reason)),
     # The interpreter is numpy, which warns where a GPU makes its infinities in silence.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+PRODUCTS = [
+    name for name in ("anchored", "cutlass") if R.unavailable(name, torch.device(DEVICE)) is None
 ]
 MAPS = {
     "plain": R.LogitMap(),
@@ -165,12 +168,12 @@ def test_a_label_outside_the_vocabulary_leaves_finite_exponentials(outside):
 def count_products(monkeypatch) -> list[str]:
     """Which forward ran: a word for each tile."""
     ran: list[str] = []
-    fold, products = _anchored_triton._Block.fold, fastpo.ops._head.Head.products
+    fold, products = _anchored._Block.fold, fastpo.ops._head.Head.products
 
     def note(word, function):
         return lambda *args, **named: (ran.append(word), function(*args, **named))[1]
 
-    monkeypatch.setattr(_anchored_triton._Block, "fold", note("anchored", fold))
+    monkeypatch.setattr(_anchored._Block, "fold", note("anchored", fold))
     monkeypatch.setattr(fastpo.ops._head.Head, "products", note("classic", products))
     return ran
 
@@ -260,9 +263,10 @@ def test_blocks_are_what_the_kernels_can_walk():
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("mode", ["score", "frozen", "keep", "lean"])
-def test_a_large_vocabulary_on_a_gpu(mode, softcap):
+def test_a_large_vocabulary_on_a_gpu(mode, softcap, product):
     """bf16 against float64 at V = 128,256; ragged rows, an ignored one, one that overflows."""
     inputs = make_head(300, 128_256, 512, dtype=torch.bfloat16, device=DEVICE, ignored=0.1)
     inputs.labels[-1] = 128_255
@@ -274,18 +278,21 @@ def test_a_large_vocabulary_on_a_gpu(mode, softcap):
                         ("fused", torch.bfloat16)):  # fmt: skip
         x = inputs.like(dtype, grad=mode != "score")
         x.weight.requires_grad_(mode in ("keep", "lean"))
-        found[name] = _losses(x, mode, name == "fused", softcap)
+        found[name] = _losses(x, mode, product if name == "fused" else None, softcap)
     for name, value in found["fused"].items():
         assert_as_good_as_eager(name, value, found["eager"][name], found["truth"][name])
     error = (found["fused"]["logps"] - found["truth"]["logps"]).abs()
     assert (error <= 2e-4 * (1 + found["truth"]["logps"].abs())).all()
 
 
-def _losses(x: HeadInputs, mode: str, fused: bool, softcap: float | None) -> dict[str, Tensor]:
-    if fused:
+def _losses(
+    x: HeadInputs, mode: str, backend: str | None, softcap: float | None
+) -> dict[str, Tensor]:
+    """backend: None is eager."""
+    if backend is not None:
         budget = 0 if mode == "lean" else 2**40
         logps = fastpo.linear_logps(
-            x.hidden, x.weight, x.labels, softcap=softcap, budget=budget, backend="anchored"
+            x.hidden, x.weight, x.labels, softcap=softcap, budget=budget, backend=backend
         ).logps
     else:
         logps = reference.linear_logps(x.hidden, x.weight, x.labels, softcap=softcap).logps
@@ -297,8 +304,9 @@ def _losses(x: HeadInputs, mode: str, fused: bool, softcap: float | None) -> dic
 
 @pytest.mark.gpu
 @gpu
+@pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("hidden", [512, 500])  # loaded through descriptors, and not
-def test_same_bits_in_all_modes_and_no_waiting_on_a_gpu(hidden):
+def test_same_bits_in_all_modes_and_no_waiting_on_a_gpu(hidden, product):
     inputs = make_head(200, 50_257, hidden, dtype=torch.bfloat16, device=DEVICE, ignored=0.1)
     with torch.no_grad():
         inputs.hidden[5] *= 40
@@ -310,7 +318,7 @@ def test_same_bits_in_all_modes_and_no_waiting_on_a_gpu(hidden):
             for mode in ("score", "frozen", "keep", "lean"):
                 x = inputs.like(torch.bfloat16, grad=mode != "score")
                 x.weight.requires_grad_(mode in ("keep", "lean"))
-                results.append(_losses(x, mode, True, None)["logps"])
+                results.append(_losses(x, mode, product, None)["logps"])
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(result, results[0]) for result in results)
@@ -318,10 +326,16 @@ def test_same_bits_in_all_modes_and_no_waiting_on_a_gpu(hidden):
 
 @pytest.mark.gpu
 @gpu
-def test_both_kernels_agree_on_a_gpu(monkeypatch):
-    """Descriptors and pointers, on one machine: the blocks differ, the sums hardly."""
-    x = make_head(300, 40_000, 256, dtype=torch.bfloat16, device=DEVICE)
-    first = fastpo.linear_logps(x.hidden, x.weight, x.labels, backend="anchored").logps
-    monkeypatch.setattr(_anchored_triton, "_is_hopper", lambda device: False)
-    second = fastpo.linear_logps(x.hidden, x.weight, x.labels, backend="anchored").logps
-    assert max_error(first, second) <= 2e-6 * (1 + second.abs().max())
+@pytest.mark.parametrize("vocab", [40_000, 40_003])
+@pytest.mark.parametrize("offset", [False, True])
+def test_all_products_agree_on_a_gpu(monkeypatch, vocab, offset):
+    """Descriptors, pointers and CUTLASS on one machine: the blocks differ, the sums hardly."""
+    x = make_head(300, vocab, 256, dtype=torch.bfloat16, device=DEVICE, bias=offset)
+    given = {"bias": x.bias, "temperature": 0.8}
+    found = [
+        fastpo.linear_logps(x.hidden, x.weight, x.labels, backend=product, **given).logps
+        for product in PRODUCTS
+    ]
+    monkeypatch.setattr(_anchored, "_is_hopper", lambda device: False)
+    last = fastpo.linear_logps(x.hidden, x.weight, x.labels, backend="anchored", **given).logps
+    assert all(max_error(one, last) <= 2e-6 * (1 + last.abs().max()) for one in found)

@@ -59,14 +59,14 @@ def run(function, tensors, upstream, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("mapped", MAPS)
 @pytest.mark.parametrize("name", KINDS)
-def test_as_good_as_eager(name, mapped, dtype):
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_as_good_as_eager(backend, name, mapped, dtype):
     options = {"kind": name.removesuffix("_beyond"), **KINDS[name], **MAPS[mapped]}
     tensors = sides(dtype=dtype)
     upstream = torch.linspace(-1, 1, len(tensors[0]))
     both = ("divergence", "entropy")
-    fused = run(
-        fastpo.linear_divergence, tensors, upstream, teacher_grad=True, outputs=both, **options
-    )
+    ours = {"teacher_grad": True, "outputs": both, "backend": backend}
+    fused = run(fastpo.linear_divergence, tensors, upstream, **ours, **options)
     eager = run(reference.linear_divergence, tensors, upstream, **options)
     wide = [x.detach().double().requires_grad_() for x in tensors]
     truth = run(reference.linear_divergence, wide, upstream, **options)

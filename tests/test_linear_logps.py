@@ -14,7 +14,7 @@ from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
-    name for name in _rows.BACKENDS if _rows.load(name).unavailable(torch.device(DEVICE)) is None
+    name for name in _rows.BACKENDS if _rows.unavailable(name, torch.device(DEVICE)) is None
 ]
 DIFFERENTIABLE = ("logps", "entropy", "lse")
 INTERPRETED = ("triton", "anchored") if DEVICE == "cpu" else ()
@@ -30,8 +30,8 @@ OPTIONS = {
 
 
 def outputs_of(backend: str) -> tuple[str, ...]:
-    """What a backend computes itself; asked for more, "anchored" is "triton"."""
-    return ("logps", "lse") if backend == "anchored" else OUTPUTS
+    """What a backend computes itself; asked for more, the anchored ones are "triton"."""
+    return ("logps", "lse") if backend in ("anchored", "cutlass") else OUTPUTS
 
 
 def weights(stats: fastpo.TokenStats, names: tuple[str, ...], seed: int = 1) -> Tensor:

@@ -111,6 +111,18 @@ print(_rows.load("cpu").unavailable(torch.device("cpu")), _rows.choose(None, tor
     assert "build it with" in output or output.strip().endswith("cpu"), output
 
 
+def test_import_is_light(tmp_path: Path) -> None:
+    """Seconds of every start: what is heavy is loaded by those who use it."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import fastpo
+heavy = {"torch._dynamo", "triton", "transformers", "trl", "peft", "datasets", "sympy"}
+print(sorted(heavy & (set(sys.modules) - before)))
+"""
+    assert run(sys.executable, "-c", program, cwd=tmp_path).strip() == "[]"
+
+
 def test_sdist_contents(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}

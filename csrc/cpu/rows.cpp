@@ -3,6 +3,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fastpo/pair_rows.h"
 #include "fastpo/rows.h"
 #include "rows_isa.h"
 
@@ -26,7 +27,7 @@ const RowTable& table(const char* who, Isa isa) {
 }
 
 template <class Tile>
-void run(const Tile& tile, void (*row)(const Tile&, int64_t), int threads) {
+void run(const Tile& tile, Row<Tile> row, int threads) {
   const bool share = threads > 1 && tile.n * tile.v >= kWorthThreads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (share)
   for (int64_t i = 0; i < tile.n; ++i) row(tile, i);
@@ -56,6 +57,18 @@ void rows_forward_host(const ForwardTile& tile, int threads, Isa isa) {
 
 void rows_backward_host(const BackwardTile& tile, int threads, Isa isa) {
   if (tile.n > 0) run(tile, table("rows_backward", isa).backward(tile), threads);
+}
+
+void pair_softmaxes_host(const PairSoftmaxes& work, int threads, Isa isa) {
+  if (work.n > 0) run(work, table("pair_softmaxes", isa).pair_softmaxes, threads);
+}
+
+void pair_values_host(const PairValues& work, int threads, Isa isa) {
+  if (work.n > 0) run(work, table("pair_values", isa).pair_values, threads);
+}
+
+void pair_gradients_host(const PairGradients& work, int threads, Isa isa) {
+  if (work.n > 0) run(work, table("pair_gradients", isa).pair_gradients, threads);
 }
 
 }  // namespace fastpo

@@ -1,11 +1,14 @@
 #include "backward.h"
 #include "forward.h"
+#include "pair_rows.h"
 #include "rows_isa.h"
 #include "vector_avx2.h"
 #include "vector_scalar.h"
 
 namespace fastpo {
 
-extern const RowTable kRowsAvx2 = {choose_forward<Avx2>, choose_backward<Avx2>};
+extern const RowTable kRowsAvx2 = {choose_forward<Avx2>, choose_backward<Avx2>,
+                                   pair_softmaxes_row<Avx2>, pair_values_row<Avx2>,
+                                   pair_gradients_row<Avx2>};
 
 }  // namespace fastpo

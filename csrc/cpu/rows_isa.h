@@ -4,13 +4,20 @@
 // the linker merges same-named inline functions, and an AVX-512 copy must not win for all.
 #pragma once
 
+#include "fastpo/pair_rows.h"
 #include "fastpo/rows.h"
 
 namespace fastpo {
 
+template <class Work>
+using Row = void (*)(const Work&, int64_t);
+
 struct RowTable {
-  void (*(*forward)(const ForwardTile&))(const ForwardTile&, int64_t);
-  void (*(*backward)(const BackwardTile&))(const BackwardTile&, int64_t);
+  Row<ForwardTile> (*forward)(const ForwardTile&);
+  Row<BackwardTile> (*backward)(const BackwardTile&);
+  Row<PairSoftmaxes> pair_softmaxes;
+  Row<PairValues> pair_values;
+  Row<PairGradients> pair_gradients;
 };
 
 extern const RowTable kRowsScalar;

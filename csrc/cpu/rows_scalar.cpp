@@ -1,10 +1,13 @@
 #include "backward.h"
 #include "forward.h"
+#include "pair_rows.h"
 #include "rows_isa.h"
 #include "vector_scalar.h"
 
 namespace fastpo {
 
-extern const RowTable kRowsScalar = {choose_forward<Scalar>, choose_backward<Scalar>};
+extern const RowTable kRowsScalar = {choose_forward<Scalar>, choose_backward<Scalar>,
+                                     pair_softmaxes_row<Scalar>, pair_values_row<Scalar>,
+                                     pair_gradients_row<Scalar>};
 
 }  // namespace fastpo

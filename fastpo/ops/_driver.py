@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _anchored_triton
+from . import _anchored
 from . import _rows as R
 from ._backward import backward
 from ._head import Adapted, Forward, Head, HeadSpec, addmm_float32, check_labels, kept_shapes
@@ -30,8 +30,8 @@ def forward(
         anchors = head.empty(*anchors_shape, dtype=torch.float32)
         frozen = head.plan.mode == "frozen"
         score_block, frozen_block = _score_block, _frozen_block
-        if _anchored_triton.serves(spec, head.device):
-            score_block, frozen_block = _anchored_triton.score_block, _anchored_triton.frozen_block
+        if _anchored.serves(spec, head.device):
+            score_block, frozen_block = _anchored.score_block, _anchored.frozen_block
         direction = head.empty(*(hidden.shape if frozen else (0, 0)), dtype=hidden.dtype)
         weighted = head.hidden.new_empty(0)
         for a, b in head.token_blocks():

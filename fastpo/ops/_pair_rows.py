@@ -145,7 +145,7 @@ class PairKernels(Protocol):
 
 
 # The compiled CUDA rows are those of linear_logps only; its products run with PyTorch's rows.
-_MODULES: dict[str, str] = {}
+_MODULES = {"cpu": "cpu", "triton": "triton", "anchored": "triton", "cutlass": "triton"}
 
 
 def load(backend: str) -> PairKernels:

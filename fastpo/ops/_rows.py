@@ -111,9 +111,9 @@ class RowKernels(Protocol):
         """
 
 
-BACKENDS = ("cuda", "triton", "anchored", "cpu", "torch")
-# Its own forward where that serves (see _anchored_triton.py); else all of the other's.
-_ROW_KERNELS = {"anchored": "triton"}
+BACKENDS = ("cuda", "triton", "anchored", "cutlass", "cpu", "torch")
+# Their own forward where that serves (see _anchored.py); else all of the other's.
+_ROW_KERNELS = {"anchored": "triton", "cutlass": "triton"}
 
 
 def load(name: str) -> RowKernels:
@@ -121,16 +121,24 @@ def load(name: str) -> RowKernels:
     return module
 
 
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why a backend of BACKENDS cannot serve the device; None when it can."""
+    reason = load(backend).unavailable(device)
+    if reason is None and backend == "cutlass":
+        reason = import_module("fastpo.ops._anchored_cutlass").unavailable(device)
+    return reason
+
+
 def choose(backend: str | None, device: torch.device) -> str:
     """The named backend, or the best that serves the device."""
     if backend is None:
         preference = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
         for name in preference.get(device.type, ("torch",)):
-            if load(name).unavailable(device) is None:
+            if unavailable(name, device) is None:
                 return name
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = load(backend).unavailable(device)
+    reason = unavailable(backend, device)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r}: {reason}")
     return backend

@@ -137,13 +137,17 @@ def _check_anchors(anchors: Tensor | None, n: int, wanted: bool) -> None:
         _check_vector(anchors, n, torch.float32)
 
 
-def _check_fields(x: Tensor, fields: int, n: int) -> None:
+def _check_fields(x: Tensor, fields: int, n: int, dtype: torch.dtype = torch.float32) -> None:
     assert x.shape == (fields, n) and (n <= 1 or x.stride(1) == 1), (x.shape, x.stride())
-    assert x.dtype == torch.float32, x.dtype
+    assert x.dtype == dtype, x.dtype
 
 
 def _check_words(labels: Tensor, bias: Tensor | None, first: int, n: int, v: int) -> None:
     _check_vector(labels, n, torch.int64)
+    _check_bias(bias, first, v)
+
+
+def _check_bias(bias: Tensor | None, first: int, v: int) -> None:
     if bias is not None:
         assert first + v <= len(bias), (first, v, len(bias))
         _check_vector(bias, len(bias), torch.float32)

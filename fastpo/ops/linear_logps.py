@@ -59,9 +59,11 @@ def linear_logps(
     outputs: names of the `TokenStats` fields to compute.
     budget: bytes of probabilities that may be kept for the backward of a trainable head; tokens
         above it are recomputed. None: 4·V·H, see `fastpo.plan`.
-    backend: "triton", "anchored", "cuda", "cpu" or "torch"; None: the best that is there.
-        "anchored" is "triton" with a forward that writes no logits, for bfloat16 products and no
-        other outputs than logps and lse; its log-probabilities differ from "triton" in last bits.
+    backend: "triton", "anchored", "cutlass", "cuda", "cpu" or "torch"; None: the best of the
+        others than "anchored" and "cutlass". Those are "triton" with a forward that writes no
+        logits, for bfloat16 products and no other outputs than logps and lse; log-probabilities
+        differ from those of "triton" in last bits. "cutlass" takes the product of "anchored" where
+        there is a soft-cap or where rows do not start at multiples of 16 bytes.
 
     Raises ValueError for shapes, dtypes, devices, options and, on a CPU, labels that cannot be;
     on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would

@@ -5,17 +5,24 @@ logits are neither written nor read. log p = -log1p(Σ exp(z_v - z_y)) over the 
 cancellation. What is kept and left in `state` has the classic meaning, with z_y in place of the
 running maximum, so the backward is the classic one.
 
-Selected by name only, because no GPU has timed it yet: `backend="anchored"`.
+The product is Triton's, or CUTLASS's where that was built in and serves the tile. Both are selected
+by name only, because no GPU has timed them yet: `backend="anchored"`, `backend="cutlass"`.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from . import _anchored_cutlass as cutlass
 from . import _rows as R
 from ._head import Head, HeadSpec, addmm_float32
 from ._rows_triton import map_scalars
+
+LOG2_E = 1 / math.log(2)
 
 # The sums an epilogue takes in passing. Others want z itself: the classic forward gives them.
 _OUTPUTS = {"logps", "lse"}
@@ -26,7 +33,7 @@ _DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 def serves(spec: HeadSpec, device: torch.device) -> bool:
     """The one place that chooses between this forward and the classic one."""
-    named = spec.backend == "anchored" and _OUTPUTS.issuperset(spec.outputs)
+    named = spec.backend in ("anchored", "cutlass") and _OUTPUTS.issuperset(spec.outputs)
     return named and spec.compute_dtype == _DTYPES.get(device.type)
 
 
@@ -84,18 +91,33 @@ class _Block:
         total: Tensor | None = None,  # [n, H], rescaled where the origin moves
     ) -> None:
         """One tile of words. For `total` the soft-cap's slope is multiplied into `e`."""
-        from ..kernels.anchored import anchored_fwd
         from ..kernels.anchored_fold import anchored_fold
 
         words = _unit_columns(words)
-        blocks = _gemm_blocks(self.x, words)
         options = {**self.scalars, "fold_cap": total is not None}
-        partial = self.head.empty(-(-len(words) // blocks.v), len(self.x), dtype=torch.float32)
         rows = (self.x, words, self.labels, self.head.bias)
-        programs = _multiprocessors(self.head.device)
-        anchored_fwd(*rows, self.origin, partial, e, first, blocks, programs, **options)
+        partial = self._exponentials(rows, e, first, options)
         others = self.state[R.OTHERS]
         anchored_fold(*rows, partial, self.origin, others, e, anchors, total, first, **options)
+
+    def _exponentials(
+        self, rows: tuple, e: Tensor | None, first: int, options: dict[str, Any]
+    ) -> Tensor:  # [blocks of words, n]
+        """Sums over the others, block by block; `e` is written."""
+        from ..kernels.anchored import anchored_fwd
+
+        x, words, labels, bias = rows
+        programs = _multiprocessors(self.head.device)
+        if self.head.spec.backend == "cutlass":
+            own = None if bias is None else bias[first : first + len(words)]
+            if cutlass.serves(x, words, own, options["softcap"]):
+                columns = (labels - first).clamp_(-1, len(words)).int()
+                slope = options["post"] * LOG2_E
+                return cutlass.product(x, words, columns, own, self.origin, e, slope, programs)
+        blocks = _gemm_blocks(x, words)
+        partial = self.head.empty(-(-len(words) // blocks.v), len(x), dtype=torch.float32)
+        anchored_fwd(*rows, self.origin, partial, e, first, blocks, programs, **options)
+        return partial
 
     def finish(self) -> None:
         """The maximum's place in the state: z of the label, or of the origin a row moved to."""
