@@ -110,9 +110,7 @@ def pair_softmaxes_kernel(
         mass = shrink * mass + tl.sum(e, 0)
         t_mass = t_shrink * t_mass + tl.sum(t_e, 0)
 
-    # tl.max passes over a NaN that the sums have met.
-    m = tl.where(mass == mass, m, mass)
-    t_m = tl.where(t_mass == t_mass, t_m, t_mass)
+    # tl.max may pass over a NaN: the mass is NaN then, and with it all that is made of the row.
     tl.store(state_ptr + MAX * stride_state, m)
     tl.store(state_ptr + MASS * stride_state, mass)
     tl.store(state_ptr + (MAX + 2) * stride_state, t_m)

@@ -23,14 +23,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels import _blocks, anchored, anchored_fold, rows
+from fastpo.kernels import _blocks, anchored, anchored_fold, pair_rows, rows
+from fastpo.ops import _pair_rows as P
+from fastpo.ops import _pair_rows_triton, _rows_triton
 from fastpo.ops import _rows as R
-from fastpo.ops import _rows_triton
 
 ARCHITECTURES = (80, 90)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
-TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64"}
+TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64", torch.float64: "*fp64"}
 PLAIN, CAPPED = R.LogitMap(0.7), R.LogitMap(0.7, 30.0)
 ALL = sum(R.STATS.values())
 
@@ -76,6 +77,12 @@ ANCHORED = [
     (512, 8191, 4096, BF16, False, PLAIN, True, False),
     (500, 8191, 4090, BF16, True, CAPPED, True, True),
     (1, 1, 8, BF16, True, CAPPED, True, False),
+]
+
+# width, biases, the student's and the teacher's map, dtypes written
+PAIRS = [
+    (8192, False, (PLAIN, PLAIN), (BF16, None)),
+    (8191, True, (CAPPED, CAPPED), (FP32, FP16)),
 ]
 
 
@@ -135,6 +142,8 @@ def launches() -> Iterator[Launch]:
         yield record(name, "rows_bwd_kernel", _rows_triton.backward, arguments)
     for case in ANCHORED:
         yield from anchored_launches(*case)
+    for case in PAIRS:
+        yield from pair_launches(*case)
 
 
 def anchored_launches(
@@ -181,6 +190,32 @@ def anchored_launches(
         "target ", "anchored_target_kernel", anchored.anchored_target,
         x, x, *rows[2:], numbers, numbers,
     )  # fmt: skip
+
+
+def pair_launches(
+    width: int,
+    biased: bool,
+    maps: tuple[R.LogitMap, R.LogitMap],
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+) -> Iterator[Launch]:
+    n = 16
+    bias, numbers = torch.zeros(width) if biased else None, torch.zeros(P.STATE, n)
+    sides = tuple(P.Side(torch.empty(n, width), bias, logit_map) for logit_map in maps)
+    outs = tuple(None if x is None else torch.empty(n, width, dtype=x) for x in dtypes)
+    name = f" {width} {_words(biased, maps[0])}teacher {_words(False, maps[1])}"
+
+    def launch(kernel: str, detail: str, *arguments: object) -> Launch:
+        adapter = getattr(_pair_rows_triton, kernel)
+        title = f"pair {kernel}{name}{detail}"
+        return record(title, f"pair_{kernel}_kernel", adapter, (sides, 0, *arguments), pair_rows)
+
+    for over, entropy in ((None, False), (0, True), (1, True)):
+        yield launch("softmaxes", f"over={over} entropy={entropy}", numbers, over, entropy)
+    for kind in P.KINDS:
+        rule, sums = P.Rule(kind, 0.3), torch.zeros(P.SUMS, n, dtype=torch.float64)
+        if rule.over is None:  # a KL divergence is known after the softmaxes
+            yield launch("values", kind, numbers, rule, sums)
+        yield launch("gradients", kind, numbers, numbers, rule, outs)
 
 
 def _words(biased: bool, logit_map: R.LogitMap) -> str:

@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("triton")
 pytestmark = pytest.mark.xdist_group("ahead of time")  # one compilation for all
 
+KERNELS = ["forward", "backward", "pointers", "descriptors", "fold", "target"]
+KERNELS += ["pair softmaxes", "pair values", "pair gradients"]
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes one program may have
 
 
@@ -29,9 +31,7 @@ def compiled() -> list[dict]:
 
 
 @pytest.mark.parametrize("sm", SHARED_MEMORY)
-@pytest.mark.parametrize(
-    "kernel", ["forward", "backward", "pointers", "descriptors", "fold", "target"]
-)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_fits_the_gpu(compiled, kernel, sm):
     found = [x for x in compiled if x["sm"] == sm and x["name"].startswith(kernel)]
     assert found or (kernel, sm) == ("descriptors", 80)

@@ -94,7 +94,8 @@ class Rule:
             return total, None
         scale = self.parameter * (self.parameter - 1)
         sums = total * scale
-        capped = sums >= math.exp(LARGEST)
+        # A sum of one capped exponential falls short of its value by rounding.
+        capped = sums >= math.exp(LARGEST) * (1 - 1e-5)
         largest = math.expm1(LARGEST)
         return torch.where(capped, torch.full_like(sums, largest), sums - 1) / scale, capped
 
