@@ -11,6 +11,7 @@ from typing import Any
 
 from ._seam import Make, Method, Seam
 from ._trl_head import light_passes
+from ._trl_metrics import deferred
 
 _VERSIONS = ("1.15", "1.16")
 _LOSS = ("model", "inputs", "return_outputs")
@@ -21,7 +22,8 @@ class _Loss(Method):
     """While training, whatever runs without gradient is not the policy's own pass."""
 
     def __call__(self, trainer: Any, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        with light_passes() if trainer.model.training else nullcontext():
+        light = light_passes() if trainer.model.training else nullcontext()
+        with light, deferred(trainer, self.original):
             return self.original(trainer, model, inputs, return_outputs)
 
 
