@@ -235,7 +235,8 @@ def main() -> None:
         return
     size = {"dtype": args.dtype, "N": args.tokens, "V": args.vocab, "H": args.hidden, "k": K}
     whole = 4 * args.tokens * args.vocab / 2**20
-    report = machine.facts(args.device) | size | {"logits_mib": whole, "rows": (rows := [])}
+    report = machine.facts(args.device) | size | {"what": "primitives", "logits_mib": whole}
+    report["rows"] = rows = []
     print(f"{report['device']}, {size}; float32 logits: {whole:.0f} MiB")
     print(f"{'variant':<42}{'extra MiB':>10}{'max error':>11}")
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -22,8 +23,12 @@ QUESTIONS = ("what is red", "where is the cat", "who sings", "name a fruit", "is
 GOOD = ("a warm colour", "on the mat by the door", "the bird", "an apple", "yes it is", "because")
 BAD = ("no", "cat cat cat", "the door sings on the mat", "a colour", "blue", "an apple a day")
 
+# The assistant's words are marked, for losses on them alone.
 _TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>"
+    "{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{{ eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -136,8 +141,31 @@ def model(name: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedMo
     return built.eval()
 
 
+@functools.cache
+def processor() -> Any:
+    """The tokenizer with a word for images, and CLIP's preparation of them."""
+    words = copy.deepcopy(tokenizer())
+    words.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    parts = (
+        "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"
+        "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}{% endif %}"
+    )
+    template = _TEMPLATE.replace("{{ m['content'] }}", parts)
+    words.chat_template = template.replace("{{ eos_token }}", str(words.eos_token))
+    size = {"height": 8, "width": 8}
+    return transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=size),
+        words,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=words.chat_template,
+    )
+
+
 def vision_language_model(*, seed: int = 0) -> PreTrainedModel:
-    """A Llama behind a CLIP tower."""
+    """A Llama behind a CLIP tower, for images of 8 x 8 points."""
     tower = transformers.CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -146,10 +174,11 @@ def vision_language_model(*, seed: int = 0) -> PreTrainedModel:
         image_size=8,
         patch_size=4,
     )
-    text = transformers.LlamaConfig(**_settings())
+    image = len(tokenizer())  # the processor's one word more
+    text = transformers.LlamaConfig(**{**_settings(), "vocab_size": image + 1})
     torch.manual_seed(seed)
     return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_index=4)
+        transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_index=image)
     ).eval()
 
 
@@ -194,6 +223,11 @@ def unpaired() -> Dataset:
     return Dataset.from_list(rows)
 
 
+def completions() -> Dataset:
+    """Prompts and answers in two columns."""
+    return unpaired().remove_columns("label")
+
+
 def conversations() -> Dataset:
     return Dataset.from_list(
         [
@@ -205,6 +239,18 @@ def conversations() -> Dataset:
 
 def prompts() -> Dataset:
     return Dataset.from_list([{"prompt": _said("user", question)} for question in QUESTIONS])
+
+
+def with_images(rows: Dataset) -> Dataset:
+    """A picture of one colour at the head of every row."""
+    from PIL import Image  # no other test needs it
+
+    pictures = [
+        [Image.new("RGB", (8, 8), (40 * i, 255 - 20 * i, 90))] for i in range(rows.num_rows)
+    ]
+    return Dataset.from_list(
+        [{**row, "images": picture} for row, picture in zip(rows, pictures, strict=True)]
+    )
 
 
 class Widest(TorchDispatchMode):

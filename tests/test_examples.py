@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +13,13 @@ import pytest
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
+from _tiny import one_thread  # noqa: F401
+
+import fastpo
+from fastpo.integrations.run import run_script
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
-UNCHANGED = str(EXAMPLES / "run_unchanged.py")
+UNCHANGED = EXAMPLES / "run_unchanged.py"
 COMMANDS = {
     "dpo": ["dpo.py"],
     "trainer": ["trainer.py"],
@@ -28,36 +33,45 @@ COMMANDS = {
 }
 
 
-def output(*arguments: str) -> str:
-    found = subprocess.run(
-        [sys.executable, *arguments, "--steps", "2"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout
+@pytest.fixture(autouse=True)
+def as_a_script(monkeypatch):
+    """In this process, where TRL is imported already; what an example patched is given back."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    yield
+    fastpo.unpatch()
 
 
-def losses(said: str) -> list[str]:
+def losses(capsys) -> list[str]:
     """Of the summary in the last line."""
-    return re.findall(r"\d+\.\d{4}", said.splitlines()[-1])
+    return re.findall(r"\d+\.\d{4}", capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_example(name):
+def test_example(name, monkeypatch, capsys):
     script, *rest = COMMANDS[name]
-    assert losses(output(str(EXAMPLES / script), *rest))
+    monkeypatch.setattr(sys, "argv", [script, *rest, "--steps", "2"])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    assert losses(capsys)
 
 
-def test_an_unchanged_script_says_the_same():
-    assert "import fastpo" not in Path(UNCHANGED).read_text(encoding="utf-8")
-    own, ours = output(UNCHANGED), output("-m", "fastpo", "run", UNCHANGED)
-    assert losses(own) == losses(ours) != []
+def test_an_unchanged_script_says_the_same(monkeypatch, capsys):
+    assert "import fastpo" not in UNCHANGED.read_text(encoding="utf-8")
+    arguments = [str(UNCHANGED), "--steps", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    runpy.run_path(str(UNCHANGED), run_name="__main__")
+    own = losses(capsys)
+    assert run_script(arguments) == 0
+    assert losses(capsys) == own != []
+
+
+def test_the_command_itself():
+    """In a process of its own."""
+    command = [sys.executable, "-m", "fastpo", "run", str(UNCHANGED), "--steps", "1"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "sft: loss" in found.stdout
 
 
 def test_every_example_is_run():
-    run = {command[0] for command in COMMANDS.values()} | {Path(UNCHANGED).name}
+    run = {command[0] for command in COMMANDS.values()} | {UNCHANGED.name}
     assert run == {path.name for path in EXAMPLES.glob("*.py")}

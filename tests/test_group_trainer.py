@@ -6,14 +6,14 @@ import contextlib
 
 import pytest
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", minversion="1.15")  # the first with a fused head
 pytest.importorskip("datasets")
 
 import _tiny as tiny
+import _trainers
 import torch
 from _tiny import one_thread  # noqa: F401
 from datasets import Dataset
-from trl import DPOConfig
 
 import fastpo
 from fastpo import objectives
@@ -37,27 +37,10 @@ def groups(**columns):
 
 
 def trainer(folder, objective, *, data=None, ref_model=None, reference_free=False, **changes):
-    config = DPOConfig(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=3,
-        learning_rate=0.05,
-        optim="sgd",
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **changes,
-    )
-    path = folder / "model"
-    tiny.model("llama").save_pretrained(path)
     return fastpo.GroupTrainer(
-        str(path),
+        _trainers.saved(folder),
         ref_model,
-        config,
+        _trainers.config("DPO", folder, {"per_device_train_batch_size": 3, **changes}),
         objective=objective,
         reference_free=reference_free,
         train_dataset=groups() if data is None else data,

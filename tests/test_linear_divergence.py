@@ -110,6 +110,20 @@ def test_of_itself_is_nothing(name):
     assert all(g.abs().max() < 1e-4 for g in grads)
 
 
+@pytest.mark.parametrize("alpha", [1.5, -0.4])
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_an_alpha_divergence_ends_at_the_cap(backend, alpha):
+    """Where the heads are so far apart that e^40 stands for more, nothing moves them."""
+    apart = torch.tensor([[0.0], [-200.0]])
+    h, w = torch.ones(2, 1, requires_grad=True), apart.clone().requires_grad_()
+    found = fastpo.linear_divergence(
+        h, w, torch.ones(2, 1), apart.flip(0), kind="alpha", alpha=alpha, backend=backend
+    ).divergence
+    expected = torch.tensor(40.0).expm1() / (alpha * (alpha - 1))
+    torch.testing.assert_close(found, expected.expand(2), rtol=1e-4, atol=0)
+    assert not any(grad.any() for grad in torch.autograd.grad(found.sum(), [h, w]))
+
+
 def test_only_the_student_is_trained_unless_asked():
     h, w, b, th, tw, tb = sides()
     found = fastpo.linear_divergence(h, w, th, tw, kind="jsd", bias=b, teacher_bias=tb)

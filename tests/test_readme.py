@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import fastpo
@@ -41,5 +42,6 @@ def test_example_from_hidden_states_to_gradients():
     torch.testing.assert_close(lm_head.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-7)
 
 
-def test_tables_stand_as_their_reports_give_them():
-    assert rewrite(README, write=False) == []
+@pytest.mark.parametrize("page", [README, README.parent / "docs" / "drop-in.md"], ids=str)
+def test_tables_stand_as_their_reports_give_them(page):
+    assert rewrite(page, write=False) == []

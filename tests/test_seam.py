@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+from importlib import metadata
 from types import ModuleType
 
 import pytest
@@ -13,6 +14,7 @@ from fastpo.integrations._seam import (
     Method,
     Replacement,
     Seam,
+    fitting,
     kept,
     replace,
     replace_when_imported,
@@ -101,6 +103,34 @@ def test_a_changed_signature_leaves_everything_alone(foreign, change):
     with pytest.raises(RuntimeError, match=r"foreign\.utils\." + CHANGES[change] + works):
         replace({HEAD: Replacement, SWITCH: Replacement})
     assert vars(foreign) == before
+
+
+@pytest.mark.parametrize(
+    ("installed", "expected"),
+    [("8.9.1", ["old"]), ("8.10.0", ["both"]), ("8.11.0rc1", ["both", "new"])],
+)
+def test_seams_of_the_installed_version(installed, expected, monkeypatch):
+    """A version newer than all is taken for the newest, as is one that nothing says."""
+    named = {"old": ("8.9",), "both": ("8.10", "8.11"), "new": ("8.11",)}
+    seams = {Seam("foreign.utils", name, (), named[name]): Replacement for name in named}
+    found = {}
+    for version in (installed, "9.0", None):
+
+        def answer(package, version=version):
+            if version is None:
+                raise metadata.PackageNotFoundError(package)
+            return version
+
+        monkeypatch.setattr(metadata, "version", answer)
+        found[version] = [seam.name for seam in fitting(seams)]
+    assert found == {installed: expected, "9.0": ["both", "new"], None: ["both", "new"]}
+
+
+def test_a_version_older_than_all_seams(monkeypatch):
+    monkeypatch.setattr(metadata, "version", lambda package: "7.12.3")
+    message = r"foreign: expected version 8\.0 or 8\.1, got 7\.12\.3"
+    with pytest.raises(RuntimeError, match=message):
+        fitting({HEAD: Replacement, SWITCH: Replacement})
 
 
 def test_a_missing_package():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", minversion="1.15")  # the first with a fused head
 pytest.importorskip("datasets")
 
 import _tiny as tiny
@@ -19,66 +19,59 @@ from _tiny import one_thread  # noqa: F401
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
 
 import fastpo
-from fastpo.integrations._trl_head import Compact, FusedHead
+from fastpo.integrations._trl_head import COMPACT, Compact
 from fastpo.ops import _driver
 from fastpo.testing import HeadInputs
 
 GENERATION = {"num_generations": 2, "max_completion_length": 4}
 
 
-def reward(completions, **_):
-    return [float(len(c[0]["content"])) for c in completions]
+def rewarded():
+    return {"reward_funcs": _trainers.reward}
 
 
 def lora():
-    peft = pytest.importorskip("peft")
-    return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])}
+    return {"peft_config": _trainers.lora()}
 
 
-# name: (TRL's prefix, data, model, config on top, arguments of the trainer)
+# name: (TRL's prefix, model, config on top, arguments of the trainer)
 TRAINERS = {
-    "dpo": ("DPO", tiny.preferences, "llama", {}, dict),
-    "dpo_wpo": ("DPO", tiny.preferences, "llama", {"use_weighting": True}, dict),
-    "dpo_lora": ("DPO", tiny.preferences, "llama", {}, lora),
-    "dpo_softcap": ("DPO", tiny.preferences, "gemma2", {"loss_type": ["ipo", "sft"]}, dict),
-    "dpo_scale_bias": ("DPO", tiny.preferences, "phi", {}, dict),
-    "dpo_moe": ("DPO", tiny.preferences, "qwen2_moe", {}, dict),
-    "dpo_precomputed": ("DPO", tiny.preferences, "llama", {"precompute_ref_log_probs": True}, dict),
-    "kto": ("KTO", tiny.unpaired, "llama_tied", {}, dict),
-    "sft": ("SFT", tiny.conversations, "llama", {}, dict),
-    "sft_dft": ("SFT", tiny.conversations, "cohere", {"loss_type": "dft"}, dict),
+    "dpo": ("DPO", "llama", {}, dict),
+    "dpo_wpo": ("DPO", "llama", {"use_weighting": True}, dict),
+    "dpo_lora": ("DPO", "llama", {}, lora),
+    "dpo_softcap": ("DPO", "gemma2", {"loss_type": ["ipo", "sft"]}, dict),
+    "dpo_scale_bias": ("DPO", "phi", {}, dict),
+    "dpo_moe": ("DPO", "qwen2_moe", {}, dict),
+    "dpo_precomputed": ("DPO", "llama", {"precompute_ref_log_probs": True}, dict),
+    "kto": ("KTO", "llama_tied", {}, dict),
+    "sft": ("SFT", "llama", {}, dict),
+    "sft_dft": ("SFT", "cohere", {"loss_type": "dft"}, dict),
     "grpo": (
         "GRPO",
-        tiny.prompts,
         "llama",
         {**GENERATION, "beta": 0.1, "temperature": 0.8, "entropy_coef": 0.1},
-        lambda: {"reward_funcs": reward},
+        rewarded,
     ),
-    "gmpo": ("GMPO", tiny.prompts, "llama", GENERATION, lambda: {"reward_funcs": reward}),
-    "rloo": ("RLOO", tiny.prompts, "llama", GENERATION, lambda: {"reward_funcs": reward}),
+    "gmpo": ("GMPO", "llama", GENERATION, rewarded),
+    "rloo": ("RLOO", "llama", GENERATION, rewarded),
 }
 
 
-def train(name, folder, path):
-    prefix, data, _, changes, arguments = TRAINERS[name]
-    trainer = _trainers.build(prefix, folder, str(path), data(), changes, **arguments())
-    return _trainers.train(trainer)
+def train(name, folder):
+    prefix, model, changes, arguments = TRAINERS[name]
+    path, data = _trainers.saved(folder, model), _trainers.DATA[prefix]()
+    return _trainers.train(_trainers.build(prefix, folder, path, data, changes, **arguments()))
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers_train_the_same(name, tmp_path, monkeypatch):
-    path = tmp_path / "model"
-    tiny.model(TRAINERS[name][2]).save_pretrained(path)
     calls = tiny.count_calls(monkeypatch)
-    own_logs, own = train(name, tmp_path, path)
+    own = train(name, tmp_path)
     assert not calls
     with fastpo.patched():
-        logs, ours = train(name, tmp_path, path)
+        ours = train(name, tmp_path)
     assert len(calls) >= 3
-    assert len(logs) == len(own_logs) == 4
-    for log, own_log in zip(logs, own_logs, strict=True):
-        assert log == pytest.approx(own_log, rel=1e-4, abs=1e-4)
-    torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
+    _trainers.assert_same(ours, own)
     # A frozen head must take the mode that recomputes nothing.
     trained = [spec for spec in calls if spec.hidden_grad]
     assert all(spec.head_grad == (name != "dpo_lora") for spec in trained)
@@ -228,31 +221,6 @@ def test_sharded_head(frozen, monkeypatch):
     assert all(torch.equal(ours, own) for ours, own in zip(*grads, strict=True))
 
 
-def seams():
-    """TRL 1.15 has no `_use_triton`: it compacts everywhere."""
-    return utils._ChunkedLogProbFunction, getattr(utils, "_use_triton", None)
-
-
-def test_patch_and_unpatch():
-    own = seams()
-    fastpo.unpatch()
-    fastpo.patch()
-    fastpo.patch(budget=7)
-    assert isinstance(seams()[0], FusedHead)
-    assert seams()[0].budget == 7
-    outer = seams()
-    with fastpo.patched():
-        assert seams()[0] is not outer[0]
-        with fastpo.patched():
-            pass
-        assert isinstance(seams()[0], FusedHead)
-    assert seams() == outer
-    fastpo.unpatch()
-    assert all(now is before for now, before in zip(seams(), own, strict=True))
-    fastpo.unpatch()
-    assert seams() == own
-
-
 def test_other_devices_are_compacted_as_trl_does():
     answers = {"cpu": True, "cuda": True, "neuron": False}
     compact = Compact(lambda device: device.type == "cuda")
@@ -266,7 +234,7 @@ def test_another_trl_fails_by_name_and_stays_as_it_was(monkeypatch):
             """TRL 1.13's."""
 
     monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Older)
-    own = seams()
+    own = COMPACT.current()
     message = (
         r"trl\.trainer\.utils\._ChunkedLogProbFunction: expected \(hidden, .*, outputs\), "
         rf"got \(.*, scale\); trl {trl.__version__} is installed, "
@@ -274,4 +242,5 @@ def test_another_trl_fails_by_name_and_stays_as_it_was(monkeypatch):
     )
     with pytest.raises(RuntimeError, match=message), fastpo.patched():
         pass
-    assert seams() == own
+    assert utils._ChunkedLogProbFunction is Older
+    assert COMPACT.current() is own

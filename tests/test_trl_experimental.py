@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import warnings
 
 import pytest
 
@@ -12,8 +11,8 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 import _tiny as tiny
+import _trainers
 import torch
-import trl
 from _tiny import one_thread  # noqa: F401
 
 import fastpo
@@ -25,21 +24,26 @@ def gold():
     return tiny.preferences().map(lambda row: {"reference": row["chosen"]})
 
 
-def reward(completions, **_):
+def lora():
+    return {"peft_config": _trainers.lora(target_modules=["q_proj", "lm_head"])}
+
+
+def parity(completions, **_):
+    """Two values only, so that some pairs tie."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [float(len(text) % 2) for text in texts]
 
 
-def lora():
-    peft = pytest.importorskip("peft")
-    return {"peft_config": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])}
-
-
 def online():
-    return {"reward_funcs": reward}
+    return {"reward_funcs": parity}
 
 
 SAMPLED = {"max_new_tokens": 4, "temperature": 0.9}
+SMOOTHED = {
+    "loss_type": "nll",  # TRL 1.13 and 1.14 cannot smooth their default
+    "label_smoothing_factor": 0.1,
+    "per_device_train_batch_size": 4,
+}
 # name: (trainer, data, model, config on top, arguments of the trainer)
 TRAINERS = {
     "cpo": ("CPO", tiny.preferences, "llama", {}, dict),
@@ -66,74 +70,24 @@ TRAINERS = {
         online,
     ),
     "online_dpo": ("OnlineDPO", tiny.prompts, "llama", SAMPLED, online),
-    "sft_smoothed": ("SFT", tiny.conversations, "llama", {"label_smoothing_factor": 0.1}, dict),
+    "sft_smoothed": ("SFT", tiny.conversations, "llama", SMOOTHED, dict),
 }
-MODULES = {"OnlineDPO": "online_dpo"}
-TIMINGS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "step_time"}
-
-
-def classes(prefix):
-    if hasattr(trl, f"{prefix}Trainer"):
-        return getattr(trl, f"{prefix}Trainer"), getattr(trl, f"{prefix}Config")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TRL's notice that its experiments may change
-        module = importlib.import_module(f"trl.experimental.{MODULES.get(prefix, prefix.lower())}")
-    return getattr(module, f"{prefix}Trainer"), getattr(module, f"{prefix}Config")
 
 
 def trainer(name, folder):
     prefix, data, model, changes, arguments = TRAINERS[name]
-    kind, config = classes(prefix)
-    path = folder / "model"
-    if not path.exists():
-        tiny.model(model).save_pretrained(path)
-    extra = arguments()
-    return kind(
-        model=tiny.model(model) if prefix in ("CPO", "ORPO") else str(path),
-        args=config(
-            output_dir=str(folder),
-            max_steps=3,
-            per_device_train_batch_size=2,
-            learning_rate=0.05,
-            optim="sgd",
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            **changes,
-        ),
-        train_dataset=data(),
-        processing_class=tiny.tokenizer(),
-        **extra,
-    )
-
-
-def trained(name, folder):
-    built = trainer(name, folder)
-    built.train()
-    logs = [
-        {key: value for key, value in log.items() if key not in TIMINGS}
-        for log in built.state.log_history
-    ]
-    return logs, {n: p.detach().clone() for n, p in built.model.named_parameters()}
+    path = _trainers.saved(folder, model)
+    own = tiny.model(model) if prefix in ("CPO", "ORPO") else path
+    return _trainers.build(prefix, folder, own, data(), changes, **arguments())
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers_train_the_same(name, tmp_path, monkeypatch):
     monkeypatch.setattr(_lazy_logits, "_told", set())
-    own_logs, own = trained(name, tmp_path)
     calls = tiny.count_calls(monkeypatch)
-    with fastpo.patched():
-        logs, ours = trained(name, tmp_path)
+    _trainers.assert_trains_the_same(lambda: trainer(name, tmp_path), calls)
     assert len(calls) >= 3
     assert not _lazy_logits._told, "nothing computes full logits"
-    assert len(logs) == len(own_logs) == 4
-    for log, own_log in zip(logs, own_logs, strict=True):
-        assert log == pytest.approx(own_log, rel=1e-4, abs=1e-4)
-    torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cpo", "orpo", "tpo", "sft_smoothed"])
@@ -180,8 +134,8 @@ def test_a_head_fastpo_does_not_know_stays_itself(tmp_path, caplog):
 
 
 def test_everything_is_given_back():
-    kind, _ = classes("CPO")
-    module = importlib.import_module("trl.experimental.cpo.cpo_trainer")
+    kind = _trainers.module("CPO").CPOTrainer
+    module = importlib.import_module(kind.__module__)
     before = {name: vars(kind)[name] for name in ("concatenated_forward", "get_batch_logps")}
     select = module.selective_log_softmax
     with fastpo.patched():

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", minversion="1.15")  # the first with a fused head
 pytest.importorskip("datasets")
 
 import _tiny as tiny
+import _trainers
 import torch
 import trl
 import trl.trainer.utils as utils
@@ -27,45 +28,12 @@ from fastpo.integrations._trl_objectives import objectives_only
 from fastpo.objectives._quantities import SHAPES
 from fastpo.quantities import Quantities
 
-LETTERS = {"DPO": tiny.preferences, "KTO": tiny.unpaired}
 
-
-def trainer(prefix, folder, *, data=None, ref_model=None, **changes):
-    config = getattr(trl, f"{prefix}Config")(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=0.05,
-        optim="sgd",
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **changes,
-    )
-    path = folder / "model"
-    if not path.exists():
-        tiny.model("llama").save_pretrained(path)
-    return getattr(trl, f"{prefix}Trainer")(
-        model=str(path),
-        ref_model=ref_model,
-        args=config,
-        train_dataset=LETTERS[prefix]() if data is None else data,
-        processing_class=tiny.tokenizer(),
-    )
-
-
-def trained(built):
-    built.train()
-    skip = ("runtime", "per_second", "step_time")
-    logs = [
-        {key: value for key, value in log.items() if not key.endswith(skip)}
-        for log in built.state.log_history
-    ]
-    return logs, {name: p.detach().clone() for name, p in built.model.named_parameters()}
+def trainer(prefix, folder, *, data=None, **options):
+    """`ref_model` goes to the trainer, everything else to its config."""
+    given = {"ref_model": options.pop("ref_model", None)}
+    rows = _trainers.DATA[prefix]() if data is None else data
+    return _trainers.build(prefix, folder, _trainers.saved(folder), rows, options, **given)
 
 
 SAME = {
@@ -88,10 +56,11 @@ SAME = {
 def test_an_objective_trains_as_trl_does(loss_type, tmp_path):
     """TRL's own loss and ours under the same name: losses, metrics and parameters."""
     prefix, changes, key, hyperparameters = SAME[loss_type]
-    expected_logs, expected = trained(trainer(prefix, tmp_path, loss_type=loss_type, **changes))
+    own_trainer = trainer(prefix, tmp_path, loss_type=loss_type, **changes)
+    expected_logs, expected = _trainers.train(own_trainer)
+    changes = {name: value for name, value in changes.items() if name != "undesirable_weight"}
     with fastpo.patched(objective=key, **hyperparameters):
-        changes.pop("undesirable_weight", None)
-        logs, ours = trained(trainer(prefix, tmp_path, **changes))
+        logs, ours = _trainers.train(trainer(prefix, tmp_path, **changes))
     for log, own in zip(logs, expected_logs, strict=True):
         if loss_type == "sft":  # no reference is asked for, so the rewards are those without one
             own = {name: value for name, value in own.items() if "rewards" not in name}
@@ -299,7 +268,7 @@ def test_a_config_names_an_objective_and_no_reference_is_loaded(tmp_path):
         alone = trainer("DPO", tmp_path, loss_type="simpo")
         assert alone.ref_model is None
         assert alone.args.precompute_ref_log_probs is False
-        logs, _ = trained(alone)
+        logs, _ = _trainers.train(alone)
     assert all(torch.isfinite(torch.tensor(log["loss"])) for log in logs[:3])
     assert {"rewards/chosen", "logps/chosen", "logits/chosen", "entropy"} <= set(logs[0])
     assert type(own) is trl.DPOTrainer
@@ -368,13 +337,12 @@ def test_other_models_give_their_quantities(tmp_path):
 def test_objectives_run_on_trl_s_own_head(tmp_path):
     """To compare heads: the same losses as with ours, and TRL's head untouched."""
     with fastpo.patched(objective="wpo"):
-        expected, _ = trained(trainer("DPO", tmp_path))
+        expected, _ = _trainers.train(trainer("DPO", tmp_path))
     head = utils._ChunkedLogProbFunction
     with objectives_only(Setting("wpo")):
         assert utils._ChunkedLogProbFunction is head
-        logs, _ = trained(trainer("DPO", tmp_path))
-    for log, own in zip(logs, expected, strict=True):
-        assert log == pytest.approx(own, rel=1e-4, abs=1e-4)
+        logs, _ = _trainers.train(trainer("DPO", tmp_path))
+    _trainers.assert_same_logs(logs, expected)
 
 
 @pytest.mark.parametrize("name", ["_ChunkedLogProbFunction", "maybe_gather_lm_head_ctx"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.importorskip("trl")
+pytest.importorskip("trl", minversion="1.15")  # the first with a fused head
 pytest.importorskip("datasets")
 
 import _tiny as tiny

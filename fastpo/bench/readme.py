@@ -1,4 +1,4 @@
-"""Tables of README.md, written from reports: a figure that is in no report cannot stay there.
+"""Tables of README.md and docs, from reports: a figure that is in no report cannot stay there.
 
 <!-- bench: benchmarks/results/NAME.json -->
 ... replaced ...
@@ -51,9 +51,9 @@ def rewrite(path: Path, *, write: bool) -> list[str]:
 
 
 def render(report: Report, name: str) -> str:
-    parts = {"head": _head, "step": _step}
+    parts = {"head": _head, "step": _step, "primitives": _primitives, "trainers": _trainers}
     if report["what"] not in parts:
-        raise BenchError(f"{name}: expected a report of head or step, got {report['what']}")
+        raise BenchError(f"{name}: expected a report of {', '.join(parts)}, got {report['what']}")
     return "\n".join(parts[report["what"]](report)) + f"\n\n{_source(report, name)}\n"
 
 
@@ -61,7 +61,7 @@ def _source(report: Report, name: str) -> str:
     versions = report["versions"]
     used = ", ".join(f"{k} {versions[k]}" for k in ("torch", "trl", "liger_kernel") if versions[k])
     busy = ""
-    if _busy(report):
+    if report["what"] in ("head", "step") and _busy(report):
         busy = (
             f"; no times, because other work ran beside it (load {report['load_average'][0]:.1f})"
         )
@@ -148,3 +148,51 @@ def _step(report: Report) -> Iterator[str]:
 def _more(fit: dict[str, Any]) -> str:
     unit = " tokens" if fit["of"] == "length" else " pairs"
     return unit + (" or more" if fit["at_limit"] else "")
+
+
+_PRIMITIVES = {
+    "linear_logps": "log-probabilities",
+    "linear_topk": "{k} best words",
+    "mixed_linear_logps": "mixture of two heads",
+    "forward_kl": "forward KL of two heads",
+    "jsd": "JSD of two heads",
+}
+
+
+def _primitives(report: Report) -> Iterator[str]:
+    """Memory only: nothing here depends on what else runs."""
+    found = {(r["primitive"], r["form"], r["mode"]): r["extra_mib"] for r in report["rows"]}
+    size = f"N {report['N']:,}, V {report['V']:,}, H {report['H']:,}, {report['dtype']}"
+    logits = f"{report['logits_mib']:,.0f} MiB"
+    yield f"Memory above inputs and gradients, {size}, of which float32 logits are {logits}:"
+    yield ""
+    columns = {
+        ("fused", "score"): "fastpo, no gradient",
+        ("fused", "trainable"): "fastpo, trained",
+        ("fused", "lean"): "fastpo, nothing kept",
+        ("materialised", "score"): "logits, no gradient",
+        ("materialised", "trainable"): "logits, trained",
+    }
+    yield f"| | {' | '.join(columns.values())} |"
+    yield "| --- |" + " --- |" * len(columns)
+    for primitive, name in _PRIMITIVES.items():
+        cells = [found.get((primitive, *column)) for column in columns]
+        shown = "".join(" |" if x is None else f" {x:,.0f} MiB |" for x in cells)
+        yield f"| {name.format(**report)} |{shown}"
+
+
+def _trainers(report: Report) -> Iterator[str]:
+    many = "s" * (report["threads"] > 1)
+    yield (
+        f"V {report['V']:,}, T {report['T']:,}, H {report['H']}, {report['dtype']}, "
+        f"{report['threads']} thread{many} of an {report['device']} ({report['capability']}):"
+    )
+    yield ""
+    yield "| trainer | memory, TRL | memory, fastpo | step, TRL | step, fastpo | load |"
+    yield "| --- |" + " --- |" * 5
+    cells = {(row["trainer"], row["patched"]): row for row in report["rows"]}
+    for name in dict.fromkeys(row["trainer"] for row in report["rows"]):
+        own, ours = cells[name, False], cells[name, True]
+        memory = f"{own['mib']:,.0f} MiB | {ours['mib']:,.0f} MiB"
+        load = " and ".join(f"{row['load_average'][0]:.1f}" for row in (own, ours))
+        yield f"| {name} | {memory} | {own['step_s']:.1f} s | {ours['step_s']:.1f} s | {load} |"

@@ -11,7 +11,7 @@ from .errors import BenchError
 from .shapes import Shape
 
 Report = dict[str, Any]
-WHATS = ("head", "step", "sweep")
+WHATS = ("head", "step", "sweep", "primitives", "trainers")
 
 
 def write(report: Report, path: Path) -> None:

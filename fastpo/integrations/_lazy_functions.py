@@ -109,6 +109,12 @@ def take_along_dim(logits: LazyLogits, indices: Tensor, dim: int | None = None) 
     return gather(logits, dim, indices)
 
 
+def index_select(logits: LazyLogits, dim: int, index: Tensor) -> Any:
+    if _last(logits, dim):
+        return torch.index_select(logits.real("index_select"), dim, index)
+    return logits._view(logits.rows.index_select(dim % logits.ndim, index))
+
+
 def total(logits: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Σ_v log p_v, which label smoothing asks for."""
     if not logits.normalized or not _last(logits, dim):
@@ -152,6 +158,7 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.log_softmax: lambda logits, dim, dtype=None: log_softmax(logits, dim, dtype=dtype),
     torch.gather: gather,
     torch.take_along_dim: take_along_dim,
+    torch.index_select: index_select,
     torch.sum: total,
     torch.logsumexp: logsumexp,
     torch.mean: mean,
@@ -167,6 +174,7 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
 METHODS: dict[str, Any] = {
     "log_softmax": FUNCTIONS[torch.log_softmax],
     "gather": gather,
+    "index_select": index_select,
     "sum": total,
     "logsumexp": logsumexp,
     "mean": mean,

@@ -32,6 +32,7 @@ from ._lazy_operators import Operators, settle
 
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
+_OWN = HeadOptions()
 
 
 @dataclass(eq=False)
@@ -45,6 +46,7 @@ class Base:
     labels: Tensor  # [M] of known log-probabilities, -1 where none is
     logps: Tensor  # [M]
     lse: Tensor  # [M]
+    own: HeadOptions  # budget and backend
     known_for: Any = None  # which logits, and whether with gradient
 
     def remember(self, where: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> None:
@@ -80,7 +82,7 @@ class LazyLogits(Operators):
     sign: float = 1.0
 
     @classmethod
-    def of(cls, head: Any, hidden: Tensor) -> LazyLogits:
+    def of(cls, head: Any, hidden: Tensor, own: HeadOptions = _OWN) -> LazyLogits:
         """Instead of `head(hidden)`, for a linear layer with or without LoRA."""
         hidden = hidden.to(head.weight.device)  # with a device_map the backbone may end elsewhere
         kind = hidden.device.type
@@ -96,7 +98,7 @@ class LazyLogits(Operators):
             weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
         rows = torch.arange(len(flat), device=flat.device)
         zeros = flat.new_zeros(len(flat), dtype=torch.float32)
-        base = Base(flat, weight, bias, adapter, torch.full_like(rows, -1), zeros, zeros)
+        base = Base(flat, weight, bias, adapter, torch.full_like(rows, -1), zeros, zeros, own)
         made = cls(base, rows.view(hidden.shape[:-1]), hidden.dtype)
         # Logits of a pass without gradient stay constants, wherever they are read.
         return made if torch.is_grad_enabled() else made.detach()
@@ -238,9 +240,8 @@ class LazyLogits(Operators):
 
     @property
     def options(self) -> HeadOptions:
-        if not self.capped:
-            return HeadOptions(logit_scale=self.inner)
-        return HeadOptions(softcap=self.outer, logit_scale=self.inner * self.outer)
+        cap, scale = (self.outer, self.inner * self.outer) if self.capped else (None, self.inner)
+        return replace(self.base.own, softcap=cap, logit_scale=scale)
 
     def stats(self, labels: Tensor, *outputs: str) -> TokenStats:
         """`linear_logps` of these rows; zeros where nothing is scored."""

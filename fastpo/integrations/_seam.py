@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -122,6 +123,35 @@ class Seam:
 def _lazy(owner: Any, attribute: str) -> Any:
     """A module may serve a name by __getattr__; a class would serve an inherited one."""
     return None if inspect.isclass(owner) else getattr(owner, attribute, None)
+
+
+def fitting(replacements: Mapping[Seam, Make]) -> dict[Seam, Make]:
+    """Those for the installed version of their package.
+
+    A newer one than any is taken for the newest, and its signatures tell; an older one is an error.
+    """
+    found: dict[Seam, Make] = {}
+    for package in {seam.package for seam in replacements}:
+        seams = [seam for seam in replacements if seam.package == package]
+        version = _fitting_version(package, {v for seam in seams for v in seam.versions})
+        found |= {seam: replacements[seam] for seam in seams if version in seam.versions}
+    return found
+
+
+def _fitting_version(package: str, known: set[str]) -> str:
+    """The installed version as seams name it: `1.16`."""
+    ordered = sorted(known, key=_numbers)
+    try:
+        installed = metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ordered[-1]
+    if _numbers(installed) < _numbers(ordered[0]):
+        raise RuntimeError(f"{package}: expected version {' or '.join(ordered)}, got {installed}")
+    return ".".join(map(str, min(_numbers(installed), _numbers(ordered[-1]))))
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
 def replace(replacements: Mapping[Seam, Make]) -> None:

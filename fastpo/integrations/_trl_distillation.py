@@ -8,7 +8,6 @@ computes the divergence per token. Masks and reductions stay TRL's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ from ..ops.linear_divergence import linear_divergence
 from ._lazy_logits import LazyLogits
 from ._seam import Make, Replacement, Seam
 from ._trl_head import Compact
-from ._trl_logits import Reader, bare, lazy_head, real_outputs
+from ._trl_logits import LOSS, Reader
 
 _VERSIONS = ("1.16",)
-_EXPERIMENTAL = ("1.15", "1.16")
+_EXPERIMENTAL = ("1.13", "1.14", "1.15", "1.16")
 
 
 def divergence(student: LazyLogits, teacher: LazyLogits, beta: float) -> Tensor:
@@ -114,13 +113,7 @@ class _FullLogits(Replacement):
 class _TwoHeads(Reader):
     """`compute_loss` of a trainer with a teacher in this process."""
 
-    def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        models = [model, getattr(trainer, "teacher_model", None)]
-        with ExitStack() as stack:
-            for one in models:
-                if one is not None:
-                    stack.enter_context(lazy_head(bare(trainer, one), type(trainer).__name__))
-            return real_outputs(self.original(trainer, model, *args, **kwargs))
+    others = ("teacher_model",)
 
 
 class _Divergence(Replacement):
@@ -176,7 +169,7 @@ _APPLY = (
     "teacher_logit_scale",
     "teacher_final_logit_softcapping",
 )
-_LOSS = ("model", "inputs", "return_outputs", "num_items_in_batch")
+_LOSS = (*LOSS, "num_items_in_batch")
 _PAIR = ("teacher_logits", "labels", "beta", "temperature", "reduction")
 _FORWARD = ("model", "input_ids", "attention_mask", "logits_to_keep")
 _SELF = ("student_logits", "teacher_logits", "distillation_alpha")

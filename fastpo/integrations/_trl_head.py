@@ -41,7 +41,7 @@ HEAD = Seam(
 )
 # 1.15 compacts everywhere and has no such switch.
 COMPACT = Seam(_MODULE, "_use_triton", ("device",), _VERSIONS, optional=True)
-GATHER = Seam(_MODULE, "maybe_gather_lm_head_ctx", ("params",), _VERSIONS)
+GATHER = Seam(_MODULE, "maybe_gather_lm_head_ctx", ("params",), ("1.13", "1.14", *_VERSIONS))
 
 # TRL's names in the order of its results.
 _OUTPUTS = {

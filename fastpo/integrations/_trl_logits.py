@@ -10,23 +10,24 @@ import functools
 import inspect
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..ops.linear_logps import _DTYPES
+from ._head import HeadOptions
 from ._lazy_logits import LazyLogits
 from ._seam import Make, Method, Replacement, Seam
 
 _log = logging.getLogger(__name__)
-_VERSIONS = ("1.15", "1.16")
+_OWN = HeadOptions()
 
 
 @contextmanager
-def lazy_head(model: Any, trainer: str) -> Iterator[None]:
+def lazy_head(model: Any, trainer: str, options: HeadOptions = _OWN) -> Iterator[None]:
     """The model's head answers with `LazyLogits`; a head fastpo does not know stays itself."""
     from .attach import _instead, _linear_head  # imports transformers
 
@@ -41,7 +42,7 @@ def lazy_head(model: Any, trainer: str) -> Iterator[None]:
     own = head.forward
 
     def forward(hidden: Tensor) -> Any:
-        return LazyLogits.of(head, hidden) if hidden.dtype in _DTYPES else own(hidden)
+        return LazyLogits.of(head, hidden, options) if hidden.dtype in _DTYPES else own(hidden)
 
     with _instead(head, "forward", forward):
         yield
@@ -57,11 +58,27 @@ def _say_once(trainer: str, why: str) -> None:
 
 
 class Reader(Method):
-    """A method that calls `model` and reads its logits."""
+    """A method that calls `model`, and perhaps others of the trainer, and reads their logits."""
+
+    others: tuple[str, ...] = ()  # attributes of the trainer
+
+    def __init__(self, original: Any, options: HeadOptions = _OWN) -> None:
+        super().__init__(original)
+        self.options = options
 
     def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        with lazy_head(bare(trainer, model), type(trainer).__name__):
+        with self.lazy(trainer, model):
             return real_outputs(self.original(trainer, model, *args, **kwargs))
+
+    @contextmanager
+    def lazy(self, trainer: Any, model: Any) -> Iterator[None]:
+        models = [model, *(getattr(trainer, name, None) for name in self.others)]
+        with ExitStack() as stack:
+            for one in models:
+                if one is not None:
+                    head = lazy_head(bare(trainer, one), type(trainer).__name__, self.options)
+                    stack.enter_context(head)
+            yield
 
 
 def bare(trainer: Any, model: Any) -> Any:
@@ -110,7 +127,7 @@ class _BatchLogps(Replacement):
         return self.original(logits, labels, average_log_prob, is_encoder_decoder)
 
 
-class _Selected(Replacement):
+class Selected(Replacement):
     """`selective_log_softmax`."""
 
     def __call__(
@@ -126,7 +143,7 @@ class _Selected(Replacement):
         return self.original(real, index, temperature, row_mask)
 
 
-class _SelectedWithEntropy(Replacement):
+class SelectedWithEntropy(Replacement):
     """`selective_log_softmax_and_entropy`."""
 
     def __call__(
@@ -157,28 +174,29 @@ def _masked(logits: LazyLogits, row_mask: Tensor | None, temperature: float) -> 
     return tempered if row_mask is None else tempered.only(row_mask != 0)
 
 
-_SELECT = ("logits", "index", "temperature", "row_mask")
-_SELECT_BOTH = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
+_SINCE_13 = ("1.13", "1.14", "1.15", "1.16")
+_SINCE_14, _SINCE_15 = _SINCE_13[1:], _SINCE_13[2:]
+SELECT = ("logits", "index", "temperature", "row_mask")
+SELECT_BOTH = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
+LOSS = ("model", "inputs", "return_outputs")
 _LOGPS = ("labels", "average_log_prob", "is_encoder_decoder")
+_SEQUENCE = ("model", "input_ids", "attention_mask", "logits_to_keep")
 _VISION = ("completion_ids", "completion_mask", "vision_inputs")
-# module, name, parameters, what stands in
-_TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
-    ("cpo", "CPOTrainer.concatenated_forward", ("model", "batch"), Reader),
-    ("cpo", "CPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
-    ("cpo", "selective_log_softmax", _SELECT, _Selected),
-    ("orpo", "ORPOTrainer.concatenated_forward", ("model", "batch"), Reader),
-    ("orpo", "ORPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
-    ("orpo", "selective_log_softmax", _SELECT, _Selected),
-    ("tpo", "TPOTrainer._compute_loss", ("model", "inputs", "return_outputs"), Reader),
-    ("tpo", "selective_log_softmax_and_entropy", _SELECT_BOTH, _SelectedWithEntropy),
+# versions, module, name, parameters, what stands in
+Row = tuple[tuple[str, ...], str, str, tuple[str, ...], Make]
+_TABLE: tuple[Row, ...] = (
+    (_SINCE_13, "cpo", "CPOTrainer.concatenated_forward", ("model", "batch"), Reader),
+    (_SINCE_13, "cpo", "CPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
+    (_SINCE_14, "cpo", "selective_log_softmax", SELECT, Selected),
+    (_SINCE_13, "orpo", "ORPOTrainer.concatenated_forward", ("model", "batch"), Reader),
+    (_SINCE_13, "orpo", "ORPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
+    (_SINCE_14, "orpo", "selective_log_softmax", SELECT, Selected),
+    (_SINCE_13, "tpo", "TPOTrainer._compute_loss", LOSS, Reader),
+    (_SINCE_14, "tpo", "selective_log_softmax_and_entropy", SELECT_BOTH, SelectedWithEntropy),
+    (_SINCE_13, "a2po", "A2POTrainer._get_sequence_logps", _SEQUENCE, Reader),
+    (_SINCE_14, "a2po", "selective_log_softmax", SELECT, Selected),
     (
-        "a2po",
-        "A2POTrainer._get_sequence_logps",
-        ("model", "input_ids", "attention_mask", "logits_to_keep"),
-        Reader,
-    ),
-    ("a2po", "selective_log_softmax", _SELECT, _Selected),
-    (
+        _SINCE_13,
         "online_dpo",
         "OnlineDPOTrainer._forward",
         ("model", "prompt_ids", "prompt_mask", *_VISION),
@@ -187,18 +205,32 @@ _TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
 )
 
 
-def replacements() -> dict[Seam, Make]:
-    made = {
-        Seam(f"trl.experimental.{name}.{name}_trainer", attribute, parameters, _VERSIONS): make
-        for name, attribute, parameters, make in _TABLE
+def seams(table: Iterable[Row], package: str = "trl.experimental.{}") -> dict[Seam, Make]:
+    """The rows of a table as seams; `package` holds the modules `<name>_trainer`."""
+    return {
+        Seam(f"{package.format(module)}.{module}_trainer", name, parameters, versions): make
+        for versions, module, name, parameters, make in table
     }
-    arguments = ("model", "inputs", "return_outputs", "num_items_in_batch")
-    sft = Seam("trl.trainer.sft_trainer", "SFTTrainer.compute_loss", arguments, _VERSIONS)
+
+
+def with_options(made: Mapping[Seam, Make], options: HeadOptions) -> dict[Seam, Make]:
+    """The same, readers with budget and backend."""
+
+    def chosen(make: Any) -> Make:
+        reads = isinstance(make, type) and issubclass(make, Reader)
+        return functools.partial(make, options=options) if reads else make
+
+    return {seam: chosen(make) for seam, make in made.items()}
+
+
+def replacements() -> dict[Seam, Make]:
+    arguments = (*LOSS, "num_items_in_batch")
+    sft = Seam("trl.trainer.sft_trainer", "SFTTrainer.compute_loss", arguments, _SINCE_15)
     supports = Seam(
         "trl.trainer.utils",
         "_supports_trl_loss_kernel",
         ("logits", "index", "row_mask"),
-        _VERSIONS,
+        _SINCE_14,
         optional=True,
     )
-    return {**made, sft: _Smoothed, supports: _Supports}
+    return {**seams(_TABLE), sft: _Smoothed, supports: _Supports}

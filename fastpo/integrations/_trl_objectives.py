@@ -18,8 +18,8 @@ from ._seam import Make, Method, Seam, kept, replace_when_imported
 from ._trl_base import ObjectiveTrainer
 from ._trl_trainers import PairTrainer, SingleTrainer
 
-_VERSIONS = ("1.15", "1.16")
-_ARGUMENTS = (
+VERSIONS = ("1.15", "1.16")
+ARGUMENTS = (
     "model",
     "ref_model",
     "args",
@@ -34,7 +34,7 @@ _ARGUMENTS = (
     "peft_config",
 )
 _METHODS = {
-    "__init__": _ARGUMENTS,
+    "__init__": ARGUMENTS,
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": (),
     "_precompute_ref_logps": ("dataset", "name", "batch_size"),
@@ -45,7 +45,7 @@ _METHODS = {
 
 def _seams(module: str, trainer: str, **more: tuple[str, ...]) -> dict[str, Seam]:
     return {
-        method: Seam(f"trl.trainer.{module}", f"{trainer}.{method}", parameters, _VERSIONS)
+        method: Seam(f"trl.trainer.{module}", f"{trainer}.{method}", parameters, VERSIONS)
         for method, parameters in (_METHODS | more).items()
     }
 

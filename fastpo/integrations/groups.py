@@ -13,8 +13,10 @@ from trl import DPOTrainer
 
 from ..objectives._math import group_max, group_sum
 from ..quantities import Quantities, padded
+from . import _trl_objectives
 from ._columns import SINGLES, Carry
 from ._objective import Objective, Setting, Term, of_family, total
+from ._seam import fitting
 from ._trl_base import ObjectiveTrainer
 from ._trl_passes import Pass
 
@@ -63,6 +65,7 @@ class GroupTrainer(ObjectiveTrainer, DPOTrainer):
         **kwargs: Any,
     ) -> None:
         setting = Setting(objective, reference_free=reference_free)
+        fitting(_trl_objectives.replacements(setting))  # raises where TRL has no fused head
         term = Term(of_family(setting.bound(), self.families))
         if args is None:
             raise ValueError("args: expected a DPOConfig, got None")

@@ -7,10 +7,17 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from . import _trl_adapter, _trl_distillation, _trl_light, _trl_logits, _trl_objectives
+from . import (
+    _trl_adapter,
+    _trl_distillation,
+    _trl_early,
+    _trl_light,
+    _trl_logits,
+    _trl_objectives,
+)
 from ._head import HeadOptions
 from ._objective import Objective, Setting
-from ._seam import Make, Seam, kept, replace, replace_when_imported, restore
+from ._seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
 from ._trl_head import COMPACT, GATHER, HEAD, Compact, FusedHead
 
 __all__ = ["patch", "patched", "unpatch"]
@@ -34,6 +41,7 @@ def patch(
     Trainers keep their losses and metrics. `loss_type` of DPOConfig and KTOConfig also takes the
     keys of `fastpo.objectives`, with `beta`, `label_smoothing` and the KTO weights of the config
     where they were changed, and the paper's values otherwise. TRL's own names run TRL's code.
+    Before TRL 1.15 there are no objectives of fastpo's, neither by name nor by `objective`.
 
     budget, backend: as in `fastpo.linear_logps`.
     accumulate: as in `fastpo.attach`, for trainers that use TRL's fused head on one device with
@@ -61,25 +69,34 @@ def patch(
         mixing,
         alternatives,
     )
-    for seam in (GATHER, HEAD, COMPACT):
-        seam.read()  # nothing is changed before all are known to fit
-    replace_when_imported(_lazy(setting))
     own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
-    replace({HEAD: partial(FusedHead, own=own), COMPACT: Compact})
+    made = fitting(_all(setting, own))
+    if objective is not None:
+        fitting(_trl_objectives.replacements(setting))  # raises where TRL has no seams for one
+    now = {seam: make for seam, make in made.items() if seam.module == GATHER.module}
+    for seam in (GATHER, *now):
+        seam.read()  # nothing is changed before all are known to fit
+    replace_when_imported({seam: make for seam, make in made.items() if seam not in now})
+    replace(now)
 
 
-def _lazy(setting: Setting) -> dict[Seam, Make]:
-    """Seams in modules that are patched when a script imports them."""
-    return {
+def _all(setting: Setting, own: HeadOptions) -> dict[Seam, Make]:
+    """What stands in, of every version: in TRL's utilities now, else when a script imports it."""
+    made: dict[Seam, Make] = {
+        HEAD: partial(FusedHead, own=own),
+        COMPACT: Compact,
         **_trl_objectives.replacements(setting),
         **_trl_adapter.replacements(),
         **_trl_light.replacements(),
         **_trl_logits.replacements(),
         **_trl_distillation.replacements(),
+        **_trl_early.replacements(own),
+        **_trl_early.heads(own),
     }
+    return _trl_logits.with_options(made, HeadOptions(budget=own.budget, backend=own.backend))
 
 
-_SEAMS = (HEAD, COMPACT, *_lazy(Setting()))
+_SEAMS = tuple(_all(Setting(), HeadOptions()))
 
 
 def unpatch() -> None:
