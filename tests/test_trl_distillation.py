@@ -46,17 +46,34 @@ def trainer(name, folder):
     return _trainers.build(prefix, folder, tiny.model("llama"), data(), changes, **arguments())
 
 
-@pytest.mark.parametrize("name", TRAINERS)
-def test_trainers_train_the_same(name, tmp_path, monkeypatch):
+def skip_unless_served(name):
     if name.startswith("distillation") and not hasattr(stable, "ChunkedDivergenceFunction"):
         pytest.skip("TRL 1.15 multiplies chunks of logits, under a checkpoint")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Arguments of every divergence."""
+    seen, forward = [], _divergence.forward
+    monkeypatch.setattr(_divergence, "forward", lambda *x: seen.append(x) or forward(*x))
+    return seen
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers_train_the_same(name, tmp_path, monkeypatch, calls):
+    skip_unless_served(name)
     monkeypatch.setattr(_lazy_logits, "_told", set())
-    calls = []
-    forward = _divergence.forward
-    monkeypatch.setattr(_divergence, "forward", lambda *x: calls.append(x) or forward(*x))
     _trainers.assert_trains_the_same(lambda: trainer(name, tmp_path), calls)
     assert len(calls) == 3
     assert not _lazy_logits._told, "nothing computes full logits"
+
+
+@pytest.mark.parametrize("name", ["distillation", "gkd"])
+def test_budget_and_backend_reach_the_divergence(name, tmp_path, calls):
+    skip_unless_served(name)
+    with fastpo.patched(budget=1234, backend="torch"):
+        _trainers.train(trainer(name, tmp_path))
+    assert {(spec.budget, spec.head.backend) for *_, spec in calls} == {(1234, "torch")}
 
 
 def unbuilt(prefix, **attributes):

@@ -8,6 +8,7 @@ computes the divergence per token. Masks and reductions stay TRL's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.linear_divergence import linear_divergence
+from ._head import HeadOptions
 from ._lazy_logits import LazyLogits
 from ._seam import Make, Replacement, Seam
 from ._trl_head import Compact
@@ -41,6 +43,8 @@ def divergence(student: LazyLogits, teacher: LazyLogits, beta: float) -> Tensor:
         teacher_softcap=teacher.options.softcap,
         logit_scale=student.options.logit_scale,
         teacher_logit_scale=teacher.options.logit_scale,
+        budget=student.options.budget,
+        backend=student.options.backend,
     )
     assert found.divergence is not None
     return found.divergence.view(student.rows.shape)
@@ -119,6 +123,10 @@ class _TwoHeads(Reader):
 class _Divergence(Replacement):
     """`linear_divergence` behind the `apply` of TRL's autograd function."""
 
+    def __init__(self, original: Any, own: HeadOptions) -> None:
+        super().__init__(original)
+        self.own = own
+
     def apply(
         self,
         student_hidden: Tensor,  # [N, H]
@@ -149,6 +157,8 @@ class _Divergence(Replacement):
             logit_scale=student_logit_scale,
             teacher_logit_scale=teacher_logit_scale,
             outputs=("divergence", "entropy"),
+            budget=self.own.budget,
+            backend=self.own.backend,
         )
         assert found.divergence is not None and found.entropy is not None
         return found.divergence, found.entropy.detach()
@@ -198,11 +208,11 @@ _TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
 )
 
 
-def replacements() -> dict[Seam, Make]:
+def replacements(own: HeadOptions) -> dict[Seam, Make]:
     made = {
         Seam(f"trl.experimental.{name}.{name}_trainer", attribute, parameters, _EXPERIMENTAL): make
         for name, attribute, parameters, make in _TABLE
     }
     apply = Seam(_TRL, "ChunkedDivergenceFunction", _APPLY, _VERSIONS, "forward", optional=True)
     compact = Seam(_TRL, "_use_triton", ("device",), _VERSIONS, optional=True)
-    return {**made, apply: _Divergence, compact: Compact}
+    return {**made, apply: partial(_Divergence, own=own), compact: Compact}

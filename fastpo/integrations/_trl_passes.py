@@ -129,6 +129,8 @@ def token_kl(policy: Pass, reference: Pass) -> Callable[[], Tensor]:
             teacher_bias=other.bias,
             **_map(own, ""),
             **_map(other, "teacher_"),
+            budget=own.options.budget,
+            backend=own.options.backend,
         )
         assert found.divergence is not None
         return policy.spread(found.divergence)

@@ -89,7 +89,7 @@ def _all(setting: Setting, own: HeadOptions) -> dict[Seam, Make]:
         **_trl_adapter.replacements(),
         **_trl_light.replacements(),
         **_trl_logits.replacements(),
-        **_trl_distillation.replacements(),
+        **_trl_distillation.replacements(own),
         **_trl_early.replacements(own),
         **_trl_early.heads(own),
     }

@@ -5,6 +5,8 @@ Nothing here reads a device value on the host, except the label check and compac
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,14 @@ def fake_forward(hidden: Tensor, weight: Tensor, spec: HeadSpec) -> Forward:
 
 
 def _score_block(head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int, b: int) -> None:
+    for _ in folded_tiles(head, state, kept, anchors, a, b):
+        pass
+
+
+def folded_tiles(
+    head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int, b: int
+) -> Iterator[tuple[int, Tensor]]:
+    """First word and raw products of each tile of a block, once `state` holds it."""
     x, K = head.block(a, b), head.plan.kept_tokens
     split = min(max(K, a), b)
     for i, v0, v1 in head.vocab_tiles():
@@ -72,6 +82,7 @@ def _score_block(head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: in
             _fold(head, tile[: split - a], v0, state, a, split, stored, anchors[i, a:split])
         if split < b:
             _fold(head, tile[split - a :], v0, state, split, b)
+        yield v0, tile
 
 
 def _fold(

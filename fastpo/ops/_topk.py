@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _rows as R
 from ._backward import _Backward, _row_grads
 from ._best_words import NEVER, merge, unpack
-from ._driver import _finish, _fold
+from ._driver import _finish, folded_tiles
 from ._head import Forward, Head, HeadSpec, kept_shapes
 from ._logits import to_logits
 
@@ -61,35 +61,12 @@ def forward(
             exclude = exclude.index_select(0, head.rows)
         for a, b in head.token_blocks():
             out = None if exclude is None else exclude[a:b]
-            best[a:b] = _block(head, state, kept, anchors, best[a:b], out, a, b)
+            for v0, tile in folded_tiles(head, state, kept, anchors, a, b):
+                z = to_logits(tile, v0, head.bias, head.spec.logit_map)
+                best[a:b] = merge(best[a:b], z, v0, out)
         z, ids = (_spread(head, x, len(hidden)) for x in unpack(best))
         stats = _finish(head, state, len(hidden))._replace(kept=kept, anchors=anchors)
         return Found(z, ids, stats)
-
-
-def _block(
-    head: Head,
-    state: Tensor,
-    kept: Tensor,
-    anchors: Tensor,
-    best: Tensor,  # [b - a, k]
-    exclude: Tensor | None,  # [b - a]
-    a: int,
-    b: int,
-) -> Tensor:
-    """Statistics and best words of one block of tokens over the whole vocabulary."""
-    x, K = head.block(a, b), head.plan.kept_tokens
-    split = min(max(K, a), b)
-    for i, v0, v1 in head.vocab_tiles():
-        tile = head.products(x, head.words(v0, v1))
-        if split > a:
-            stored = kept[K * v0 : K * v1].view(K, v1 - v0)[a:split]
-            _fold(head, tile[: split - a], v0, state, a, split, stored, anchors[i, a:split])
-        if split < b:
-            _fold(head, tile[split - a :], v0, state, split, b)
-        z = to_logits(tile, v0, head.bias, head.spec.logit_map)
-        best = merge(best, z, v0, exclude)
-    return best
 
 
 def _spread(head: Head, value: Tensor, tokens: int) -> Tensor:
