@@ -31,6 +31,7 @@ class GemmBlocks(NamedTuple):
     v: int  # its columns: words
     h: int  # one step along the hidden size
     group: int  # blocks of rows that share their words before the next words are read
+    halvings: int  # of the columns, until the epilogue takes them part by part
     num_stages: int
     num_warps: int
     tma: bool  # persistent, loaded through descriptors
@@ -42,17 +43,18 @@ def gemm_blocks(tma: bool) -> GemmBlocks:
     Depends on nothing else, because `v` is how partial sums are cut: see `row_blocks`.
     """
     if tma:
-        # sm_90: 193 registers where E is stored, at most 255 with a soft-cap, a bias or odd widths;
-        # no spills. Shared memory 204,832 B of 232,448: a fifth stage of 49,152 does not fit.
-        return GemmBlocks(128, 256, 64, 8, num_stages=4, num_warps=8, tma=True)
+        # sm_90: 179 registers, at most 245 with a soft-cap and a bias, 255 with all statistics; no
+        # spills. Shared memory 200,736 B of 232,448: a fifth stage of 49,152 does not fit. Parts of
+        # 16 columns: of 32 all statistics would spill, and of 8 a row of E would be half a sector.
+        return GemmBlocks(128, 256, 64, 8, 4, num_stages=4, num_warps=8, tma=True)
     # sm_80: 126 registers, 128 when E is stored, so two programs share a multiprocessor and one's
-    # epilogue runs beside the other's products; 176 with a soft-cap, at most 255 where rows start
-    # anywhere. No spills; 49,152 B of 166,912. (128 x 256 and four warps spill with a soft-cap.)
-    return GemmBlocks(128, 128, 32, 8, num_stages=4, num_warps=8, tma=False)
+    # epilogue runs beside the other's products; 142 with a soft-cap, 238 with all statistics, at
+    # most 255 where rows start anywhere. No spills; 49,152 B of 166,912.
+    return GemmBlocks(128, 128, 32, 8, 2, num_stages=4, num_warps=8, tma=False)
 
 
 def repair_blocks() -> GemmBlocks:
     """For rows that are computed again: rare, and beside sums that want many small programs."""
-    # 128 registers on sm_80, 96 on sm_90, at most 254 where rows start anywhere; no spills;
+    # 128 registers, 168 with all statistics, at most 255 where rows start anywhere; no spills;
     # 12,288 B of shared memory. (64 x 64, or 64 of the hidden size, spills on sm_80.)
-    return GemmBlocks(64, 32, 32, 1, num_stages=2, num_warps=4, tma=False)
+    return GemmBlocks(64, 32, 32, 1, 0, num_stages=2, num_warps=4, tma=False)

@@ -7,9 +7,10 @@ In place of the three lines
     others += e.sum(1)
 
 the products are never written. `anchored_fwd` reads x [n, H] and w [width, H] and writes a partial
-sum per row and block of words, and E [n, width] in its dtype where that is wanted. anchored_fold.py
-adds the partial sums up. A row whose exponentials leave float32's range, because its label is more
-than 69 nats below the others, is computed again there.
+sum per row and block of words, of each statistic that is asked for, and E [n, width] in its dtype
+where that is wanted. anchored_fold.py adds the partial sums up. A row whose exponentials, or their
+squares, would leave float32's range, because its label is more than 34 nats below the others, is
+computed again there.
 
 All arithmetic but the target's is float32, in powers of two: rows.py says what for.
 """
@@ -23,7 +24,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._blocks import GemmBlocks
-from .rows import FIXED_ROUNDING, LOG2_E, _tanh
+from .rows import FIXED_ROUNDING, LOG2_E, LOG_FLOOR, _tanh
+
+# What an epilogue can add up in passing, see _epilogue; bit i of WANTED asks for the i-th.
+SUMS = tl.constexpr(5)
 
 
 @triton.jit
@@ -88,8 +92,10 @@ def _products(
 
 
 @triton.jit
-def _halves(x, M: tl.constexpr, V: tl.constexpr):
+def _halves(x):
     """Left and right columns of each [M, V] of a tuple."""
+    M: tl.constexpr = x[0].shape[0]
+    V: tl.constexpr = x[0].shape[1]
     parts = ()
     for i in tl.static_range(len(x)):
         parts = parts + x[i].reshape(M, 2, V // 2).permute(0, 2, 1).split()
@@ -106,20 +112,41 @@ def _epilogue(
     width,
     scale,
     slope,
+    WANTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLD_CAP: tl.constexpr,
 ):
-    """The sum over the row of exp(z - origin·post), and what is stored of it, cell by cell."""
+    """SUMS sums over the row, and what is stored of e = exp(z - origin·post), cell by cell.
+
+    Sums of e, e·log2 e and e² over the others, of u over all words, and the number of words above
+    the label. A sum whose bit is not WANTED is the first one again.
+    """
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + v, mask=v < width, other=0.0)[None, :]
     u = _u(acc, scale, SOFTCAP)
     # The difference first: u·slope alone would round at the size of the logits.
-    e = tl.exp2((u - origin[:, None]) * slope)
-    e = tl.where((v[None, :] == column[:, None]) | (v[None, :] >= width), 0.0, e)
+    d = (u - origin[:, None]) * slope
+    e = tl.where((v[None, :] == column[:, None]) | (v[None, :] >= width), 0.0, tl.exp2(d))
+    mass = tl.sum(e, 1)
+    moment, squares, total, beaten = mass, mass, mass, mass
+    if WANTED & 2:
+        # The floor keeps 0·(-inf) out.
+        moment = tl.sum(e * tl.maximum(d, LOG_FLOOR * LOG2_E), 1)
+    if WANTED & 4:
+        squares = tl.sum(e * e, 1)
+    if WANTED & 8:
+        total = tl.sum(tl.where(v[None, :] < width, u, 0.0), 1)
+    if WANTED & 16:
+        beaten = tl.sum(tl.where(e > 1.0, 1.0, 0.0), 1)
     stored = e
     if FOLD_CAP:
         stored = e * tl.fma(-u, u, 1.0)
-    return tl.sum(e, 1), stored
+    return (mass, moment, squares, total, beaten), stored
+
+
+@triton.jit
+def _added(a, b):
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3], a[4] + b[4]
 
 
 @triton.jit
@@ -131,6 +158,58 @@ def _store(e_ptr, e, m0, v0, rows, width, stride):
     e_ptr += m0.to(tl.int64) * stride + v0
     m, v = tl.arange(0, M)[:, None], tl.arange(0, V)[None, :]
     tl.store(e_ptr + (m * stride + v), e, mask=rows[:, None] & (v < width - v0))
+
+
+@triton.jit
+def _finish_block(
+    acc,
+    m0,
+    v0,
+    labels_ptr,
+    bias_ptr,
+    origin_ptr,
+    partial_ptr,
+    e_ptr,
+    n,
+    width,
+    stored,
+    first,
+    stride_sum,
+    stride_e,
+    scale,
+    slope,
+    WANTED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    FOLD_CAP: tl.constexpr,
+    HALVINGS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """Partial sums of a block of products, and e where it is stored.
+
+    In parts of its columns: the whole block's cells beside its products would not fit in registers.
+    """
+    PARTS: tl.constexpr = 2**HALVINGS
+    m = m0 + tl.arange(0, BLOCK_M)
+    origin = tl.load(origin_ptr + m, mask=m < n, other=0.0)
+    column = _columns(labels_ptr, m, m < n, first, width)
+    parts = (acc,)
+    for _ in tl.static_range(HALVINGS):
+        parts = _halves(parts)
+    for i in tl.static_range(PARTS):
+        v1 = v0 + i * (BLOCK_V // PARTS)
+        v = v1 + tl.arange(0, BLOCK_V // PARTS)
+        part, e = _epilogue(
+            parts[i], v, origin, column, bias_ptr, width, scale, slope, WANTED, SOFTCAP, FOLD_CAP
+        )
+        sums = part if i == 0 else _added(sums, part)  # noqa: F821
+        if e_ptr is not None:
+            _store(e_ptr, e, m0, v1, m < stored, width, stride_e)
+    # int64: blocks·n passes 2**31
+    partial_ptr += (v0 // BLOCK_V).to(tl.int64) * n
+    for i in tl.static_range(SUMS):
+        if (WANTED >> i) & 1:
+            tl.store(partial_ptr + i * stride_sum + m, sums[i], mask=m < n)
 
 
 @triton.jit
@@ -181,21 +260,24 @@ def anchored_fwd_kernel(
     labels_ptr,  # [n] int64
     bias_ptr,  # [width] float32, from the tile's first word on, or None
     origin_ptr,  # [n] float32
-    partial_ptr,  # [blocks, n] float32, written
+    partial_ptr,  # [SUMS, blocks, n] float32, those WANTED are written
     e_ptr,  # [stored, width], written, or None
     n,
     width,
     H,
     stored,
     first,
+    stride_sum,
     stride_x,
     stride_w,
     stride_e,
     scale,
     slope,
+    WANTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLD_CAP: tl.constexpr,
     EVEN_H: tl.constexpr,
+    HALVINGS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -205,15 +287,10 @@ def anchored_fwd_kernel(
     acc = _products(
         x_ptr, w_ptr, m0, v0, n, width, H, stride_x, stride_w, EVEN_H, BLOCK_M, BLOCK_V, BLOCK_H
     )
-    m = m0 + tl.arange(0, BLOCK_M)
-    v = v0 + tl.arange(0, BLOCK_V)
-    origin = tl.load(origin_ptr + m, mask=m < n, other=0.0)
-    column = _columns(labels_ptr, m, m < n, first, width)
-    total, e = _epilogue(acc, v, origin, column, bias_ptr, width, scale, slope, SOFTCAP, FOLD_CAP)
-    # int64: blocks·n and n·width pass 2**31
-    tl.store(partial_ptr + (v0 // BLOCK_V).to(tl.int64) * n + m, total, mask=m < n)
-    if e_ptr is not None:
-        _store(e_ptr, e, m0, v0, m < stored, width, stride_e)
+    _finish_block(
+        acc, m0, v0, labels_ptr, bias_ptr, origin_ptr, partial_ptr, e_ptr, n, width, stored, first,
+        stride_sum, stride_e, scale, slope, WANTED, SOFTCAP, FOLD_CAP, HALVINGS, BLOCK_M, BLOCK_V,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -230,43 +307,31 @@ def anchored_fwd_tma_kernel(
     H,
     stored,
     first,
+    stride_sum,
     stride_e,
     scale,
     slope,
+    WANTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLD_CAP: tl.constexpr,
+    HALVINGS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
     """`anchored_fwd_kernel` with one program per multiprocessor, and descriptors that load."""
-    PART: tl.constexpr = BLOCK_V // 8
     count = tl.cdiv(n, BLOCK_M) * tl.cdiv(width, BLOCK_V)
     for i in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=True):
         m0, v0 = _place(i, n, width, GROUP, BLOCK_M, BLOCK_V)
         acc = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
         for h in range(0, H, BLOCK_H):
             acc = tl.dot(x_desc.load([m0, h]), w_desc.load([v0, h]).T, acc)
-        m = m0 + tl.arange(0, BLOCK_M)
-        origin = tl.load(origin_ptr + m, mask=m < n, other=0.0)
-        column = _columns(labels_ptr, m, m < n, first, width)
-        # In eighths: halves spill where a soft-cap or a bias is taken through them, and quarters
-        # where rows of E start anywhere and are stored cell by cell.
-        parts = _halves((acc,), BLOCK_M, BLOCK_V)
-        parts = _halves(parts, BLOCK_M, BLOCK_V // 2)
-        parts = _halves(parts, BLOCK_M, BLOCK_V // 4)
-        total = tl.zeros((BLOCK_M,), tl.float32)
-        for i_part in tl.static_range(8):
-            v1 = v0 + i_part * PART
-            v = v1 + tl.arange(0, PART)
-            part, e = _epilogue(
-                parts[i_part], v, origin, column, bias_ptr, width, scale, slope, SOFTCAP, FOLD_CAP
-            )
-            total += part
-            if e_ptr is not None:
-                _store(e_ptr, e, m0, v1, m < stored, width, stride_e)
-        tl.store(partial_ptr + (v0 // BLOCK_V).to(tl.int64) * n + m, total, mask=m < n)
+        _finish_block(
+            acc, m0, v0, labels_ptr, bias_ptr, origin_ptr, partial_ptr, e_ptr, n, width, stored,
+            first, stride_sum, stride_e, scale, slope, WANTED, SOFTCAP, FOLD_CAP, HALVINGS, BLOCK_M,
+            BLOCK_V,
+        )  # fmt: skip
 
 
 def anchored_target(
@@ -310,7 +375,7 @@ def anchored_fwd(
     labels: Tensor,  # [n] int64
     bias: Tensor | None,  # [V] float32
     origin: Tensor,  # [n] float32
-    partial: Tensor,  # [⌈width / blocks.v⌉, n] float32, written
+    partial: Tensor,  # [SUMS, ⌈width / blocks.v⌉, n] float32, written: the first and `stats`
     e: Tensor | None,  # [stored, width], written: of the first `stored` rows
     first: int,  # word of the tile's first column
     blocks: GemmBlocks,
@@ -319,6 +384,7 @@ def anchored_fwd(
     scale: float,
     post: float,
     softcap: bool,
+    stats: int,  # bits of STATS in fastpo/ops/_rows.py
     fold_cap: bool,
 ) -> None:
     n, H = x.shape
@@ -345,12 +411,15 @@ def anchored_fwd(
             H,
             0 if e is None else len(e),
             first,
+            partial.stride(0),
             *strides,
             0 if e is None else e.stride(0),
             scale,
             post * LOG2_E.value,
+            WANTED=1 + 2 * stats,
             SOFTCAP=softcap,
             FOLD_CAP=softcap and fold_cap,
+            HALVINGS=blocks.halvings,
             GROUP=blocks.group,
             BLOCK_M=blocks.m,
             BLOCK_V=blocks.v,

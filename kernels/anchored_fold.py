@@ -1,8 +1,8 @@
 """Partial sums of anchored.py added up, and rows whose exponentials left float32's range redone.
 
-Reads blocks·n partial sums and updates 2 numbers a row. A program that finds a row out of range
-multiplies its block of rows with the tile's words again, twice: for the maximum, which becomes the
-row's origin, and for the exponentials beside it. The host neither knows nor waits.
+Reads blocks·n partial sums per statistic and updates the row's state. A program that finds a row
+out of range multiplies its block of rows with the tile's words again, twice: for the maximum, which
+becomes the row's origin, and for the exponentials beside it. The host neither knows nor waits.
 """
 
 from __future__ import annotations
@@ -13,11 +13,79 @@ import triton.language as tl
 from torch import Tensor
 
 from ._blocks import repair_blocks
-from .anchored import _columns, _epilogue, _products, _store, _u
-from .rows import FIXED_ROUNDING, LOG2_E, LOWEST
+from .anchored import SUMS, _added, _columns, _epilogue, _products, _store, _u
+from .rows import (
+    BEFORE,
+    FIXED_ROUNDING,
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    MOMENT,
+    OTHERS,
+    SQUARES,
+    SUM,
+)
 
-# A sum above this is computed again: 2**27 times as much still fits in float32 and bfloat16.
-LARGEST_SUM = tl.constexpr(2.0**100)
+# A sum above this is computed again: its square, which Σ e² may reach, and 2**27 times that still
+# fit in float32.
+LARGEST_SUM = tl.constexpr(2.0**50)
+
+
+@triton.jit
+def _partial_sums(
+    partial_ptr,
+    m,
+    n,
+    blocks,
+    stride_sum,
+    stride_partial,
+    WANTED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    sums = ()
+    for i in tl.static_range(SUMS):
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        if (WANTED >> i) & 1:
+            for start in range(0, blocks, BLOCK_P):
+                p = start + tl.arange(0, BLOCK_P)
+                mask = (p < blocks)[:, None] & (m < n)[None, :]
+                address = p.to(tl.int64)[:, None] * stride_partial + m[None, :]
+                part = tl.load(partial_ptr + i * stride_sum + address, mask=mask, other=0.0)
+                total += tl.sum(part, 0)
+        sums = sums + (total,)  # noqa: RUF005  # what Triton parses
+    return sums
+
+
+@triton.jit
+def _rows_of(sums, rows):
+    parts = ()
+    for i in tl.static_range(SUMS):
+        parts = parts + (tl.where(rows, sums[i], 0.0),)  # noqa: RUF005
+    return parts
+
+
+@triton.jit
+def _update(state_ptr, sums, shift, m, mask, stride_state, post, WANTED: tl.constexpr):
+    """The tile's sums join the state, which moves to an origin `shift` nats higher."""
+    shrink = tl.exp2(-shift * LOG2_E)
+    others = tl.load(state_ptr + OTHERS * stride_state + m, mask=mask, other=0.0)
+    tl.store(state_ptr + OTHERS * stride_state + m, others * shrink + sums[0], mask=mask)
+    if WANTED & 2:
+        moment = tl.load(state_ptr + MOMENT * stride_state + m, mask=mask, other=0.0)
+        moment = shrink * (moment - shift * others) + sums[1] * LN_2
+        tl.store(state_ptr + MOMENT * stride_state + m, moment, mask=mask)
+    if WANTED & 4:
+        squares = tl.load(state_ptr + SQUARES * stride_state + m, mask=mask, other=0.0)
+        squares = shrink * shrink * squares + sums[2]
+        tl.store(state_ptr + SQUARES * stride_state + m, squares, mask=mask)
+    if WANTED & 8:
+        total = tl.load(state_ptr + SUM * stride_state + m, mask=mask, other=0.0)
+        tl.store(state_ptr + SUM * stride_state + m, total + sums[3] * post, mask=mask)
+    if WANTED & 16:
+        # A row that moved has its maximum above its target, and that is enough.
+        at = state_ptr + BEFORE * stride_state + m
+        tl.store(at, float("inf"), mask=mask & (sums[4] > 0.0))
 
 
 @triton.jit
@@ -26,19 +94,21 @@ def anchored_fold_kernel(
     w_ptr,  # [width, H]
     labels_ptr,  # [n] int64
     bias_ptr,  # [width] float32, from the tile's first word on, or None
-    partial_ptr,  # [blocks, n] float32, in rows of `stride_partial`
+    partial_ptr,  # [sums, blocks, n] float32, rows `stride_partial` apart
     origin_ptr,  # [n] float32, updated where the row is computed again
-    others_ptr,  # [n] float32, updated: Σ exp(z - origin·post) over the others so far
+    state_ptr,  # [7, n] float32, updated: beside origin·post in place of the maximum
     e_ptr,  # [stored, width], rows computed again are written, or None
     anchors_ptr,  # [stored] float32, written: origin·post, or None
-    total_ptr,  # [n, H] float32, in the same units as `others`, or None
+    total_ptr,  # [n, H] float32, in the same units as OTHERS, or None
     n,
     width,
     H,
     stored,
     first,
     blocks,
+    stride_sum,
     stride_partial,
+    stride_state,
     stride_x,
     stride_w,
     stride_e,
@@ -46,6 +116,7 @@ def anchored_fold_kernel(
     scale,
     post,
     slope,
+    WANTED: tl.constexpr,
     SOFTCAP: tl.constexpr,
     FOLD_CAP: tl.constexpr,
     EVEN_H: tl.constexpr,
@@ -56,16 +127,13 @@ def anchored_fold_kernel(
 ):
     m0 = tl.program_id(0) * BLOCK_M
     m = m0 + tl.arange(0, BLOCK_M)
-    total = tl.zeros((BLOCK_M,), tl.float32)
-    for start in range(0, blocks, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        mask = (p < blocks)[:, None] & (m < n)[None, :]
-        address = partial_ptr + p.to(tl.int64)[:, None] * stride_partial + m[None, :]
-        total += tl.sum(tl.load(address, mask=mask, other=0.0), 0)
+    sums = _partial_sums(
+        partial_ptr, m, n, blocks, stride_sum, stride_partial, WANTED, BLOCK_M, BLOCK_P
+    )
     origin = tl.load(origin_ptr + m, mask=m < n, other=0.0)
-    others = tl.load(others_ptr + m, mask=m < n, other=0.0)
+    shift = tl.zeros((BLOCK_M,), tl.float32)
 
-    again = total > LARGEST_SUM  # NaN stays: no origin mends it
+    again = sums[0] > LARGEST_SUM  # NaN stays: no origin mends it
     if tl.max(again.to(tl.int32), 0) != 0:
         column = _columns(labels_ptr, m, m < n, first, width)
         largest = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -82,7 +150,7 @@ def anchored_fold_kernel(
             largest = tl.maximum(largest, tl.max(z, 1))
         before = origin
         origin = tl.where(again, largest / slope, origin)
-        total = tl.where(again, 0.0, total)
+        sums = _rows_of(sums, again == 0)
         for v0 in range(0, width, BLOCK_V):
             acc = _products(
                 x_ptr, w_ptr, m0, v0, n, width, H, stride_x, stride_w, EVEN_H, BLOCK_M, BLOCK_V,
@@ -90,15 +158,15 @@ def anchored_fold_kernel(
             )  # fmt: skip
             v = v0 + tl.arange(0, BLOCK_V)
             part, e = _epilogue(
-                acc, v, origin, column, bias_ptr, width, scale, slope, SOFTCAP, FOLD_CAP
+                acc, v, origin, column, bias_ptr, width, scale, slope, WANTED, SOFTCAP, FOLD_CAP
             )
-            total += tl.where(again, part, 0.0)
+            sums = _added(sums, _rows_of(part, again))
             if e_ptr is not None:
                 _store(e_ptr, e, m0, v0, again & (m < stored), width, stride_e)
-        shrink = tl.where(again, tl.exp2((before - origin) * slope), 1.0)
-        others *= shrink
+        shift = (origin - before) * post
         tl.store(origin_ptr + m, origin, mask=again & (m < n))
         if total_ptr is not None:
+            shrink = tl.exp2(-shift * LOG2_E)
             for start in range(0, H, BLOCK_H):
                 h = start + tl.arange(0, BLOCK_H)
                 address = total_ptr + m.to(tl.int64)[:, None] * stride_total + h[None, :]
@@ -106,7 +174,7 @@ def anchored_fold_kernel(
                 t = tl.load(address, mask=mask, other=0.0)
                 tl.store(address, t * shrink[:, None], mask=mask)
 
-    tl.store(others_ptr + m, others + total, mask=m < n)
+    _update(state_ptr, sums, shift, m, m < n, stride_state, post, WANTED)
     if anchors_ptr is not None:
         tl.store(anchors_ptr + m, origin * post, mask=m < stored)
 
@@ -116,9 +184,9 @@ def anchored_fold(
     w: Tensor,  # [width, H]
     labels: Tensor,  # [n] int64
     bias: Tensor | None,  # [V] float32
-    partial: Tensor,  # [blocks, n] float32
+    partial: Tensor,  # [SUMS, blocks, n] float32, or of the first sum alone
     origin: Tensor,  # [n] float32, updated
-    others: Tensor,  # [n] float32, updated
+    state: Tensor,  # [7, n] float32, updated: see rows_fwd, with origin·post as MAX, not written
     e: Tensor | None,  # [stored, width], rows computed again are written
     anchors: Tensor | None,  # [stored] float32, written
     total: Tensor | None,  # [n, H] float32, updated where rows are computed again
@@ -127,6 +195,7 @@ def anchored_fold(
     scale: float,
     post: float,
     softcap: bool,
+    stats: int,
     fold_cap: bool,
 ) -> None:
     n, H = x.shape
@@ -139,7 +208,7 @@ def anchored_fold(
             None if bias is None else bias[first:],
             partial,
             origin,
-            others,
+            state,
             e,
             anchors,
             total,
@@ -148,8 +217,10 @@ def anchored_fold(
             H,
             0 if e is None else len(e),
             first,
-            len(partial),
+            partial.shape[1],
             partial.stride(0),
+            partial.stride(1),
+            state.stride(0),
             x.stride(0),
             w.stride(0),
             0 if e is None else e.stride(0),
@@ -157,6 +228,7 @@ def anchored_fold(
             scale,
             post,
             post * LOG2_E.value,
+            WANTED=1 + 2 * stats,
             SOFTCAP=softcap,
             FOLD_CAP=softcap and fold_cap,
             EVEN_H=H % blocks.h == 0,

@@ -63,20 +63,21 @@ BACKWARD = [
     (1, True, CAPPED, None, True, FP32),
 ]
 
-# rows, width, hidden size, dtype, bias, map, E stored, and for a frozen head
+# rows, width, hidden size, dtype, bias, map, E stored, and for a frozen head, statistics
 ANCHORED = [
-    *(
-        (512, 8192, 4096, BF16, biased, logit_map, kept, frozen)
-        for biased, logit_map in ((False, PLAIN), (True, CAPPED))
-        for kept, frozen in ((False, False), (True, False), (True, True))
-    ),
-    (512, 8192, 4096, BF16, True, PLAIN, True, False),
-    (512, 8192, 4096, BF16, False, CAPPED, True, True),
-    (512, 8192, 4096, FP16, False, PLAIN, True, False),
-    (512, 8191, 4096, BF16, False, PLAIN, False, False),
-    (512, 8191, 4096, BF16, False, PLAIN, True, False),
-    (500, 8191, 4090, BF16, True, CAPPED, True, True),
-    (1, 1, 8, BF16, True, CAPPED, True, False),
+    (512, 8192, 4096, BF16, False, PLAIN, False, False, 0),
+    (512, 8192, 4096, BF16, False, PLAIN, False, False, 15),
+    (512, 8192, 4096, BF16, False, PLAIN, True, False, 0),
+    (512, 8192, 4096, BF16, False, PLAIN, True, False, 15),
+    (512, 8192, 4096, BF16, False, PLAIN, True, True, 0),
+    (512, 8192, 4096, BF16, True, PLAIN, True, True, 15),
+    (512, 8192, 4096, BF16, False, CAPPED, True, True, 15),
+    (512, 8192, 4096, BF16, True, CAPPED, True, True, 0),
+    (512, 8192, 4096, FP16, False, PLAIN, True, False, 0),
+    (512, 8191, 4096, BF16, False, PLAIN, False, False, 0),
+    (512, 8191, 4096, BF16, False, PLAIN, True, False, 15),
+    (500, 8191, 4090, BF16, True, CAPPED, True, True, 0),
+    (1, 1, 8, BF16, True, PLAIN, True, False, 15),
 ]
 
 # width, biases, the student's and the teacher's map, dtypes written
@@ -155,6 +156,7 @@ def anchored_launches(
     logit_map: R.LogitMap,
     kept: bool,
     frozen: bool,
+    stats: int,
 ) -> Iterator[Launch]:
     scalars = _rows_triton.map_scalars(logit_map)
     x, words = torch.empty(n, hidden, dtype=dtype), torch.empty(width, hidden, dtype=dtype)
@@ -162,8 +164,8 @@ def anchored_launches(
     e = torch.empty(n, width, dtype=dtype) if kept else None
     rows = (x, words, torch.zeros(n, dtype=torch.int64), bias)
     name = f"{n}x{width}x{hidden} {_short(dtype)} {_words(biased, logit_map)}"
-    name += f"frozen={frozen} kept={kept}"
-    options = {**scalars, "fold_cap": frozen}
+    name += f"stats={stats} frozen={frozen} kept={kept}"
+    options = {**scalars, "stats": stats, "fold_cap": frozen}
 
     def launch(prefix: str, kernel: str, adapter: Callable[..., None], *arguments: object):
         module = anchored_fold if prefix == "fold " else anchored
@@ -173,7 +175,7 @@ def anchored_launches(
         blocks = _blocks.gemm_blocks(tma)
         if tma and hidden * dtype.itemsize % 16:
             continue  # what a descriptor cannot load, the other kernel does
-        partial = torch.zeros(-(-width // blocks.v), n)
+        partial = torch.zeros(anchored.SUMS.value if stats else 1, -(-width // blocks.v), n)
         found = launch(
             "descriptors " if tma else "pointers ",
             "anchored_fwd_tma_kernel" if tma else "anchored_fwd_kernel",
@@ -183,7 +185,7 @@ def anchored_launches(
     anchors, total = (None, torch.zeros(n, hidden)) if frozen else (numbers if kept else None, None)
     yield launch(
         "fold ", "anchored_fold_kernel", anchored_fold.anchored_fold,
-        *rows, partial, numbers, numbers, e, anchors, total, 0,
+        *rows, partial, numbers, torch.zeros(R.STATE, n), e, anchors, total, 0,
     )  # fmt: skip
     options = {**scalars, "vocab": width}
     yield launch(

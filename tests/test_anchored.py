@@ -40,10 +40,12 @@ MAPS = {
     "scaled": R.LogitMap(temperature=0.7, logit_scale=-1.3),
     "softcap": R.LogitMap(temperature=1.6, softcap=5.0, logit_scale=-0.8),
 }
+# What the words of earlier tiles have left: it has to join the tile's own.
+START = torch.tensor([math.nan, 1.0, math.nan, -2.0, 0.5, 3.0, -math.inf]).unsqueeze(1)
 # The walk of the shipped blocks in small: several groups, several blocks a program.
 SMALL = {
-    "pointers": _blocks.GemmBlocks(16, 64, 32, 2, num_stages=2, num_warps=4, tma=False),
-    "descriptors": _blocks.GemmBlocks(16, 64, 32, 2, num_stages=2, num_warps=4, tma=True),
+    "pointers": _blocks.GemmBlocks(16, 64, 32, 2, 1, num_stages=2, num_warps=4, tma=False),
+    "descriptors": _blocks.GemmBlocks(16, 64, 32, 2, 3, num_stages=2, num_warps=4, tma=True),
 }
 
 
@@ -67,7 +69,7 @@ class Tile:
             self.logit_map.cap
         )
 
-    def run(self, blocks: _blocks.GemmBlocks, fold_cap: bool = False) -> Tile:
+    def run(self, blocks: _blocks.GemmBlocks, fold_cap: bool = False, stats: int = 0) -> Tile:
         n, v = len(self.x), len(self.words)
         scalars = _rows_triton.map_scalars(self.logit_map)
         self.target, self.origin = torch.empty(2, n)
@@ -75,17 +77,18 @@ class Tile:
         anchored.anchored_target(
             self.x, own, self.labels, self.bias, self.target, self.origin, vocab=v, **scalars
         )
-        self.partial = torch.empty(-(-v // blocks.v), n)
+        self.partial = torch.empty(anchored.SUMS.value if stats else 1, -(-v // blocks.v), n)
         self.e = torch.full((self.stored, v + 3), 9.0, dtype=torch.float32)
         e, rows = self.e[:, :v], (self.x, self.words, self.labels, self.bias)
-        options = {**scalars, "fold_cap": fold_cap}
+        options = {**scalars, "stats": stats, "fold_cap": fold_cap}
         anchored.anchored_fwd(*rows, self.origin, self.partial, e, 0, blocks, 3, **options)
-        self.others, self.total = torch.ones(n), torch.ones(n, self.x.shape[1])
+        self.state, self.total = START.repeat(1, n), torch.ones(n, self.x.shape[1])
         self.anchors = torch.empty(self.stored)
         anchored_fold.anchored_fold(
-            *rows, self.partial, self.origin, self.others, e, self.anchors, self.total, 0,
+            *rows, self.partial, self.origin, self.state, e, self.anchors, self.total, 0,
             **options,
         )  # fmt: skip
+        self.others = self.state[R.OTHERS]
         assert (self.e[:, v:] == 9.0).all(), "wrote behind the tile"
         self.e = e
         return self
@@ -120,11 +123,63 @@ def test_exponentials_and_their_sums(shape, blocks, logit_map, dtype):
     assert (tile.total == 1).all(), "no row had to be computed again"
 
 
+def true_sums(tile: Tile, others: Tensor, moment: Tensor, squares: Tensor) -> dict[int, Tensor]:
+    """State of the rows after the tile, from what it was beside the origin of now."""
+    z, label = tile.logits(), tile.labels.unsqueeze(1)
+    own = z.gather(1, label)
+    d = z - tile.origin.double().unsqueeze(1) * (tile.logit_map.cap or tile.logit_map.factor)
+    e = d.exp().scatter(1, label, 0.0)
+    return {
+        R.OTHERS: others + e.sum(1),
+        R.MOMENT: moment + (e * d).sum(1),
+        R.SQUARES: squares + e.square().sum(1),
+        R.SUM: 3.0 + z.sum(1),
+        R.BEFORE: torch.where((z > own).any(1), math.inf, -math.inf).double(),
+    }
+
+
+@interpreted
+@pytest.mark.parametrize("stats", [1, 2, 4, 8, 15])
+@pytest.mark.parametrize("logit_map", MAPS)
+@pytest.mark.parametrize("blocks", SMALL)
+def test_statistics_in_passing(blocks, logit_map, stats):
+    tile = make_tile(50, 141, 40, MAPS[logit_map])
+    best = tile.logits().argmax(1)
+    tile.labels[:20] = best[:20]
+    plain = replace(tile).run(SMALL[blocks])
+    tile.run(SMALL[blocks], stats=stats)
+    assert torch.equal(tile.others, plain.others) and torch.equal(tile.e, plain.e)
+    for row, true in true_sums(tile, *torch.tensor([1.0, -2.0, 0.5])).items():
+        bit = {R.MOMENT: 1, R.SQUARES: 2, R.SUM: 4, R.BEFORE: 8}.get(row, stats)
+        if not stats & bit:
+            true = START[row].expand(50).double()
+        size = tile.logits().abs().sum(1).max() if row == R.SUM else 1.0
+        torch.testing.assert_close(tile.state[row].double(), true, rtol=5e-6, atol=2e-7 * size)
+
+
+@interpreted
+@pytest.mark.parametrize("logit_map", ["plain", "scaled"])
+def test_statistics_of_a_row_that_is_computed_again(logit_map):
+    tile = make_tile(40, 130, 24, MAPS[logit_map])
+    tile.x *= 0.1
+    tile.bias[7] -= 60.0 / MAPS[logit_map].factor
+    tile.labels[[3, 20]] = 7
+    tile.run(SMALL["pointers"], stats=15)
+    # What stood beside the target stands beside the maximum now.
+    shift = tile.origin.double() * MAPS[logit_map].factor - tile.target
+    assert torch.equal(shift > 30, tile.labels == 7)
+    shrink = (-shift).exp()
+    true = true_sums(tile, shrink, shrink * (-2 - shift), shrink.square() * 0.5)
+    for row in (R.OTHERS, R.MOMENT, R.SQUARES, R.SUM):
+        size = tile.logits().abs().sum(1).max() if row == R.SUM else 1.0
+        torch.testing.assert_close(tile.state[row].double(), true[row], rtol=3e-5, atol=2e-6 * size)
+
+
 @interpreted
 @pytest.mark.parametrize("blocks", [_blocks.gemm_blocks(False), _blocks.gemm_blocks(True)], ids=str)
 def test_the_shipped_blocks(blocks):
     tile = make_tile(130, 300, 72, MAPS["plain"]).run(blocks)
-    assert len(tile.partial) == -(-300 // blocks.v)
+    assert tile.partial.shape == (1, -(-300 // blocks.v), 130)
     z = tile.logits()
     others = (z - z.gather(1, tile.labels.unsqueeze(1))).exp().sum(1) - 1
     torch.testing.assert_close(tile.others.double() - 1, others, rtol=3e-6, atol=1e-6)
@@ -183,7 +238,7 @@ def count_products(monkeypatch) -> list[str]:
     ("backend", "dtype", "outputs", "ran"),
     [
         ("anchored", torch.float32, ("logps", "lse"), {"anchored"}),
-        ("anchored", torch.float32, ("logps", "entropy"), {"classic"}),
+        ("anchored", torch.float32, ("logps", "entropy", "is_top1"), {"anchored"}),
         ("anchored", torch.float16, ("logps",), {"classic"}),
         ("triton", torch.float32, ("logps",), {"classic"}),
         (None, torch.float32, ("logps",), {"classic"}),

@@ -3,10 +3,12 @@
 With z_y of the label known first, the product's epilogue takes exp(z_v - z_y) at once, so float32
 logits are neither written nor read. log p = -log1p(Σ exp(z_v - z_y)) over the others has no
 cancellation. What is kept and left in `state` has the classic meaning, with z_y in place of the
-running maximum, so the backward is the classic one.
+running maximum, so the backward is the classic one. The other statistics are sums in the same
+epilogue, each only where it is asked for.
 
-The product is Triton's, or CUTLASS's where that was built in and serves the tile. Both are selected
-by name only, because no GPU has timed them yet: `backend="anchored"`, `backend="cutlass"`.
+The product is Triton's, or CUTLASS's where that was built in, serves the tile and nothing but the
+log-probability is asked. Both are selected by name only, because no GPU has timed them yet:
+`backend="anchored"`, `backend="cutlass"`.
 """
 
 from __future__ import annotations
@@ -24,16 +26,16 @@ from ._rows_triton import map_scalars
 
 LOG2_E = 1 / math.log(2)
 
-# The sums an epilogue takes in passing. Others want z itself: the classic forward gives them.
-_OUTPUTS = {"logps", "lse"}
 # float16 holds no exponential above 2**16; products of float32 belong to cuBLAS. The interpreter
 # knows float32 only, and a CPU has nothing else here.
 _DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
-def serves(spec: HeadSpec, device: torch.device) -> bool:
+def serves(spec: HeadSpec, device: torch.device, biased: bool) -> bool:
     """The one place that chooses between this forward and the classic one."""
-    named = spec.backend in ("anchored", "cutlass") and _OUTPUTS.issuperset(spec.outputs)
+    named = spec.backend in ("anchored", "cutlass")
+    if biased and spec.logit_map.softcap is not None and spec.stats:
+        return False  # the epilogue would spill registers
     return named and spec.compute_dtype == _DTYPES.get(device.type)
 
 
@@ -94,34 +96,39 @@ class _Block:
         from ..kernels.anchored_fold import anchored_fold
 
         words = _unit_columns(words)
-        options = {**self.scalars, "fold_cap": total is not None}
+        stats = self.head.spec.stats
+        options = {**self.scalars, "stats": stats, "fold_cap": total is not None}
         rows = (self.x, words, self.labels, self.head.bias)
         partial = self._exponentials(rows, e, first, options)
-        others = self.state[R.OTHERS]
-        anchored_fold(*rows, partial, self.origin, others, e, anchors, total, first, **options)
+        anchored_fold(*rows, partial, self.origin, self.state, e, anchors, total, first, **options)
 
     def _exponentials(
         self, rows: tuple, e: Tensor | None, first: int, options: dict[str, Any]
-    ) -> Tensor:  # [blocks of words, n]
+    ) -> Tensor:  # [sums, blocks of words, n]
         """Sums over the others, block by block; `e` is written."""
-        from ..kernels.anchored import anchored_fwd
+        from ..kernels.anchored import SUMS, anchored_fwd
 
         x, words, labels, bias = rows
         programs = _multiprocessors(self.head.device)
-        if self.head.spec.backend == "cutlass":
+        if self.head.spec.backend == "cutlass" and not options["stats"]:
             own = None if bias is None else bias[first : first + len(words)]
             if cutlass.serves(x, words, own, options["softcap"]):
                 columns = (labels - first).clamp_(-1, len(words)).int()
                 slope = options["post"] * LOG2_E
-                return cutlass.product(x, words, columns, own, self.origin, e, slope, programs)
+                found = cutlass.product(x, words, columns, own, self.origin, e, slope, programs)
+                return found.unsqueeze(0)
         blocks = _gemm_blocks(x, words)
-        partial = self.head.empty(-(-len(words) // blocks.v), len(x), dtype=torch.float32)
+        sums = SUMS.value if options["stats"] else 1
+        partial = self.head.empty(sums, -(-len(words) // blocks.v), len(x), dtype=torch.float32)
         anchored_fwd(*rows, self.origin, partial, e, first, blocks, programs, **options)
         return partial
 
     def finish(self) -> None:
         """The maximum's place in the state: z of the label, or of the origin a row moved to."""
-        torch.mul(self.origin, self.scalars["post"], out=self.state[R.MAX])
+        m, others = self.state[R.MAX], self.state[R.OTHERS]
+        torch.mul(self.origin, self.scalars["post"], out=m)
+        # A NaN among the others shows in their sum alone, and no label is the best word beside it.
+        m.copy_(torch.where(others == others, m, others))
 
     def mass_of_all(self) -> Tensor:
         """Σ exp(z - origin·post) over all words [n, 1]."""

@@ -32,7 +32,7 @@ def forward(
         anchors = head.empty(*anchors_shape, dtype=torch.float32)
         frozen = head.plan.mode == "frozen"
         score_block, frozen_block = _score_block, _frozen_block
-        if _anchored.serves(spec, head.device):
+        if _anchored.serves(spec, head.device, bias is not None):
             score_block, frozen_block = _anchored.score_block, _anchored.frozen_block
         direction = head.empty(*(hidden.shape if frozen else (0, 0)), dtype=hidden.dtype)
         weighted = head.hidden.new_empty(0)

@@ -61,9 +61,9 @@ def linear_logps(
         above it are recomputed. None: 4·V·H, see `fastpo.plan`.
     backend: "triton", "anchored", "cutlass", "cuda", "cpu" or "torch"; None: the best of the
         others than "anchored" and "cutlass". Those are "triton" with a forward that writes no
-        logits, for bfloat16 products and no other outputs than logps and lse; log-probabilities
-        differ from those of "triton" in last bits. "cutlass" takes the product of "anchored" where
-        there is a soft-cap or where rows do not start at multiples of 16 bytes.
+        logits, for bfloat16 products; results differ from those of "triton" in last bits, and a tie
+        makes the label top-1. "cutlass" takes the product of "anchored" where other outputs than
+        logps and lse are asked, there is a soft-cap or rows start not at multiples of 16 bytes.
 
     Raises ValueError for shapes, dtypes, devices, options and, on a CPU, labels that cannot be;
     on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would
@@ -101,6 +101,7 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
+    _check_whole(hidden=hidden, weight=weight, labels=labels, bias=bias)
     if hidden.dim() < 1:
         raise ValueError("hidden: expected shape (..., H), got ()")
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
@@ -122,6 +123,13 @@ def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
     for name, tensor in {**tensors, "labels": labels}.items():
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
+
+
+def _check_whole(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        # By attribute: torch.distributed takes half a second to import.
+        if hasattr(tensor, "placements"):
+            raise ValueError(f"{name}: expected a whole tensor, got DTensor {tensor.placements}")
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
