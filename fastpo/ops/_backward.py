@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import _rows as R
 from ._head import Adapted, Forward, Head, HeadSpec, addmm_float32
+from ._pages import prefer_huge
 
 
 def backward(
@@ -83,7 +84,7 @@ class _Backward:
         self.adds = into is not None
         self.dweight = into
         if needs[1] and into is None:
-            self.dweight = head.empty(V, trained, dtype=head.weight.dtype)
+            self.dweight = prefer_huge(head.empty(V, trained, dtype=head.weight.dtype))
         self.dbias = torch.zeros(V, device=head.device) if needs[2] else None
         self.in_place = n <= head.plan.tiles.tokens and head.weight.dtype == head.gemm
         self._dx = head.empty(head.tile_cells, dtype=head.gemm)
