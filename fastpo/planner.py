@@ -27,6 +27,8 @@ class Plan:
 
     mode: `score` (no gradient), `frozen` (d hidden inside the forward), `keep` (probabilities of
         all tokens kept for the backward), `lean` (logits of `tokens - kept_tokens` recomputed).
+    shared_bytes: how many of `kept_bytes` cost nothing, because d weight is written there once a
+        tile of probabilities has been read.
     products: matrix products of 2·tokens·vocab·hidden FLOPs, forward and backward together.
     """
 
@@ -37,6 +39,7 @@ class Plan:
     tiles: Tiles
     kept_tokens: int
     kept_bytes: int
+    shared_bytes: int
     workspace_bytes: int
     products: float
 
@@ -47,6 +50,7 @@ class Plan:
             "tile": f"{self.tiles.tokens} tokens x {self.tiles.vocab} words",
             "kept tokens": f"{self.kept_tokens} of {self.tokens}",
             "kept for the backward": f"{self.kept_bytes / 2**20:.1f} MiB",
+            "of it in d weight's place": f"{self.shared_bytes / 2**20:.1f} MiB",
             "workspace": f"{self.workspace_bytes / 2**20:.1f} MiB",
             "matrix products": f"{self.products:.2f}",
         }
@@ -88,11 +92,16 @@ def make_plan(
     hidden_grad: bool,
     head_grad: bool,
     budget: int | None,
+    dweight_bytes: int = 0,  # of a d weight that may lie where probabilities were kept
 ) -> Plan:
     tiles = tile_shape(tokens, vocab, device_type)
     row_bytes = vocab * compute_dtype.itemsize
     allowed = (default_budget(vocab, hidden) if budget is None else budget) // row_bytes
     kept = (tokens if tokens <= allowed else allowed) if head_grad else 0
+    kept_bytes = kept * row_bytes
+    # What is larger than d weight stays with it until the next step, what is smaller has its memory
+    # taken early: not more than a quarter, not less than half.
+    shares = dweight_bytes <= 2 * kept_bytes and 4 * kept_bytes <= 5 * dweight_bytes
     mode: Mode
     if head_grad:
         mode = "keep" if kept == tokens else "lean"
@@ -106,7 +115,8 @@ def make_plan(
         hidden,
         tiles,
         kept,
-        kept * row_bytes,
+        kept_bytes,
+        min(kept_bytes, dweight_bytes) if shares else 0,
         _workspace(tiles, hidden, compute_dtype, device_type, mode),
         products,
     )
@@ -161,4 +171,5 @@ def plan(
         hidden_grad=train_hidden,
         head_grad=train_head,
         budget=budget,
+        dweight_bytes=vocab * hidden * dtype.itemsize,
     )

@@ -14,6 +14,8 @@ from fastpo import planner, reference
 from fastpo.ops.linear_logps import OUTPUTS
 from fastpo.testing import make_head
 
+# The anchored ones have bounds of their own for statistics, in test_linear_logps.py.
+CLASSIC = [name for name in BACKENDS if name not in ("anchored", "cutlass")]
 BOTH = {"names": ("logps", "lse"), "outputs": ("logps", "lse")}
 
 
@@ -63,7 +65,7 @@ def check(*shape, dtype=torch.float32, draws=4, names=DIFFERENTIABLE, options=No
 
 @pytest.mark.parametrize("options", OPTIONS, ids=list(OPTIONS))
 @pytest.mark.parametrize("budget", [None, 0])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CLASSIC)
 def test_matches_float64(backend, budget, options):
     check(29, 503, 24, 3, backend=backend, budget=budget, options=OPTIONS[options])
 

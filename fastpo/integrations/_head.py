@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from ..ops import _driver
 from ..ops import _rows as R
@@ -44,7 +45,7 @@ class HeadOptions:
     def __post_init__(self) -> None:
         _check_options(self.temperature, self.softcap, self.logit_scale, self.outputs, self.budget)
 
-    def spec(self, hidden: Tensor, grads: tuple[bool, bool]) -> _driver.HeadSpec:
+    def spec(self, hidden: Tensor, grads: tuple[bool, bool], weight: Tensor) -> _driver.HeadSpec:
         return _driver.HeadSpec(
             R.LogitMap(self.temperature, self.softcap, self.logit_scale),
             ignore_index=None,
@@ -54,6 +55,8 @@ class HeadOptions:
             hidden_grad=grads[0],
             head_grad=grads[1],
             budget=self.budget,
+            # Where d weight is added to a gradient that is there, it needs no place.
+            lends=weight.requires_grad and not self.accumulate,
         )
 
 
@@ -68,6 +71,16 @@ def gathered(*parameters: Tensor | None) -> AbstractContextManager[Any]:
         return nullcontext()
     deepspeed = import_module("deepspeed")
     return deepspeed.zero.GatheredParameters(list(sharded.values()))
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter of which FSDP2 shows this process a shard, as a tensor that can be read."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    # FSDP2 averages gradients over the processes. By default each would keep, of the gradient of
+    # its own rows alone, the part that is its shard.
+    average = [Partial("avg")] * parameter.device_mesh.ndim
+    return parameter.full_tensor(grad_placements=average)
 
 
 # Nothing here is for a compiler: loops over tiles whose number depends on how many rows count.
@@ -96,7 +109,7 @@ def score(
         if adapter is not None:
             down, up = adapter
             hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
-        spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad))
+        spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad), weight)
         results = _GatheredHead.apply(
             hidden, weight, bias, up, labels, _Call(spec, gather, options.accumulate)
         )
@@ -143,7 +156,7 @@ class _GatheredHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         saved = _driver.forward(hidden, call.head(weight, up), bias, labels, call.spec)
         ctx.save_for_backward(hidden, weight, bias, up, labels, *saved)
-        ctx.call = call
+        ctx.call, ctx.spent = call, False
         stats, outputs = saved._asdict(), call.spec.outputs
         results = tuple(stats[name] if name in outputs else None for name in OUTPUTS)
         constant = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -167,7 +180,9 @@ class _GatheredHead(torch.autograd.Function):
                 ctx.call.spec,
                 (need_hidden, need_weight or need_up, need_bias),
                 ctx.call.into(weight, head) if need_weight else None,
+                ctx.spent,
             )
+        ctx.spent = ctx.spent or _driver.lies_in(dhead, _driver.Forward(*saved).kept)
         dup = None
         if up is not None and dhead is not None:
             dhead, dup = dhead.tensor_split([dhead.shape[1] - up.shape[1]], 1)

@@ -44,7 +44,7 @@ def score_block(head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int
     split = min(max(K, a), b)
     for i, v0, v1 in head.vocab_tiles():
         if split > a:
-            stored = kept[K * v0 : K * v1].view(K, v1 - v0)[a:split]
+            stored = head.stored(kept, v0, v1)[a:split]
             block.fold(v0, head.words(v0, v1), stored, anchors[i, a:split])
         else:
             block.fold(v0, head.words(v0, v1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import _rows as R
-from ._head import Adapted, Forward, Head, HeadSpec, addmm_float32
+from ._head import Adapted, Forward, Head, HeadSpec, addmm_float32, place_of_dweight
 from ._pages import prefer_huge
 
 
@@ -25,6 +25,7 @@ def backward(
     spec: HeadSpec,
     needs: tuple[bool, bool, bool],  # d hidden, d weight, d bias
     into: Tensor | None = None,  # [V, H], d weight is added here; then None is returned for it
+    spent: bool = False,  # an earlier backward has overwritten what was kept
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         frozen = saved.direction.numel() > 0
@@ -32,8 +33,12 @@ def backward(
             g = grads["logps"]
             g = torch.zeros_like(saved.logps) if g is None else g
             return (saved.direction * g.float().unsqueeze(1)).to(hidden.dtype), None, None
-        # The forward kept nothing for these terms: recompute all logits.
-        head = Head(hidden, weight, bias, labels, replace(spec, budget=0) if frozen else spec)
+        if frozen or spent:
+            # Nothing is kept for these terms: recompute all logits.
+            spec = replace(spec, budget=0, lends=False)
+        elif spec.lends and not spec.plan(hidden, weight).shared_bytes:
+            spec = replace(spec, lends=False)
+        head = Head(hidden, weight, bias, labels, spec)
         rows = _row_grads(head, grads, saved)
         entropy_grad = grads["entropy"] is not None
         walk = _Backward(head, rows, saved, entropy_grad, needs, into)
@@ -84,7 +89,7 @@ class _Backward:
         self.adds = into is not None
         self.dweight = into
         if needs[1] and into is None:
-            self.dweight = prefer_huge(head.empty(V, trained, dtype=head.weight.dtype))
+            self.dweight = self._dweight(V, trained)
         self.dbias = torch.zeros(V, device=head.device) if needs[2] else None
         self.in_place = n <= head.plan.tiles.tokens and head.weight.dtype == head.gemm
         self._dx = head.empty(head.tile_cells, dtype=head.gemm)
@@ -106,6 +111,12 @@ class _Backward:
         if self.dweight is not None and not len(head.hidden) and not self.adds:
             self.dweight.zero_()
         return self._dhidden(tokens), self.dweight, self.dbias
+
+    def _dweight(self, vocab: int, trained: int) -> Tensor:
+        head = self.head
+        if head.spec.lends and isinstance(head.weight, Tensor):
+            return place_of_dweight(self.saved.kept, head.weight)
+        return prefer_huge(head.empty(vocab, trained, dtype=head.weight.dtype))
 
     def _slab(self, v0: int, v1: int) -> Tensor | None:
         """Where d weight of these words is summed: in place when one product completes it."""
@@ -134,7 +145,7 @@ class _Backward:
         dx = self._dx[: (b - a) * (v1 - v0)].view(b - a, v1 - v0)
         split = min(max(K, a), b)
         if split > a:
-            stored = self.saved.kept[K * v0 : K * v1].view(K, v1 - v0)[a:split]
+            stored = head.stored(self.saved.kept, v0, v1)[a:split]
             self._turn(stored, self.saved.anchors[i, a:split], v0, a, split, dx[: split - a])
         if split < b:
             tile = head.products(head.block(split, b), words)

@@ -13,10 +13,19 @@ from torch import Tensor
 from . import _anchored
 from . import _rows as R
 from ._backward import backward
-from ._head import Adapted, Forward, Head, HeadSpec, addmm_float32, check_labels, kept_shapes
+from ._head import (
+    Adapted,
+    Forward,
+    Head,
+    HeadSpec,
+    addmm_float32,
+    check_labels,
+    kept_shapes,
+    lies_in,
+)
 from ._pages import prefer_huge
 
-__all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forward"]
+__all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forward", "lies_in"]
 
 
 def forward(
@@ -78,7 +87,7 @@ def folded_tiles(
     for i, v0, v1 in head.vocab_tiles():
         tile = head.products(x, head.words(v0, v1))
         if split > a:
-            stored = kept[K * v0 : K * v1].view(K, v1 - v0)[a:split]
+            stored = head.stored(kept, v0, v1)[a:split]
             _fold(head, tile[: split - a], v0, state, a, split, stored, anchors[i, a:split])
         if split < b:
             _fold(head, tile[split - a :], v0, state, split, b)

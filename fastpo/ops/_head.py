@@ -26,6 +26,8 @@ class HeadSpec:
     hidden_grad: bool
     head_grad: bool
     budget: int | None
+    # d weight may take the place of what is kept; then a second backward recomputes.
+    lends: bool = False
 
     def plan(self, hidden: Tensor, weight: Tensor | Adapted) -> planner.Plan:
         return planner.make_plan(
@@ -37,6 +39,7 @@ class HeadSpec:
             hidden_grad=self.hidden_grad,
             head_grad=self.head_grad,
             budget=self.budget,
+            dweight_bytes=_bytes(weight) if self.lends else 0,
         )
 
     @property
@@ -47,7 +50,8 @@ class HeadSpec:
 class Forward(NamedTuple):
     """Per-token results over all N rows, and what the backward wants; absent ones are empty.
 
-    kept: for each vocabulary tile a contiguous [kept_tokens, words] block, one after the other.
+    kept: for each vocabulary tile a contiguous [kept_tokens, words] block, one after the other, the
+        last one where `kept` ends.
     anchors: [vocabulary tiles, kept_tokens].  direction: [N, H] d logp / d hidden.
     """
 
@@ -91,6 +95,11 @@ class Adapted:
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         parts = (self.weight.index_select(dim, index), self.up.index_select(dim, index))
         return torch.cat((parts[0], parts[1].to(self.dtype)), 1)
+
+
+# Blocks of kept probabilities start at multiples of so many cells, as they would in a buffer of
+# their own.
+_ALIGNMENT = 64
 
 
 class Head:
@@ -159,6 +168,12 @@ class Head:
         words = self.weight[v0:v1]
         return words if words.dtype == self.gemm else self._words[: v1 - v0].copy_(words)
 
+    def stored(self, kept: Tensor, v0: int, v1: int) -> Tensor:  # [kept_tokens, v1 - v0]
+        """The block of one vocabulary tile in `kept`."""
+        K = self.plan.kept_tokens
+        start = (len(kept) - K * self.plan.vocab) // _ALIGNMENT * _ALIGNMENT
+        return kept[start + K * v0 : start + K * v1].view(K, v1 - v0)
+
     def products(self, x: Tensor, words: Tensor) -> Tensor:
         """x·wordsᵀ in float32, in the one buffer all tiles share."""
         tile = self._tile[: len(x) * len(words)].view(len(x), len(words))
@@ -210,4 +225,31 @@ def kept_shapes(
     So the shapes are known without reading the labels; memory never written is never committed.
     """
     plan = spec.plan(hidden, weight)
-    return plan.kept_tokens * plan.vocab, (-(-plan.vocab // plan.tiles.vocab), plan.kept_tokens)
+    size = plan.kept_tokens * plan.vocab
+    if plan.shared_bytes:
+        size = max(size, -(-_bytes(weight) // spec.compute_dtype.itemsize)) + _ALIGNMENT
+    return size, (-(-plan.vocab // plan.tiles.vocab), plan.kept_tokens)
+
+
+def _bytes(weight: Tensor | Adapted) -> int:
+    """Of a d weight that could lie in another buffer."""
+    return 0 if isinstance(weight, Adapted) else weight.numel() * weight.dtype.itemsize
+
+
+def place_of_dweight(kept: Tensor, weight: Tensor) -> Tensor:
+    """[V, H] in the dtype of `weight` at the front of `kept`, if `kept_shapes` made it for both.
+
+    While the walk writes words [v0, v1) of it, blocks of later tiles are untouched: they lie as far
+    from the end of `kept`, or farther from its front.
+    """
+    cells = -(-_bytes(weight) // kept.itemsize)
+    # `.data`: for autograd `kept` has not changed. Who asks a second time must know (`lies_in`).
+    front = kept.data[:cells].view(weight.dtype)
+    return front[: weight.numel()].view(weight.shape)
+
+
+def lies_in(dweight: Tensor | None, kept: Tensor) -> bool:
+    """Whether a d weight has overwritten what was kept."""
+    if dweight is None or not kept.numel():
+        return False
+    return dweight.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()

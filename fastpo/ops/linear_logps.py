@@ -65,8 +65,8 @@ def linear_logps(
         makes the label top-1. "cutlass" takes the product of "anchored" where other outputs than
         logps and lse are asked, there is a soft-cap or rows start not at multiples of 16 bytes.
 
-    Raises ValueError for shapes, dtypes, devices, options and, on a CPU, labels that cannot be;
-    on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would
+    Raises ValueError for shapes, dtypes, devices, DTensors, options and, on a CPU, labels that cannot
+    be; on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would
     wait for the device. RuntimeError when a named backend is missing. A NaN or infinite hidden
     state gives a NaN log-probability in its row.
     """
@@ -89,6 +89,8 @@ def linear_logps(
         grad and hidden.requires_grad,
         grad and head_grad,
         budget,
+        # A compiled operator may not return memory of an argument.
+        weight.requires_grad and not torch.compiler.is_compiling(),
     )
     fields = dict(zip(_driver.Forward._fields, results, strict=True))
     return TokenStats(**{name: fields[name].view(labels.shape) for name in outputs})
@@ -128,7 +130,7 @@ def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor 
 def _check_whole(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         # By attribute: torch.distributed takes half a second to import.
-        if hasattr(tensor, "placements"):
+        if tensor is not None and hasattr(tensor, "placements"):
             raise ValueError(f"{name}: expected a whole tensor, got DTensor {tensor.placements}")
 
 
@@ -168,6 +170,7 @@ def _spec(
     hidden_grad: bool,
     head_grad: bool,
     budget: int | None,
+    lends: bool,
 ) -> _driver.HeadSpec:
     return _driver.HeadSpec(
         R.LogitMap(temperature, softcap, logit_scale),
@@ -178,6 +181,7 @@ def _spec(
         hidden_grad,
         head_grad,
         budget,
+        lends,
     )
 
 
@@ -198,6 +202,7 @@ def _forward_op(
     hidden_grad: bool,
     head_grad: bool,
     budget: int | None,
+    lends: bool,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
@@ -213,6 +218,7 @@ def _forward_op(
         hidden_grad,
         head_grad,
         budget,
+        lends,
     )
     return tuple(_driver.forward(hidden, weight, bias, labels, spec))  # type: ignore[return-value]
 
@@ -222,8 +228,7 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *options: Any) 
     return tuple(_driver.fake_forward(hidden, weight, _spec(hidden.device, *options)))
 
 
-@torch.library.custom_op("fastpo::linear_logps_backward", mutates_args=())
-def _backward_op(
+def _run_backward(
     grads: list[Tensor | None],  # logps, entropy, lse: each [N]
     hidden: Tensor,
     weight: Tensor,
@@ -241,6 +246,8 @@ def _backward_op(
     hidden_grad: bool,
     head_grad: bool,
     budget: int | None,
+    lends: bool,
+    spent: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = _spec(
         hidden.device,
@@ -254,6 +261,7 @@ def _backward_op(
         hidden_grad,
         head_grad,
         budget,
+        lends,
     )
     by_name = dict(zip(("logps", "entropy", "lse"), grads, strict=True))
     need_hidden, need_weight, need_bias = needs
@@ -266,9 +274,15 @@ def _backward_op(
         _driver.Forward(*saved),
         spec,
         (need_hidden, need_weight, need_bias),
+        spent=spent,
     )
     dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in results)
     return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
+
+
+_backward_op = torch.library.custom_op("fastpo::linear_logps_backward", mutates_args=())(
+    _run_backward
+)
 
 
 @_backward_op.register_fake
@@ -307,14 +321,19 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         fields.direction,
     )
     ctx.save_for_backward(hidden, weight, bias, labels, *output)
-    ctx.options = options
+    ctx.options, ctx.spent = options, False
 
 
 def _backward(ctx: Any, *results: Any) -> tuple:
     grads = _driver.Forward(*results)
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    found = _backward_op(
+    *options, lends = ctx.options
+    kept = _driver.Forward(*saved).kept
+    # The operator is for tracing, and refuses a gradient of the gradient.
+    plain = type(kept) is Tensor and not torch.is_grad_enabled()
+    run: Any = _run_backward if plain else _backward_op
+    found = run(
         [grads.logps, grads.entropy, grads.lse],
         hidden,
         weight,
@@ -322,8 +341,12 @@ def _backward(ctx: Any, *results: Any) -> tuple:
         labels,
         saved,
         needs,
-        *ctx.options,
+        *options,
+        lends and plain,
+        ctx.spent,
     )
+    if plain:
+        ctx.spent = ctx.spent or _driver.lies_in(found[1], kept)
     leaves = (x if need else None for x, need in zip(found, needs, strict=True))
     return (*leaves, *(None for _ in range(1 + len(ctx.options))))
 

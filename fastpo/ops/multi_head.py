@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linear_logps import OUTPUTS, TokenStats, _shape, linear_logps
+from .linear_logps import OUTPUTS, TokenStats, _check_whole, _shape, linear_logps
 
 
 def multi_head_logps(
@@ -83,6 +83,7 @@ def _check(
     hidden: Tensor, weight: Tensor, labels: Tensor, heads: Tensor, bias: Tensor | None
 ) -> None:
     """What `linear_logps` would say of a slice, said of what the caller gave."""
+    _check_whole(hidden=hidden, weight=weight, labels=labels, heads=heads, bias=bias)
     if hidden.dim() < 1:
         raise ValueError("hidden: expected shape (..., H), got ()")
     if weight.dim() != 3 or 0 in weight.shape[:2] or weight.shape[2] != hidden.shape[-1]:
