@@ -4,58 +4,43 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import socket
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
+import _processes
 import _trainers
 import torch
-import torch.multiprocessing as mp
 
 import fastpo
 
 pytestmark = pytest.mark.xdist_group("two processes")
-PROCESSES = 2
 TRAINERS = ("DPO", "SFT")
 
 
-def process(rank: int, port: int, folder: str) -> None:
-    """What `torchrun` starts: each trainer without the patch, then with it."""
-    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES}
-    os.environ |= {name: str(value) for name, value in local.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def process(rank, folder):
+    """Each trainer without the patch, then with it."""
     runs = {}
     for prefix, patched in itertools.product(TRAINERS, (False, True)):
         with fastpo.patched() if patched else contextlib.nullcontext():
             trainer = _trainers.build(
                 prefix,
-                Path(folder),
-                _trainers.saved(Path(folder)),
+                folder,
+                _trainers.saved(folder),
                 _trainers.DATA[prefix](),
                 {"per_device_train_batch_size": 1, "ddp_backend": "gloo"},
             )
             runs[prefix, patched] = _trainers.train(trainer)
         assert type(trainer.model_wrapped).__name__ == "DistributedDataParallel"
-    torch.save(runs, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
+    torch.save(runs, folder / f"{rank}.pt")
 
 
 def test_two_processes_train_the_same(tmp_path):
     _trainers.saved(tmp_path)
-    mp.spawn(process, args=(free_port(), str(tmp_path)), nprocs=PROCESSES)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
+    _processes.run(process, tmp_path)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
     for prefix in TRAINERS:
         # The main process alone writes its log to the end.
         _trainers.assert_same(ranks[0][prefix, True], ranks[0][prefix, False])

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._head import whole
+
 
 def unsupported(head: Any) -> str | None:
     """Why fastpo cannot score through this adapter layer; None when it can."""
@@ -49,7 +51,8 @@ def operands(
     """The weight [V, H] as the active adapters leave it, and LoRA's (down [N, r], up [V, r])."""
     if head.disable_adapters and head.merged:
         head.unmerge()  # as the layer's own forward does
-    weight: Tensor = head.weight
+    base: Tensor = whole(head.weight)
+    weight = base
     if head.disable_adapters or head.merged:
         return weight, None
     downs, ups = [], []
@@ -57,25 +60,32 @@ def operands(
         if name not in head.lora_A:
             continue
         if name in head.lora_variant:
-            weight = _dora(head, name, weight, hidden)
+            if weight is not base:
+                raise RuntimeError("lm_head: expected one DoRA adapter, got several")
+            weight = _dora(head, name, base, hidden)
             continue
         inputs = head.lora_dropout[name](hidden.to(head.lora_A[name].weight.dtype))
-        downs.append(head.lora_A[name](inputs) * head.scaling[name])
-        ups.append(head.lora_B[name].weight)
+        downs.append(_down(head.lora_A[name], inputs) * head.scaling[name])
+        ups.append(whole(head.lora_B[name].weight))
     if not downs:
         return weight, None
-    if weight is not head.weight:
+    if weight is not base:
         raise RuntimeError("lm_head: expected one DoRA adapter or LoRA adapters, got both")
     return weight, (torch.cat(downs, 1), torch.cat(ups, 1))
 
 
+def _down(layer: Any, inputs: Tensor) -> Tensor:
+    weight = whole(layer.weight)
+    # Called where it can be: others may have hooks on it.
+    return layer(inputs) if weight is layer.weight else torch.nn.functional.linear(inputs, weight)
+
+
 def _dora(head: Any, name: str, weight: Tensor, hidden: Tensor) -> Tensor:
     """m·(W + s·B·A) / ‖W + s·B·A‖ by rows, the norm a constant (arXiv:2402.09353, section 4.3)."""
-    dropout = head.lora_dropout[name]
-    if weight is not head.weight or (head.training and getattr(dropout, "p", 0.0) > 0):
-        raise RuntimeError("lm_head: expected one DoRA adapter without dropout, got another")
-    up, down = head.lora_B[name].weight, head.lora_A[name].weight
+    if head.training and getattr(head.lora_dropout[name], "p", 0.0) > 0:
+        raise RuntimeError("lm_head: expected a DoRA adapter without dropout, got one with it")
+    up, down = (whole(part[name].weight) for part in (head.lora_B, head.lora_A))
     merged = weight.to(up.dtype) + head.scaling[name] * (up @ down)
-    magnitude = head.lora_magnitude_vector[name].weight
+    magnitude = whole(head.lora_magnitude_vector[name].weight)
     norm = torch.linalg.vector_norm(merged.detach(), dim=1)
     return (merged * (magnitude / norm).unsqueeze(1)).to(hidden.dtype)

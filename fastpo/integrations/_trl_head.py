@@ -67,6 +67,11 @@ class HeadCall:
     @property
     def operands(self) -> tuple[Tensor, Tensor]:
         """Hidden states and weight with the adapter's columns beside them, a copy where one is."""
+        if hasattr(self.weight, "ds_id") or not self.weight.untyped_storage().size():
+            raise RuntimeError(
+                "lm_head.weight: expected a whole tensor after the forward, where the objective "
+                "reads it again, got a shard"
+            )
         if self.adapter is None:
             return self.hidden, self.weight
         down, up = (part.to(self.hidden.dtype) for part in self.adapter)

@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..ops.linear_logps import TokenStats
 from ._adapter import is_adapter, operands, unsupported
-from ._head import HeadOptions, score
+from ._head import HeadOptions, score, whole
 from ._seam import Seam
 
 LOSS = Seam(
@@ -205,7 +204,10 @@ class _Call:
         if self.hidden is not None:
             raise self.unknown("its forward calls the head twice")
         self.hidden = hidden
-        return self.probe()
+        # Of the hidden states and under the loss by sums of nothing: FSDP2 gathers weights for the
+        # backward when it comes by what their layers gave.
+        probe = self.probe()
+        return probe + hidden.flatten()[:0].sum().to(probe.device)
 
     def probe(self) -> Tensor:  # [1, 1, V]
         weight = self.head.weight
@@ -239,7 +241,7 @@ class _Call:
         rows, stats = self.score(self.hidden, targets, ignore_index)
         self.stats = _spread(stats, rows, targets.shape, shifted=shift_labels is None)
         assert stats.logps is not None
-        total = -stats.logps.sum()
+        total = -stats.logps.sum() + logits.flatten()[:0].sum()
         if num_items_in_batch is None:
             return total / len(rows)
         if isinstance(num_items_in_batch, Tensor):
@@ -257,8 +259,8 @@ class _Call:
         weight, adapter = self.head.weight, None
         if is_adapter(self.head):
             weight, adapter = operands(self.head, hidden)
-        bias = None if self.head.bias is None else _whole(self.head.bias)
-        stats = score(hidden, _whole(weight), bias, labels, self.options, adapter=adapter)
+        bias = None if self.head.bias is None else whole(self.head.bias)
+        stats = score(hidden, whole(weight), bias, labels, self.options, adapter=adapter)
         return rows, stats
 
     def check(self, logits: Tensor, vocab_size: int | None) -> None:
@@ -335,11 +337,6 @@ def _check_loss_function(model: PreTrainedModel, expected: Any) -> None:
         raise RuntimeError(
             f"{type(model).__name__}.loss_function: expected ForCausalLMLoss, got {name}"
         )
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """FSDP2 shows shards outside the module's own forward."""
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @contextmanager

@@ -65,9 +65,9 @@ def linear_logps(
         makes the label top-1. "cutlass" takes the product of "anchored" where other outputs than
         logps and lse are asked, there is a soft-cap or rows start not at multiples of 16 bytes.
 
-    Raises ValueError for shapes, dtypes, devices, DTensors, options and, on a CPU, labels that cannot
-    be; on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would
-    wait for the device. RuntimeError when a named backend is missing. A NaN or infinite hidden
+    Raises ValueError for shapes, dtypes, devices, DTensors, options and, on a CPU, wrong labels
+    (on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would
+    wait for the device). RuntimeError when a named backend is missing. A NaN or infinite hidden
     state gives a NaN log-probability in its row.
     """
     _check_tensors(hidden, weight, labels, bias)

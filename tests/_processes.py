@@ -1,0 +1,42 @@
+"""Several processes on this machine as `torchrun` would start them, talking through gloo."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+PROCESSES = 2
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run(work: Callable[..., None], *arguments: Any, seconds: float = 120) -> None:
+    """`work(rank, *arguments)` in each process; one that fails or waits for ever fails the test."""
+    started = mp.spawn(_process, args=(free_port(), work, arguments), nprocs=PROCESSES, join=False)
+    deadline = time.monotonic() + seconds
+    while not started.join(timeout=1):
+        if time.monotonic() > deadline:
+            for process in started.processes:
+                process.kill()
+            pytest.fail(f"processes: expected to end in {seconds} s, got none that did")
+
+
+def _process(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES}
+    os.environ |= {name: str(value) for name, value in local.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    work(rank, *arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
