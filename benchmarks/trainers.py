@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import json
 import os
 import statistics
@@ -25,10 +24,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+from trainers_standins import Server, drawer, reward
 
 import fastpo
 from fastpo.bench import machine
@@ -50,6 +49,7 @@ class Sizes:
         return self.length * 3 // 4  # the prompts are short, of several lengths
 
 
+Rows = list[dict[str, Any]]
 Changes = Callable[[Sizes], dict[str, Any]]
 
 
@@ -59,6 +59,10 @@ def whole(sizes: Sizes) -> dict[str, Any]:
 
 def sampled(sizes: Sizes) -> dict[str, Any]:
     return {"max_completion_length": sizes.sampled}
+
+
+def online(sizes: Sizes) -> dict[str, Any]:
+    return whole(sizes) | {"max_new_tokens": sizes.sampled}
 
 
 def both(sizes: Sizes) -> dict[str, Any]:
@@ -72,7 +76,7 @@ class Entry:
     prefix: str  # TRL's
     module: str
     rows: int  # of the dataset for a step: 2 sequences, of TPO 3
-    data: str  # a key of COLUMNS; "drawn": none, the trainer's loss alone is run
+    data: str  # a key of COLUMNS
     changes: Changes = whole
     options: dict[str, Any] = field(default_factory=dict)  # of the config
     arguments: tuple[str, ...] = ()  # of the trainer, keys of ARGUMENTS
@@ -80,6 +84,9 @@ class Entry:
 
 
 GROUPS = {"num_generations": 2}
+WHOLE = {"distillation_mode": "full_logits", "distillation_alpha": 0.5}
+# Between flat rows, sorted, the sign of a difference is a matter of rounding.
+PEAKED = {"uld_student_temperature": 0.05, "uld_teacher_temperature": 0.04}
 DISTILLED = ("teacher_model",)
 REWARDED = ("reward_funcs",)
 TRAINERS = {
@@ -115,8 +122,39 @@ TRAINERS = {
         DISTILLED,
         True,
     ),
-    "SDFT": Entry("SDFT", "trl.experimental.sdft", 2, "drawn"),
-    "SDPO": Entry("SDPO", "trl.experimental.sdpo", 2, "drawn"),
+    "GOLD_ULD": Entry(
+        "GOLD",
+        "trl.experimental.gold",
+        2,
+        "messages",
+        both,
+        {"lmbda": 0.0, "use_uld_loss": True, **PEAKED},
+        DISTILLED,
+        True,
+    ),
+    "IWOPD": Entry("IWOPD", "trl.experimental.iw_opd", 2, "messages", both, {}, DISTILLED),
+    "ServerDistillation": Entry(
+        "ServerDistillation",
+        "trl.experimental.server_distillation",
+        2,
+        "prompts",
+        sampled,
+        {"beta": 0.0, "loss_top_k": 16, "teacher_model_server_url": "http://teacher"},
+    ),
+    "OnlineDPO": Entry(
+        "OnlineDPO", "trl.experimental.online_dpo", 1, "prompts", online, {}, REWARDED
+    ),
+    "SDFT": Entry("SDFT", "trl.experimental.sdft", 1, "shown", sampled, {**GROUPS, **WHOLE}),
+    "SDPO": Entry(
+        "SDPO",
+        "trl.experimental.sdpo",
+        1,
+        "prompts",
+        sampled,
+        # Every completion shows the other how it is done.
+        {**GROUPS, **WHOLE, "success_reward_threshold": -1.0},
+        REWARDED,
+    ),
 }
 
 
@@ -127,7 +165,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=LENGTH)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="the first is not counted")
-    parser.add_argument("--add", action="store_true", help="to the rows that --out has")
+    parser.add_argument("--add", action="store_true", help="to the other rows that --out has")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -140,7 +178,7 @@ def main() -> None:
         "T": args.length,
         "H": args.hidden,
         "sequences_per_step": 2,
-        "rows": json.loads(args.out.read_text())["rows"] if args.add else [],
+        "rows": kept(args.out, args.trainers) if args.add else [],
     }
     for name in args.trainers:
         cells = []
@@ -157,11 +195,16 @@ def main() -> None:
             write(report, args.out)
 
 
+def kept(path: Path, measured: list[str]) -> Rows:
+    rows: Rows = json.loads(path.read_text())["rows"]
+    return [row for row in rows if row["trainer"] not in measured]
+
+
 def compare(name: str, own: dict[str, Any], ours: dict[str, Any]) -> None:
     """The gradients', too: a loss of centred rewards is about 0 whatever the log-probabilities."""
-    for what in ("losses", "grad_norms"):
+    for what, least in (("losses", 1.0), ("grad_norms", 1e-4)):
         for a, b in zip(own[what], ours[what], strict=True):
-            if not abs(a - b) <= 1e-4 * max(abs(a), 1.0):
+            if not abs(a - b) <= 1e-4 * max(abs(a), least):
                 raise AssertionError(f"{name}: {what} {own[what]} and {ours[what]} differ")
 
 
@@ -213,6 +256,7 @@ def build(entry: Entry, folder: str, sizes: Sizes) -> Any:
     """On texts longer than a row, so that all rows have `sizes.length` tokens, or just fewer."""
     import datasets
     from transformers import Qwen2ForCausalLM
+    from trl.generation import vllm_client
 
     from fastpo.demo.data import embedded_pairs
     from fastpo.demo.tokenizer import texts_of, train_tokenizer
@@ -221,15 +265,16 @@ def build(entry: Entry, folder: str, sizes: Sizes) -> Any:
     rows = embedded_pairs().train
     tokenizer = train_tokenizer(texts_of(rows), min(4096, sizes.words))
     model = small_model(tokenizer, sizes, seed=0)
-    if entry.data == "drawn":
-        return Loop(entry, model, small_model(tokenizer, sizes, seed=1), sizes)
     model.save_pretrained(f"{folder}/model")
-    Qwen2ForCausalLM.generate = drawer(sizes)  # this process has no other use
+    teacher = small_model(tokenizer, sizes, seed=1)
+    teacher.config._name_or_path = f"{folder}/same"  # where IW-OPD looks for its tokenizer
+    tokenizer.save_pretrained(f"{folder}/same")
+    # GOLD's teacher has another one, of fewer words.
+    train_tokenizer(texts_of(rows), min(1024, sizes.words)).save_pretrained(f"{folder}/other")
+    Qwen2ForCausalLM.generate = drawer(sizes.words, sizes.sampled)  # this process has no other use
+    vllm_client.VLLMClient = Server
     module = importlib.import_module(entry.module)
-    arguments = {
-        "teacher_model": small_model(tokenizer, sizes, seed=1),
-        "reward_funcs": reward,
-    }
+    arguments = {"teacher_model": teacher, "reward_funcs": reward}
     return getattr(module, f"{entry.prefix}Trainer")(
         model=model if entry.built else f"{folder}/model",
         args=settings(entry, module, folder, sizes),
@@ -259,6 +304,7 @@ def small_model(tokenizer: Any, sizes: Sizes, *, seed: int) -> Any:
 
 
 def settings(entry: Entry, module: Any, folder: str, sizes: Sizes) -> Any:
+    across = entry.options.get("use_uld_loss")
     return getattr(module, f"{entry.prefix}Config")(
         output_dir=folder,
         max_steps=sizes.steps,
@@ -274,79 +320,10 @@ def settings(entry: Entry, module: Any, folder: str, sizes: Sizes) -> Any:
         save_strategy="no",
         **entry.changes(sizes),
         **entry.options,
+        **({"teacher_tokenizer_name_or_path": f"{folder}/other"} if across else {}),
     )
 
 
-class Loop:
-    """Of a trainer whose constructor asks for judges: its logits and its loss, and plain SGD."""
-
-    def __init__(self, entry: Entry, model: Any, teacher: Any, sizes: Sizes) -> None:
-        from accelerate import Accelerator
-
-        kind = getattr(importlib.import_module(entry.module), f"{entry.prefix}Trainer")
-        self.trainer = kind.__new__(kind)
-        self.trainer.accelerator = Accelerator(cpu=True)
-        self.trainer.temperature, self.trainer.model_kwarg_keys = 1.0, {"logits_to_keep"}
-        self.divergence = importlib.import_module(
-            kind.__module__
-        ).compute_full_logit_self_distillation_loss
-        self.model, self.teacher, self.sizes = model, teacher.eval(), sizes
-        self.state = SimpleNamespace(log_history=[])
-        self.callbacks: list[Any] = []
-
-    def add_callback(self, callback: Any) -> None:
-        self.callbacks.append(callback)
-
-    def remove_callback(self, kind: type) -> None:
-        """It has only what was added."""
-
-    def train(self) -> None:
-        (clock,) = self.callbacks
-        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.01)
-        clock.on_train_begin()
-        for step in range(self.sizes.steps):
-            clock.on_step_begin()
-            loss = self.loss(step)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            self.state.log_history.append({"loss": loss.item(), "grad_norm": norm.item()})
-            clock.on_step_end()
-
-    def loss(self, step: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(step)
-        shape = 2, self.sizes.length
-        ids = torch.randint(100, self.sizes.words, shape, generator=generator)
-        arguments = ids, torch.ones_like(ids), self.sizes.sampled
-        own = self.trainer._forward_logits(self.model, *arguments)
-        with torch.no_grad():
-            theirs = self.trainer._forward_logits(self.teacher, *arguments)
-        return self.divergence(own, theirs, distillation_alpha=0.5).mean()
-
-
-def drawer(sizes: Sizes) -> Callable[..., Any]:
-    """In the place of `generate`: completions of the full length, the same in every process."""
-    seeds = itertools.count()
-
-    def generate(model: Any, input_ids: Any, generation_config: Any, **_: Any) -> Any:
-        generator = torch.Generator().manual_seed(next(seeds))
-        prompts = input_ids.repeat_interleave(generation_config.num_return_sequences or 1, 0)
-        shape = len(prompts), sizes.sampled
-        # The first ids are the tokenizer's own: a mark of the end would cut the row short.
-        drawn = torch.randint(100, sizes.words, shape, generator=generator)
-        return torch.cat((prompts, drawn.to(prompts.device)), 1)
-
-    return generate
-
-
-def reward(completions: list[Any], **_: Any) -> list[float]:
-    """Any that differs between two completions; an equal pair would train nothing."""
-    said = (one if isinstance(one, str) else one[0]["content"] for one in completions)
-    return [len(text) % 7 / 7 for text in said]
-
-
-Rows = list[dict[str, Any]]
 COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {
     "pairs": lambda prompt, a, b, i: {"prompt": prompt, "chosen": a, "rejected": b},
     "triples": lambda prompt, a, b, i: {
@@ -362,6 +339,7 @@ COLUMNS: dict[str, Callable[..., dict[str, Any]]] = {
     },
     "text": lambda prompt, a, b, i: {"text": a},
     "prompts": lambda prompt, a, b, i: {"prompt": prompt},
+    "shown": lambda prompt, a, b, i: {"prompt": prompt, "privileged_context": a[:200]},
     "messages": lambda prompt, a, b, i: {
         "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": a}]
     },

@@ -97,13 +97,13 @@ def one_thread() -> Iterator[None]:
 
 
 @functools.cache
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer(words: int = 320) -> PreTrainedTokenizerFast:
     """Byte-level BPE trained on the data below: about 300 words."""
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=320,
+        vocab_size=words,
         special_tokens=["<pad>", "<eos>", *_ROLES],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

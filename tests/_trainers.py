@@ -20,7 +20,11 @@ import fastpo
 
 TIMINGS = ("runtime", "samples_per_second", "steps_per_second", "step_time")
 # Packages of trl.experimental that are not the prefix in lower case.
-PACKAGES = {"OnlineDPO": "online_dpo", "IWOPD": "iw_opd"}
+PACKAGES = {
+    "OnlineDPO": "online_dpo",
+    "IWOPD": "iw_opd",
+    "ServerDistillation": "server_distillation",
+}
 # What each trainer is fed: TRL's prefix, rows.
 DATA = {
     "DPO": tiny.preferences,

@@ -116,11 +116,14 @@ def index_select(logits: LazyLogits, dim: int, index: Tensor) -> Any:
 
 
 def total(logits: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Σ_v log p_v, which label smoothing asks for."""
-    if not logits.normalized or not _last(logits, dim):
+    """Σ_v log p_v, which label smoothing asks for; or of logits, which a loss of nothing scales."""
+    whole = dim is None and not keepdim and not logits.normalized
+    if not (whole or _last(logits, dim)):
         return logits.real("sum").sum(dim, keepdim=keepdim, dtype=dtype)
-    found = logits.sign * _sum_of_logs(_plain(logits))
-    return found.unsqueeze(-1) if keepdim else found
+    plain = _plain(logits)
+    rows = _sum_of_logs(plain) if logits.normalized else logits.shape[-1] * plain.means()
+    found = rows.sum() if whole else logits.sign * (rows.unsqueeze(-1) if keepdim else rows)
+    return found if dtype is None else found.to(dtype)
 
 
 def logsumexp(logits: LazyLogits, dim: Any, keepdim: bool = False) -> Any:

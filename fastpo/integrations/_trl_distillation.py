@@ -2,11 +2,14 @@
 
 DistillationTrainer hands hidden states to one function. GKD, GOLD, IW-OPD, SDPO and SDFT take the
 logits of student and teacher: both heads are lazy while they do, and where the two meet fastpo
-computes the divergence per token. Masks and reductions stay TRL's.
+computes the divergence per token. A server's teacher has log-probabilities of a few words only.
+Masks and reductions stay TRL's.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,9 +22,11 @@ from ..ops.linear_divergence import linear_divergence
 from ._head import HeadOptions
 from ._lazy_logits import LazyLogits
 from ._seam import Make, Replacement, Seam
+from ._trl_gold import Sorted
 from ._trl_head import Compact
 from ._trl_logits import LOSS, Reader
 
+_log = logging.getLogger(__name__)
 _VERSIONS = ("1.16",)
 _EXPERIMENTAL = ("1.13", "1.14", "1.15", "1.16")
 
@@ -120,6 +125,14 @@ class _TwoHeads(Reader):
     others = ("teacher_model",)
 
 
+@functools.cache
+def _say_once() -> None:
+    _log.warning(
+        "fastpo: DistillationTrainer keeps its own divergence: lm_head.weight: "
+        "expected a whole tensor, got a shard"
+    )
+
+
 class _Divergence(Replacement):
     """`linear_divergence` behind the `apply` of TRL's autograd function."""
 
@@ -127,7 +140,15 @@ class _Divergence(Replacement):
         super().__init__(original)
         self.own = own
 
-    def apply(
+    def apply(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        # ZeRO-3 takes the weights away before the backward, which does not gather them again.
+        if any(hasattr(weight, "ds_id") for weight in (arguments[1], arguments[4])):
+            _say_once()
+            divergence, entropy = self.original.apply(*arguments)
+            return divergence, entropy
+        return self.divergence(*arguments)
+
+    def divergence(
         self,
         student_hidden: Tensor,  # [N, H]
         student_weight: Tensor,  # [V, H]
@@ -181,6 +202,16 @@ _APPLY = (
 )
 _LOSS = (*LOSS, "num_items_in_batch")
 _PAIR = ("teacher_logits", "labels", "beta", "temperature", "reduction")
+_ULD = (
+    "student_logits",
+    "teacher_logits",
+    "student_labels",
+    "teacher_labels",
+    "student_input_ids",
+    "teacher_input_ids",
+    "student_byte_offsets",
+    "teacher_byte_offsets",
+)
 _FORWARD = ("model", "input_ids", "attention_mask", "logits_to_keep")
 _SELF = ("student_logits", "teacher_logits", "distillation_alpha")
 _TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
@@ -193,6 +224,7 @@ _TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
         (*_PAIR, "logits_are_probs", "num_items_in_batch"),
         _JSD,
     ),
+    ("gold", "ULDLoss._compute_distillation_loss", _ULD, Sorted),
     ("iw_opd", "IWOPDTrainer.compute_loss", _LOSS, _TwoHeads),
     (
         "iw_opd",

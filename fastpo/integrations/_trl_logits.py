@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ..ops.linear_logps import _DTYPES
 from ._head import HeadOptions
 from ._lazy_logits import LazyLogits
+from ._lazy_tensor import PromisedLogits
 from ._seam import Make, Method, Replacement, Seam
 
 _log = logging.getLogger(__name__)
@@ -89,13 +91,28 @@ def bare(trainer: Any, model: Any) -> Any:
 
 
 def real_outputs(result: Any) -> Any:
-    """Outputs that a trainer hands out hold tensors."""
+    """Outputs that a trainer hands out hold tensors; in evaluation perhaps nobody reads them."""
     if not isinstance(result, tuple) or len(result) != 2:
         return result
     outputs = result[1]
-    if isinstance(getattr(outputs, "logits", None), LazyLogits):
-        outputs.logits = outputs.logits.materialize().detach()
+    logits = getattr(outputs, "logits", None)
+    if isinstance(logits, LazyLogits):
+        # The weights will have changed when logits of a training step are read after it.
+        training = torch.is_grad_enabled()
+        outputs.logits = logits.materialize().detach() if training else PromisedLogits(logits)
     return result
+
+
+class Predictor(Reader):
+    """`prediction_step` of a trainer on the fused head, which runs the model again for logits."""
+
+    def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.preprocess_logits_for_metrics is None:  # the caller's metrics want them all
+            return self.original(trainer, model, *args, **kwargs)
+        with self.lazy(trainer, model):
+            loss, logits, labels = self.original(trainer, model, *args, **kwargs)
+        promised = PromisedLogits(logits) if isinstance(logits, LazyLogits) else logits
+        return loss, promised, labels
 
 
 class _Smoothed(Reader):
@@ -179,6 +196,7 @@ _SINCE_14, _SINCE_15 = _SINCE_13[1:], _SINCE_13[2:]
 SELECT = ("logits", "index", "temperature", "row_mask")
 SELECT_BOTH = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
 LOSS = ("model", "inputs", "return_outputs")
+_PREDICT = ("model", "inputs", "prediction_loss_only", "ignore_keys")
 _LOGPS = ("labels", "average_log_prob", "is_encoder_decoder")
 _SEQUENCE = ("model", "input_ids", "attention_mask", "logits_to_keep")
 _VISION = ("completion_ids", "completion_mask", "vision_inputs")
@@ -233,4 +251,18 @@ def replacements() -> dict[Seam, Make]:
         _SINCE_14,
         optional=True,
     )
-    return {**seams(_TABLE), sft: _Smoothed, supports: _Supports}
+    predictors = [
+        Seam(
+            f"trl.trainer.{name}_trainer",
+            f"{name.upper()}Trainer.prediction_step",
+            _PREDICT,
+            _SINCE_15,
+        )
+        for name in ("sft", "dpo", "kto")
+    ]
+    return {
+        **seams(_TABLE),
+        sft: _Smoothed,
+        supports: _Supports,
+        **dict.fromkeys(predictors, Predictor),
+    }
