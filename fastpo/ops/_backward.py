@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import _rows as R
 from ._head import Adapted, Forward, Head, HeadSpec, addmm_float32, place_of_dweight
-from ._pages import prefer_huge
 
 
 def backward(
@@ -116,7 +115,7 @@ class _Backward:
         head = self.head
         if head.spec.lends and isinstance(head.weight, Tensor):
             return place_of_dweight(self.saved.kept, head.weight)
-        return prefer_huge(head.empty(vocab, trained, dtype=head.weight.dtype))
+        return head.empty(vocab, trained, dtype=head.weight.dtype)
 
     def _slab(self, v0: int, v1: int) -> Tensor | None:
         """Where d weight of these words is summed: in place when one product completes it."""

@@ -24,7 +24,6 @@ from . import _pair_rows as P
 from . import _rows as R
 from ._head import Head, HeadSpec, mm_float32
 from ._mixture import Gradients, Operands, _Sums
-from ._pages import prefer_huge
 
 _PAIR_BYTES = 8  # of a word's two kept products
 
@@ -116,7 +115,7 @@ def forward(operands: Sequence[Operands], labels: Tensor, spec: DivergenceSpec) 
         n, vocab = len(first.hidden), first.weight.shape[0]
         state = torch.tensor(P.INITIAL_STATE, device=device).unsqueeze(1).repeat(1, n)
         sums = torch.zeros(P.SUMS, n, dtype=torch.float64, device=device)
-        kept = prefer_huge(first.empty(2, heads.kept_tokens * vocab, dtype=torch.float32))
+        kept = first.empty(2, heads.kept_tokens * vocab, dtype=torch.float32)
         entropy = "entropy" in spec.outputs
         for a, b in first.token_blocks():
             _softmaxes(heads, state, kept, entropy, a, b)

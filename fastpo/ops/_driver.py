@@ -23,7 +23,6 @@ from ._head import (
     kept_shapes,
     lies_in,
 )
-from ._pages import prefer_huge
 
 __all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forward", "lies_in"]
 
@@ -37,7 +36,7 @@ def forward(
         state = torch.tensor(R.INITIAL_STATE, device=head.device).unsqueeze(1)
         state = state.repeat(1, len(head.hidden))
         kept_size, anchors_shape = kept_shapes(spec, hidden, weight)
-        kept = prefer_huge(head.empty(kept_size, dtype=spec.compute_dtype))
+        kept = head.empty(kept_size, dtype=spec.compute_dtype)
         anchors = head.empty(*anchors_shape, dtype=torch.float32)
         frozen = head.plan.mode == "frozen"
         score_block, frozen_block = _score_block, _frozen_block
