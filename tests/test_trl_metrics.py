@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("trl", minversion="1.15")  # logits are read as they are before
 pytest.importorskip("datasets")
 
+import _processes
 import _tiny as tiny
 import _trainers
 import torch
-import torch.multiprocessing as mp
+from _processes import PROCESSES
 from _tiny import one_thread  # noqa: F401
-from test_trl_ddp import PROCESSES, free_port
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpo
@@ -184,12 +182,8 @@ SPLITS = {"DPO": (5, 1), "KTO": (9, 2)}
 WAYS = ("own", "one by one", "at once")
 
 
-def process(rank, port, folder):
-    """What `torchrun` starts: each trainer in each way, with the number of collectives."""
-    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES}
-    os.environ |= {name: str(value) for name, value in local.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def process(rank, folder):
+    """Each trainer in each way, with the number of collectives."""
     collectives, gather = [], torch.distributed.all_gather
     torch.distributed.all_gather = lambda *args: collectives.append(1) or gather(*args)
     runs = {}
@@ -202,12 +196,11 @@ def process(rank, port, folder):
         }
         collectives.clear()
         with way(each):
-            trainer = build(prefix, Path(folder), changes, rows=rows)
+            trainer = build(prefix, folder, changes, rows=rows)
             logs = _trainers.train(trainer)[0]
         assert trainer.accelerator.num_processes == PROCESSES
         runs[prefix, each] = logs, len(collectives)
-    torch.save(runs, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(runs, folder / f"{rank}.pt")
 
 
 def collectives_saved(prefix):
@@ -226,7 +219,7 @@ def collectives_saved(prefix):
 @pytest.mark.xdist_group("two processes")
 def test_two_processes_log_the_same(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path / "model")
-    mp.spawn(process, args=(free_port(), str(tmp_path)), nprocs=PROCESSES)
+    _processes.run(process, tmp_path)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
     for rank, prefix in itertools.product(ranks, SPLITS):
         own, one_by_one, at_once = (rank[prefix, each] for each in WAYS)
