@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels import _blocks, anchored, anchored_fold, pair_rows, rows
+from fastpo.kernels import _blocks, anchored, anchored_fold, anchored_target, pair_rows, rows
 from fastpo.ops import _pair_rows as P
 from fastpo.ops import _pair_rows_triton, _rows_triton
 from fastpo.ops import _rows as R
@@ -168,7 +168,8 @@ def anchored_launches(
     options = {**scalars, "stats": stats, "fold_cap": frozen}
 
     def launch(prefix: str, kernel: str, adapter: Callable[..., None], *arguments: object):
-        module = anchored_fold if prefix == "fold " else anchored
+        modules = {"fold ": anchored_fold, "target ": anchored_target}
+        module = modules.get(prefix, anchored)
         return record(prefix + name, kernel, adapter, arguments, module, **options)
 
     for tma in (False, True):
@@ -189,7 +190,7 @@ def anchored_launches(
     )  # fmt: skip
     options = {**scalars, "vocab": width}
     yield launch(
-        "target ", "anchored_target_kernel", anchored.anchored_target,
+        "target ", "anchored_target_kernel", anchored_target.anchored_target,
         x, x, *rows[2:], numbers, numbers,
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head, max_e
 
 triton = pytest.importorskip("triton")
 
-from fastpo.kernels import _blocks, anchored, anchored_fold  # noqa: E402
+from fastpo.kernels import _blocks, anchored, anchored_fold, anchored_target  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 reason = _rows_triton.unavailable(torch.device(DEVICE))
@@ -74,7 +74,7 @@ class Tile:
         scalars = _rows_triton.map_scalars(self.logit_map)
         self.target, self.origin = torch.empty(2, n)
         own = self.words[self.labels.clamp(0, v - 1)]
-        anchored.anchored_target(
+        anchored_target.anchored_target(
             self.x, own, self.labels, self.bias, self.target, self.origin, vocab=v, **scalars
         )
         self.partial = torch.empty(anchored.SUMS.value if stats else 1, -(-v // blocks.v), n)

@@ -72,7 +72,7 @@ class _Block:
     """
 
     def __init__(self, head: Head, state: Tensor, a: int, b: int) -> None:
-        from ..kernels.anchored import anchored_target
+        from ..kernels.anchored_target import anchored_target
 
         self.head, self.state = head, state[:, a:b]
         self.x, self.labels = _unit_columns(head.block(a, b)), head.labels[a:b]
