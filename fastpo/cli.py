@@ -11,7 +11,10 @@ from pathlib import Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0, 2 for something in what was given, 1 for a failure, 130 when interrupted."""
+    """Exit code: 0, 2 for something in what was given, 1 for a failure.
+
+    130 when interrupted, 141 when nobody reads the output any more.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["run"] and arguments[1:2] not in (["-h"], ["--help"]):
         # Everything after it belongs to the script, options too: argparse would take them.
@@ -20,10 +23,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_script(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        code = options.command(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("fastpo: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # Whoever read the output, `head` say, has seen enough. Python would try to flush once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a program that SIGPIPE ended
 
 
 def _parser() -> argparse.ArgumentParser:

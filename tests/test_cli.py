@@ -110,3 +110,14 @@ def test_as_a_process(tmp_path):
     )
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    program = [sys.executable, "-m", "fastpo", "objectives"]
+    with subprocess.Popen(
+        program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        assert running.wait(timeout=120) == 141
+        assert running.stderr.read() == ""

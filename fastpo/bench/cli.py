@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+# Minutes lie between two lines: into a file, too, each goes at once.
+_say = partial(print, flush=True)
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -135,7 +139,7 @@ def _head(options: argparse.Namespace) -> int:
         time_limit=options.time_limit,
     )
     path = None if options.check else _out(options, device, "head")
-    made = bench(wanted, print, _keep(path, {"arguments": _plain(options)}))
+    made = bench(wanted, _say, _keep(path, {"arguments": _plain(options)}))
     if path is not None:
         print(f"\n{path}")
     failed = [row for row in made["rows"] if row["own"] and row["status"] == "wrong"]
@@ -187,7 +191,7 @@ def _step(options: argparse.Namespace) -> int:
         time_limit=options.time_limit,
     )
     path = _out(options, device, "step")
-    made = bench(wanted, print, _keep(path, {"arguments": _plain(options)}))
+    made = bench(wanted, _say, _keep(path, {"arguments": _plain(options)}))
     if path is not None:
         print(f"\n{path}")
     return 1 if any(row["status"] == "wrong" for row in made["rows"]) else 0
