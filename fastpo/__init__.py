@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .integrations.attach import attach
     from .integrations.groups import GroupTrainer
     from .integrations.trl import patch, patched, unpatch
+    from .ops.vocab_parallel_logps import vocab_parallel_logps
 
 __version__ = "0.1.0"
 
@@ -43,15 +44,17 @@ __all__ = [
     "quantities",
     "sample_topk",
     "unpatch",
+    "vocab_parallel_logps",
 ]
 
-# Read when asked for: `import fastpo` imports neither transformers nor TRL.
+# Read when asked for: `import fastpo` imports neither transformers, TRL nor torch.distributed.
 _LAZY = {
     "GroupTrainer": "fastpo.integrations.groups",
     "attach": "fastpo.integrations.attach",
     "patch": "fastpo.integrations.trl",
     "patched": "fastpo.integrations.trl",
     "unpatch": "fastpo.integrations.trl",
+    "vocab_parallel_logps": "fastpo.ops.vocab_parallel_logps",
 }
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastpo
 from fastpo import planner
-from fastpo.integrations._head import HeadOptions, score
+from fastpo.ops._gathered import HeadOptions, score
 from fastpo.testing import make_head
 
 TILES = {"one block": planner.Tiles(64, 64), "blocks": planner.Tiles(5, 64)}

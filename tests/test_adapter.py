@@ -13,7 +13,7 @@ from _tiny import one_thread  # noqa: F401
 
 import fastpo
 from fastpo.integrations._adapter import operands, unsupported
-from fastpo.integrations._head import HeadOptions, score
+from fastpo.ops._gathered import HeadOptions, score
 
 ADAPTERS = {
     "lora": {},

@@ -9,8 +9,8 @@ import torch
 
 import fastpo
 from fastpo import planner
-from fastpo.integrations._head import HeadOptions, score
 from fastpo.ops import _driver, _head
+from fastpo.ops._gathered import HeadOptions, score
 from fastpo.testing import assert_as_good_as_eager, make_head
 
 N, V, H = 12, 211, 16

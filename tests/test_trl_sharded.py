@@ -20,9 +20,9 @@ from accelerate.state import DistributedType, PartialState
 from trl.trainer import distillation_trainer
 
 import fastpo
-from fastpo.integrations._head import HeadOptions
 from fastpo.integrations._trl_head import HeadCall
 from fastpo.ops import _divergence, _driver
+from fastpo.ops._gathered import HeadOptions
 
 pytestmark = pytest.mark.xdist_group("two processes")
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._head import whole
+from ..ops._gathered import whole
 
 
 def unsupported(head: Any) -> str | None:

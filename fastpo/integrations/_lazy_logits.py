@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from ..ops._gathered import HeadOptions, score
 from ..ops.linear_logps import TokenStats
 from ._adapter import is_adapter, operands
-from ._head import HeadOptions, score
 from ._lazy_operators import Operators, settle
 
 _log = logging.getLogger(__name__)

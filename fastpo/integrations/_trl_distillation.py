@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops._gathered import HeadOptions
 from ..ops.linear_divergence import linear_divergence
-from ._head import HeadOptions
 from ._lazy_logits import LazyLogits
 from ._seam import Make, Replacement, Seam
 from ._trl_gold import Sorted

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._head import HeadOptions, score
+from ..ops._gathered import HeadOptions, score
 from ._lazy_logits import LazyLogits
 from ._seam import Make, Method, Replacement, Seam
 from ._trl_head import GATHER, FusedHead

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops._gathered import HeadOptions, score
 from ._adapter import operands
-from ._head import HeadOptions, score
 from ._seam import Replacement, Seam
 
 _MODULE = "trl.trainer.utils"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..ops._gathered import HeadOptions
 from ..ops.linear_logps import _DTYPES
-from ._head import HeadOptions
 from ._lazy_logits import LazyLogits
 from ._lazy_tensor import PromisedLogits
 from ._seam import Make, Method, Replacement, Seam

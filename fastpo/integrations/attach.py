@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from ..ops._gathered import HeadOptions
 from ..ops.linear_logps import TokenStats
+from ..ops.vocab_parallel_logps import score_sharded
 from ._adapter import is_adapter, operands, unsupported
-from ._head import HeadOptions, score, whole
 from ._seam import Seam
 
 LOSS = Seam(
@@ -259,9 +260,8 @@ class _Call:
         weight, adapter = self.head.weight, None
         if is_adapter(self.head):
             weight, adapter = operands(self.head, hidden)
-        bias = None if self.head.bias is None else whole(self.head.bias)
-        stats = score(hidden, whole(weight), bias, labels, self.options, adapter=adapter)
-        return rows, stats
+        bias = self.head.bias
+        return rows, score_sharded(hidden, weight, bias, labels, self.options, adapter)
 
     def check(self, logits: Tensor, vocab_size: int | None) -> None:
         """Waits for the device, once per model."""

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from ..ops._gathered import HeadOptions
 from . import (
     _trl_adapter,
     _trl_distillation,
@@ -15,7 +16,6 @@ from . import (
     _trl_logits,
     _trl_objectives,
 )
-from ._head import HeadOptions
 from ._objective import Objective, Setting
 from ._seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
 from ._trl_head import COMPACT, GATHER, HEAD, Compact, FusedHead

@@ -34,6 +34,8 @@ _DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 def serves(spec: HeadSpec, device: torch.device, biased: bool) -> bool:
     """The one place that chooses between this forward and the classic one."""
     named = spec.backend in ("anchored", "cutlass")
+    if spec.shard is not None:
+        return False  # the label's word, and so its logit, is another process's
     if biased and spec.logit_map.softcap is not None and spec.stats:
         return False  # the epilogue would spill registers
     return named and spec.compute_dtype == _DTYPES.get(device.type)

@@ -170,7 +170,7 @@ class _Backward:
     def _dhidden(self, tokens: int) -> Tensor | None:
         if self.dhidden is None:
             return None
-        dhidden = self.dhidden.to(self.head.hidden.dtype)
+        dhidden = self.head.sum_over_shards(self.dhidden).to(self.head.hidden.dtype)
         if self.head.rows is None:
             return dhidden
         return dhidden.new_zeros(tokens, dhidden.shape[1]).index_copy_(0, self.head.rows, dhidden)

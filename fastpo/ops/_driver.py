@@ -30,7 +30,7 @@ __all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forwar
 def forward(
     hidden: Tensor, weight: Tensor | Adapted, bias: Tensor | None, labels: Tensor, spec: HeadSpec
 ) -> Forward:
-    check_labels(labels, weight.shape[0], spec.ignore_index)
+    check_labels(labels, spec.vocab(weight), spec.ignore_index)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, labels, spec)
         state = torch.tensor(R.INITIAL_STATE, device=head.device).unsqueeze(1)
@@ -75,6 +75,7 @@ def fake_forward(hidden: Tensor, weight: Tensor, spec: HeadSpec) -> Forward:
 def _score_block(head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int, b: int) -> None:
     for _ in folded_tiles(head, state, kept, anchors, a, b):
         pass
+    head.merge(state[:, a:b])
 
 
 def folded_tiles(
@@ -137,6 +138,7 @@ def _frozen_block(head: Head, state: Tensor, a: int, b: int) -> Tensor:
         addmm_float32(total, e, words)
         previous.copy_(anchor)
     block = state[:, a:b]
+    head.merge(block)
     return total.mul_(torch.exp(anchor - block[R.MAX] - _log_mass(block)).unsqueeze(1))
 
 
@@ -145,11 +147,15 @@ def _write_direction(
 ) -> None:
     """d logp / d hidden = dz/dx·(1 - p_y)·W_y - Σ over the others of p_v·dz/dx·W_v."""
     logit_map = head.spec.logit_map
-    # The clamp only keeps a poisoned row's lookup inside the weight; its log-probability is NaN.
-    labels = head.labels[a:b].clamp(0, head.plan.vocab - 1)
+    # The clamp keeps the lookup inside the weight where a label is another process's, or nobody's:
+    # then its log-probability is NaN.
+    labels = head.labels[a:b]
+    here = labels.clamp(0, head.plan.vocab - 1)
     own = -torch.expm1(_logps(state)) * logit_map.cap_slope(state[R.TARGET])
-    own = head.weight.index_select(0, labels).float().mul_(own.unsqueeze(1))
-    direction[a:b] = own.sub_(weighted).mul_(logit_map.factor)
+    if head.spec.shard is not None:
+        own = own.where(here == labels, 0)
+    own = head.weight.index_select(0, here).float().mul_(own.unsqueeze(1))
+    direction[a:b] = head.sum_over_shards(own.sub_(weighted)).mul_(logit_map.factor)
 
 
 def _scatter_direction(head: Head, direction: Tensor) -> Tensor:
@@ -192,7 +198,7 @@ def _finish(head: Head, state: Tensor, tokens: int) -> Forward:
     if "log_sum_sq_probs" in outputs:
         values["log_sum_sq_probs"] = (state[R.SQUARES] + own.square()).log() - 2 * log_mass
     if "mean_logits" in outputs:
-        values["mean_logits"] = state[R.SUM] / head.plan.vocab
+        values["mean_logits"] = state[R.SUM] / head.spec.vocab(head.weight)
     if "is_top1" in outputs:
         values["is_top1"] = (target >= m) & (target > state[R.BEFORE])
     # One empty tensor each: a custom operator may not return the same one twice.

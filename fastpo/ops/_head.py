@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import planner
 from . import _rows as R
+
+if TYPE_CHECKING:
+    from ._vocab_shard import VocabShard
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class HeadSpec:
     budget: int | None
     # d weight may take the place of what is kept; then a second backward recomputes.
     lends: bool = False
+    shard: VocabShard | None = None  # of which the weight holds the words
 
     def plan(self, hidden: Tensor, weight: Tensor | Adapted) -> planner.Plan:
         return planner.make_plan(
@@ -41,6 +45,10 @@ class HeadSpec:
             budget=self.budget,
             dweight_bytes=_bytes(weight) if self.lends else 0,
         )
+
+    def vocab(self, weight: Tensor | Adapted) -> int:
+        """Of all processes."""
+        return weight.shape[0] if self.shard is None else self.shard.vocab
 
     @property
     def stats(self) -> int:
@@ -123,6 +131,8 @@ class Head:
             # still not reach d weight with a NaN of its own.
             self.ignored = labels == spec.ignore_index
             hidden = hidden.masked_fill(self.ignored.unsqueeze(1), 0)
+        if spec.shard is not None:
+            labels = labels - spec.shard.first  # outside [0, rows of the weight) it is no word here
         self.hidden, self.weight, self.labels = hidden, weight, labels.contiguous()
         self.bias = None if bias is None else bias.float().contiguous()
         self.trained = weight.trained if isinstance(weight, Adapted) else slice(None)
@@ -173,6 +183,16 @@ class Head:
         K = self.plan.kept_tokens
         start = (len(kept) - K * self.plan.vocab) // _ALIGNMENT * _ALIGNMENT
         return kept[start + K * v0 : start + K * v1].view(K, v1 - v0)
+
+    def merge(self, state: Tensor) -> None:
+        """`state` of a block once all words of this process are folded."""
+        if self.spec.shard is not None:
+            self.spec.shard.merge(state, self.plan.vocab)
+
+    def sum_over_shards(self, x: Tensor) -> Tensor:
+        if self.spec.shard is not None:
+            self.spec.shard.sum(x)
+        return x
 
     def products(self, x: Tensor, words: Tensor) -> Tensor:
         """x·wordsᵀ in float32, in the one buffer all tiles share."""

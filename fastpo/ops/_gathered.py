@@ -1,4 +1,4 @@
-"""The head as the integrations call it: its weights may be gone between forward and backward."""
+"""The head where its weight may be gone between forward and backward, or lie in shards."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from ..ops import _driver
-from ..ops import _rows as R
-from ..ops.linear_logps import (
+from . import _driver
+from . import _rows as R
+from ._vocab_shard import VocabShard
+from .linear_logps import (
     OUTPUTS,
     TokenStats,
     _check_options,
@@ -27,7 +28,7 @@ Gather = Callable[..., AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class HeadOptions:
-    """What `linear_logps` takes as keywords; every row is scored, and logps always computed.
+    """What `linear_logps` takes as keywords; logps are always computed.
 
     accumulate: from the second backward on d weight is added to `weight.grad` as it is computed,
     and autograd gets none: no second [V, H] while gradients are accumulated, and one rounding less.
@@ -41,6 +42,8 @@ class HeadOptions:
     budget: int | None = None
     backend: str | None = None
     accumulate: bool = False
+    ignore_index: int | None = None  # every row is scored
+    shard: VocabShard | None = None
 
     def __post_init__(self) -> None:
         _check_options(self.temperature, self.softcap, self.logit_scale, self.outputs, self.budget)
@@ -48,7 +51,7 @@ class HeadOptions:
     def spec(self, hidden: Tensor, grads: tuple[bool, bool], weight: Tensor) -> _driver.HeadSpec:
         return _driver.HeadSpec(
             R.LogitMap(self.temperature, self.softcap, self.logit_scale),
-            ignore_index=None,
+            ignore_index=self.ignore_index,
             outputs=tuple(name for name in OUTPUTS if name in ("logps", *self.outputs)),
             compute_dtype=compute_dtype(hidden),
             backend=R.choose(self.backend, hidden.device),
@@ -57,6 +60,7 @@ class HeadOptions:
             budget=self.budget,
             # Where d weight is added to a gradient that is there, it needs no place.
             lends=weight.requires_grad and not self.accumulate,
+            shard=self.shard,
         )
 
 
@@ -89,12 +93,12 @@ def score(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
-    labels: Tensor,  # [N] int64 in [0, V)
+    labels: Tensor,  # [N] int64 in [0, V) or options.ignore_index
     options: HeadOptions,
     gather: Gather = gathered,
     adapter: tuple[Tensor, Tensor] | None = None,  # [N, r] and [V, r]
 ) -> TokenStats:
-    """`linear_logps` of rows that are all scored; `gather(weight, bias)` makes both readable.
+    """`linear_logps`; `gather(weight, bias)` makes both readable.
 
     adapter: down and up, adds down·upᵀ to the products. The backward enters `gather` again, which
     the custom operators of `linear_logps` cannot.

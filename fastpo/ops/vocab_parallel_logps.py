@@ -1,0 +1,164 @@
+"""`vocab_parallel_logps`: a head whose words are spread over the processes of a group.
+
+As tensor parallelism has it, all processes score the same tokens, each on its own words: one
+exchange of a few numbers per token makes their softmaxes one. Where tokens are spread as well, as
+in fully sharded training, hidden states travel instead of the head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from . import _tokens
+from ._gathered import HeadOptions, score, whole
+from ._vocab_shard import VocabShard
+from .linear_logps import TokenStats, _check_tensors
+
+
+def vocab_parallel_logps(
+    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
+    weight: Tensor,  # [words, H], or a DTensor [V, H] in shards of words
+    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    *,
+    first: int | None = None,
+    vocab: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    own_tokens: bool = False,
+    bias: Tensor | None = None,  # [words], or a DTensor [V]
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int | None = -100,
+    outputs: tuple[str, ...] = ("logps",),
+    budget: int | None = None,
+    backend: str | None = None,
+) -> TokenStats:
+    """`linear_logps` of a head [V, H] of which `weight` holds words [first, first + words).
+
+    Every process of `group` calls with the same hidden states, labels and options, and gets the
+    same bits: one all-gather of 8 numbers a token. In the backward each expects the gradient of the
+    same loss; d hidden is summed over the group in float32, d weight and d bias are those of its
+    own words. The budget is that of one process.
+
+    first, vocab: the first word here and V; left out for a DTensor, which tells, and whose gradient
+        is one again.
+    group: None: all processes; of a DTensor, its mesh.
+    own_tokens: hidden states and labels differ, in number, too. They are gathered, so every process
+        holds all tokens' [N, H]; results are those of its own tokens. Each expects the gradient of
+        its own loss, and d weight is the mean over the processes, as data parallelism has it.
+        Counts are exchanged first, which waits for the device.
+
+    "anchored" and "cutlass" run as "triton" here. Raises what `linear_logps` raises; ValueError
+    where shards do not make up [0, V) on a CPU, elsewhere log-probabilities are NaN then;
+    RuntimeError without an initialised process group.
+    """
+    part = _part(weight, bias, first, vocab, group)
+    options = HeadOptions(
+        temperature,
+        softcap,
+        logit_scale,
+        outputs,
+        budget,
+        backend,
+        ignore_index=ignore_index,
+        shard=part.shard,
+    )
+    _check_tensors(hidden, part.weight, labels, part.bias)
+    rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if not own_tokens:
+        stats = score(rows, part.weight, part.bias, targets, options)
+    else:
+        tokens = _tokens.count(len(rows), rows.device, part.shard.group)
+        stats = score_own(tokens, rows, part.weight, part.bias, targets, options)
+    wanted = (x if name in outputs else None for name, x in stats._asdict().items())
+    return TokenStats(*(None if x is None else x.view(labels.shape) for x in wanted))
+
+
+def score_own(
+    tokens: _tokens.Tokens,
+    hidden: Tensor,  # [n, H] of this process
+    weight: Tensor,  # [words, H]
+    bias: Tensor | None,
+    labels: Tensor,  # [n]
+    options: HeadOptions,
+) -> TokenStats:
+    """`score` of the tokens of all processes, of which each gets its own."""
+    everything = tokens.gather_hidden(hidden), weight, bias, tokens.gather(labels)
+    return TokenStats(*(None if x is None else tokens.own(x) for x in score(*everything, options)))
+
+
+def score_sharded(
+    hidden: Tensor,  # [n, H]
+    weight: Tensor,  # [V, H], may be a DTensor
+    bias: Tensor | None,
+    labels: Tensor,  # [n]
+    options: HeadOptions,
+    adapter: tuple[Tensor, Tensor] | None = None,
+) -> TokenStats:
+    """`score` where FSDP2 may show a shard: the hidden states travel, or else the head."""
+    if isinstance(weight, DTensor) and tuple(weight.placements) == (Shard(0),) and adapter is None:
+        part = of_dtensor(weight, bias)
+        tokens = _tokens.count(len(hidden), hidden.device, part.shard.group)
+        # Hidden states are gathered in 16 bits, their gradients summed in 32: 10·H bytes a token.
+        # The head is gathered and its gradient scattered, both in 16 bits, 4·H bytes a word.
+        if 5 * sum(tokens.counts) <= 2 * part.shard.vocab:
+            shared = replace(options, shard=part.shard)
+            return score_own(tokens, hidden, part.weight, part.bias, labels, shared)
+    bias = None if bias is None else whole(bias)
+    return score(hidden, whole(weight), bias, labels, options, adapter=adapter)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What this process has of the head."""
+
+    weight: Tensor
+    bias: Tensor | None
+    shard: VocabShard
+
+
+def _part(
+    weight: Tensor,
+    bias: Tensor | None,
+    first: int | None,
+    vocab: int | None,
+    group: dist.ProcessGroup | None,
+) -> _Part:
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed: expected an initialised process group, got none")
+    if isinstance(weight, DTensor):
+        for name, value in (("first", first), ("vocab", vocab), ("group", group)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None beside a DTensor, got {value}")
+        return of_dtensor(weight, bias)
+    if isinstance(bias, DTensor):
+        raise ValueError("bias: expected a plain tensor beside a plain weight, got a DTensor")
+    if first is None or vocab is None:
+        raise ValueError(f"first, vocab: expected integers, got {first}, {vocab}")
+    if not 0 <= first <= vocab - len(weight):
+        raise ValueError(
+            f"first: expected 0 <= first <= {vocab} - {len(weight)}, vocab less the words here, "
+            f"got {first}"
+        )
+    return _Part(weight, bias, VocabShard(first, vocab, group))
+
+
+def of_dtensor(weight: DTensor, bias: Tensor | None) -> _Part:
+    """Words are the rows of the local tensor, in order of the mesh's processes."""
+    local = _local("weight", weight), None if bias is None else _local("bias", bias)
+    mesh, vocab = weight.device_mesh, weight.shape[0]
+    first = min(mesh.get_local_rank() * -(-vocab // mesh.size()), vocab)  # as torch.chunk cuts
+    shard = VocabShard(first, vocab, mesh.get_group())
+    return _Part(*local, shard)
+
+
+def _local(name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, DTensor) or tuple(x.placements) != (Shard(0),):
+        got = x.placements if isinstance(x, DTensor) else "a plain tensor"
+        raise ValueError(f"{name}: expected a DTensor in (Shard(dim=0),), got {got}")
+    local: Tensor = x.to_local()
+    return local
