@@ -33,12 +33,13 @@ SHARDED = {
         lambda model: [[model.model.norm, model.model.embed_tokens, model.lm_head]],
     ),
 }
-RESHARD = {"kept": None, "resharded": True}
+# name: (reshard_after_forward, rows of a batch); few tokens travel to the head, many let it travel
+KINDS = {"kept": (None, 3), "resharded": (True, 3), "many tokens": (True, 16)}
 
 
-def batches(rank):
+def batches(rank, rows=3):
     """Two for each process: gradients are accumulated."""
-    return [tiny.batch(seed=2 * rank + i) for i in range(2)]
+    return [tiny.batch(seed=2 * rank + i, rows=rows) for i in range(2)]
 
 
 def gradients(model, inputs):
@@ -51,13 +52,13 @@ def fsdp(rank, folder):
     dist.init_process_group("gloo")
     found = {}
     for name, (model, parts) in SHARDED.items():
-        for kind, reshard in RESHARD.items():
+        for kind, (reshard, rows) in KINDS.items():
             built = tiny.model(model)
             for part in parts(built):
                 fully_shard(part, reshard_after_forward=reshard is True)
             fully_shard(built, reshard_after_forward=reshard)
             fastpo.attach(built)
-            found[name, kind] = gradients(built, batches(rank))
+            found[name, kind] = gradients(built, batches(rank, rows))
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -68,12 +69,13 @@ def sharded(tmp_path_factory):
     return torch.load(folder / "0.pt")
 
 
-@pytest.mark.parametrize("kind", RESHARD)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHARDED)
 def test_attached_model_under_fsdp2(name, kind, sharded):
     """The mean over processes, as the whole model's own loss gives it."""
     model = tiny.model(SHARDED[name][0])
-    own = gradients(model, [*batches(0), *batches(1)])
+    rows = KINDS[kind][1]
+    own = gradients(model, [*batches(0, rows), *batches(1, rows)])
     assert any(grad.abs().max() > 0.1 for grad in own.values())
     own = {n: grad / _processes.PROCESSES for n, grad in own.items()}
     torch.testing.assert_close(sharded[name, kind], own, rtol=1e-4, atol=1e-5)
