@@ -24,6 +24,7 @@ COMMANDS = {
     "dpo": ["dpo.py"],
     "trainer": ["trainer.py"],
     "loop": ["loop.py"],
+    "sharded_head": ["sharded_head.py"],
     "by_name": ["by_name.py", "simpo", "beta=2.0"],
     "by_name_groups": ["by_name.py", "infonca"],
     **{
