@@ -6,6 +6,7 @@ import logging
 import os
 from contextlib import nullcontext
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,8 @@ from accelerate.state import DistributedType, PartialState
 from trl.trainer import distillation_trainer
 
 import fastpo
+from fastpo.integrations import _trl_logits
+from fastpo.integrations._lazy_logits import LazyLogits
 from fastpo.integrations._trl_head import HeadCall
 from fastpo.ops import _divergence, _driver
 from fastpo.ops._gathered import HeadOptions
@@ -82,7 +85,11 @@ TRAINERS = {
     ),
     "distillation": ("Distillation", tiny.prompts, "llama", {"max_completion_length": 4}, teacher),
     "cpo": ("CPO", tiny.preferences, "llama", {}, nothing),
+    "orpo": ("ORPO", tiny.preferences, "gemma2", {"gradient_accumulation_steps": 2}, nothing),
+    "cpo_lora": ("CPO", tiny.preferences, "llama", {}, lora),
+    "cpo_lora_head": ("CPO", tiny.preferences, "llama", {}, lora_head),
     "gkd": ("GKD", tiny.conversations, "llama", {"lmbda": 0.0}, teacher),
+    "sft_smoothed": ("SFT", tiny.conversations, "phi", {"label_smoothing_factor": 0.1}, nothing),
 }
 if not hasattr(distillation_trainer, "ChunkedDivergenceFunction"):
     del TRAINERS["distillation"]  # TRL 1.15 has no function of its own there
@@ -92,8 +99,13 @@ OURS_ALONE = {
     "dpo_dora_head": {},
     "dpo_objective": {"objective": "simpo"},
 }
-NO_ZERO = ("dpo_lora_head", "dpo_dora_head")  # TRL's refusal stands
-LEFT_ALONE = ("cpo", "gkd")
+NO_ZERO = ("dpo_lora_head", "dpo_dora_head", "cpo_lora_head")  # TRL's refusal stands
+# What is said of trainers that keep their logits, or their own divergence.
+ALONE_FSDP = {"cpo_lora_head": "expected a head of LoRA, got an adapter of type"}
+ALONE_ZERO = dict.fromkeys(
+    ("cpo", "orpo", "cpo_lora", "gkd", "sft_smoothed", "distillation"),
+    "expected a whole tensor, got a shard",
+)
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
 ZERO = {
     "deepspeed": {
@@ -192,7 +204,7 @@ def fsdp(tmp_path_factory):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_fsdp2(name, fsdp):
-    assert_trained_the_same(name, fsdp, LEFT_ALONE)
+    assert_trained_the_same(name, fsdp, ALONE_FSDP)
 
 
 def assert_trained_the_same(name, ranks, left_alone):
@@ -207,7 +219,7 @@ def assert_trained_the_same(name, ranks, left_alone):
     if name in left_alone:
         assert first[name, "calls"] == 0
         (warning,) = first[name, "warnings"]
-        assert "expected a whole tensor, got a shard" in warning
+        assert left_alone[name] in warning
     else:
         assert first[name, "calls"] >= 2
         assert not first[name, "warnings"]
@@ -223,7 +235,22 @@ def zero(tmp_path_factory):
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.parametrize("name", [name for name in TRAINERS if name not in NO_ZERO])
 def test_zero_3(name, zero):
-    assert_trained_the_same(name, zero, (*LEFT_ALONE, "distillation"))
+    assert_trained_the_same(name, zero, ALONE_ZERO)
+
+
+def test_logits_under_fsdp1_are_left_alone(caplog):
+    plugin = SimpleNamespace(fsdp_version=1)
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    )
+    model, hidden = tiny.model("llama"), torch.randn(2, 3, 32)
+    _trl_logits._say_once.cache_clear()
+    with _trl_logits.lazy_head(trainer, model):
+        assert isinstance(model.lm_head(hidden), torch.Tensor)
+    assert "got a shard of FSDP1" in caplog.text
+    plugin.fsdp_version = 2
+    with _trl_logits.lazy_head(trainer, model):
+        assert isinstance(model.lm_head(hidden), LazyLogits)
 
 
 @pytest.mark.parametrize("framework", ["fsdp2", "zero_3"])

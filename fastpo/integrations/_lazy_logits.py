@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map_only
 from ..ops._gathered import HeadOptions, score
 from ..ops.linear_logps import TokenStats
 from ._adapter import is_adapter, operands
-from ._lazy_operators import Operators, settle
+from ._lazy_operators import Operators, leading_index, settle
 
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
@@ -82,16 +82,22 @@ class LazyLogits(Operators):
     sign: float = 1.0
 
     @classmethod
-    def of(cls, head: Any, hidden: Tensor, own: HeadOptions = _OWN) -> LazyLogits:
-        """Instead of `head(hidden)`, for a linear layer with or without LoRA."""
+    def of(
+        cls, head: Any, hidden: Tensor, own: HeadOptions = _OWN, parts: Any = None
+    ) -> LazyLogits:
+        """Instead of `head(hidden)`, for a linear layer with or without LoRA.
+
+        parts: weight and bias, where the layer's own will be gone when they are read.
+        """
         hidden = hidden.to(head.weight.device)  # with a device_map the backbone may end elsewhere
         kind = hidden.device.type
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))
         flat = hidden.reshape(-1, hidden.shape[-1])
         # Dropout inside an adapter is drawn here, once.
-        weight, adapter = operands(head, flat) if is_adapter(head) else (head.weight, None)
-        bias = head.bias
+        (weight, bias), adapter = parts or (head.weight, head.bias), None
+        if is_adapter(head):
+            weight, adapter = operands(head, flat)
         if torch.is_grad_enabled():
             # DDP follows the graph of what a forward returns, and only from tensors inside a graph:
             # a bare parameter would count as unused, and fail when its gradient comes all the same.
@@ -146,7 +152,7 @@ class LazyLogits(Operators):
         return replace(self, rows=rows)
 
     def __getitem__(self, index: Any) -> Any:
-        leading = _leading_index(index, self.ndim)
+        leading = leading_index(index, self.ndim)
         return (
             self._fallback("__getitem__", index)
             if leading is None
@@ -375,25 +381,3 @@ def _placed(values: Tensor | None, where: Tensor, like: Tensor) -> Tensor | None
     if values is None:
         return None
     return values.new_zeros(like.numel()).index_copy(0, where, values).view(like.shape)
-
-
-def _leading_index(index: Any, ndim: int) -> Any:
-    """The index without its part for the vocabulary, which must be all of it; else None."""
-    parts = list(index) if isinstance(index, tuple) else [index]
-    consumed = sum(_consumes(part) for part in parts)
-    dots = [i for i, part in enumerate(parts) if part is Ellipsis]
-    if dots:
-        parts[dots[0] : dots[0] + 1] = [slice(None)] * (ndim - consumed)
-        consumed = ndim
-    if consumed == ndim:
-        last = parts.pop()
-        if not (isinstance(last, slice) and last == slice(None)):
-            return None
-    return tuple(parts)
-
-
-def _consumes(part: Any) -> int:
-    if part is None or part is Ellipsis:
-        return 0
-    boolean = isinstance(part, Tensor) and part.dtype == torch.bool
-    return part.ndim if boolean else 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -77,3 +78,25 @@ def _on_settled(name: str) -> Callable[..., Any]:
 for _name in (f"__{operator}__" for operator in _OPERATORS):
     setattr(Operators, _name, _on_logits(_name))
     setattr(Settled, _name, _on_settled(_name))
+
+
+def leading_index(index: Any, ndim: int) -> Any:
+    """The index without its part for the vocabulary, which must be all of it; else None."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    consumed = sum(_consumes(part) for part in parts)
+    dots = [i for i, part in enumerate(parts) if part is Ellipsis]
+    if dots:
+        parts[dots[0] : dots[0] + 1] = [slice(None)] * (ndim - consumed)
+        consumed = ndim
+    if consumed == ndim:
+        last = parts.pop()
+        if not (isinstance(last, slice) and last == slice(None)):
+            return None
+    return tuple(parts)
+
+
+def _consumes(part: Any) -> int:
+    if part is None or part is Ellipsis:
+        return 0
+    boolean = isinstance(part, Tensor) and part.dtype == torch.bool
+    return part.ndim if boolean else 1

@@ -9,17 +9,17 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..ops._gathered import HeadOptions
+from ..ops._gathered import HeadOptions, whole
 from ..ops.linear_logps import _DTYPES
+from ._adapter import is_adapter
 from ._lazy_logits import LazyLogits
 from ._lazy_tensor import PromisedLogits
 from ._seam import Make, Method, Replacement, Seam
@@ -29,29 +29,65 @@ _OWN = HeadOptions()
 
 
 @contextmanager
-def lazy_head(model: Any, trainer: str, options: HeadOptions = _OWN) -> Iterator[None]:
+def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator[None]:
     """The model's head answers with `LazyLogits`; a head fastpo does not know stays itself."""
     from .attach import _instead, _linear_head  # imports transformers
 
     try:
         head: Any = _linear_head(model)
-        if isinstance(head.weight, DTensor) or hasattr(head.weight, "ds_id") or _fsdp():
-            raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard")
+        parts = _readable(trainer, head)
     except RuntimeError as error:
-        _say_once(trainer, str(error))
+        _say_once(type(trainer).__name__, str(error))
         yield
         return
-    own = head.forward
+    own, sharded = head.forward, isinstance(parts[0], DTensor)
+    given: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Any:
-        return LazyLogits.of(head, hidden, options) if hidden.dtype in _DTYPES else own(hidden)
+        if hidden.dtype not in _DTYPES:
+            return own(hidden)
+        if not sharded:
+            return LazyLogits.of(head, hidden, options)
+        # Not the weight FSDP2 has gathered for this forward: it is gone when logits are asked for.
+        # Gathered here, because every process calls the head; not every one has labels to score.
+        weight, bias = (None if x is None else whole(x) for x in parts)
+        given.append(hidden.clone())  # FSDP2 warns of outputs that are views
+        return LazyLogits.of(head, given[-1], options, (weight, bias))
 
-    with _instead(head, "forward", forward):
+    with _instead(head, "forward", forward), _showing(model, given) if sharded else nullcontext():
         yield
 
 
-def _fsdp() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
+def _readable(trainer: Any, head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias between two forwards; RuntimeError where they cannot be read after one."""
+    if hasattr(head.weight, "ds_id"):
+        raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of ZeRO-3")
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of FSDP1")
+    if isinstance(head.weight, DTensor) and is_adapter(head):
+        raise RuntimeError("lm_head.weight: expected no adapter on a shard, got one")
+    return head.weight, head.bias
+
+
+@contextmanager
+def _showing(model: Any, given: list[Tensor]) -> Iterator[None]:
+    """What the head was given goes out beside logits that are no tensor.
+
+    FSDP2 gathers the weights of the outermost module for the backward when it comes by what that
+    module gave.
+    """
+
+    def show(module: Any, args: Any, output: Any) -> None:
+        if given and output.hidden_states is None:
+            output["hidden_states"] = (given[-1],)
+        given.clear()
+
+    hook = model.register_forward_hook(show, prepend=True)  # before FSDP2's own
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @functools.cache
@@ -78,7 +114,7 @@ class Reader(Method):
         with ExitStack() as stack:
             for one in models:
                 if one is not None:
-                    head = lazy_head(bare(trainer, one), type(trainer).__name__, self.options)
+                    head = lazy_head(trainer, bare(trainer, one), self.options)
                     stack.enter_context(head)
             yield
 
