@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ from fastpo.integrations._lazy_logits import LazyLogits
 from fastpo.integrations._trl_logits import lazy_head
 
 B, T, H, V = 3, 7, 16, 211
+TRAINER = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace()))
 
 
 def pair(capped=False):
@@ -54,7 +56,7 @@ def test_ddp_that_looks_for_unused_parameters(name, group):
         ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         for _ in range(2):  # what the first backward marks wrongly fails in it or in the next
             model.zero_grad()
-            with lazy_head(model, "Trainer") if lazy else contextlib.nullcontext():
+            with lazy_head(TRAINER, model) if lazy else contextlib.nullcontext():
                 logits = ddp(ids, use_cache=False).logits
             assert isinstance(logits, LazyLogits) is lazy
             F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
@@ -169,7 +171,7 @@ def test_labels_of_decoders_are_not_shifted(encoder_decoder):
 
 def test_a_model_in_float64_keeps_its_logits():
     model = tiny.model("llama").double()
-    with lazy_head(model, "Trainer"):
+    with lazy_head(TRAINER, model):
         assert isinstance(model(tiny.batch()["input_ids"]).logits, torch.Tensor)
 
 
@@ -180,7 +182,7 @@ def test_argmax_through_lora(monkeypatch):
     model = peft.get_peft_model(tiny.model("llama"), config).eval()
     ids = tiny.batch()["input_ids"]
     expected = model(ids).logits.argmax(-1)
-    with lazy_head(model.get_base_model(), "Trainer"):
+    with lazy_head(TRAINER, model.get_base_model()):
         assert torch.equal(model(ids).logits.argmax(-1), expected)
     assert not _lazy_logits._told
 
