@@ -18,6 +18,7 @@ import _tiny as tiny
 import _trainers
 import torch
 from accelerate.state import DistributedType, PartialState
+from transformers import training_args
 from trl.trainer import distillation_trainer
 
 import fastpo
@@ -26,6 +27,7 @@ from fastpo.integrations._lazy_logits import LazyLogits
 from fastpo.integrations._trl_head import HeadCall
 from fastpo.ops import _divergence, _driver
 from fastpo.ops._gathered import HeadOptions
+from fastpo.testing import assert_as_good_as_eager, rounding
 
 pytestmark = pytest.mark.xdist_group("two processes")
 
@@ -99,11 +101,12 @@ OURS_ALONE = {
     "dpo_dora_head": {},
     "dpo_objective": {"objective": "simpo"},
 }
-NO_ZERO = ("dpo_lora_head", "dpo_dora_head", "cpo_lora_head")  # TRL's refusal stands
+# Adapters on the head, where TRL's refusal stands, and SFT, of which a part runs through fastpo.
+NO_ZERO = ("dpo_lora_head", "dpo_dora_head", "cpo_lora_head", "sft_smoothed")
 # What is said of trainers that keep their logits, or their own divergence.
 ALONE_FSDP = {"cpo_lora_head": "expected a head of LoRA, got an adapter of type"}
 ALONE_ZERO = dict.fromkeys(
-    ("cpo", "orpo", "cpo_lora", "gkd", "sft_smoothed", "distillation"),
+    ("cpo", "orpo", "cpo_lora", "gkd", "distillation"),
     "expected a whole tensor, got a shard",
 )
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
@@ -117,6 +120,7 @@ ZERO = {
         "zero_allow_untested_optimizer": True,
     }
 }
+HALVES = ("dpo", "cpo", "gkd", "sft_smoothed")  # run in mixed precision, too
 WHOLE = {"use_cpu": True, "ddp_backend": "gloo"}
 
 
@@ -165,10 +169,16 @@ def process(rank, names, folder, sharded):
         if name not in OURS_ALONE:
             runs[name, "own"] = train(name, folder, sharded)
         calls.clear()
+        _trl_logits._say_once.cache_clear()
         with fastpo.patched(**OURS_ALONE.get(name, {})):
             runs[name, "ours"] = train(name, folder, sharded)
         runs[name, "calls"], runs[name, "warnings"] = len(calls), list(warnings)
         warnings.clear()
+    for name in HALVES if "fsdp" in sharded else ():
+        training_args.is_torch_bf16_gpu_available = lambda: True
+        for kind, patch in {"own": nullcontext, "ours": fastpo.patched}.items():
+            with patch():
+                runs[name, kind, "bf16"] = train(name, folder, {**sharded, "bf16": True})
     torch.save(runs, folder / f"{rank}.pt")
 
 
@@ -205,6 +215,23 @@ def fsdp(tmp_path_factory):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_fsdp2(name, fsdp):
     assert_trained_the_same(name, fsdp, ALONE_FSDP)
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_fsdp2_in_mixed_precision(name, fsdp):
+    """At most twice as far from float32 as TRL alone, or half a last place; weights thrice."""
+    logs, weights, _ = fsdp[0][name, "whole"]
+    own_logs, own_weights, _ = fsdp[0][name, "own", "bf16"]
+    our_logs, our_weights, _ = fsdp[0][name, "ours", "bf16"]
+    for key in ("loss", "grad_norm"):
+        truth, own, ours = (
+            torch.tensor([log[key] for log in each if key in log])
+            for each in (logs, own_logs, our_logs)
+        )
+        assert_as_good_as_eager(key, ours, own, truth, slack=rounding(truth, torch.bfloat16))
+    for key, truth in weights.items():
+        assert our_weights[key].dtype == truth.dtype
+        assert_as_good_as_eager(key, our_weights[key], own_weights[key], truth, factor=3)
 
 
 def assert_trained_the_same(name, ranks, left_alone):

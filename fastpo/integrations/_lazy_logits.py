@@ -284,7 +284,9 @@ class LazyLogits(Operators):
         labels = labels.to(rows.device).flatten()
         if base.known_for != self._which():
             base.known_for, base.labels = self._which(), torch.full_like(base.labels, -1)
-            base.logps = base.lse = torch.zeros_like(base.logps, requires_grad=False)
+            # FSDP2 casts outputs, these too, to the dtype of its mixed precision.
+            zeros = torch.zeros_like(base.logps, dtype=torch.float32, requires_grad=False)
+            base.logps = base.lse = zeros
         asked = (rows >= 0) & (base.labels[rows.clamp(min=0)] != labels)
         missing = asked.nonzero().squeeze(1)
         results = tuple(x[rows.clamp(min=0)] for x in (base.logps, base.lse))

@@ -50,7 +50,8 @@ def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator
             return LazyLogits.of(head, hidden, options)
         # Not the weight FSDP2 has gathered for this forward: it is gone when logits are asked for.
         # Gathered here, because every process calls the head; not every one has labels to score.
-        weight, bias = (None if x is None else whole(x) for x in parts)
+        # In mixed precision FSDP2, too, gathers 16 bits.
+        weight, bias = (None if x is None else whole(x.to(hidden.dtype)) for x in parts)
         given.append(hidden.clone())  # FSDP2 warns of outputs that are views
         return LazyLogits.of(head, given[-1], options, (weight, bias))
 
