@@ -159,7 +159,7 @@ void bind_cuda(py::module_& m, const char* name) {
 #ifdef FASTPO_HAS_CUTLASS
 AnchoredTile anchored_tile(uintptr_t x, int64_t x_stride, uintptr_t words, int64_t words_stride,
                            int64_t n, int64_t v, int64_t h, uintptr_t columns, uintptr_t origin,
-                           uintptr_t bias, float slope, uintptr_t partial, uintptr_t e,
+                           uintptr_t bias, float slope, int sums, uintptr_t partial, uintptr_t e,
                            int64_t e_stride) {
   return {pointer<const void>(x),
           x_stride,
@@ -172,6 +172,7 @@ AnchoredTile anchored_tile(uintptr_t x, int64_t x_stride, uintptr_t words, int64
           pointer<const float>(origin),
           pointer<const float>(bias),
           slope,
+          sums,
           pointer<float>(partial),
           pointer<void>(e),
           e_stride};
@@ -182,7 +183,7 @@ void bind_anchored(py::module_& m) {
   py::class_<AnchoredTile>(m, "AnchoredTile")
       .def(py::init(&anchored_tile), py::kw_only(), arg("x"), arg("x_stride"), arg("words"),
            arg("words_stride"), arg("n"), arg("v"), arg("h"), arg("columns"), arg("origin"),
-           arg("bias"), arg("slope"), arg("partial"), arg("e"), arg("e_stride"));
+           arg("bias"), arg("slope"), arg("sums"), arg("partial"), arg("e"), arg("e_stride"));
   m.def(
       "anchored_cuda",
       [](const AnchoredTile& tile, int device, int multiprocessors, uintptr_t stream) {

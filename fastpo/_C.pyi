@@ -140,6 +140,7 @@ class AnchoredTile:
         origin: int,
         bias: int,
         slope: float,
+        sums: int,
         partial: int,
         e: int,
         e_stride: int,

@@ -17,6 +17,7 @@ import fastpo
 from fastpo import planner, reference
 from fastpo.ops import _anchored, _rows_triton
 from fastpo.ops import _rows as R
+from fastpo.ops.linear_logps import OUTPUTS
 from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head, max_error
 
 triton = pytest.importorskip("triton")
@@ -383,14 +384,16 @@ def test_same_bits_in_all_modes_and_no_waiting_on_a_gpu(hidden, product):
 @gpu
 @pytest.mark.parametrize("vocab", [40_000, 40_003])
 @pytest.mark.parametrize("offset", [False, True])
-def test_all_products_agree_on_a_gpu(monkeypatch, vocab, offset):
+@pytest.mark.parametrize("outputs", [("logps",), tuple(n for n in OUTPUTS if n != "is_top1")])
+def test_all_products_agree_on_a_gpu(monkeypatch, vocab, offset, outputs):
     """Descriptors, pointers and CUTLASS on one machine: the blocks differ, the sums hardly."""
     x = make_head(300, vocab, 256, dtype=torch.bfloat16, device=DEVICE, bias=offset)
-    given = {"bias": x.bias, "temperature": 0.8}
-    found = [
-        fastpo.linear_logps(x.hidden, x.weight, x.labels, backend=product, **given).logps
-        for product in PRODUCTS
-    ]
+    rows = (x.hidden, x.weight, x.labels)
+    given = {"bias": x.bias, "temperature": 0.8, "outputs": outputs}
+    found = [fastpo.linear_logps(*rows, backend=product, **given) for product in PRODUCTS]
     monkeypatch.setattr(_anchored, "_is_hopper", lambda device: False)
-    last = fastpo.linear_logps(x.hidden, x.weight, x.labels, backend="anchored", **given).logps
-    assert all(max_error(one, last) <= 2e-6 * (1 + last.abs().max()) for one in found)
+    last = fastpo.linear_logps(*rows, backend="anchored", **given)
+    for name in outputs:
+        expected = getattr(last, name)
+        allowed = 2e-6 * (1 + expected.abs().max())
+        assert all(max_error(getattr(one, name), expected) <= allowed for one in found), name

@@ -13,7 +13,8 @@ target_compile_definitions(_C PRIVATE FASTPO_HAS_CUDA)
 # A fused multiply-add would round z differently where it is compared and where it is subtracted.
 target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false -Xptxas=-warn-spills>)
 # The anchored product needs the headers of CUTLASS 3 or 4: FASTPO_CUTLASS names their folder, AUTO
-# looks into the package nvidia-cutlass of the Python that builds, OFF does without. One minute of nvcc.
+# looks into the package nvidia-cutlass of the Python that builds, OFF does without. A minute of nvcc
+# for each file.
 set(FASTPO_CUTLASS AUTO CACHE STRING "CUTLASS headers: AUTO, OFF or a folder")
 set(cutlass ${FASTPO_CUTLASS})
 if(cutlass STREQUAL "AUTO")
@@ -23,7 +24,7 @@ if(cutlass STREQUAL "AUTO")
   set(cutlass "${package}/source/include")
 endif()
 if(EXISTS "${cutlass}/cutlass/cutlass.h" AND CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.4)
-  add_library(anchored OBJECT cuda/anchored.cu)
+  add_library(anchored OBJECT cuda/anchored.cu cuda/anchored_stats.cu)
   target_include_directories(anchored PRIVATE include)
   target_include_directories(anchored SYSTEM PRIVATE "${cutlass}")
   # With assertions the kernel holds function calls, and its products would wait for one another.

@@ -6,9 +6,8 @@ cancellation. What is kept and left in `state` has the classic meaning, with z_y
 running maximum, so the backward is the classic one. The other statistics are sums in the same
 epilogue, each only where it is asked for.
 
-The product is Triton's, or CUTLASS's where that was built in, serves the tile and nothing but the
-log-probability is asked. Both are selected by name only, because no GPU has timed them yet:
-`backend="anchored"`, `backend="cutlass"`.
+The product is Triton's, or CUTLASS's where that was built in and serves the tile. Both are selected
+by name only, because no GPU has timed them yet: `backend="anchored"`, `backend="cutlass"`.
 """
 
 from __future__ import annotations
@@ -112,15 +111,15 @@ class _Block:
 
         x, words, labels, bias = rows
         programs = _multiprocessors(self.head.device)
-        if self.head.spec.backend == "cutlass" and not options["stats"]:
+        sums = SUMS.value if options["stats"] else 1
+        if self.head.spec.backend == "cutlass":
             own = None if bias is None else bias[first : first + len(words)]
             if cutlass.serves(x, words, own, options["softcap"]):
                 columns = (labels - first).clamp_(-1, len(words)).int()
                 slope = options["post"] * LOG2_E
-                found = cutlass.product(x, words, columns, own, self.origin, e, slope, programs)
-                return found.unsqueeze(0)
+                own_rows = (x, words, columns, own, self.origin)
+                return cutlass.product(*own_rows, e, slope, sums, programs)
         blocks = _gemm_blocks(x, words)
-        sums = SUMS.value if options["stats"] else 1
         partial = self.head.empty(sums, -(-len(words) // blocks.v), len(x), dtype=torch.float32)
         anchored_fwd(*rows, self.origin, partial, e, first, blocks, programs, **options)
         return partial

@@ -44,18 +44,19 @@ def product(
     origin: Tensor,  # [n] float32
     e: Tensor | None,  # [stored, v] bfloat16, written: of the first rows
     slope: float,
+    sums: int,  # the first one alone, or all
     multiprocessors: int,
-) -> Tensor:  # [blocks of words, n] float32
-    """Sums of e = exp2((x·words + bias - origin)·slope) over a row, without the label's column."""
+) -> Tensor:  # [sums, blocks of words, n] float32
+    """Row sums of e = exp2((x·words + bias - origin)·slope) and statistics, see anchored.h."""
     assert _C is not None, _MISSING
     n, v, stored = len(x), len(words), 0 if e is None else len(e)
     blocks = -(-v // _WORDS)
-    found = x.new_empty(blocks, n, dtype=torch.float32)
+    found = x.new_empty(sums, blocks, n, dtype=torch.float32)
     for a, b in ((0, stored), (stored, n)):
         if a == b:
             continue
         whole = -(-(b - a) // _ROWS) * _ROWS
-        partial = x.new_empty(blocks, whole, dtype=torch.float32)
+        partial = x.new_empty(sums, blocks, whole, dtype=torch.float32)
         work = _C.AnchoredTile(
             x=x[a:b].data_ptr(),
             x_stride=x.stride(0),
@@ -68,6 +69,7 @@ def product(
             origin=origin[a:b].data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
             slope=slope,
+            sums=sums,
             partial=partial.data_ptr(),
             e=0 if a == stored or e is None else e.data_ptr(),
             e_stride=0 if e is None else e.stride(0),
@@ -76,6 +78,6 @@ def product(
             stream = torch.cuda.current_stream()
             _C.anchored_cuda(work, stream.device_index, multiprocessors, stream.cuda_stream)
         if b - a == n:
-            return partial[:, :n]
-        found[:, a:b] = partial[:, : b - a]
+            return partial[:, :, :n]
+        found[:, :, a:b] = partial[:, :, : b - a]
     return found

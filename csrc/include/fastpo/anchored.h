@@ -6,9 +6,12 @@
 
 namespace fastpo {
 
-// A sum per row goes out for every block of so many words; rows come in blocks, too.
+// Sums per row go out for every block of so many words; rows come in blocks, too.
 constexpr int kAnchoredWords = 256;
 constexpr int kAnchoredRows = 128;
+// Of e, e·log2 e and e² over the others, of u = x·words + bias over all words, and the number of
+// words with e > 1.
+constexpr int kAnchoredSums = 5;
 
 struct AnchoredTile {
   const void* x;  // [n, h] bfloat16
@@ -19,8 +22,9 @@ struct AnchoredTile {
   const int* columns;   // [n] column of each row's label; outside [0, v) where it is not here
   const float* origin;  // [n]
   const float* bias;    // [v] or null
-  float slope;          // e = exp2(((x·words + bias) - origin)·slope), 0 in the label's column
-  float* partial;       // [⌈v / kAnchoredWords⌉, n rounded up to kAnchoredRows], written
+  float slope;          // e = exp2((u - origin)·slope), 0 in the label's column
+  int sums;             // the first one alone, or kAnchoredSums
+  float* partial;       // [sums, ⌈v / kAnchoredWords⌉, n rounded up to kAnchoredRows], written
   void* e;              // [n, v] bfloat16, or null: not wanted
   int64_t e_stride;
 };
