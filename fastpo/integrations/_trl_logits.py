@@ -52,8 +52,10 @@ def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator
         # Gathered here, because every process calls the head; not every one has labels to score.
         # In mixed precision FSDP2, too, gathers 16 bits.
         weight, bias = (None if x is None else whole(x.to(hidden.dtype)) for x in parts)
-        given.append(hidden.clone())  # FSDP2 warns of outputs that are views
-        return LazyLogits.of(head, given[-1], options, (weight, bias))
+        if torch.is_grad_enabled():
+            hidden = hidden.clone()  # FSDP2 warns of outputs that are views
+            given.append(hidden)
+        return LazyLogits.of(head, hidden, options, (weight, bias))
 
     with _instead(head, "forward", forward), _showing(model, given) if sharded else nullcontext():
         yield
