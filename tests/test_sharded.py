@@ -17,8 +17,10 @@ import torch.distributed as dist
 from _tiny import one_thread  # noqa: F401
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from transformers import AutoModelForCausalLM
 
 import fastpo
+from fastpo.ops import _vocab_shard
 
 pytestmark = pytest.mark.xdist_group("two processes")
 
@@ -35,6 +37,9 @@ SHARDED = {
 }
 # name: (reshard_after_forward, rows of a batch); few tokens travel to the head, many let it travel
 KINDS = {"kept": (None, 3), "resharded": (True, 3), "many tokens": (True, 16)}
+
+# An untied head, a tied one with a soft-cap, one with a bias.
+TENSOR_PARALLEL = ("llama", "gemma2", "phi")
 
 
 def batches(rank, rows=3):
@@ -79,6 +84,51 @@ def test_attached_model_under_fsdp2(name, kind, sharded):
     assert any(grad.abs().max() > 0.1 for grad in own.values())
     own = {n: grad / _processes.PROCESSES for n, grad in own.items()}
     torch.testing.assert_close(sharded[name, kind], own, rtol=1e-4, atol=1e-5)
+
+
+def tensor_parallel(rank, folder):
+    dist.init_process_group("gloo")
+    found = {}
+    for name in TENSOR_PARALLEL:
+        model = AutoModelForCausalLM.from_pretrained(folder / name, tp_plan="auto")
+        assert model.lm_head.weight.placements == (Shard(0),)
+        fastpo.attach(model)
+        calls = count(_vocab_shard.VocabShard, "merge")
+        loss = model(**tiny.batch()).loss.detach()
+        assert len(calls) == 1
+        found[name] = loss, gradients(model, [tiny.batch()] * 2)
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def count(owner, name):
+    calls, own = [], getattr(owner, name)
+    setattr(owner, name, lambda *arguments: calls.append(arguments) or own(*arguments))
+    return calls
+
+
+@pytest.fixture(scope="module")
+def parallel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    for name in TENSOR_PARALLEL:
+        tiny.model(name).save_pretrained(folder / name)
+    _processes.run(tensor_parallel, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+
+
+@pytest.mark.skipif(
+    not (
+        find_spec("transformers.distributed")
+        and find_spec("transformers.distributed.tensor_parallel")
+    ),
+    reason="needs the tensor parallelism of transformers 5.23",
+)
+@pytest.mark.parametrize("name", TENSOR_PARALLEL)
+def test_attached_model_under_tensor_parallelism(name, parallel):
+    """Each process has its own words, the same tokens and the whole loss."""
+    model = tiny.model(name)
+    own = model(**tiny.batch()).loss.detach(), gradients(model, [tiny.batch()] * 2)
+    for rank in parallel:
+        torch.testing.assert_close(rank[name], own, rtol=1e-4, atol=1e-5)
 
 
 def zero(rank, folder):

@@ -22,8 +22,11 @@ def unsupported(head: Any) -> str | None:
 
     if type(head) is not Linear:
         return f"an adapter of type {type(head).__module__}.{type(head).__name__}"
-    if type(head.get_base_layer()).forward is not torch.nn.Linear.forward:
-        return f"a base layer of type {type(head.get_base_layer()).__name__}"
+    base = head.get_base_layer()
+    if type(base).forward is not torch.nn.Linear.forward:
+        return f"a base layer of type {type(base).__name__}"
+    if "forward" in vars(base) and not hasattr(base, "_hf_hook"):
+        return "a base layer with another forward"
     if hasattr(head.weight, "ds_id"):
         return "an adapter under DeepSpeed ZeRO-3"
     for name in head.lora_A:

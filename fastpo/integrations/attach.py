@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -174,6 +175,7 @@ class _Call:
     def __init__(self, attached: Attached, model: PreTrainedModel) -> None:
         self.attached, self.model, self.options = attached, model, attached.options
         self.head = _linear_head(model)
+        self.own_tokens = not _tensor_parallel(self.head)
         self.hidden: Tensor | None = None
         self.lost = False
         self.stats: TokenStats | None = None
@@ -260,8 +262,8 @@ class _Call:
         weight, adapter = self.head.weight, None
         if is_adapter(self.head):
             weight, adapter = operands(self.head, hidden)
-        bias = self.head.bias
-        return rows, score_sharded(hidden, weight, bias, labels, self.options, adapter)
+        operand = (hidden, weight, self.head.bias, labels, self.options, adapter)
+        return rows, score_sharded(*operand, own_tokens=self.own_tokens)
 
     def check(self, logits: Tensor, vocab_size: int | None) -> None:
         """Waits for the device, once per model."""
@@ -316,6 +318,7 @@ def _linear_head(model: PreTrainedModel) -> nn.Linear:
         chosen = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[chosen[0]] if chosen else head.original_module
     foreign = "forward" in getattr(head, "__dict__", {}) and not hasattr(head, "_hf_hook")
+    foreign = foreign and not _tensor_parallel(head)
     if not foreign and is_adapter(head):
         reason = unsupported(head)
         if reason is not None:
@@ -329,6 +332,12 @@ def _linear_head(model: PreTrainedModel) -> nn.Linear:
     if head.weight.device.type == "meta":
         raise RuntimeError("lm_head.weight: expected a tensor in memory, got an offloaded one")
     return head
+
+
+def _tensor_parallel(head: nn.Module) -> bool:
+    """Whether transformers shares the words out to processes that all have the same tokens."""
+    own = getattr(head.__dict__.get("forward"), "__module__", "")
+    return own == "transformers.distributed.tensor_parallel" and isinstance(head.weight, DTensor)
 
 
 def _check_loss_function(model: PreTrainedModel, expected: Any) -> None:

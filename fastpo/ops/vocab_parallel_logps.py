@@ -98,15 +98,19 @@ def score_sharded(
     labels: Tensor,  # [n]
     options: HeadOptions,
     adapter: tuple[Tensor, Tensor] | None = None,
+    *,
+    own_tokens: bool = True,
 ) -> TokenStats:
-    """`score` where FSDP2 may show a shard: the hidden states travel, or else the head."""
+    """`score` of a weight that may be in shards, of FSDP2 or, not `own_tokens`, tensor-parallel."""
     if isinstance(weight, DTensor) and tuple(weight.placements) == (Shard(0),) and adapter is None:
         part = of_dtensor(weight, bias)
+        shared = replace(options, shard=part.shard)
+        if not own_tokens:
+            return score(hidden, part.weight, part.bias, labels, shared)
         tokens = _tokens.count(len(hidden), hidden.device, part.shard.group)
         # Hidden states are gathered in 16 bits, their gradients summed in 32: 10·H bytes a token.
         # The head is gathered and its gradient scattered, both in 16 bits, 4·H bytes a word.
         if 5 * sum(tokens.counts) <= 2 * part.shard.vocab:
-            shared = replace(options, shard=part.shard)
             return score_own(tokens, hidden, part.weight, part.bias, labels, shared)
     bias = None if bias is None else whole(bias)
     return score(hidden, whole(weight), bias, labels, options, adapter=adapter)
