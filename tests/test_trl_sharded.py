@@ -22,7 +22,7 @@ from transformers import training_args
 from trl.trainer import distillation_trainer
 
 import fastpo
-from fastpo.integrations import _trl_logits
+from fastpo.integrations import _trl_logits, attach
 from fastpo.integrations._lazy_logits import LazyLogits
 from fastpo.integrations._trl_head import HeadCall
 from fastpo.ops import _divergence, _driver
@@ -265,7 +265,7 @@ def test_zero_3(name, zero):
     assert_trained_the_same(name, zero, ALONE_ZERO)
 
 
-def test_logits_under_fsdp1_are_left_alone(caplog):
+def test_logits_of_heads_that_cannot_be_read_later_are_left_alone(caplog, monkeypatch):
     plugin = SimpleNamespace(fsdp_version=1)
     trainer = SimpleNamespace(
         accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
@@ -278,6 +278,10 @@ def test_logits_under_fsdp1_are_left_alone(caplog):
     plugin.fsdp_version = 2
     with _trl_logits.lazy_head(trainer, model):
         assert isinstance(model.lm_head(hidden), LazyLogits)
+    monkeypatch.setattr(attach, "_tensor_parallel", lambda head: True)
+    with _trl_logits.lazy_head(trainer, model):
+        assert isinstance(model.lm_head(hidden), torch.Tensor)
+    assert "got a tensor-parallel shard" in caplog.text
 
 
 @pytest.mark.parametrize("framework", ["fsdp2", "zero_3"])

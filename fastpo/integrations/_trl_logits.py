@@ -63,6 +63,10 @@ def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator
 
 def _readable(trainer: Any, head: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias between two forwards; RuntimeError where they cannot be read after one."""
+    from .attach import _tensor_parallel
+
+    if _tensor_parallel(head):
+        raise RuntimeError("lm_head.weight: expected a whole tensor, got a tensor-parallel shard")
     if hasattr(head.weight, "ds_id"):
         raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of ZeRO-3")
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
