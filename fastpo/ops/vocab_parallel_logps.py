@@ -40,7 +40,7 @@ def vocab_parallel_logps(
     """`linear_logps` of a head [V, H] of which `weight` holds words [first, first + words).
 
     Every process of `group` calls with the same hidden states, labels and options, and gets the
-    same bits: one all-gather of 8 numbers a token. In the backward each expects the gradient of the
+    same bits: one all-gather of 7 numbers a token. In the backward each expects the gradient of the
     same loss; d hidden is summed over the group in float32, d weight and d bias are those of its
     own words. The budget is that of one process.
 
