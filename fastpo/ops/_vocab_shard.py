@@ -54,7 +54,10 @@ class VocabShard:
         self._check(found[:, :2, n], state)
 
     def _exchange(self, state: Tensor, words: int) -> Tensor:  # [processes, STATE, n + 1]
-        """All states; in the last column the first word and the one after the last."""
+        """All states; in the last column the first word and the one after the last.
+
+        float32 holds them exactly up to 2**24.
+        """
         bounds = state.new_zeros(R.STATE, 1)
         bounds[0], bounds[1] = self.first, self.first + words
         return all_gather(torch.cat((state, bounds), 1), self.group)
