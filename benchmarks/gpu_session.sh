@@ -144,7 +144,7 @@ fi
 printf 'part %s, %s, %s\n' "$part" "$(date -u +%FT%TZ)" "${dry:-for real}" | tee -a "$log"
 case $part in
 1)
-    if [[ -z $dry ]]; then section build 110 bash -c build; fi
+    if [[ -z $dry ]]; then section build 140 bash -c build; fi
     section facts 25 bash -c facts
     section tests 90 bash -c tests
     section heads 240 bash -c 'heads head "$@"' _ "${four[@]}"

@@ -21,7 +21,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         description="Measures; every figure goes into a JSON file with its machine and versions.",
     )
     kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
-    for build in (_add_head, _add_step, _add_sweep, _add_plot, _add_readme):
+    for build in (_add_head, _add_step, _add_sweep, _add_choose, _add_plot, _add_readme):
         build(kinds)
 
 
@@ -221,6 +221,23 @@ def _sweep(options: argparse.Namespace) -> int:
 
     print(sweep_table(made))
     return 1 if any(row["status"] == "wrong" for row in made["rows"]) else 0
+
+
+def _add_choose(kinds: argparse._SubParsersAction) -> None:
+    about = "let fastpo take the fastest head by itself on the GPUs of these reports"
+    add = _parser(kinds, "choose", about, _choose).add_argument
+    add("reports", nargs="+", type=Path, metavar="FILE", help="JSON of head, on a GPU")
+
+
+def _choose(options: argparse.Namespace) -> int:
+    from ..ops._fastest import TABLE
+    from .choose import choose
+
+    for row in choose(options.reports, TABLE):
+        products = ", ".join(f"{name} {value:.2f}" for name, value in row["products"].items())
+        print(f"{row['device']}, {row['dtype']}, H {row['hidden']}: {row['backend']} ({products})")
+    print(TABLE)
+    return 0
 
 
 def _add_plot(kinds: argparse._SubParsersAction) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.ops import _rows
+from fastpo.ops import _fastest
 from fastpo.testing import HeadInputs, make_head
 
 from . import machine
@@ -124,7 +124,8 @@ def bench(options: HeadOptions, say: Say, keep: Callable[[dict[str, Any]], None]
     began = time.monotonic()
     report = machine.facts(options.device) | {"what": "head", "dtype": options.dtype}
     report |= {"repeats": options.repeats, "shapes": [], "rows": [], "left_out": []}
-    report["backend"] = _rows.choose(None, torch.device(options.device))
+    head = getattr(torch, options.dtype), options.shapes[0].hidden
+    report["backend"] = _fastest.choose(None, torch.device(options.device), *head)
     for shape in options.shapes:
         if options.time_limit is not None and time.monotonic() - began > options.time_limit:
             report["left_out"].append({"shape": shape._asdict(), "reason": "time limit"})

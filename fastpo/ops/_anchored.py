@@ -7,7 +7,7 @@ running maximum, so the backward is the classic one. The other statistics are su
 epilogue, each only where it is asked for.
 
 The product is Triton's, or CUTLASS's where that was built in and serves the tile. Both are selected
-by name only, because no GPU has timed them yet: `backend="anchored"`, `backend="cutlass"`.
+by name, `backend="anchored"`, `backend="cutlass"`, or by the table of _fastest.py.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from . import _driver
+from . import _driver, _fastest
 from . import _rows as R
 from ._vocab_shard import VocabShard
 from .linear_logps import (
@@ -49,12 +49,13 @@ class HeadOptions:
         _check_options(self.temperature, self.softcap, self.logit_scale, self.outputs, self.budget)
 
     def spec(self, hidden: Tensor, grads: tuple[bool, bool], weight: Tensor) -> _driver.HeadSpec:
+        dtype = compute_dtype(hidden)
         return _driver.HeadSpec(
             R.LogitMap(self.temperature, self.softcap, self.logit_scale),
             ignore_index=self.ignore_index,
             outputs=tuple(name for name in OUTPUTS if name in ("logps", *self.outputs)),
-            compute_dtype=compute_dtype(hidden),
-            backend=R.choose(self.backend, hidden.device),
+            compute_dtype=dtype,
+            backend=_fastest.choose(self.backend, hidden.device, dtype, weight.shape[1]),
             hidden_grad=grads[0],
             head_grad=grads[1],
             budget=self.budget,

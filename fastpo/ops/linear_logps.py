@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _driver
+from . import _driver, _fastest
 from . import _rows as R
 
 OUTPUTS = ("logps", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "lse")
@@ -59,8 +59,9 @@ def linear_logps(
     outputs: names of the `TokenStats` fields to compute.
     budget: bytes of probabilities that may be kept for the backward of a trainable head; tokens
         above it are recomputed. None: 4·V·H, see `fastpo.plan`.
-    backend: "triton", "anchored", "cutlass", "cuda", "cpu" or "torch"; None: the best of the
-        others than "anchored" and "cutlass". Those are "triton" with a forward that writes no
+    backend: "triton", "anchored", "cutlass", "cuda", "cpu" or "torch"; None: on a GPU that was
+        measured (`fastpo bench choose`) the fastest there, else the best of the others than
+        "anchored" and "cutlass". Those are "triton" with a forward that writes no
         logits, for bfloat16 products; results differ from those of "triton" in last bits, and a tie
         makes the label top-1. "cutlass" takes the product of "anchored" where there is a soft-cap
         or rows start not at multiples of 16 bytes.
@@ -159,7 +160,7 @@ def _check_options(
 
 
 def _spec(
-    device: torch.device,
+    hidden: Tensor,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
@@ -177,7 +178,7 @@ def _spec(
         ignore_index,
         tuple(outputs.split(",")),
         dtype,
-        R.choose(backend, device),
+        _fastest.choose(backend, hidden.device, dtype, hidden.shape[-1]),
         hidden_grad,
         head_grad,
         budget,
@@ -207,7 +208,7 @@ def _forward_op(
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:
     spec = _spec(
-        hidden.device,
+        hidden,
         temperature,
         softcap,
         logit_scale,
@@ -225,7 +226,7 @@ def _forward_op(
 
 @_forward_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *options: Any) -> tuple:
-    return tuple(_driver.fake_forward(hidden, weight, _spec(hidden.device, *options)))
+    return tuple(_driver.fake_forward(hidden, weight, _spec(hidden, *options)))
 
 
 def _run_backward(
@@ -250,7 +251,7 @@ def _run_backward(
     spent: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = _spec(
-        hidden.device,
+        hidden,
         temperature,
         softcap,
         logit_scale,
