@@ -17,8 +17,9 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 demo: $(READY)
 	$(BIN)/fastpo demo --overwrite
 
+# A file stays in one worker: its costly fixtures are built once.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -39,7 +40,7 @@ matrix: $(READY)
 	set -e; for version in $(TRL_VERSIONS); do \
 	  $(BIN)/pip install -q --no-deps --upgrade --target build/trl-$$version trl==$$version \
 	    $(UNASKED); \
-	  PYTHONPATH=build/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto \
+	  PYTHONPATH=build/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
 	    $(wildcard tests/test_trl*.py tests/test_group_trainer.py tests/test_adapter.py); \
 	done
 

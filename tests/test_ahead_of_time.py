@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.xdist_group("ahead of time")  # one compilation for all
 
 KERNELS = ["forward", "backward", "pointers", "descriptors", "fold", "target"]
 KERNELS += ["pair softmaxes", "pair values", "pair gradients"]

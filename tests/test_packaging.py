@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
 
 pytestmark = [
-    pytest.mark.xdist_group("packaging"),  # one build for all
     pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler"),
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a checkout"),
 ]

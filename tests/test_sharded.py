@@ -22,8 +22,6 @@ from transformers import AutoModelForCausalLM
 import fastpo
 from fastpo.ops import _vocab_shard
 
-pytestmark = pytest.mark.xdist_group("two processes")
-
 # name: (model, what `fully_shard` is called with before the model itself)
 SHARDED = {
     "whole model": ("gemma2", lambda model: []),

@@ -16,7 +16,6 @@ import torch
 
 import fastpo
 
-pytestmark = pytest.mark.xdist_group("two processes")
 TRAINERS = ("DPO", "SFT")
 
 

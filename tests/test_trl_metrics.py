@@ -216,7 +216,6 @@ def collectives_saved(prefix):
     return own - ours
 
 
-@pytest.mark.xdist_group("two processes")
 def test_two_processes_log_the_same(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path / "model")
     _processes.run(process, tmp_path)

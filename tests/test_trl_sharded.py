@@ -29,8 +29,6 @@ from fastpo.ops import _divergence, _driver
 from fastpo.ops._gathered import HeadOptions
 from fastpo.testing import assert_as_good_as_eager, rounding
 
-pytestmark = pytest.mark.xdist_group("two processes")
-
 
 def teacher(folder):
     """By its path: DeepSpeed also shards a model that is made while its configuration is alive."""

@@ -8,7 +8,6 @@ import _processes
 import pytest
 import torch
 import torch.distributed as dist
-from _tiny import one_thread  # noqa: F401
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fastpo
@@ -17,9 +16,7 @@ from fastpo.ops import _rows
 from fastpo.ops.linear_logps import OUTPUTS
 from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head
 
-pytestmark = pytest.mark.xdist_group("two processes")
-
-VOCAB, CUT = 1003, 400  # words of the first process, and of both
+VOCAB, CUT = 1003, 400  # the second process has the words from CUT on
 BACKENDS = [b for b in _rows.BACKENDS if _rows.unavailable(b, torch.device("cpu")) is None]
 # name -> (is the head trained, budget in rows of both processes' probabilities)
 MODES = {"score": (False, 0), "frozen": (False, 0), "keep": (True, 99), "lean": (True, 0)}
