@@ -1,6 +1,7 @@
 """SimPO in several processes, none of which ever holds the whole model, nor the whole head.
 
     torchrun --nproc_per_node 2 examples/sharded_head.py --steps 20
+    torchrun --nproc_per_node 2 examples/sharded_head.py --data pairs.jsonl
 
 FSDP2 gathers one layer at a time. The head stays in shards: the few hidden states travel instead.
 """
@@ -8,7 +9,9 @@ FSDP2 gathers one layer at a time. The head stays in shards: the few hidden stat
 from __future__ import annotations
 
 import argparse
+import json
 import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -24,18 +27,19 @@ from fastpo.demo.tokenizer import texts_of, train_tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="JSONL of prompt, chosen, rejected (messages)")
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group("gloo", **alone)
-    train(args.steps)
+    lines = args.data.open(encoding="utf-8") if args.data else ()
+    train([json.loads(line) for line in lines] or embedded_pairs().train, args.steps)
     dist.destroy_process_group()
 
 
-def train(steps: int) -> None:
+def train(rows: list, steps: int) -> None:
     rank, processes = dist.get_rank(), dist.get_world_size()
     mesh = dist.device_mesh.init_device_mesh("cpu", (processes,))
-    rows = embedded_pairs().train
     tokenizer = train_tokenizer(texts_of(rows), 4096)
     torch.manual_seed(0)  # the same model everywhere, before it is cut
     model = small_model(tokenizer)
