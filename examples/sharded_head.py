@@ -1,4 +1,4 @@
-"""SimPO in several processes, none of which ever holds the whole model, nor the whole head.
+"""SimPO in several processes, none of which trains with the whole model, nor with the whole head.
 
     torchrun --nproc_per_node 2 examples/sharded_head.py --steps 20
     torchrun --nproc_per_node 2 examples/sharded_head.py --data pairs.jsonl
@@ -45,9 +45,10 @@ def train(rows: list, steps: int) -> None:
     model = small_model(tokenizer)
     for part in (*model.model.layers, model.model):
         fully_shard(part, mesh=mesh)
-    whole = model.lm_head.weight
-    head = torch.nn.Parameter(distribute_tensor(whole.detach(), mesh, [Shard(0)]))
-    optimizer = torch.optim.AdamW([*model.model.parameters(), head], lr=5e-4)
+    whole = model.lm_head.weight.detach()
+    model.lm_head.weight = head = torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)]))
+    del whole
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     objective = fastpo.objectives.get("simpo")
     for step, batch in zip(
         range(1, steps + 1), batches(rows[rank::processes], tokenizer), strict=False

@@ -165,14 +165,6 @@ def test_attached_model_under_zero_3(tmp_path):
     torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def mesh():
-    """Of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
 CALLS = {
     "linear_logps": fastpo.linear_logps,
     "linear_topk": lambda hidden, weight, labels: fastpo.linear_topk(hidden, weight, 2),

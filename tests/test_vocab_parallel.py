@@ -18,7 +18,7 @@ from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head
 
 VOCAB, CUT = 1003, 400  # the second process has the words from CUT on
 BACKENDS = [b for b in _rows.BACKENDS if _rows.unavailable(b, torch.device("cpu")) is None]
-# name -> (is the head trained, budget in rows of both processes' probabilities)
+# name -> (is the head trained, budget in rows of each process's probabilities)
 MODES = {"score": (False, 0), "frozen": (False, 0), "keep": (True, 99), "lean": (True, 0)}
 MODES["mixed"] = (True, 7)
 OPTIONS = {"plain": {}, "all": {"softcap": 30.0, "temperature": 1.6, "logit_scale": -0.8}}
@@ -224,13 +224,6 @@ def test_words_masked_out_nan_rows_and_wrong_shards(tmp_path):
     assert first["half"]["logps"][2] == float("-inf")  # its label is among those masked out
 
 
-@pytest.fixture
-def alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.device_mesh.init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
 def test_without_processes():
     inputs = problem(torch.float32)
     with pytest.raises(RuntimeError, match="expected an initialised process group, got none"):
@@ -252,7 +245,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments(case, alone):
+def test_wrong_arguments(case, mesh):
     inputs = problem(torch.float32)
     given, message = dict(WRONG[case][0]), WRONG[case][1]
     hidden = torch.randn(given.pop("hidden")) if "hidden" in given else inputs.hidden
@@ -261,21 +254,19 @@ def test_wrong_arguments(case, alone):
         fastpo.vocab_parallel_logps(hidden, inputs.weight, labels, **given)
 
 
-def test_wrong_dtensors(alone):
+def test_wrong_dtensors(mesh):
     inputs = problem(torch.float32)
-    given = inputs.hidden, distribute_tensor(inputs.weight.detach(), alone, [Shard(0)])
+    given = inputs.hidden, distribute_tensor(inputs.weight.detach(), mesh, [Shard(0)])
     call = fastpo.vocab_parallel_logps
     with pytest.raises(ValueError, match="first: expected None beside a DTensor, got 0"):
         call(*given, inputs.labels, first=0)
     with pytest.raises(ValueError, match=r"bias: expected a DTensor in \(Shard\(dim=0\),\), got a"):
         call(*given, inputs.labels, bias=inputs.bias)
-    wrong = distribute_tensor(inputs.weight.detach(), alone, [Replicate()])
+    wrong = distribute_tensor(inputs.weight.detach(), mesh, [Replicate()])
     with pytest.raises(ValueError, match=r"weight: expected a DTensor in .*, got \(Replicate\(\),"):
         call(inputs.hidden, wrong, inputs.labels)
-    bias = distribute_tensor(inputs.bias.detach(), alone, [Shard(0)])
+    bias = distribute_tensor(inputs.bias.detach(), mesh, [Shard(0)])
     with pytest.raises(ValueError, match="bias: expected a plain tensor beside a plain weight"):
         call(inputs.hidden, inputs.weight, inputs.labels, first=0, vocab=VOCAB, bias=bias)
     with pytest.raises(ValueError, match="hidden: expected a whole tensor, got DTensor"):
-        call(
-            distribute_tensor(inputs.hidden.detach(), alone, [Shard(0)]), *given[1:], inputs.labels
-        )
+        call(distribute_tensor(inputs.hidden.detach(), mesh, [Shard(0)]), *given[1:], inputs.labels)

@@ -25,7 +25,7 @@ def unsupported(head: Any) -> str | None:
     base = head.get_base_layer()
     if type(base).forward is not torch.nn.Linear.forward:
         return f"a base layer of type {type(base).__name__}"
-    if "forward" in vars(base) and not hasattr(base, "_hf_hook"):
+    if has_own_forward(base):
         return "a base layer with another forward"
     if hasattr(head.weight, "ds_id"):
         return "an adapter under DeepSpeed ZeRO-3"
@@ -36,6 +36,11 @@ def unsupported(head: Any) -> str | None:
         if head.lora_B[name].bias is not None:
             return "lora_bias=True"
     return None
+
+
+def has_own_forward(layer: Any) -> bool:
+    """Was its forward replaced, other than by accelerate, which only moves tensors?"""
+    return "forward" in getattr(layer, "__dict__", {}) and not hasattr(layer, "_hf_hook")
 
 
 def is_adapter(head: Any) -> bool:

@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput
 from ..ops._gathered import HeadOptions
 from ..ops.linear_logps import TokenStats
 from ..ops.vocab_parallel_logps import score_sharded
-from ._adapter import is_adapter, operands, unsupported
+from ._adapter import has_own_forward, is_adapter, operands, unsupported
 from ._seam import Seam
 
 LOSS = Seam(
@@ -317,8 +317,7 @@ def _linear_head(model: PreTrainedModel) -> nn.Linear:
     if head is not None and "modules_to_save" in head._modules:  # PEFT trains a copy of it whole
         chosen = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[chosen[0]] if chosen else head.original_module
-    foreign = "forward" in getattr(head, "__dict__", {}) and not hasattr(head, "_hf_hook")
-    foreign = foreign and not _tensor_parallel(head)
+    foreign = has_own_forward(head) and not _tensor_parallel(head)
     if not foreign and is_adapter(head):
         reason = unsupported(head)
         if reason is not None:

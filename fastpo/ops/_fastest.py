@@ -22,9 +22,14 @@ TABLE = Path(__file__).with_name("fastest.json")
 Row = dict[str, Any]  # device, dtype, hidden, backend; products of each, and the report
 
 
+def read(path: Path) -> list[Row]:
+    rows: list[Row] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return rows
+
+
 @functools.cache
-def table() -> tuple[Row, ...]:
-    return tuple(json.loads(TABLE.read_text(encoding="utf-8"))["rows"])
+def table() -> list[Row]:
+    return read(TABLE)
 
 
 @functools.cache

@@ -61,10 +61,10 @@ def linear_logps(
         above it are recomputed. None: 4·V·H, see `fastpo.plan`.
     backend: "triton", "anchored", "cutlass", "cuda", "cpu" or "torch"; None: on a GPU that was
         measured (`fastpo bench choose`) the fastest there, else the best of the others than
-        "anchored" and "cutlass". Those are "triton" with a forward that writes no
-        logits, for bfloat16 products; results differ from those of "triton" in last bits, and a tie
-        makes the label top-1. "cutlass" takes the product of "anchored" where there is a soft-cap
-        or rows start not at multiples of 16 bytes.
+        "anchored" and "cutlass". Those are "triton" with a forward that writes no logits, for
+        bfloat16 products; results differ from those of "triton" in last bits, and a tie makes the
+        label top-1. "cutlass" takes the product of "anchored" where there is a soft-cap or rows
+        start not at multiples of 16 bytes.
 
     Raises ValueError for shapes, dtypes, devices, DTensors, options and, on a CPU, wrong labels
     (on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would

@@ -74,8 +74,7 @@ def vocab_parallel_logps(
     else:
         tokens = _tokens.count(len(rows), rows.device, part.shard.group)
         stats = score_own(tokens, rows, part.weight, part.bias, targets, options)
-    wanted = (x if name in outputs else None for name, x in stats._asdict().items())
-    return TokenStats(*(None if x is None else x.view(labels.shape) for x in wanted))
+    return TokenStats(**{name: getattr(stats, name).view(labels.shape) for name in outputs})
 
 
 def score_own(
