@@ -41,7 +41,7 @@ matrix: $(READY)
 	  $(BIN)/pip install -q --no-deps --upgrade --target build/trl-$$version trl==$$version \
 	    $(UNASKED); \
 	  PYTHONPATH=build/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
-	    $(wildcard tests/test_trl*.py tests/test_group_trainer.py tests/test_adapter.py); \
+	    tests/integrations/trl tests/integrations/attach/test_adapter.py; \
 	done
 
 # csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit.
@@ -51,7 +51,7 @@ cuda: $(READY)
 	  nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cutlass
 	CUDACXX=$(CURDIR)/$(NVCC)/nvidia/cu13/bin/nvcc \
 	FASTPO_CUTLASS=$(CURDIR)/$(NVCC)/cutlass_library/source/include \
-	  $(BIN)/python -m pytest -q -n auto tests/test_cuda_build.py
+	  $(BIN)/python -m pytest -q -n auto tests/kernels/test_cuda_build.py
 
 bench: $(READY)
 	$(BIN)/fastpo bench head

@@ -43,11 +43,11 @@ facts() {
     "$python" - <<'PY'
 import importlib.util, json, torch
 from fastpo.bench import machine
-from fastpo.ops import _rows
+from fastpo.ops.rows import backend
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(json.dumps(machine.facts(device), indent=1))
-for name in _rows.BACKENDS:
-    print("backend", name, _rows.unavailable(name, torch.device(device)) or "is there")
+for name in backend.BACKENDS:
+    print("backend", name, backend.unavailable(name, torch.device(device)) or "is there")
 for name in ("trl", "peft", "liger_kernel", "cut_cross_entropy", "quack", "pytest", "matplotlib"):
     print("package", name, "is there" if importlib.util.find_spec(name) else "is missing")
 PY
@@ -80,13 +80,13 @@ tests() {
         return 0
     fi
     local marked code
-    mapfile -t marked < <(grep -l 'mark\.gpu' tests/test_*.py)
-    [[ -z $dry ]] || marked=(tests/test_linear_logps.py)
+    mapfile -t marked < <(grep -l 'mark\.gpu' --include='test_*.py' -r tests)
+    [[ -z $dry ]] || marked=(tests/ops/test_linear_logps.py)
     "$python" -m pytest -q -p no:cacheprovider -m gpu -rs "${marked[@]}"
     code=$?
     # Not marked, because they run anywhere; on this machine they run on the GPU.
-    [[ -n $dry ]] || "$python" -m pytest -q -p no:cacheprovider -rs tests/test_linear_logps.py \
-        tests/test_kernels.py || code=$?
+    [[ -n $dry ]] || "$python" -m pytest -q -p no:cacheprovider -rs tests/ops/test_linear_logps.py \
+        tests/kernels/test_kernels.py || code=$?
     [[ $code == 5 ]] && echo "skipped: no test wants a GPU here" && code=0
     return "$code"
 }

@@ -76,7 +76,7 @@ class PairTile:
 
 class PairRule:
     def __init__(self, *, kind: int, parameter: float) -> None:
-        """kind: its place in KINDS of ops/_pair_rows.py."""
+        """kind: its place in KINDS of ops/rows/pair/backend.py."""
 
 class PairSoftmaxes:
     def __init__(

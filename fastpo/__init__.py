@@ -4,11 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, quantities
-from .ops.linear_divergence import (
-    DivergenceStats,
-    linear_divergence,
-    linear_topk_divergence,
-)
+from .ops.linear_divergence import DivergenceStats, linear_divergence, linear_topk_divergence
 from .ops.linear_logps import TokenStats, linear_logps
 from .ops.linear_topk import TokenSample, TopK, linear_topk, sample_topk
 from .ops.mixed_linear_logps import mixed_linear_logps
@@ -17,8 +13,8 @@ from .planner import Plan, plan
 
 if TYPE_CHECKING:
     from .integrations.attach import attach
-    from .integrations.groups import GroupTrainer
-    from .integrations.trl import patch, patched, unpatch
+    from .integrations.trl.objectives.groups import GroupTrainer
+    from .integrations.trl.patch import patch, patched, unpatch
     from .ops.vocab_parallel_logps import vocab_parallel_logps
 
 __version__ = "0.1.0"
@@ -49,11 +45,11 @@ __all__ = [
 
 # Read when asked for: `import fastpo` imports neither transformers, TRL nor torch.distributed.
 _LAZY = {
-    "GroupTrainer": "fastpo.integrations.groups",
+    "GroupTrainer": "fastpo.integrations.trl.objectives.groups",
     "attach": "fastpo.integrations.attach",
-    "patch": "fastpo.integrations.trl",
-    "patched": "fastpo.integrations.trl",
-    "unpatch": "fastpo.integrations.trl",
+    "patch": "fastpo.integrations.trl.patch",
+    "patched": "fastpo.integrations.trl.patch",
+    "unpatch": "fastpo.integrations.trl.patch",
     "vocab_parallel_logps": "fastpo.ops.vocab_parallel_logps",
 }
 

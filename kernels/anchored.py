@@ -308,7 +308,7 @@ def anchored_fwd(
     scale: float,
     post: float,
     softcap: bool,
-    stats: int,  # bits of STATS in fastpo/ops/_rows.py
+    stats: int,  # bits of STATS in fastpo/ops/rows/backend.py
     fold_cap: bool,
 ) -> None:
     n, H = x.shape

@@ -20,7 +20,7 @@ from ._blocks import row_blocks
 from .rows import FIXED_ROUNDING, LOG_FLOOR, _check_unit_columns, _exp, _exp_of_row, _logits, _max
 from .rows import LOWEST as ORIGIN
 
-# The rows of `state`, `constants` and `factors`; fastpo/ops/_pair_rows.py says what they mean.
+# The rows of `state`, `constants` and `factors`; see fastpo/ops/rows/pair/backend.py.
 MAX = tl.constexpr(0)
 MASS = tl.constexpr(1)
 CROSS = tl.constexpr(4)

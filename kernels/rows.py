@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ._blocks import row_blocks
 
-# The rows of `state` and `grads`; fastpo/ops/_rows.py says what they mean.
+# The rows of `state` and `grads`; fastpo/ops/rows/backend.py says what they mean.
 MAX = tl.constexpr(0)
 OTHERS = tl.constexpr(1)
 TARGET = tl.constexpr(2)

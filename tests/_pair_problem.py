@@ -13,8 +13,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastpo.ops import _pair_rows as P
-from fastpo.ops._rows import LOG_FLOOR, LogitMap
+from fastpo.ops.rows.backend import LOG_FLOOR, LogitMap
+from fastpo.ops.rows.pair import backend as P
 from fastpo.testing import assert_as_good_as_eager
 
 Maps = tuple[LogitMap, LogitMap]
@@ -92,7 +92,7 @@ def make_problem(
 
 
 def whole_state(problem: Problem, over: int | None, entropy: bool, dtype: torch.dtype) -> Tensor:
-    """The definition in _pair_rows.py over whole rows, [STATE, n]."""
+    """The definition in rows/pair/backend.py over whole rows, [STATE, n]."""
     state = torch.tensor(P.INITIAL_STATE, dtype=dtype).unsqueeze(1).repeat(1, problem.rows)
     z = problem.logits(problem.products(dtype))
     gaps = []

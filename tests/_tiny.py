@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fastpo.ops import _driver
-from fastpo.ops._driver import HeadSpec
+from fastpo.ops.walks import forward as driver
+from fastpo.ops.walks.forward import HeadSpec
 
 QUESTIONS = ("what is red", "where is the cat", "who sings", "name a fruit", "is it late", "why")
 GOOD = ("a warm colour", "on the mat by the door", "the bird", "an apple", "yes it is", "because")
@@ -274,11 +274,11 @@ class Widest(TorchDispatchMode):
 def count_calls(monkeypatch: Any) -> list[HeadSpec]:
     """From here on, one entry for each run of the primitive."""
     calls: list[HeadSpec] = []
-    forward = _driver.forward
+    forward = driver.forward
 
     def counted(hidden: Any, weight: Any, bias: Any, labels: Any, spec: HeadSpec) -> Any:
         calls.append(spec)
         return forward(hidden, weight, bias, labels, spec)
 
-    monkeypatch.setattr(_driver, "forward", counted)
+    monkeypatch.setattr(driver, "forward", counted)
     return calls

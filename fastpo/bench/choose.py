@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ..ops import _fastest
-from ..ops._fastest import Row
+from ..ops.rows import fastest
+from ..ops.rows.fastest import Row
 from .errors import BenchError
 from .report import Report, read
 
@@ -19,7 +19,7 @@ BACKENDS = ("triton", "anchored", "cutlass", "cuda")
 def choose(reports: list[Path], table: Path) -> list[Row]:
     """Rows of the reports, written into `table` in place of older ones of the same head."""
     found = [row for path in reports for row in rows_of(read(path), path)]
-    kept = {_key(row): row for row in [*_fastest.read(table), *found]}
+    kept = {_key(row): row for row in [*fastest.read(table), *found]}
     rows = [kept[key] for key in sorted(kept)]
     table.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     return found

@@ -230,7 +230,7 @@ def _add_choose(kinds: argparse._SubParsersAction) -> None:
 
 
 def _choose(options: argparse.Namespace) -> int:
-    from ..ops._fastest import TABLE
+    from ..ops.rows.fastest import TABLE
     from .choose import choose
 
     for row in choose(options.reports, TABLE):

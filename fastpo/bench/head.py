@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.ops import _fastest
+from fastpo.ops.rows import fastest
 from fastpo.testing import HeadInputs, make_head
 
 from . import machine
@@ -125,7 +125,7 @@ def bench(options: HeadOptions, say: Say, keep: Callable[[dict[str, Any]], None]
     report = machine.facts(options.device) | {"what": "head", "dtype": options.dtype}
     report |= {"repeats": options.repeats, "shapes": [], "rows": [], "left_out": []}
     head = getattr(torch, options.dtype), options.shapes[0].hidden
-    report["backend"] = _fastest.choose(None, torch.device(options.device), *head)
+    report["backend"] = fastest.choose(None, torch.device(options.device), *head)
     for shape in options.shapes:
         if options.time_limit is not None and time.monotonic() - began > options.time_limit:
             report["left_out"].append({"shape": shape._asdict(), "reason": "time limit"})

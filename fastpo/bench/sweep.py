@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpo.ops import _rows
+from fastpo.ops.rows import backend as R
 from fastpo.testing import max_error, rounding
 
 from . import machine
@@ -25,7 +25,7 @@ CAPS = (1024, 2048, 4096, 8192, 16_384)
 WARPS = (4, 8, 16)
 # kernel -> bytes per cell that must move
 KERNELS = {"score": 4, "score, all statistics": 4, "forward, kept": 6, "backward, kept": 4}
-_ALL = sum(_rows.STATS.values())
+_ALL = sum(R.STATS.values())
 
 
 @dataclass
@@ -43,12 +43,12 @@ class Tile:
         raw = torch.randn(n, width, generator=g, device=device) * 3
         labels = torch.randint(width, (n,), generator=g, device=device)
         kept = torch.empty(n, width, device=device, dtype=torch.bfloat16)
-        state = torch.empty(_rows.STATE, n, device=device)
-        grads = torch.full((_rows.GRADS, n), 0.1, device=device)
+        state = torch.empty(R.STATE, n, device=device)
+        grads = torch.full((R.GRADS, n), 0.1, device=device)
         return cls(raw, kept, labels, state, torch.empty(n, device=device), grads)
 
     def launch(self, backend: Any, kernel: str) -> None:
-        plain = _rows.LogitMap()
+        plain = R.LogitMap()
         if kernel == "backward, kept":
             # In place the values shrink from run to run; the time does not.
             backend.backward(
@@ -61,7 +61,7 @@ class Tile:
         backend.forward(self.raw, 0, self.labels, None, self.state, plain, stats, *extra, False)
 
     def reset(self) -> None:
-        for row, value in zip(self.state, _rows.INITIAL_STATE, strict=True):
+        for row, value in zip(self.state, R.INITIAL_STATE, strict=True):
             row.fill_(value)
 
 
@@ -91,7 +91,7 @@ class _Candidate:
     def timed(self, watch: machine.Stopwatch, tile: Tile, kernel: str) -> float:
         tile.reset()
         with _standing_in(self.blocks):
-            return watch(partial(tile.launch, _rows.load(self.backend), kernel))[0]
+            return watch(partial(tile.launch, R.load(self.backend), kernel))[0]
 
     def row(self, kernel: str, moved: int) -> dict[str, Any]:
         row: dict[str, Any] = {"kernel": kernel, "variant": self.name, "status": self.status}
@@ -104,8 +104,8 @@ class _Candidate:
 def _candidates(device: torch.device, width: int) -> Iterator[tuple[str, str, Any, str | None]]:
     """Name, backend, tiles, and why it cannot run."""
     for backend in ("torch", "cuda", "cpu"):
-        yield backend, backend, None, _rows.load(backend).unavailable(device)
-    reason = _rows.load("triton").unavailable(device)
+        yield backend, backend, None, R.load(backend).unavailable(device)
+    reason = R.load("triton").unavailable(device)
     if reason is not None:
         yield "triton", "triton", None, reason
         return
@@ -145,7 +145,7 @@ def _first_run(candidate: _Candidate, tile: Tile, kernel: str) -> None:
         candidate.status, candidate.reason = "refused", f"{type(error).__name__}: {line[:160]}"
         return
     if kernel != "backward, kept":
-        top, others, target = tile.state[: _rows.TARGET + 1].double()
+        top, others, target = tile.state[: R.TARGET + 1].double()
         lse = top + (others + (target - top).exp()).log()
         truth = torch.cat([part.double().logsumexp(1) for part in tile.raw.split(1024)])
         off = max_error(lse, truth)

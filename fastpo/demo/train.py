@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import fastpo
-from fastpo.integrations._objective import Setting
-from fastpo.integrations._trl_objectives import objectives_only
+from fastpo.integrations.trl.objectives.by_name import objectives_only
+from fastpo.integrations.trl.objectives.needs import Setting
 
 from .jobs import Job
 from .memory import PeakMemory

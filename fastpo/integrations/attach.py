@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..ops._gathered import HeadOptions
 from ..ops.linear_logps import TokenStats
+from ..ops.shards.gathered import HeadOptions
 from ..ops.vocab_parallel_logps import score_sharded
-from ._adapter import has_own_forward, is_adapter, operands, unsupported
-from ._seam import Seam
+from .adapter import has_own_forward, is_adapter, operands, unsupported
+from .seams.seam import Seam
 
 LOSS = Seam(
     "transformers.loss.loss_utils",

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 
-from .trl import patched
+from .trl.patch import patched
 
 _USAGE = "usage: fastpo run (script.py | -m module) [arguments]"
 

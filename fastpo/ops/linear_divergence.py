@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _divergence
-from . import _rows as R
-from ._divergence import DivergenceSpec
-from ._head import HeadSpec
-from ._mixture import Operands
-from ._pair_rows import KINDS, Rule
-from ._picked import picked_products
-from .linear_logps import _check_options, _check_tensors, _shape, compute_dtype, linear_logps
+from .linear_logps import linear_logps
+from .rows import backend as R
+from .rows.pair.backend import KINDS, Rule
+from .walks import divergence as walk
+from .walks.checks import check_options, check_tensors, compute_dtype, shape_of
+from .walks.divergence import DivergenceSpec
+from .walks.head import HeadSpec
+from .walks.mixture import Operands
+from .walks.picked import picked_products
 
 _LEFT_OUT = -100
 _OUTPUTS = ("divergence", "entropy")
@@ -78,13 +79,13 @@ def linear_divergence(
     A NaN or infinite hidden state gives NaN in its row.
     """
     labels = _labels(hidden, mask)
-    _check_tensors(hidden, weight, labels, bias)
+    check_tensors(hidden, weight, labels, bias)
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias, labels)
     rule = _rule(kind, beta, alpha)
     _check_outputs(outputs)
     tempered = temperature if teacher_temperature is None else teacher_temperature
-    _check_options(temperature, softcap, logit_scale, ("logps",), budget)
-    _check_options(tempered, teacher_softcap, teacher_logit_scale, ("logps",), None)
+    check_options(temperature, softcap, logit_scale, ("logps",), budget)
+    check_options(tempered, teacher_softcap, teacher_logit_scale, ("logps",), None)
     if not teacher_grad:
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
         teacher_bias = None if teacher_bias is None else teacher_bias.detach()
@@ -124,7 +125,7 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any, labels: Tensor, spec: DivergenceSpec, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        saved = _divergence.forward(_operands(tensors), labels, spec)
+        saved = walk.forward(_operands(tensors), labels, spec)
         ctx.save_for_backward(labels, saved.constants, saved.totals, saved.kept, *tensors)
         ctx.spec = spec
         ctx.mark_non_differentiable(saved.entropy)
@@ -137,9 +138,7 @@ class _Divergence(torch.autograd.Function):
         operands = _operands(tensors)
         wanted = ctx.needs_input_grad[2:]
         needs = (wanted[:3], wanted[3:])
-        found = _divergence.backward(
-            grad, operands, labels, constants, totals, kept, ctx.spec, needs
-        )
+        found = walk.backward(grad, operands, labels, constants, totals, kept, ctx.spec, needs)
         grads: list[Tensor | None] = [None, None]
         for side, own in zip(found, operands, strict=True):
             dbias = side.bias
@@ -179,7 +178,7 @@ def linear_topk_divergence(
     Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
     """
     labels = _labels(hidden, mask)
-    _check_tensors(hidden, weight, labels, bias)
+    check_tensors(hidden, weight, labels, bias)
     rule = _rule(kind, beta, 0.5)
     if rule.kind not in ("forward_kl", "reverse_kl", "jsd"):
         raise ValueError(f"kind: expected forward_kl, reverse_kl or jsd, got {kind!r}")
@@ -226,7 +225,7 @@ def _labels(hidden: Tensor, mask: Tensor | None) -> Tensor:
         return labels
     if mask.shape != labels.shape or mask.dtype != torch.bool:
         raise ValueError(
-            f"mask: expected bool of shape {_shape(labels)}, got {mask.dtype} of {_shape(mask)}"
+            f"mask: expected bool of shape {shape_of(labels)}, got {mask.dtype} of {shape_of(mask)}"
         )
     return labels.masked_fill(~mask, _LEFT_OUT)
 
@@ -255,7 +254,7 @@ def _check_teacher(
     labels: Tensor,
 ) -> None:
     try:
-        _check_tensors(teacher_hidden, teacher_weight, labels, teacher_bias)
+        check_tensors(teacher_hidden, teacher_weight, labels, teacher_bias)
     except ValueError as error:
         raise ValueError(f"teacher: {error}") from None
     if len(teacher_weight) != len(weight):
@@ -270,12 +269,12 @@ def _check_teacher(
 
 def _check_lists(hidden: Tensor, weight: Tensor, ids: Tensor, logps: Tensor) -> None:
     if ids.dtype != torch.int64 or ids.dim() != hidden.dim() or ids.shape[:-1] != hidden.shape[:-1]:
-        expected = (*_shape(hidden)[:-1], "K")
+        expected = (*shape_of(hidden)[:-1], "K")
         raise ValueError(
-            f"teacher_ids: expected int64 of shape {expected}, got {ids.dtype} of {_shape(ids)}"
+            f"teacher_ids: expected int64 of shape {expected}, got {ids.dtype} of {shape_of(ids)}"
         )
     if logps.shape != ids.shape:
-        raise ValueError(f"teacher_logps: expected shape {_shape(ids)}, got {_shape(logps)}")
+        raise ValueError(f"teacher_logps: expected shape {shape_of(ids)}, got {shape_of(logps)}")
     if ids.device.type != "cpu" or not ids.numel():
         return
     low, high = int(ids.min()), int(ids.max())

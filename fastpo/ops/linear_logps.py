@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _driver, _fastest
-from . import _rows as R
-
-OUTPUTS = ("logps", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "lse")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .rows import backend as R
+from .rows import fastest
+from .walks import forward as driver
+from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype
 
 
 class TokenStats(NamedTuple):
@@ -71,8 +70,8 @@ def linear_logps(
     wait for the device). RuntimeError when a named backend is missing. A NaN or infinite hidden
     state gives a NaN log-probability in its row.
     """
-    _check_tensors(hidden, weight, labels, bias)
-    _check_options(temperature, softcap, logit_scale, outputs, budget)
+    check_tensors(hidden, weight, labels, bias)
+    check_options(temperature, softcap, logit_scale, outputs, budget)
     grad = torch.is_grad_enabled()
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     results = _forward_op(
@@ -93,70 +92,8 @@ def linear_logps(
         # A compiled operator may not return memory of an argument.
         weight.requires_grad and not torch.compiler.is_compiling(),
     )
-    fields = dict(zip(_driver.Forward._fields, results, strict=True))
+    fields = dict(zip(driver.Forward._fields, results, strict=True))
     return TokenStats(**{name: fields[name].view(labels.shape) for name in outputs})
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """The dtype eager products would run in here."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
-def _check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    _check_whole(hidden=hidden, weight=weight, labels=labels, bias=bias)
-    if hidden.dim() < 1:
-        raise ValueError("hidden: expected shape (..., H), got ()")
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), got {_shape(weight)}")
-    if labels.shape != hidden.shape[:-1]:
-        raise ValueError(f"labels: expected shape {_shape(hidden)[:-1]}, got {_shape(labels)}")
-    if labels.dtype != torch.int64:
-        raise ValueError(f"labels: expected dtype torch.int64, got {labels.dtype}")
-    tensors = {"hidden": hidden, "weight": weight}
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {_shape(bias)}")
-        tensors["bias"] = bias
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(
-                f"{name}: expected dtype float32, bfloat16 or float16, got {tensor.dtype}"
-            )
-    for name, tensor in {**tensors, "labels": labels}.items():
-        if tensor.device != hidden.device:
-            raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
-
-
-def _check_whole(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        # By attribute: torch.distributed takes half a second to import.
-        if tensor is not None and hasattr(tensor, "placements"):
-            raise ValueError(f"{name}: expected a whole tensor, got DTensor {tensor.placements}")
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _check_options(
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    outputs: tuple[str, ...],
-    budget: int | None,
-) -> None:
-    finite = float("inf")
-    if not 0 < temperature < finite:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-    if softcap is not None and not 0 < softcap < finite:
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
-    if not -finite < logit_scale < finite:
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-    if budget is not None and budget < 0:
-        raise ValueError(f"budget: expected bytes >= 0 or None, got {budget}")
-    if not isinstance(outputs, tuple | list) or not outputs or set(outputs) - set(OUTPUTS):
-        raise ValueError(f"outputs: expected a tuple of {', '.join(OUTPUTS)}, got {outputs!r}")
 
 
 def _spec(
@@ -172,13 +109,13 @@ def _spec(
     head_grad: bool,
     budget: int | None,
     lends: bool,
-) -> _driver.HeadSpec:
-    return _driver.HeadSpec(
+) -> driver.HeadSpec:
+    return driver.HeadSpec(
         R.LogitMap(temperature, softcap, logit_scale),
         ignore_index,
         tuple(outputs.split(",")),
         dtype,
-        _fastest.choose(backend, hidden.device, dtype, hidden.shape[-1]),
+        fastest.choose(backend, hidden.device, dtype, hidden.shape[-1]),
         hidden_grad,
         head_grad,
         budget,
@@ -221,12 +158,12 @@ def _forward_op(
         budget,
         lends,
     )
-    return tuple(_driver.forward(hidden, weight, bias, labels, spec))  # type: ignore[return-value]
+    return tuple(driver.forward(hidden, weight, bias, labels, spec))  # type: ignore[return-value]
 
 
 @_forward_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *options: Any) -> tuple:
-    return tuple(_driver.fake_forward(hidden, weight, _spec(hidden, *options)))
+    return tuple(driver.fake_forward(hidden, weight, _spec(hidden, *options)))
 
 
 def _run_backward(
@@ -266,13 +203,13 @@ def _run_backward(
     )
     by_name = dict(zip(("logps", "entropy", "lse"), grads, strict=True))
     need_hidden, need_weight, need_bias = needs
-    results = _driver.backward(
+    results = driver.backward(
         by_name,
         hidden,
         weight,
         bias,
         labels,
-        _driver.Forward(*saved),
+        driver.Forward(*saved),
         spec,
         (need_hidden, need_weight, need_bias),
         spent=spent,
@@ -309,7 +246,7 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     # Statistics are often only logged: without this their absent gradients arrive as zeros, and a
     # frozen head would recompute all logits for nothing.
     ctx.set_materialize_grads(False)
-    fields = _driver.Forward(*output)
+    fields = driver.Forward(*output)
     ctx.mark_non_differentiable(
         fields.target,
         fields.maximum,
@@ -326,11 +263,11 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def _backward(ctx: Any, *results: Any) -> tuple:
-    grads = _driver.Forward(*results)
+    grads = driver.Forward(*results)
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     *options, lends = ctx.options
-    kept = _driver.Forward(*saved).kept
+    kept = driver.Forward(*saved).kept
     # The operator is for tracing, and refuses a gradient of the gradient.
     plain = type(kept) is Tensor and not torch.is_grad_enabled()
     run: Any = _run_backward if plain else _backward_op
@@ -347,7 +284,7 @@ def _backward(ctx: Any, *results: Any) -> tuple:
         ctx.spent,
     )
     if plain:
-        ctx.spent = ctx.spent or _driver.lies_in(found[1], kept)
+        ctx.spent = ctx.spent or driver.lies_in(found[1], kept)
     leaves = (x if need else None for x, need in zip(found, needs, strict=True))
     return (*leaves, *(None for _ in range(1 + len(ctx.options))))
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _rows as R
-from . import _topk
-from ._head import Forward, HeadSpec
-from .linear_logps import _check_options, _check_tensors, _shape, compute_dtype
+from .rows import backend as R
+from .walks import topk as walk
+from .walks.checks import check_options, check_tensors, compute_dtype, shape_of
+from .walks.head import Forward, HeadSpec
 
 _LEFT_OUT = -100
 
@@ -93,8 +93,8 @@ def linear_topk(
     """
     tokens = hidden.shape[:-1]
     labels = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
-    _check_tensors(hidden, weight, labels, bias)
-    _check_options(temperature, softcap, logit_scale, ("logps",), budget)
+    check_tensors(hidden, weight, labels, bias)
+    check_options(temperature, softcap, logit_scale, ("logps",), budget)
     _check_lists(labels, weight.shape[0], k, exclude, mask)
     grad = torch.is_grad_enabled()
     head_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -115,7 +115,7 @@ def linear_topk(
         bias,
         labels.view(-1) if mask is None else torch.where(mask.reshape(-1), 0, _LEFT_OUT),
         None if exclude is None else exclude.reshape(-1),
-        _topk.TopKSpec(k, head),
+        walk.TopKSpec(k, head),
     )
     return TopK(values.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))
 
@@ -129,9 +129,9 @@ class _LinearTopK(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         exclude: Tensor | None,
-        spec: _topk.TopKSpec,
+        spec: walk.TopKSpec,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        found = _topk.forward(hidden, weight, bias, labels, exclude, spec)
+        found = walk.forward(hidden, weight, bias, labels, exclude, spec)
         ctx.spec = spec
         ctx.save_for_backward(hidden, weight, bias, labels, found.z, found.ids, *found.stats)
         ctx.mark_non_differentiable(found.ids)
@@ -142,9 +142,9 @@ class _LinearTopK(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, values: Tensor | None, _: Any, lse: Tensor | None) -> tuple:
         hidden, weight, bias, labels, z, ids, *stats = ctx.saved_tensors
-        found = _topk.Found(z, ids, Forward(*stats))
+        found = walk.Found(z, ids, Forward(*stats))
         needs = ctx.needs_input_grad[:3]
-        grads = _topk.backward((values, lse), hidden, weight, bias, labels, found, ctx.spec, needs)
+        grads = walk.backward((values, lse), hidden, weight, bias, labels, found, ctx.spec, needs)
         dbias = None if grads[2] is None or bias is None else grads[2].to(bias.dtype)
         return *grads[:2], dbias, None, None, None
 
@@ -160,7 +160,7 @@ def _check_lists(
         if tensor is None:
             continue
         if tensor.shape != labels.shape:
-            raise ValueError(f"{name}: expected shape {_shape(labels)}, got {_shape(tensor)}")
+            raise ValueError(f"{name}: expected shape {shape_of(labels)}, got {shape_of(tensor)}")
         if tensor.dtype != dtype:
             raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
         if tensor.device != labels.device:

@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _mixture
-from . import _rows as R
-from ._head import Forward, HeadSpec
-from .linear_logps import (
-    OUTPUTS,
-    TokenStats,
-    _check_options,
-    _check_tensors,
-    _shape,
-    compute_dtype,
-)
+from .linear_logps import TokenStats
+from .rows import backend as R
+from .walks import mixture
+from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype, shape_of
+from .walks.head import Forward, HeadSpec
 
 
 def mixed_linear_logps(
@@ -58,8 +52,8 @@ def mixed_linear_logps(
     logit_scales = _one_per_head("logit_scales", logit_scales, heads, 1.0)
     _check_heads(hiddens, weights, biases, labels)
     for cap, scale in zip(softcaps, logit_scales, strict=True):
-        _check_options(temperature, cap, scale, outputs, None)
-    spec = _mixture.MixtureSpec(
+        check_options(temperature, cap, scale, outputs, None)
+    spec = mixture.MixtureSpec(
         head=HeadSpec(
             logit_map=R.LogitMap(float(temperature)),
             ignore_index=ignore_index,
@@ -96,10 +90,10 @@ class _MixedLinearLogps(torch.autograd.Function):
         ctx: Any,
         labels: Tensor,
         coefficients: Tensor,
-        spec: _mixture.MixtureSpec,
+        spec: mixture.MixtureSpec,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        stats = _mixture.forward(_operands(tensors), coefficients, labels, spec)
+        stats = mixture.forward(_operands(tensors), coefficients, labels, spec)
         ctx.spec = spec
         ctx.save_for_backward(labels, coefficients, *tensors, *stats)
         ctx.mark_non_differentiable(stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1)
@@ -116,7 +110,7 @@ class _MixedLinearLogps(torch.autograd.Function):
         needs = _per_head(ctx.needs_input_grad[3:])
         by_name = dict(zip(OUTPUTS, grads, strict=True))
         given = {name: by_name[name] for name in ("logps", "entropy", "lse")}
-        found = _mixture.backward(given, operands, coefficients, labels, stats, ctx.spec, needs)
+        found = mixture.backward(given, operands, coefficients, labels, stats, ctx.spec, needs)
         dbiases = (
             None if x.bias is None or g.bias is None else g.bias.to(x.bias.dtype)
             for x, g in zip(operands, found, strict=True)
@@ -135,8 +129,8 @@ def _per_head(flat: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
     return list(zip(flat[:heads], flat[heads : 2 * heads], flat[2 * heads :], strict=True))
 
 
-def _operands(tensors: Sequence[Tensor | None]) -> list[_mixture.Operands]:
-    return [_mixture.Operands(*head) for head in _per_head(tensors)]
+def _operands(tensors: Sequence[Tensor | None]) -> list[mixture.Operands]:
+    return [mixture.Operands(*head) for head in _per_head(tensors)]
 
 
 def _one_per_head(name: str, given: Sequence[Any] | None, heads: int, default: Any) -> list[Any]:
@@ -156,7 +150,7 @@ def _check_heads(
         raise ValueError(f"weights: expected {len(hiddens)} entries, got {len(weights)}")
     for i, (hidden, weight, bias) in enumerate(zip(hiddens, weights, biases, strict=True)):
         try:
-            _check_tensors(hidden, weight, labels, bias)
+            check_tensors(hidden, weight, labels, bias)
         except ValueError as error:
             raise ValueError(f"head {i}: {error}") from None
         if len(weight) != len(weights[0]):
@@ -178,7 +172,8 @@ def _weights_of_heads(
     allowed = ((heads,), (*labels.shape, heads))
     if tuple(coefficients.shape) not in allowed:
         raise ValueError(
-            f"coefficients: expected shape {allowed[0]} or {allowed[1]}, got {_shape(coefficients)}"
+            f"coefficients: expected shape {allowed[0]} or {allowed[1]}, "
+            f"got {shape_of(coefficients)}"
         )
     if not coefficients.dtype.is_floating_point:
         raise ValueError(f"coefficients: expected a floating dtype, got {coefficients.dtype}")

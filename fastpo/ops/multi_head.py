@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linear_logps import OUTPUTS, TokenStats, _check_whole, _shape, linear_logps
+from .linear_logps import TokenStats, linear_logps
+from .walks.checks import OUTPUTS, check_whole, shape_of
 
 
 def multi_head_logps(
@@ -83,14 +84,16 @@ def _check(
     hidden: Tensor, weight: Tensor, labels: Tensor, heads: Tensor, bias: Tensor | None
 ) -> None:
     """What `linear_logps` would say of a slice, said of what the caller gave."""
-    _check_whole(hidden=hidden, weight=weight, labels=labels, heads=heads, bias=bias)
+    check_whole(hidden=hidden, weight=weight, labels=labels, heads=heads, bias=bias)
     if hidden.dim() < 1:
         raise ValueError("hidden: expected shape (..., H), got ()")
     if weight.dim() != 3 or 0 in weight.shape[:2] or weight.shape[2] != hidden.shape[-1]:
-        raise ValueError(f"weight: expected shape (K, V, {hidden.shape[-1]}), got {_shape(weight)}")
+        raise ValueError(
+            f"weight: expected shape (K, V, {hidden.shape[-1]}), got {shape_of(weight)}"
+        )
     for name, x in {"labels": labels, "heads": heads}.items():
         if x.shape != hidden.shape[:-1]:
-            raise ValueError(f"{name}: expected shape {_shape(hidden)[:-1]}, got {_shape(x)}")
+            raise ValueError(f"{name}: expected shape {shape_of(hidden)[:-1]}, got {shape_of(x)}")
     if heads.dtype != torch.int64:
         raise ValueError(f"heads: expected dtype torch.int64, got {heads.dtype}")
     if heads.device.type != "cpu" and heads.device != hidden.device:
@@ -98,4 +101,4 @@ def _check(
     if labels.device != hidden.device:
         raise ValueError(f"labels: expected device {hidden.device}, got {labels.device}")
     if bias is not None and bias.shape != weight.shape[:2]:
-        raise ValueError(f"bias: expected shape {_shape(weight)[:2]}, got {_shape(bias)}")
+        raise ValueError(f"bias: expected shape {shape_of(weight)[:2]}, got {shape_of(bias)}")

@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from . import _tokens
-from ._gathered import HeadOptions, score, whole
-from ._vocab_shard import VocabShard
-from .linear_logps import TokenStats, _check_tensors
+from .linear_logps import TokenStats
+from .shards.gathered import HeadOptions, score, whole
+from .shards.tokens import Tokens, count
+from .walks.checks import check_tensors
+from .walks.vocab_shard import VocabShard
 
 
 def vocab_parallel_logps(
@@ -67,18 +68,18 @@ def vocab_parallel_logps(
         ignore_index=ignore_index,
         shard=part.shard,
     )
-    _check_tensors(hidden, part.weight, labels, part.bias)
+    check_tensors(hidden, part.weight, labels, part.bias)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not own_tokens:
         stats = score(rows, part.weight, part.bias, targets, options)
     else:
-        tokens = _tokens.count(len(rows), rows.device, part.shard.group)
+        tokens = count(len(rows), rows.device, part.shard.group)
         stats = score_own(tokens, rows, part.weight, part.bias, targets, options)
     return TokenStats(**{name: getattr(stats, name).view(labels.shape) for name in outputs})
 
 
 def score_own(
-    tokens: _tokens.Tokens,
+    tokens: Tokens,
     hidden: Tensor,  # [n, H] of this process
     weight: Tensor,  # [words, H]
     bias: Tensor | None,
@@ -106,7 +107,7 @@ def score_sharded(
         shared = replace(options, shard=part.shard)
         if not own_tokens:
             return score(hidden, part.weight, part.bias, labels, shared)
-        tokens = _tokens.count(len(hidden), hidden.device, part.shard.group)
+        tokens = count(len(hidden), hidden.device, part.shard.group)
         # Hidden states are gathered in 16 bits, their gradients summed in 32: 10·H bytes a token.
         # The head is gathered and its gradient scattered, both in 16 bits, 4·H bytes a word.
         if 5 * sum(tokens.counts) <= 2 * part.shard.vocab:

@@ -1,4 +1,4 @@
-// The two row kernels of fastpo/ops/_rows.py over raw pointers: no torch, no Python.
+// The two row kernels of fastpo/ops/rows/backend.py over raw pointers: no torch, no Python.
 //
 // A tile is [n, v] with unit column stride and any row stride; state and grads are [fields, n] with
 // unit stride along n. Strides count elements. Nothing is allocated; n == 0 returns at once.
@@ -26,7 +26,7 @@ constexpr float kLogFloor = -200.0f;
 // A row that has only seen -inf has maximum -inf; (-inf) - (-inf) would make it NaN for good.
 constexpr float kLowest = -3.402823466e+38f;
 
-// float16 `kept` is anchored at 2^14 times the maximum, see `headroom` in _rows.py.
+// float16 `kept` is anchored at 2^14 times the maximum, see `headroom` there.
 constexpr float kHalfHeadroom = 9.704060527839234f;
 
 // u = inner·(x + bias);  z = u, or cap·tanh(u) when cap > 0.

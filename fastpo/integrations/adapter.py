@@ -1,0 +1,99 @@
+"""PEFT adapters on the output embeddings, as the head's own terms.
+
+LoRA adds s·dropout(h)·Aᵀ·Bᵀ to the products: r more columns of hidden states and head, joined tile
+by tile, and only B's gradient takes a product with the tokens. DoRA rescales every word, so it goes
+through the merged weight, a [V, H] copy and its gradient.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.shards.gathered import whole
+
+
+def unsupported(head: Any) -> str | None:
+    """Why fastpo cannot score through this adapter layer; None when it can."""
+    from peft.tuners.lora import Linear
+
+    if type(head) is not Linear:
+        return f"an adapter of type {type(head).__module__}.{type(head).__name__}"
+    base = head.get_base_layer()
+    if type(base).forward is not torch.nn.Linear.forward:
+        return f"a base layer of type {type(base).__name__}"
+    if has_own_forward(base):
+        return "a base layer with another forward"
+    if hasattr(head.weight, "ds_id"):
+        return "an adapter under DeepSpeed ZeRO-3"
+    for name in head.lora_A:
+        variant = head.lora_variant.get(name)
+        if variant is not None and type(variant).__name__ != "DoraLinearVariant":
+            return f"a LoRA variant {type(variant).__name__}"
+        if head.lora_B[name].bias is not None:
+            return "lora_bias=True"
+    return None
+
+
+def has_own_forward(layer: Any) -> bool:
+    """Was its forward replaced, other than by accelerate, which only moves tensors?"""
+    return "forward" in getattr(layer, "__dict__", {}) and not hasattr(layer, "_hf_hook")
+
+
+def is_adapter(head: Any) -> bool:
+    """Is this layer one of PEFT's? Without PEFT none is."""
+    if find_spec("peft") is None:
+        return False
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return isinstance(head, BaseTunerLayer)
+
+
+def operands(
+    head: Any,
+    hidden: Tensor,  # [N, H]
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The weight [V, H] as the active adapters leave it, and LoRA's (down [N, r], up [V, r])."""
+    if head.disable_adapters and head.merged:
+        head.unmerge()  # as the layer's own forward does
+    base: Tensor = whole(head.weight)
+    weight = base
+    if head.disable_adapters or head.merged:
+        return weight, None
+    downs, ups = [], []
+    for name in head.active_adapters:
+        if name not in head.lora_A:
+            continue
+        if name in head.lora_variant:
+            if weight is not base:
+                raise RuntimeError("lm_head: expected one DoRA adapter, got several")
+            weight = _dora(head, name, base, hidden)
+            continue
+        inputs = head.lora_dropout[name](hidden.to(head.lora_A[name].weight.dtype))
+        downs.append(_down(head.lora_A[name], inputs) * head.scaling[name])
+        ups.append(whole(head.lora_B[name].weight))
+    if not downs:
+        return weight, None
+    if weight is not base:
+        raise RuntimeError("lm_head: expected one DoRA adapter or LoRA adapters, got both")
+    return weight, (torch.cat(downs, 1), torch.cat(ups, 1))
+
+
+def _down(layer: Any, inputs: Tensor) -> Tensor:
+    weight = whole(layer.weight)
+    # Called where it can be: others may have hooks on it.
+    return layer(inputs) if weight is layer.weight else torch.nn.functional.linear(inputs, weight)
+
+
+def _dora(head: Any, name: str, weight: Tensor, hidden: Tensor) -> Tensor:
+    """m·(W + s·B·A) / ‖W + s·B·A‖ by rows, the norm a constant (arXiv:2402.09353, section 4.3)."""
+    if head.training and getattr(head.lora_dropout[name], "p", 0.0) > 0:
+        raise RuntimeError("lm_head: expected a DoRA adapter without dropout, got one with it")
+    up, down = (whole(part[name].weight) for part in (head.lora_B, head.lora_A))
+    merged = weight.to(up.dtype) + head.scaling[name] * (up @ down)
+    magnitude = whole(head.lora_magnitude_vector[name].weight)
+    norm = torch.linalg.vector_norm(merged.detach(), dim=1)
+    return (merged * (magnitude / norm).unsqueeze(1)).to(hidden.dtype)

@@ -1,0 +1,1 @@
+"""Names in foreign modules, replaced and given back."""

@@ -1,0 +1,55 @@
+"""LoRA and DoRA on `lm_head` in TRL's trainers, which refuse them because their head ignores them.
+
+Two seams per trainer: the class they test the output embeddings with, and the function that puts
+the fused head on a model.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import MethodType
+from typing import Any
+
+from ..adapter import is_adapter, unsupported
+from ..seams.seam import Make, Replacement, Seam
+from .head import adapted
+
+_VERSIONS = ("1.15", "1.16")
+_MODULES = ("dpo", "kto", "sft", "grpo", "rloo")
+_HEAD = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
+
+
+class _TunerLayer(Replacement):
+    """In `isinstance(layer, BaseTunerLayer)`: no, for the adapters fastpo scores through."""
+
+    def __instancecheck__(self, layer: Any) -> bool:
+        return isinstance(layer, self.original) and unsupported(layer) is not None
+
+
+class _AddHead(Replacement):
+    """`add_fused_lm_head`: the model's calls then tell the head which adapter layer it has."""
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        self.original(model, *args, **kwargs)
+        if not is_adapter(model.get_output_embeddings()):
+            return
+        fused = model.forward
+
+        @functools.wraps(fused)
+        def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+            if not fused_lm_head:
+                return fused(*args, **kwargs)
+            with adapted(self.get_output_embeddings()):
+                return fused(*args, fused_lm_head=True, **kwargs)
+
+        model.forward = MethodType(forward, model)
+
+
+def replacements() -> dict[Seam, Make]:
+    made: dict[Seam, Make] = {}
+    for name in _MODULES:
+        module = f"trl.trainer.{name}_trainer"
+        # Absent without PEFT.
+        made[Seam(module, "BaseTunerLayer", (), _VERSIONS, optional=True)] = _TunerLayer
+        made[Seam(module, "add_fused_lm_head", _HEAD, _VERSIONS)] = _AddHead
+    return made

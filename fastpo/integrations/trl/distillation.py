@@ -1,0 +1,250 @@
+"""TRL's distillation trainers: two heads, and the divergence between them without logits.
+
+DistillationTrainer hands hidden states to one function. GKD, GOLD, IW-OPD, SDPO and SDFT take the
+logits of student and teacher: both heads are lazy while they do, and where the two meet fastpo
+computes the divergence per token. A server's teacher has log-probabilities of a few words only.
+Masks and reductions stay TRL's.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops.linear_divergence import linear_divergence
+from ...ops.shards.gathered import HeadOptions
+from ..lazy.logits import LazyLogits
+from ..seams.seam import Make, Replacement, Seam
+from .gold import Sorted
+from .head import Compact
+from .logits import LOSS, Reader
+
+_log = logging.getLogger(__name__)
+_VERSIONS = ("1.16",)
+_EXPERIMENTAL = ("1.13", "1.14", "1.15", "1.16")
+
+
+def divergence(student: LazyLogits, teacher: LazyLogits, beta: float) -> Tensor:
+    """Generalised JSD per position [*rows.shape], nats: β KL(T‖M) + (1 - β) KL(S‖M)."""
+    rows = [side.rows.flatten().clamp(min=0) for side in (student, teacher)]
+    scored = (student.rows >= 0) & (teacher.rows >= 0)
+    sides = [_operands(side, row) for side, row in zip((student, teacher), rows, strict=True)]
+    found = linear_divergence(
+        *sides[0],
+        *sides[1],
+        kind="jsd",
+        beta=beta,
+        mask=scored.flatten(),
+        bias=student.base.bias,
+        teacher_bias=teacher.base.bias,
+        softcap=student.options.softcap,
+        teacher_softcap=teacher.options.softcap,
+        logit_scale=student.options.logit_scale,
+        teacher_logit_scale=teacher.options.logit_scale,
+        budget=student.options.budget,
+        backend=student.options.backend,
+    )
+    assert found.divergence is not None
+    return found.divergence.view(student.rows.shape)
+
+
+def _operands(side: LazyLogits, rows: Tensor) -> tuple[Tensor, Tensor]:
+    hidden, adapter = side.base.select(rows)
+    if adapter is None:
+        return hidden, side.base.weight
+    down, up = (part.to(hidden.dtype) for part in adapter)
+    return torch.cat((hidden, down), 1), torch.cat((side.base.weight.to(hidden.dtype), up), 1)
+
+
+class _Rows:
+    """In place of logits in TRL's loss: its elementwise divergence is the rows we have."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __truediv__(self, temperature: Any) -> _Rows:
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (F.log_softmax, torch.log_softmax):
+            return args[0]
+        if func is F.kl_div:
+            return args[0].rows.unsqueeze(-1)
+        raise RuntimeError(f"generalized_jsd_loss: expected log_softmax and kl_div, got {func}")
+
+
+class _JSD(Replacement):
+    """`generalized_jsd_loss`, static in three trainers."""
+
+    def __call__(
+        self,
+        student_logits: Any,
+        teacher_logits: Any,
+        labels: Tensor | None = None,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        reduction: str = "batchmean",
+        **options: Any,
+    ) -> Any:
+        plain = not any(options.get(name) for name in ("top_k", "logits_are_probs"))
+        lazy = isinstance(student_logits, LazyLogits) and isinstance(teacher_logits, LazyLogits)
+        if not (lazy and plain and reduction in ("batchmean", "sum")):
+            logits = (student_logits, teacher_logits)  # lazy ones say what they compute in full
+            return self.original(*logits, labels, beta, temperature, reduction, **options)
+        student, teacher = student_logits / temperature, teacher_logits / temperature
+        if labels is not None:
+            student = student.only(labels != -100)
+        rows = _Rows(divergence(student, teacher, beta))
+        return self.original(rows, rows, labels, 0, 1.0, reduction, **options)
+
+
+class _FullLogits(Replacement):
+    """`compute_full_logit_self_distillation_loss` is the primitive."""
+
+    def __call__(
+        self, student_logits: Any, teacher_logits: Any, *, distillation_alpha: float
+    ) -> Any:
+        if isinstance(student_logits, LazyLogits) and isinstance(teacher_logits, LazyLogits):
+            return divergence(student_logits, teacher_logits, distillation_alpha)
+        return self.original(student_logits, teacher_logits, distillation_alpha=distillation_alpha)
+
+
+class _TwoHeads(Reader):
+    """`compute_loss` of a trainer with a teacher in this process."""
+
+    others = ("teacher_model",)
+
+
+@functools.cache
+def _say_once() -> None:
+    _log.warning(
+        "fastpo: DistillationTrainer keeps its own divergence: lm_head.weight: "
+        "expected a whole tensor, got a shard"
+    )
+
+
+class _Divergence(Replacement):
+    """`linear_divergence` behind the `apply` of TRL's autograd function."""
+
+    def __init__(self, original: Any, own: HeadOptions) -> None:
+        super().__init__(original)
+        self.own = own
+
+    def apply(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        # ZeRO-3 takes the weights away before the backward, which does not gather them again.
+        if any(hasattr(weight, "ds_id") for weight in (arguments[1], arguments[4])):
+            _say_once()
+            divergence, entropy = self.original.apply(*arguments)
+            return divergence, entropy
+        return self.divergence(*arguments)
+
+    def divergence(
+        self,
+        student_hidden: Tensor,  # [N, H]
+        student_weight: Tensor,  # [V, H]
+        student_bias: Tensor | None,
+        teacher_hidden: Tensor,  # [N, H']
+        teacher_weight: Tensor,  # [V, H']
+        teacher_bias: Tensor | None,
+        beta: float,
+        temperature: float = 1.0,
+        student_logit_scale: float = 1.0,
+        student_final_logit_softcapping: float | None = None,
+        teacher_logit_scale: float = 1.0,
+        teacher_final_logit_softcapping: float | None = None,
+    ) -> tuple[Tensor, Tensor]:  # each [N]
+        found = linear_divergence(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            kind="jsd",
+            beta=beta,
+            bias=student_bias,
+            teacher_bias=teacher_bias,
+            temperature=temperature,
+            softcap=student_final_logit_softcapping,
+            teacher_softcap=teacher_final_logit_softcapping,
+            logit_scale=student_logit_scale,
+            teacher_logit_scale=teacher_logit_scale,
+            outputs=("divergence", "entropy"),
+            budget=self.own.budget,
+            backend=self.own.backend,
+        )
+        assert found.divergence is not None and found.entropy is not None
+        return found.divergence, found.entropy.detach()
+
+
+_TRL = "trl.trainer.distillation_trainer"
+_APPLY = (
+    "student_hidden",
+    "student_weight",
+    "student_bias",
+    "teacher_hidden",
+    "teacher_weight",
+    "teacher_bias",
+    "beta",
+    "temperature",
+    "student_logit_scale",
+    "student_final_logit_softcapping",
+    "teacher_logit_scale",
+    "teacher_final_logit_softcapping",
+)
+_LOSS = (*LOSS, "num_items_in_batch")
+_PAIR = ("teacher_logits", "labels", "beta", "temperature", "reduction")
+_ULD = (
+    "student_logits",
+    "teacher_logits",
+    "student_labels",
+    "teacher_labels",
+    "student_input_ids",
+    "teacher_input_ids",
+    "student_byte_offsets",
+    "teacher_byte_offsets",
+)
+_FORWARD = ("model", "input_ids", "attention_mask", "logits_to_keep")
+_SELF = ("student_logits", "teacher_logits", "distillation_alpha")
+_TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
+    ("gkd", "GKDTrainer.compute_loss", _LOSS, _TwoHeads),
+    ("gkd", "GKDTrainer.generalized_jsd_loss", (*_PAIR, "num_items_in_batch"), _JSD),
+    ("gold", "GOLDTrainer.compute_loss", _LOSS, _TwoHeads),
+    (
+        "gold",
+        "GOLDTrainer.generalized_jsd_loss",
+        (*_PAIR, "logits_are_probs", "num_items_in_batch"),
+        _JSD,
+    ),
+    ("gold", "ULDLoss._compute_distillation_loss", _ULD, Sorted),
+    ("iw_opd", "IWOPDTrainer.compute_loss", _LOSS, _TwoHeads),
+    (
+        "iw_opd",
+        "IWOPDTrainer.generalized_jsd_loss",
+        (*_PAIR, "top_k", "add_tail", "num_items_in_batch"),
+        _JSD,
+    ),
+    ("server_distillation", "ServerDistillationTrainer.compute_loss", _LOSS, _TwoHeads),
+    ("sdpo", "SDPOTrainer._forward_logits", _FORWARD, Reader),
+    ("sdpo", "compute_full_logit_self_distillation_loss", _SELF, _FullLogits),
+    ("sdft", "SDFTTrainer._forward_logits", _FORWARD, Reader),
+    ("sdft", "compute_full_logit_self_distillation_loss", _SELF, _FullLogits),
+)
+
+
+def replacements(own: HeadOptions) -> dict[Seam, Make]:
+    made = {
+        Seam(f"trl.experimental.{name}.{name}_trainer", attribute, parameters, _EXPERIMENTAL): make
+        for name, attribute, parameters, make in _TABLE
+    }
+    apply = Seam(_TRL, "ChunkedDivergenceFunction", _APPLY, _VERSIONS, "forward", optional=True)
+    compact = Seam(_TRL, "_use_triton", ("device",), _VERSIONS, optional=True)
+    return {**made, apply: partial(_Divergence, own=own), compact: Compact}

@@ -1,0 +1,179 @@
+"""TRL's fused head, taken over at the one name all its stable trainers share.
+
+`trl.trainer.utils.add_fused_lm_head` finds the valid positions, gathers what FSDP, ZeRO-3 or PEFT
+hide, and hands [N, H] hidden states to `_ChunkedLogProbFunction.apply`, which it looks up in its
+module at every call. DPO, KTO, SFT, GRPO and RLOO scripts and their metrics stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops.shards.gathered import HeadOptions, score
+from ..adapter import operands
+from ..seams.seam import Replacement, Seam
+
+_MODULE = "trl.trainer.utils"
+_VERSIONS = ("1.15", "1.16")
+HEAD = Seam(
+    _MODULE,
+    "_ChunkedLogProbFunction",
+    (
+        "hidden",
+        "weight",
+        "bias",
+        "targets",
+        "temperature",
+        "chunk_size",
+        "final_logit_softcapping",
+        "logit_scale",
+        "outputs",
+    ),
+    _VERSIONS,
+    member="forward",
+)
+# 1.15 compacts everywhere and has no such switch.
+COMPACT = Seam(_MODULE, "_use_triton", ("device",), _VERSIONS, optional=True)
+GATHER = Seam(_MODULE, "maybe_gather_lm_head_ctx", ("params",), ("1.13", "1.14", *_VERSIONS))
+
+# TRL's names in the order of its results.
+_OUTPUTS = {
+    "log_probs": "logps",
+    "entropy": "entropy",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+    "mean_logits": "mean_logits",
+    "is_top1": "is_top1",
+}
+
+
+@dataclass(frozen=True)
+class HeadCall:
+    """What one call of the head was given, for quantities TRL does not know."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    adapter: tuple[Tensor, Tensor] | None  # [N, r], [V, r]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [N]
+    options: HeadOptions
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Hidden states and weight with the adapter's columns beside them, a copy where one is."""
+        if hasattr(self.weight, "ds_id") or not self.weight.untyped_storage().size():
+            raise RuntimeError(
+                "lm_head.weight: expected a whole tensor after the forward, where the objective "
+                "reads it again, got a shard"
+            )
+        if self.adapter is None:
+            return self.hidden, self.weight
+        down, up = (part.to(self.hidden.dtype) for part in self.adapter)
+        return torch.cat((self.hidden, down), 1), torch.cat((self.weight, up), 1)
+
+
+_recording: ContextVar[list[HeadCall] | None] = ContextVar("fastpo_recording", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[HeadCall]]:
+    """The calls of fused heads in the block, in order."""
+    calls: list[HeadCall] = []
+    token = _recording.set(calls)
+    try:
+        yield calls
+    finally:
+        _recording.reset(token)
+
+
+_adapter: ContextVar[list[Any] | None] = ContextVar("fastpo_adapter", default=None)
+
+
+@contextmanager
+def adapted(layer: Any) -> Iterator[None]:
+    """The head of the next call is this PEFT layer; TRL hands over its base weight only."""
+    waiting = [layer]
+    token = _adapter.set(waiting)
+    try:
+        yield
+        if waiting:
+            raise RuntimeError(
+                "fastpo.patch: expected in force while training, because TRL's own head ignores "
+                "the adapter on lm_head; got TRL's own head"
+            )
+    finally:
+        _adapter.reset(token)
+
+
+_light: ContextVar[bool] = ContextVar("fastpo_light", default=False)
+
+
+@contextmanager
+def light_passes() -> Iterator[None]:
+    """Calls without gradient in the block compute log-probabilities only."""
+    token = _light.set(True)
+    try:
+        yield
+    finally:
+        _light.reset(token)
+
+
+class FusedHead(Replacement):
+    """`linear_logps` behind the `apply` of TRL's autograd function."""
+
+    def __init__(self, original: Any, own: HeadOptions) -> None:
+        super().__init__(original)
+        self.own = own
+
+    def apply(
+        self,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor,  # [V, H]
+        bias: Tensor | None,  # [V]
+        targets: Tensor,  # [N]
+        temperature: float,
+        chunk_size: int,  # TRL's tile width; fastpo chooses its own
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = tuple(_OUTPUTS),
+    ) -> tuple[Tensor | None, ...]:  # each [N], None where not requested
+        unknown = set(outputs) - set(_OUTPUTS)
+        if unknown:
+            raise RuntimeError(
+                f"outputs: expected a tuple of {', '.join(_OUTPUTS)}, got {tuple(outputs)}; "
+                f"fastpo works with trl {' and '.join(_VERSIONS)}"
+            )
+        if _light.get() and not torch.is_grad_enabled():
+            outputs = ()
+        wanted = tuple(_OUTPUTS[name] for name in ("log_probs", *outputs))
+        options = replace(
+            self.own,
+            temperature=temperature,
+            softcap=final_logit_softcapping,
+            logit_scale=logit_scale,
+            outputs=wanted,
+        )
+        layer, adapter = _adapter.get(), None
+        if layer:
+            weight, adapter = operands(layer.pop(), hidden)
+        stats = score(hidden, weight, bias, targets, options, GATHER.current(), adapter)
+        calls = _recording.get()
+        if calls is not None:
+            calls.append(HeadCall(hidden, weight, adapter, bias, targets, options))
+        return tuple(getattr(stats, name) for name in _OUTPUTS.values())
+
+
+class Compact(Replacement):
+    """Says on a CPU, too, that only the valid positions go to the head.
+
+    TRL asks its kernel's device test; without Triton it scores every position with labels clamped.
+    """
+
+    def __call__(self, device: torch.device) -> bool:
+        return device.type == "cpu" or self.original(device)

@@ -1,0 +1,311 @@
+"""TRL's trainers that build logits: while they compute log-probabilities, the head is lazy.
+
+One seam per trainer, the method that calls the model and reads its logits, and the helpers it
+reads them with. What they compute stays theirs.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ...ops.shards.gathered import HeadOptions, whole
+from ...ops.walks.checks import DTYPES
+from ..adapter import is_adapter
+from ..lazy.logits import LazyLogits
+from ..lazy.tensor import PromisedLogits
+from ..seams.seam import Make, Method, Replacement, Seam
+
+_log = logging.getLogger(__name__)
+_OWN = HeadOptions()
+
+
+@contextmanager
+def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator[None]:
+    """The model's head answers with `LazyLogits`; a head fastpo does not know stays itself."""
+    from ..attach import _instead, _linear_head  # imports transformers
+
+    try:
+        head: Any = _linear_head(model)
+        parts = _readable(trainer, head)
+    except RuntimeError as error:
+        _say_once(type(trainer).__name__, str(error))
+        yield
+        return
+    own, sharded = head.forward, isinstance(parts[0], DTensor)
+    given: list[Tensor] = []
+
+    def forward(hidden: Tensor) -> Any:
+        if hidden.dtype not in DTYPES:
+            return own(hidden)
+        if not sharded:
+            return LazyLogits.of(head, hidden, options)
+        # Not the weight FSDP2 has gathered for this forward: it is gone when logits are asked for.
+        # Gathered here, because every process calls the head; not every one has labels to score.
+        # In mixed precision FSDP2, too, gathers 16 bits.
+        weight, bias = (None if x is None else whole(x.to(hidden.dtype)) for x in parts)
+        if torch.is_grad_enabled():
+            hidden = hidden.clone()  # FSDP2 warns of outputs that are views
+            given.append(hidden)
+        return LazyLogits.of(head, hidden, options, (weight, bias))
+
+    with _instead(head, "forward", forward), _showing(model, given) if sharded else nullcontext():
+        yield
+
+
+def _readable(trainer: Any, head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias between two forwards; RuntimeError where they cannot be read after one."""
+    from ..attach import _tensor_parallel
+
+    if _tensor_parallel(head):
+        raise RuntimeError("lm_head.weight: expected a whole tensor, got a tensor-parallel shard")
+    if hasattr(head.weight, "ds_id"):
+        raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of ZeRO-3")
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of FSDP1")
+    if isinstance(head.weight, DTensor) and is_adapter(head):
+        raise RuntimeError("lm_head.weight: expected no adapter on a shard, got one")
+    return head.weight, head.bias
+
+
+@contextmanager
+def _showing(model: Any, given: list[Tensor]) -> Iterator[None]:
+    """What the head was given goes out beside logits that are no tensor.
+
+    FSDP2 gathers the weights of the outermost module for the backward when it comes by what that
+    module gave.
+    """
+
+    def show(module: Any, args: Any, output: Any) -> None:
+        if given and output.hidden_states is None:
+            output["hidden_states"] = (given[-1],)
+        given.clear()
+
+    hook = model.register_forward_hook(show, prepend=True)  # before FSDP2's own
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@functools.cache
+def _say_once(trainer: str, why: str) -> None:
+    _log.warning("fastpo: %s keeps its full logits: %s", trainer, why)
+
+
+class Reader(Method):
+    """A method that calls `model`, and perhaps others of the trainer, and reads their logits."""
+
+    others: tuple[str, ...] = ()  # attributes of the trainer
+
+    def __init__(self, original: Any, options: HeadOptions = _OWN) -> None:
+        super().__init__(original)
+        self.options = options
+
+    def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.lazy(trainer, model):
+            return real_outputs(self.original(trainer, model, *args, **kwargs))
+
+    @contextmanager
+    def lazy(self, trainer: Any, model: Any) -> Iterator[None]:
+        models = [model, *(getattr(trainer, name, None) for name in self.others)]
+        with ExitStack() as stack:
+            for one in models:
+                if one is not None:
+                    head = lazy_head(trainer, bare(trainer, one), self.options)
+                    stack.enter_context(head)
+            yield
+
+
+def bare(trainer: Any, model: Any) -> Any:
+    """The causal language model under DDP's, a compiler's and PEFT's wrappers."""
+    inner = trainer.accelerator.unwrap_model(model)
+    unwrap = getattr(inner, "get_base_model", None)
+    return inner if unwrap is None else unwrap()
+
+
+def real_outputs(result: Any) -> Any:
+    """Outputs that a trainer hands out hold tensors; in evaluation perhaps nobody reads them."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        return result
+    outputs = result[1]
+    logits = getattr(outputs, "logits", None)
+    if isinstance(logits, LazyLogits):
+        # The weights will have changed when logits of a training step are read after it.
+        training = torch.is_grad_enabled()
+        outputs.logits = logits.materialize().detach() if training else PromisedLogits(logits)
+    return result
+
+
+class Predictor(Reader):
+    """`prediction_step` of a trainer on the fused head, which runs the model again for logits."""
+
+    def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.preprocess_logits_for_metrics is None:  # the caller's metrics want them all
+            return self.original(trainer, model, *args, **kwargs)
+        with self.lazy(trainer, model):
+            loss, logits, labels = self.original(trainer, model, *args, **kwargs)
+        promised = PromisedLogits(logits) if isinstance(logits, LazyLogits) else logits
+        return loss, promised, labels
+
+
+class _Smoothed(Reader):
+    """SFT's `compute_loss`: it builds logits for label smoothing and a loss of the user's."""
+
+    def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = inspect.signature(self.original).bind(trainer, model, *args, **kwargs).arguments
+        logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
+        if logits and not bound.get("return_outputs"):
+            return super().__call__(trainer, model, *args, **kwargs)
+        return self.original(trainer, model, *args, **kwargs)
+
+
+class _BatchLogps(Replacement):
+    """`get_batch_logps`: its own labels say which positions count."""
+
+    def __call__(
+        self,
+        logits: Any,
+        labels: Tensor,
+        average_log_prob: bool = False,
+        is_encoder_decoder: bool = False,
+    ) -> Any:
+        if isinstance(logits, LazyLogits):
+            scored = labels != -100
+            # The row before a label predicts it; the last one predicts nothing. Decoders of an
+            # encoder are fed shifted ids instead.
+            logits = logits.only(scored if is_encoder_decoder else scored.roll(-1, 1))
+        return self.original(logits, labels, average_log_prob, is_encoder_decoder)
+
+
+class Selected(Replacement):
+    """`selective_log_softmax`."""
+
+    def __call__(
+        self,
+        logits: Any,
+        index: Tensor,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> Any:
+        if isinstance(logits, LazyLogits) and index.ndim == logits.ndim - 1:
+            return _masked(logits, row_mask, temperature).logps(index)
+        real = logits.materialize() if isinstance(logits, LazyLogits) else logits
+        return self.original(real, index, temperature, row_mask)
+
+
+class SelectedWithEntropy(Replacement):
+    """`selective_log_softmax_and_entropy`."""
+
+    def __call__(
+        self,
+        logits: Any,
+        index: Tensor,
+        entropy_requires_grad: bool = True,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> Any:
+        if not isinstance(logits, LazyLogits):
+            return self.original(logits, index, entropy_requires_grad, temperature, row_mask)
+        stats = _masked(logits, row_mask, temperature).stats(index, "entropy")
+        entropy = stats.entropy
+        assert entropy is not None
+        return stats.logps, entropy if entropy_requires_grad else entropy.detach()
+
+
+class _Supports(Replacement):
+    """TRL's Triton kernel over logits reads their memory; its plain path asks for what it needs."""
+
+    def __call__(self, logits: Any, *args: Any, **kwargs: Any) -> bool:
+        return not isinstance(logits, LazyLogits) and self.original(logits, *args, **kwargs)
+
+
+def _masked(logits: LazyLogits, row_mask: Tensor | None, temperature: float) -> LazyLogits:
+    tempered = logits if temperature == 1 else logits / temperature
+    return tempered if row_mask is None else tempered.only(row_mask != 0)
+
+
+_SINCE_13 = ("1.13", "1.14", "1.15", "1.16")
+_SINCE_14, _SINCE_15 = _SINCE_13[1:], _SINCE_13[2:]
+SELECT = ("logits", "index", "temperature", "row_mask")
+SELECT_BOTH = ("logits", "index", "entropy_requires_grad", "temperature", "row_mask")
+LOSS = ("model", "inputs", "return_outputs")
+_PREDICT = ("model", "inputs", "prediction_loss_only", "ignore_keys")
+_LOGPS = ("labels", "average_log_prob", "is_encoder_decoder")
+_SEQUENCE = ("model", "input_ids", "attention_mask", "logits_to_keep")
+_VISION = ("completion_ids", "completion_mask", "vision_inputs")
+# versions, module, name, parameters, what stands in
+Row = tuple[tuple[str, ...], str, str, tuple[str, ...], Make]
+_TABLE: tuple[Row, ...] = (
+    (_SINCE_13, "cpo", "CPOTrainer.concatenated_forward", ("model", "batch"), Reader),
+    (_SINCE_13, "cpo", "CPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
+    (_SINCE_14, "cpo", "selective_log_softmax", SELECT, Selected),
+    (_SINCE_13, "orpo", "ORPOTrainer.concatenated_forward", ("model", "batch"), Reader),
+    (_SINCE_13, "orpo", "ORPOTrainer.get_batch_logps", _LOGPS, _BatchLogps),
+    (_SINCE_14, "orpo", "selective_log_softmax", SELECT, Selected),
+    (_SINCE_13, "tpo", "TPOTrainer._compute_loss", LOSS, Reader),
+    (_SINCE_14, "tpo", "selective_log_softmax_and_entropy", SELECT_BOTH, SelectedWithEntropy),
+    (_SINCE_13, "a2po", "A2POTrainer._get_sequence_logps", _SEQUENCE, Reader),
+    (_SINCE_14, "a2po", "selective_log_softmax", SELECT, Selected),
+    (
+        _SINCE_13,
+        "online_dpo",
+        "OnlineDPOTrainer._forward",
+        ("model", "prompt_ids", "prompt_mask", *_VISION),
+        Reader,
+    ),
+)
+
+
+def seams(table: Iterable[Row], package: str = "trl.experimental.{}") -> dict[Seam, Make]:
+    """The rows of a table as seams; `package` holds the modules `<name>_trainer`."""
+    return {
+        Seam(f"{package.format(module)}.{module}_trainer", name, parameters, versions): make
+        for versions, module, name, parameters, make in table
+    }
+
+
+def with_options(made: Mapping[Seam, Make], options: HeadOptions) -> dict[Seam, Make]:
+    """The same, readers with budget and backend."""
+
+    def chosen(make: Any) -> Make:
+        reads = isinstance(make, type) and issubclass(make, Reader)
+        return functools.partial(make, options=options) if reads else make
+
+    return {seam: chosen(make) for seam, make in made.items()}
+
+
+def replacements() -> dict[Seam, Make]:
+    arguments = (*LOSS, "num_items_in_batch")
+    sft = Seam("trl.trainer.sft_trainer", "SFTTrainer.compute_loss", arguments, _SINCE_15)
+    supports = Seam(
+        "trl.trainer.utils",
+        "_supports_trl_loss_kernel",
+        ("logits", "index", "row_mask"),
+        _SINCE_14,
+        optional=True,
+    )
+    predictors = [
+        Seam(
+            f"trl.trainer.{name}_trainer",
+            f"{name.upper()}Trainer.prediction_step",
+            _PREDICT,
+            _SINCE_15,
+        )
+        for name in ("sft", "dpo", "kto")
+    ]
+    return {
+        **seams(_TABLE),
+        sft: _Smoothed,
+        supports: _Supports,
+        **dict.fromkeys(predictors, Predictor),
+    }

@@ -1,0 +1,1 @@
+"""Numbers that trainers log, gathered and read once per log."""

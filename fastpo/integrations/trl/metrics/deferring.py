@@ -1,0 +1,91 @@
+"""Metrics of TRL's DPO and KTO trainers without a collective and a host wait for each value.
+
+A micro-batch of DPO makes 15 collectives and brings 15 values to the host one after another; the
+device idles meanwhile. While TRL's `_compute_loss` runs, the trainer's accelerator is stood in for
+by one that writes the metrics down (see `_ledger`): one collective for a step, one transfer when
+`log` averages them. Names and values are TRL's.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from .ledger import Ledger, Site
+
+
+class Deferring:
+    """The accelerator, except that what is gathered of one tensor is pending."""
+
+    def __init__(self, accelerator: Any, ledger: Ledger) -> None:
+        self._accelerator, self._ledger = accelerator, ledger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+    def gather(self, tensor: Any) -> Any:
+        # Not a subclass: a sharded tensor, for one, has its own way of being gathered.
+        if type(tensor) is not Tensor:
+            return self._accelerator.gather(tensor)
+        return self._ledger.gathered(tensor)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        if use_gather_object or type(input_data) is not Tensor:
+            return self._accelerator.gather_for_metrics(input_data, use_gather_object)
+        state = self._accelerator.gradient_state
+        # The last batch is filled up with rows that were there before; known only now.
+        filled = state.end_of_dataloader and state.remainder > 0
+        return self._ledger.gathered(input_data, state.remainder if filled else None)
+
+
+@contextmanager
+def deferred(trainer: Any, compute_loss: Callable[..., Any]) -> Iterator[None]:
+    """For the length of one call of `compute_loss`, a method of the trainer as TRL wrote it."""
+    accelerator = trainer.accelerator
+    ledger = vars(trainer).setdefault("_fastpo_metrics", Ledger())
+    trainer.accelerator = Deferring(accelerator, ledger)
+    try:
+        with ledger.recording(accelerator, quotient_guards(compute_loss)):
+            yield
+    finally:
+        trainer.accelerator = accelerator
+
+
+@functools.cache
+def quotient_guards(function: Callable[..., Any]) -> frozenset[Site]:
+    """Where a function says `a / x if x > 0 else 0.0`.
+
+    There nobody has to wait for x to know what comes next. By an `if x > 0:` of KTO, however, a
+    batch does or does not have a metric.
+    """
+    try:
+        code = function.__code__
+        source = inspect.getsource(code)
+    except (AttributeError, OSError, TypeError):
+        return frozenset()
+    nodes = list(ast.walk(ast.parse(textwrap.dedent(source))))
+    asked = Counter(node.lineno for node in nodes if isinstance(node, ast.Compare))
+    lines = [node.test.lineno for node in nodes if isinstance(node, ast.IfExp) and _divides(node)]
+    return frozenset((code, code.co_firstlineno + line - 1) for line in lines if asked[line] == 1)
+
+
+def _divides(node: ast.IfExp) -> bool:
+    """`a / x if x > 0 else 0.0`, or with the quotient's `.item()`."""
+    body = node.body
+    if isinstance(body, ast.Call) and isinstance(body.func, ast.Attribute):
+        body = body.func.value if body.func.attr == "item" else body
+    if not (isinstance(body, ast.BinOp) and isinstance(body.op, ast.Div)):
+        return False
+    divisor = body.right
+    guarded = f"{ast.unparse(divisor)} > 0", "0.0"
+    return isinstance(divisor, ast.Name) and guarded == tuple(
+        ast.unparse(part) for part in (node.test, node.orelse)
+    )

@@ -1,0 +1,1 @@
+"""Objectives by name in TRL's trainers."""

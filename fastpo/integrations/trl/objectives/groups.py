@@ -1,0 +1,220 @@
+"""`GroupTrainer`: objectives over several scored completions of one prompt, on TRL's DPOTrainer."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import DPOTrainer
+
+from ....objectives._math import group_max, group_sum
+from ....quantities import Quantities, padded
+from ...seams.seam import fitting
+from . import by_name
+from .base import ObjectiveTrainer
+from .columns import SINGLES, Carry
+from .needs import Objective, Setting, Term, of_family, total
+from .passes import Pass
+
+_TOKENS = ("prompt_ids", "completion_ids")
+# TRL's collator takes pairs: a completion stands on both sides, and one is thrown away.
+_PAIR_KEYS = {
+    "prompt_ids": "prompt_ids",
+    "chosen_ids": "completion_ids",
+    "rejected_ids": "completion_ids",
+}
+
+
+class GroupTrainer(ObjectiveTrainer, DPOTrainer):
+    """TRL's DPOTrainer for groups: a prompt, several completions, and numbers for each of them.
+
+    objective: a key of the family groups, that key bound to hyperparameters by
+        `fastpo.objectives.get`, or a function of quantities that returns a row per group.
+    train_dataset, eval_dataset: map-style, with columns `prompt`, `completions` (a list of texts
+        or of message lists) and those of the quantities' names that the objective asks for
+        (`scores`, `labels`, `ref_logps`, ...): lists with a number per completion. Groups may
+        differ in size.
+    reference_free: log-ratios are log-probabilities.
+
+    All else is DPOTrainer's; a batch counts groups. The reference model is loaded, and runs, only
+    when the objective asks for it. Metrics: rewards are β times the log-ratio; `rewards/margins`
+    that of the best scored completion less that of the others, `rewards/accuracies` how often
+    the best scored one has the largest.
+
+    Raises ValueError for an objective of another family, a missing column, a list of another
+    length than `completions`, and options of DPOConfig that are about pairs.
+    """
+
+    own = ()
+    families = ("groups",)
+    sides = SINGLES
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: Any = None,
+        *,
+        objective: str | Objective,
+        train_dataset: Any,
+        reference_free: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        setting = Setting(objective, reference_free=reference_free)
+        fitting(by_name.replacements(setting))  # raises where TRL has no fused head
+        term = Term(of_family(setting.bound(), self.families))
+        if args is None:
+            raise ValueError("args: expected a DPOConfig, got None")
+        for name in ("ld_alpha", "precompute_ref_log_probs", "use_weighting"):
+            if getattr(args, name):
+                raise ValueError(f"{name}: expected it unset for groups, got {getattr(args, name)}")
+        self.prepare_objective([term], [], setting, train_dataset)
+        with self.configured(args):
+            super().__init__(model, ref_model, args, train_dataset=train_dataset, **kwargs)
+        self.finish_objective()
+
+    def carrying(self, collator: Any) -> GroupCollator:
+        if isinstance(collator, GroupCollator):
+            return collator
+        return GroupCollator(
+            collator, [n for n in self.needs.columns() if n in self.dataset_columns]
+        )
+
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        present = next(iter(dataset))
+        if "completions" not in present or not hasattr(dataset, "column_names"):
+            got = ", ".join(present)
+            raise ValueError(f"dataset: expected columns prompt and completions, got {got}")
+        self.dataset_columns = tuple(present)
+        self.needs.check(self.dataset_columns)
+        whole = copy.copy(args)
+        whole.max_length = None  # TRL would drop single completions
+        rows = dataset.map(_pairs_of, batched=True, remove_columns=dataset.column_names)
+        tokens = DPOTrainer._prepare_dataset(self, rows, processing_class, whole, name)
+        sizes = torch.tensor([len(group) for group in dataset["completions"]])
+        ends = sizes.cumsum(0).tolist()
+
+        def own(row: Mapping[str, Any], i: int) -> dict[str, Any]:
+            part = tokens[ends[i] - len(row["completions"]) : ends[i]]
+            return {"prompt_ids": part["prompt_ids"], "completion_ids": part["chosen_ids"]}
+
+        dataset = dataset.map(own, with_indices=True)
+        limit = args.max_length
+        if limit is None or args.truncation_mode != "keep_start":
+            return dataset
+        return dataset.filter(lambda row: all(len(ids) < limit for ids in row["prompt_ids"]))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        trainer: Any = self
+        trainer._signature_columns += [n for n in _TOKENS if n not in trainer._signature_columns]
+
+    def _compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+        if return_outputs:
+            raise ValueError("return_outputs: expected False, groups have no logits to return")
+        own = {key: inputs[key] for key in ("input_ids", "attention_mask", "completion_mask")}
+        given = {name: inputs[name] for name in self.needs.columns() if name in inputs}
+        given["groups"] = inputs["groups"]
+        if self.needs_reference:
+            run, sums = self._reference(own, {})
+            given |= {"ref_token_logps": run.logps, "ref_logps": torch.cat(sums)}
+        policy = Pass(model)
+        output = policy(**self._arguments(own))
+        free = self.setting.reference_free
+        q = padded(policy.stats, policy.mask, sides=("",), reference_free=free) | given
+        count = len(inputs["group_sizes"])
+        function = self.terms[0].function
+        counts = "num_groups" in inspect.signature(function).parameters
+        loss = total(self.terms, q, **({"num_groups": count} if counts else {}))
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * output.aux_loss
+        self._log_groups(q, inputs, count)
+        return loss
+
+    def _arguments(self, own: Mapping[str, Tensor]) -> dict[str, Any]:
+        arguments: dict[str, Any] = {key: own[key] for key in ("input_ids", "attention_mask")}
+        arguments["labels"] = own["input_ids"].masked_fill(own["completion_mask"] == 0, -100)
+        if self.aux_loss_enabled:
+            arguments["output_router_logits"] = True
+        return arguments | {"use_cache": False, "fused_lm_head": True}
+
+    @torch.no_grad()
+    def _log_groups(self, q: Quantities, inputs: Mapping[str, Any], count: int) -> None:
+        policy, mask = q["logps"], q["mask"]
+        rewards = self.terms[0].beta * q["logratios" if "logratios" in q else "logps"]
+        values = {
+            "entropy": (q["entropy"] * mask).sum() / mask.sum().clamp(min=1),
+            "logps/mean": policy.mean(),
+            "rewards/mean": rewards.mean(),
+        }
+        if "scores" in q:
+            groups, sizes = inputs["groups"], inputs["group_sizes"]
+            values |= _ranking(rewards, q["scores"].float(), groups, sizes, count)
+        # One collective and one transfer for all of them.
+        numbers = torch.stack(list(values.values())).unsqueeze(0)
+        means = self.accelerator.gather(numbers).mean(0).tolist()
+        trainer: Any = self
+        mode = "train" if trainer.model.training else "eval"
+        for name, number in zip(values, means, strict=True):
+            self._metrics[mode][name].append(number)
+
+
+def _ranking(
+    rewards: Tensor, scores: Tensor, groups: Tensor, sizes: Tensor, count: int
+) -> dict[str, Tensor]:
+    """How well the rewards know the best scored completion of each group."""
+    best = (scores == group_max(scores, groups, count)[groups]).float()
+    top = (rewards == group_max(rewards, groups, count)[groups]).float()
+    several = group_sum(best, groups, count)
+    mean = group_sum(rewards * best, groups, count) / several.clamp(min=1)
+    rest = group_sum(rewards * (1 - best), groups, count) / (sizes - several).clamp(min=1)
+    hits = group_sum(best * top, groups, count) > 0
+    return {"rewards/accuracies": hits.float().mean(), "rewards/margins": (mean - rest).mean()}
+
+
+def _pairs_of(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """TRL tokenizes pairs: each completion stands on both sides."""
+    prompts = [
+        prompt
+        for prompt, completions in zip(batch["prompt"], batch["completions"], strict=True)
+        for _ in completions
+    ]
+    texts = [text for completions in batch["completions"] for text in completions]
+    return {"prompt": prompts, "chosen": texts, "rejected": list(texts)}
+
+
+class GroupCollator(Carry):
+    """TRL's collator over all completions of a batch of groups, and their columns beside it."""
+
+    def __init__(self, collator: Any, columns: Sequence[str]) -> None:
+        super().__init__(self._singles, columns, SINGLES)
+        self.pairs = collator
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        names = [*_TOKENS, *self.columns]
+        for example in examples:
+            for name in names:
+                _check_column(name, example)
+        rows = [
+            dict(zip(names, values, strict=True))
+            for example in examples
+            for values in zip(*(example[name] for name in names), strict=True)
+        ]
+        sizes = torch.tensor([len(example["completion_ids"]) for example in examples])
+        groups = torch.arange(len(examples)).repeat_interleave(sizes)
+        return super().__call__(rows) | {"group_sizes": sizes, "groups": groups}
+
+    def _singles(self, rows: list[Any]) -> dict[str, Any]:
+        pairs = [{key: row[source] for key, source in _PAIR_KEYS.items()} for row in rows]
+        return {key: value[: len(rows)] for key, value in self.pairs(pairs).items()}
+
+
+def _check_column(name: str, example: Mapping[str, Any]) -> None:
+    values, expected = example[name], len(example["completion_ids"])
+    if not isinstance(values, list) or len(values) != expected:
+        got = len(values) if isinstance(values, list) else repr(values)
+        raise ValueError(f"{name}: expected {expected} values, one per completion, got {got}")

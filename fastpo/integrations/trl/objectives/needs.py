@@ -1,0 +1,263 @@
+"""An objective as a trainer runs it: which function, what it needs, where that comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .... import objectives
+from ....objectives._quantities import SHAPES, is_mask
+from ....objectives._registry import entry_of, lookup, quantities_of, unwrap
+from ....ops.linear_logps import TokenStats
+from ....quantities import Quantities, padded
+
+Objective = Callable[..., Tensor]
+_CONFIGURED = ("beta", "label_smoothing", "desirable_weight", "undesirable_weight")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What `patch(objective=...)` was told.
+
+    references: models beside the reference, by the prefix of their quantities: "prev" -> a model,
+        "history" -> a list of models. mixing: the m of the mixed_* quantities. alternatives: how
+        many of the policy's best tokens another one is drawn from.
+    """
+
+    objective: str | Objective | None = None
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    references: Mapping[str, Any] = field(default_factory=dict)
+    reference_free: bool = False
+    score_prompts: bool = False
+    mixing: float | None = None
+    alternatives: int = 5
+
+    def __post_init__(self) -> None:
+        if self.objective is None:
+            given = [*self.hyperparameters, *self.references]
+            if given or self.reference_free or self.score_prompts:
+                got = ", ".join(given) or "an option"
+                raise ValueError(f"objective: expected a key or a function beside {got}, got None")
+            return
+        unknown = set(self.references) - {"prev", "history"}
+        if unknown:
+            raise ValueError(f"references: expected prev and history, got {', '.join(unknown)}")
+        self.bound()
+
+    def bound(self) -> Objective:
+        """The objective with its hyperparameters, checked."""
+        if isinstance(self.objective, str):
+            return objectives.get(self.objective, **self.hyperparameters)
+        if not callable(self.objective):
+            got = type(self.objective).__name__
+            raise ValueError(f"objective: expected a key or a function, got {got}")
+        if self.hyperparameters:
+            got = ", ".join(self.hyperparameters)
+            raise ValueError(f"{got}: expected none, bind a function's own beforehand")
+        return self.objective
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective of the loss, and its weight."""
+
+    function: Objective
+    weight: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", "objective")
+
+    @property
+    def beta(self) -> float:
+        """What scales the rewards that are logged."""
+        base, bound = unwrap(self.function)
+        parameter = inspect.signature(base).parameters.get("beta")
+        value = bound.get("beta", 1.0 if parameter is None else parameter.default)
+        return float(value) if isinstance(value, int | float) else 1.0
+
+
+def terms_of(
+    config: Any, own: Sequence[str], families: Sequence[str], setting: Setting
+) -> tuple[list[Term], list[tuple[str, float]]]:
+    """fastpo's objectives, and TRL's own loss types with their weights, that a config asks for."""
+    names = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
+    weights = getattr(config, "loss_weights", None) or [1.0] * len(names)
+    if setting.objective is not None:
+        if config.loss_type != _default(config, "loss_type"):
+            raise ValueError(
+                "loss_type: expected the default beside fastpo.patch(objective=...), "
+                f"got {config.loss_type!r}"
+            )
+        return [Term(of_family(setting.bound(), families))], []
+    weighted = list(zip(names, weights, strict=True))
+    theirs = [(name, weight) for name, weight in weighted if name in own]
+    terms = []
+    for name, weight in weighted:
+        if name not in own:
+            function = objectives.get(name, **_configured(config, name))
+            terms.append(Term(of_family(function, families), weight))
+    return terms, theirs
+
+
+def of_family(function: Objective, families: Sequence[str]) -> Objective:
+    entry = entry_of(function)
+    if entry is not None and entry.family not in families:
+        expected = " or ".join(families)
+        raise ValueError(f"{entry.key}: expected an objective of {expected}, got {entry.family}")
+    return function
+
+
+def _configured(config: Any, key: str) -> dict[str, Any]:
+    """Hyperparameters whose value in the config was changed; the others keep the paper's."""
+    known = lookup(key).parameters
+    return {
+        name: getattr(config, name)
+        for name in _CONFIGURED
+        if name in known
+        and hasattr(config, name)
+        and getattr(config, name) != _default(config, name)
+    }
+
+
+def _default(config: Any, name: str) -> Any:
+    found = {item.name: item for item in dataclasses.fields(config)}.get(name)
+    if found is None:
+        return None
+    if found.default_factory is not dataclasses.MISSING:
+        return found.default_factory()
+    return found.default
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What the terms of one trainer ask for, and where each comes from."""
+
+    required: frozenset[str]
+    optional: frozenset[str]
+    sides: tuple[str, ...]
+    setting: Setting
+
+    @classmethod
+    def of(cls, terms: Iterable[Term], sides: tuple[str, ...], setting: Setting) -> Needs:
+        required: set[str] = set()
+        wanted: set[str] = set()
+        for term in terms:
+            wanted |= set(quantities_of(term.function))
+            required |= _required(term.function)
+        return cls(frozenset(required), frozenset(wanted - required), sides, setting)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.required | self.optional | {"pair_weights", "sample_weights"}
+
+    def reference(self, columns: Iterable[str]) -> bool:
+        """Must the reference model run?"""
+        given = set(columns)
+        asked = {name for name in self.required if name.startswith("ref_") and name not in given}
+        ratios = [name for name in self.required if name.endswith("logratios")]
+        if not self.setting.reference_free:
+            stems = (name.removesuffix("logratios") for name in ratios if name != "kl_logratios")
+            asked |= {f"ref_{stem}logps" for stem in stems if f"ref_{stem}logps" not in given}
+        kl = any(name.endswith(("token_kl", "forward_kl")) for name in self.required)
+        mixed = any(name.startswith("mixed_") for name in self.required)
+        return bool(asked) or kl or mixed
+
+    def text(self, kind: str) -> bool:
+        """Is a third text ("third") or an unlabelled one ("unlabeled") scored?"""
+        return any(name in self.required for name in (f"{kind}_logps", f"ref_{kind}_logps"))
+
+    def asks(self, ending: str) -> bool:
+        return any(name.endswith(ending) for name in self.required | self.optional)
+
+    def columns(self) -> tuple[str, ...]:
+        """Dataset columns worth carrying: constants of the objective, and masks."""
+        masks = [f"{side}_mask" if side else "mask" for side in self.sides]
+        own = {f"{side}_{kind}" if side else kind for side in self.sides for kind in _OWN}
+        return tuple(sorted((self.names - own) | set(masks)))
+
+    def check(self, columns: Iterable[str]) -> None:
+        """ValueError names what neither the model nor the dataset gives, and how to give it."""
+        given = set(columns)
+        q = self._placeholder(given)
+        for name in sorted(self.required):
+            if name not in q:
+                raise ValueError(f"{name}: expected {_how(name)}, got columns {sorted(given)}")
+
+    def _placeholder(self, columns: set[str]) -> Quantities:
+        zeros = torch.zeros(len(self.sides), 1)
+        stats = TokenStats(logps=zeros, entropy=zeros, log_sum_sq_probs=zeros)
+        under = {"ref": zeros, **dict.fromkeys(self.setting.references, zeros)}
+        q = padded(
+            stats,
+            zeros.bool(),
+            sides=self.sides,
+            reference_free=self.setting.reference_free,
+            **under,
+        )
+        made = {name for name in SHAPES if name.endswith(_MADE)} | {"kl_logratios", "forward_kl"}
+        made |= {"labels"} if "label" in columns else set()
+        made |= {"groups"} if "completions" in columns else set()
+        made |= {"rejected_alternative_token_logps"}
+        if self.setting.mixing is not None:
+            made |= {"mixed_chosen_logps", "mixed_rejected_logps"}
+        texts = [kind for kind in ("third", "unlabeled") if {kind, f"{kind}_ids"} & columns]
+        for kind in texts:
+            made |= {f"{kind}_logps", f"ref_{kind}_logps", f"{kind}_lengths"}
+        names = made | {name for name in columns if name in SHAPES}
+        return q | dict.fromkeys(names, zeros)
+
+
+def _required(function: Objective) -> set[str]:
+    """What a function cannot do without: some hyperparameters need an optional quantity."""
+    names = quantities_of(function)
+    required = {name for name, needed in names.items() if needed}
+    while True:
+        try:
+            function(**{name: _nothing(name) for name in required})
+            return required
+        except ValueError as error:
+            missing = str(error).partition(":")[0]
+            if missing not in names or missing in required:
+                return required  # not about what is missing: the first batch will tell
+            required.add(missing)
+
+
+def _nothing(name: str) -> Tensor:
+    """A quantity of one row, one token, one group and two further models, that says nothing."""
+    whole = name.endswith(("lengths", "segments", "groups", "steps", "label_ids"))
+    truth = is_mask(name) or name in ("labels", "ties")
+    dtype = torch.int64 if whole else torch.bool if truth else torch.float32
+    return torch.zeros([2 if letter == "K" else 1 for letter in SHAPES[name][0]], dtype=dtype)
+
+
+# Per side: what the trainer's own passes give. A column could only be stale.
+_OWN = ("logps", "token_logps", "logratios", "lengths", "entropy", "token_kl", "log_sum_sq_probs")
+_MADE = ("token_kl",)
+
+
+def _how(name: str) -> str:
+    if name.startswith(("third_", "unlabeled_", "ref_third_")):
+        text = "unlabeled" if name.startswith("unlabeled") else "third"
+        return f"a dataset column {text!r} with a text for every row"
+    if name.startswith("mixed_"):
+        return "mixing=m in fastpo.patch"
+    if name.startswith(("prev_", "history_")):
+        model = name.partition("_")[0]
+        return f"a dataset column {name!r}, or references={{{model!r}: ...}} in fastpo.patch"
+    dimensions = SHAPES.get(name, ((),))[0]
+    per = "one list per row, a number for every token" if "T" in dimensions else "a number per row"
+    return f"a dataset column {name!r} ({per})"
+
+
+def total(terms: Iterable[Term], q: Quantities, **options: Any) -> Tensor:
+    """Σ weight·mean of the rows."""
+    return torch.stack(
+        [term.weight * q.rows(term.function, **options).mean() for term in terms]
+    ).sum()

@@ -1,0 +1,117 @@
+"""`fastpo.patch`: TRL's trainers on fastpo's head, and on fastpo's objectives by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from ...ops.shards.gathered import HeadOptions
+from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
+from . import (
+    adapter,
+    distillation,
+    early,
+    light,
+)
+from . import (
+    logits as trl_logits,
+)
+from .head import COMPACT, GATHER, HEAD, Compact, FusedHead
+from .objectives import by_name
+from .objectives.needs import Objective, Setting
+
+__all__ = ["patch", "patched", "unpatch"]
+
+
+def patch(
+    *,
+    budget: int | None = None,
+    backend: str | None = None,
+    accumulate: bool = False,
+    objective: str | Objective | None = None,
+    references: Mapping[str, Any] | None = None,
+    reference_free: bool = False,
+    score_prompts: bool = False,
+    mixing: float | None = None,
+    alternatives: int = 5,
+    **hyperparameters: Any,
+) -> None:
+    """Puts `fastpo.linear_logps` under every TRL trainer of this process until `unpatch`.
+
+    Trainers keep their losses and metrics. `loss_type` of DPOConfig and KTOConfig also takes the
+    keys of `fastpo.objectives`, with `beta`, `label_smoothing` and the KTO weights of the config
+    where they were changed, and the paper's values otherwise. TRL's own names run TRL's code.
+    Before TRL 1.15 there are no objectives of fastpo's, neither by name nor by `objective`.
+
+    budget, backend: as in `fastpo.linear_logps`.
+    accumulate: as in `fastpo.attach`, for trainers that use TRL's fused head on one device with
+        gradient accumulation.
+    objective: a key of `fastpo.objectives`, with `hyperparameters`, or a function of quantities
+        (of `fastpo.objectives.compose`, for one), that DPOTrainer or KTOTrainer minimise instead of
+        their own loss. What it needs beside two texts comes from dataset columns of the quantity's
+        name: a number per row, or a list per row along the tokens of its completion. A column
+        "third" or "unlabeled" holds a text for each row.
+    references: {"prev": model, "history": [models]} beside the trainer's own reference.
+    reference_free: log-ratios are log-probabilities; no reference model is loaded.
+    score_prompts: prompt tokens count as completion tokens do.
+    mixing: `mixed_*` quantities are those of softmax(mixing·policy + (1 - mixing)·reference).
+    alternatives: `rejected_alternative_token_logps` draws among that many best tokens.
+
+    A second call replaces the first. Raises RuntimeError when TRL is missing or its seams have
+    changed, and then changes nothing; ValueError for an unknown objective or option.
+    """
+    setting = Setting(
+        objective,
+        hyperparameters,
+        references or {},
+        reference_free,
+        score_prompts,
+        mixing,
+        alternatives,
+    )
+    own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
+    made = fitting(_all(setting, own))
+    if objective is not None:
+        fitting(by_name.replacements(setting))  # raises where TRL has no seams for one
+    now = {seam: make for seam, make in made.items() if seam.module == GATHER.module}
+    for seam in (GATHER, *now):
+        seam.read()  # nothing is changed before all are known to fit
+    replace_when_imported({seam: make for seam, make in made.items() if seam not in now})
+    replace(now)
+
+
+def _all(setting: Setting, own: HeadOptions) -> dict[Seam, Make]:
+    """What stands in, of every version: in TRL's utilities now, else when a script imports it."""
+    made: dict[Seam, Make] = {
+        HEAD: partial(FusedHead, own=own),
+        COMPACT: Compact,
+        **by_name.replacements(setting),
+        **adapter.replacements(),
+        **light.replacements(),
+        **trl_logits.replacements(),
+        **distillation.replacements(own),
+        **early.replacements(own),
+        **early.heads(own),
+    }
+    return trl_logits.with_options(made, HeadOptions(budget=own.budget, backend=own.backend))
+
+
+_SEAMS = tuple(_all(Setting(), HeadOptions()))
+
+
+def unpatch() -> None:
+    """Gives TRL its own objects back; nothing happens when it is not patched.
+
+    A trainer that was built for one of fastpo's objectives keeps it.
+    """
+    restore(*_SEAMS)
+
+
+@contextmanager
+def patched(**options: Any) -> Iterator[None]:
+    """`patch(**options)` for the length of a block; afterwards TRL is what it was before."""
+    with kept(*_SEAMS):
+        patch(**options)
+        yield

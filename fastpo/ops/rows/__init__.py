@@ -1,0 +1,1 @@
+"""What a backend is, one module each: row kernels over a tile of products."""

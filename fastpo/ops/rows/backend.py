@@ -1,0 +1,144 @@
+"""What a backend is: two row kernels over a float32 tile of raw products [n, v].
+
+The driver multiplies matrices; a backend turns a tile into statistics (`forward`) and into
+d loss / d products (`backward`). It never sees which loss runs.
+
+State, float32 [len(STATE), n], folded tile by tile; `m` is the running maximum of the row and
+"others" are all words but the label:
+
+    MAX      m = max z                      OTHERS   Σ exp(z - m)         over the others
+    TARGET   z of the label                 MOMENT   Σ exp(z - m)·(z - m) over the others
+    SQUARES  Σ exp(2(z - m)), others        SUM      Σ z
+    BEFORE   max z over words before the label
+
+MAX, OTHERS and TARGET are always folded, the rest by flag. TARGET starts as NaN, so a label outside
+the vocabulary poisons its own row and no other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+MAX, OTHERS, TARGET, MOMENT, SQUARES, SUM, BEFORE = range(7)
+STATE = 7
+INITIAL_STATE = (float("-inf"), 0.0, float("nan"), 0.0, 0.0, 0.0, float("-inf"))
+
+# Bits of `stats`, by the output that asks for the field.
+STATS = {"entropy": 1, "log_sum_sq_probs": 2, "mean_logits": 4, "is_top1": 8}
+
+# Rows of `grads`, float32 [GRADS, n]. log p = (z - SHIFT) - LOG_MASS: the maximum and the log-sum
+# beside it come separately, because their sum would round at the size of the logits.
+SHIFT, LOG_MASS, COMMON, ENTROPY, LABEL = range(5)
+GRADS = 5
+
+# exp(z) is 0 in float32 long before; keeps 0·(-inf) out of the entropy terms.
+LOG_FLOOR = -200.0
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """z = softcap(logit_scale·(x + bias)) / temperature, x the raw product."""
+
+    temperature: float = 1.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        """dz/dx without the soft-cap."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def cap(self) -> float:
+        """The soft-cap in units of z; 0 when there is none."""
+        return 0.0 if self.softcap is None else self.softcap / self.temperature
+
+    def cap_slope(self, z: Tensor) -> Tensor | float:
+        """What the soft-cap multiplies dz/dx with, from z itself."""
+        return 1.0 if self.softcap is None else 1.0 - (z / self.cap).square()
+
+
+def headroom(dtype: torch.dtype) -> float:
+    """Stored exponentials are exp(z - m + headroom).
+
+    float16 loses everything below 6e-8 of the maximum, which over 10**5 words is mass that counts:
+    anchored at 2**14 it reaches down to 4e-12.
+    """
+    return 14 * 0.6931471805599453 if dtype == torch.float16 else 0.0
+
+
+class RowKernels(Protocol):
+    """A backend module offers these two functions and `unavailable`."""
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """Why this backend cannot serve the device; None when it can."""
+
+    def forward(
+        self,
+        tile: Tensor,  # [n, v] float32 raw products
+        first: int,  # word of the tile's first column
+        labels: Tensor,  # [n] int64
+        bias: Tensor | None,  # [V] float32
+        state: Tensor,  # [STATE, n] float32, updated
+        logit_map: LogitMap,
+        stats: int,
+        kept: Tensor | None,  # [n, v] float32/bf16/fp16, written: exp(z - anchor), 0 at the label
+        anchors: Tensor | None,  # [n] float32, written: new running maximum - headroom(kept.dtype)
+        fold_cap: bool,  # multiply `kept` by the slope of the soft-cap
+    ) -> None: ...
+
+    def backward(
+        self,
+        source: Tensor,  # [n, v] float32 raw products, or `kept` when anchors is given
+        anchors: Tensor | None,  # [n] float32
+        first: int,
+        labels: Tensor,  # [n] int64
+        bias: Tensor | None,  # [V] float32
+        grads: Tensor,  # [GRADS, n] float32
+        logit_map: LogitMap,
+        entropy_grad: bool,
+        out: Tensor,  # [n, v] d loss / d products, may be `source` itself when dtypes agree
+    ) -> None:
+        """out = exp(l)·(COMMON - ENTROPY·l)·dz/dx with l = max((z - SHIFT) - LOG_MASS, LOG_FLOOR).
+
+        In the label's column out = LABEL, which already carries dz/dx. From `kept`, exp(l) is
+        kept·exp((anchor - SHIFT) - LOG_MASS) and z is log(kept) + anchor.
+        """
+
+
+BACKENDS = ("cuda", "triton", "anchored", "cutlass", "cpu", "torch")
+# Their own forward where that serves (see walks/anchored.py); else all of the other's.
+_ROW_KERNELS = {"anchored": "triton", "cutlass": "triton"}
+
+
+def load(name: str) -> RowKernels:
+    module: Any = import_module(f"fastpo.ops.rows.{_ROW_KERNELS.get(name, name)}")
+    return module
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why a backend of BACKENDS cannot serve the device; None when it can."""
+    reason = load(backend).unavailable(device)
+    if reason is None and backend == "cutlass":
+        reason = import_module("fastpo.ops.rows.anchored_cutlass").unavailable(device)
+    return reason
+
+
+def choose(backend: str | None, device: torch.device) -> str:
+    """The named backend, or the best that serves the device."""
+    if backend is None:
+        preference = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
+        for name in preference.get(device.type, ("torch",)):
+            if unavailable(name, device) is None:
+                return name
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = unavailable(backend, device)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r}: {reason}")
+    return backend

@@ -1,0 +1,53 @@
+"""Row kernels of csrc/cpu: a row per thread at a time, AVX-512, AVX2 or scalar by the processor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backend as R
+from .native import backward_tile, compiled, forward_tile
+
+_C, _MISSING = compiled()
+
+# 0 scalar, 1 AVX2, 2 AVX-512; tests lower it.
+ISA = 0 if _C is None else _C.cpu_isa()
+
+
+def unavailable(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"expected a CPU tensor, got device {device}"
+    return None if _C is not None else _MISSING
+
+
+def forward(
+    tile: Tensor,  # [n, v] float32
+    first: int,
+    labels: Tensor,  # [n]
+    bias: Tensor | None,  # [V]
+    state: Tensor,  # [STATE, n]
+    logit_map: R.LogitMap,
+    stats: int,
+    kept: Tensor | None,  # [n, v]
+    anchors: Tensor | None,  # [n]
+    fold_cap: bool,
+) -> None:
+    assert _C is not None, _MISSING
+    work = forward_tile(tile, first, labels, bias, state, logit_map, stats, kept, anchors, fold_cap)
+    _C.rows_forward_cpu(work, torch.get_num_threads(), ISA)
+
+
+def backward(
+    source: Tensor,  # [n, v]
+    anchors: Tensor | None,  # [n]
+    first: int,
+    labels: Tensor,  # [n]
+    bias: Tensor | None,  # [V]
+    grads: Tensor,  # [GRADS, n]
+    logit_map: R.LogitMap,
+    entropy_grad: bool,
+    out: Tensor,  # [n, v]
+) -> None:
+    assert _C is not None, _MISSING
+    work = backward_tile(source, anchors, first, labels, bias, grads, logit_map, entropy_grad, out)
+    _C.rows_backward_cpu(work, torch.get_num_threads(), ISA)

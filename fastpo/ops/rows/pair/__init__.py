@@ -1,0 +1,1 @@
+"""Row kernels over the tiles of two heads, one module per backend."""

@@ -1,0 +1,97 @@
+"""Row kernels in plain PyTorch: any device, and the definition the others are held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import backend as R
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def logits(tile: Tensor, first: int, bias: Tensor | None, logit_map: R.LogitMap) -> Tensor:
+    x = tile if bias is None else tile + bias[first : first + tile.shape[1]]
+    if logit_map.softcap is None:
+        return x * logit_map.factor
+    return torch.tanh(x * (logit_map.logit_scale / logit_map.softcap)) * logit_map.cap
+
+
+def _columns(tile: Tensor, first: int, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Column of the label [n, 1] and of every cell [v]; a label elsewhere matches no cell."""
+    return (labels - first).unsqueeze(1), torch.arange(tile.shape[1], device=tile.device)
+
+
+def forward(
+    tile: Tensor,
+    first: int,
+    labels: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    logit_map: R.LogitMap,
+    stats: int,
+    kept: Tensor | None,
+    anchors: Tensor | None,
+    fold_cap: bool,
+) -> None:
+    z = logits(tile, first, bias, logit_map)  # [n, v]
+    label, column = _columns(tile, first, labels)
+    is_label = column == label
+    before = state[R.MAX].clone()
+    m = torch.maximum(before, z.amax(1))
+    # Finite where a whole tile is masked out by a bias of -inf: -inf - -inf would be NaN.
+    reference = m.clamp_min(torch.finfo(torch.float32).min)
+    others = (z - reference.unsqueeze(1)).exp_().masked_fill_(is_label, 0.0)
+    shrink = torch.exp(before - reference)
+    if stats & R.STATS["entropy"]:
+        gap = (z - reference.unsqueeze(1)).clamp_min_(R.LOG_FLOOR)
+        shift = (before - reference).clamp_min(R.LOG_FLOOR) * state[R.OTHERS]
+        state[R.MOMENT] = shrink * (state[R.MOMENT] + shift) + (others * gap).sum(1)
+    if stats & R.STATS["log_sum_sq_probs"]:
+        state[R.SQUARES] = shrink.square() * state[R.SQUARES] + others.square().sum(1)
+    if stats & R.STATS["mean_logits"]:
+        state[R.SUM] += z.sum(1)
+    if stats & R.STATS["is_top1"]:
+        earlier = z.masked_fill(column >= label, float("-inf")).amax(1)
+        state[R.BEFORE] = torch.maximum(state[R.BEFORE], earlier)
+    found = z.gather(1, label.clamp(0, z.shape[1] - 1)).squeeze(1)
+    state[R.TARGET] = torch.where(is_label.any(1), found, state[R.TARGET])
+    state[R.OTHERS] = shrink * state[R.OTHERS] + others.sum(1)
+    state[R.MAX] = m
+    if kept is not None and anchors is not None:
+        torch.sub(reference, R.headroom(kept.dtype), out=anchors)
+        e = (z - anchors.unsqueeze(1)).exp_().masked_fill_(is_label, 0.0)
+        kept.copy_(e * logit_map.cap_slope(z) if fold_cap else e)
+
+
+def backward(
+    source: Tensor,
+    anchors: Tensor | None,
+    first: int,
+    labels: Tensor,
+    bias: Tensor | None,
+    grads: Tensor,
+    logit_map: R.LogitMap,
+    entropy_grad: bool,
+    out: Tensor,
+) -> None:
+    label, column = _columns(source, first, labels)
+    shift, log_mass = grads[R.SHIFT].unsqueeze(1), grads[R.LOG_MASS].unsqueeze(1)
+    if anchors is None:
+        z = logits(source, first, bias, logit_map)
+        log_p = (z - shift - log_mass).clamp_min_(R.LOG_FLOOR)
+        p = log_p.exp()
+    else:
+        e, anchor = source.float(), anchors.unsqueeze(1)
+        z = e.log() + anchor
+        log_p = (z - shift - log_mass).clamp_min_(R.LOG_FLOOR)
+        p = e * (anchor - shift - log_mass).exp()
+    dz = p * grads[R.COMMON].unsqueeze(1)
+    if entropy_grad:
+        dz = dz - p * log_p * grads[R.ENTROPY].unsqueeze(1)
+    if logit_map.softcap is not None:
+        # A cell whose exponential underflowed has z = -inf here and p = 0.
+        dz = dz * logit_map.cap_slope(z.clamp_min(-logit_map.cap))
+    out.copy_(torch.where(column == label, grads[R.LABEL].unsqueeze(1), dz * logit_map.factor))

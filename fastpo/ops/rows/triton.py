@@ -1,0 +1,104 @@
+"""Row kernels in Triton: any CUDA device, and a CPU under Triton's interpreter.
+
+Triton is imported by the first call, so that fastpo imports on a machine without it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from . import backend as R
+
+# The kernels' NaN-keeping maximum and their bfloat16 conversions are instructions of sm_80.
+_LEAST_CAPABILITY = (8, 0)
+
+
+def unavailable(device: torch.device) -> str | None:
+    if device.type not in ("cuda", "cpu"):
+        return f"runs on cuda devices, got {device}"
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return _too_old(device)
+    from triton.runtime.jit import JITFunction
+
+    from ...kernels import rows
+
+    # @triton.jit reads the flag when the kernels are imported; the environment may have changed.
+    if isinstance(rows.rows_fwd_kernel, JITFunction):
+        return "runs on a CPU only when TRITON_INTERPRET=1 is set before triton is imported"
+    return None
+
+
+def _too_old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
+        return "needs compute capability 8.0 or newer, got {}.{}".format(*capability)
+    return None
+
+
+def map_scalars(logit_map: R.LogitMap) -> dict[str, float | bool]:
+    """z = post·x, or post·tanh(scale·x)."""
+    if logit_map.softcap is None:
+        return {"scale": 1.0, "post": logit_map.factor, "softcap": False}
+    scale = logit_map.logit_scale / logit_map.softcap
+    return {"scale": scale, "post": logit_map.cap, "softcap": True}
+
+
+def forward(
+    tile: Tensor,
+    first: int,
+    labels: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    logit_map: R.LogitMap,
+    stats: int,
+    kept: Tensor | None,
+    anchors: Tensor | None,
+    fold_cap: bool,
+) -> None:
+    from ...kernels.rows import rows_fwd
+
+    rows_fwd(
+        tile,
+        first,
+        labels,
+        bias,
+        state,
+        kept,
+        anchors,
+        **map_scalars(logit_map),
+        stats=stats,
+        headroom=0.0 if kept is None else R.headroom(kept.dtype),
+        fold_cap=fold_cap,
+    )
+
+
+def backward(
+    source: Tensor,
+    anchors: Tensor | None,
+    first: int,
+    labels: Tensor,
+    bias: Tensor | None,
+    grads: Tensor,
+    logit_map: R.LogitMap,
+    entropy_grad: bool,
+    out: Tensor,
+) -> None:
+    from ...kernels.rows import rows_bwd
+
+    rows_bwd(
+        source,
+        anchors,
+        first,
+        labels,
+        bias,
+        grads,
+        out,
+        **map_scalars(logit_map),
+        factor=logit_map.factor,
+        entropy_grad=entropy_grad,
+    )

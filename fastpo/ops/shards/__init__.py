@@ -1,0 +1,1 @@
+"""Heads that lie in several places: gathered for a call, or scored shard by shard."""

@@ -1,0 +1,77 @@
+"""Tokens of several processes: gathered before the head, taken apart after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..walks.vocab_shard import all_gather
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many tokens each process of `group` has."""
+
+    counts: tuple[int, ...]
+    rank: int
+    group: dist.ProcessGroup | None  # None: all processes
+
+    @property
+    def here(self) -> slice:
+        first = sum(self.counts[: self.rank])
+        return slice(first, first + self.counts[self.rank])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of all processes, in their order; `x` holds those of this one."""
+        most = max(self.counts)
+        if len(x) < most:
+            x = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
+        found = all_gather(x, self.group)
+        if len(set(self.counts)) == 1:
+            return found.flatten(0, 1)
+        return torch.cat([rows[:n] for rows, n in zip(found, self.counts, strict=True)])
+
+    def gather_hidden(self, x: Tensor) -> Tensor:
+        gathered: Tensor = _Gather.apply(x, self)
+        return gathered
+
+    def own(self, x: Tensor) -> Tensor:
+        """The rows of this process out of those of all."""
+        rows: Tensor = _Own.apply(x, self)
+        return rows
+
+
+def count(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tokens:
+    """Waits for the device."""
+    counts = all_gather(torch.tensor(n, device=device), group)
+    return Tokens(tuple(counts.tolist()), dist.get_rank(group), group)
+
+
+class _Gather(torch.autograd.Function):
+    """The head's d hidden comes summed over the group and of a loss divided by its size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tokens) -> Tensor:
+        ctx.tokens = tokens
+        return tokens.gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[ctx.tokens.here] * len(ctx.tokens.counts), None
+
+
+class _Own(torch.autograd.Function):
+    """Each process knows the gradient of its own tokens; trained is the mean of the losses."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tokens: Tokens) -> Tensor:
+        ctx.tokens = tokens
+        return x[tokens.here].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.tokens.gather(grad / len(ctx.tokens.counts)), None

@@ -1,0 +1,1 @@
+"""The loops around the matrix products: tokens and words in tiles, forward and backward."""

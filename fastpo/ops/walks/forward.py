@@ -1,0 +1,216 @@
+"""The forward: tokens outside, vocabulary inside, the same loops for every backend.
+
+Nothing here reads a device value on the host, except the label check and compaction on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..rows import backend as R
+from . import anchored
+from .backward import backward
+from .head import (
+    Adapted,
+    Forward,
+    Head,
+    HeadSpec,
+    addmm_float32,
+    check_labels,
+    kept_shapes,
+    lies_in,
+)
+
+__all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forward", "lies_in"]
+
+
+def forward(
+    hidden: Tensor, weight: Tensor | Adapted, bias: Tensor | None, labels: Tensor, spec: HeadSpec
+) -> Forward:
+    check_labels(labels, spec.vocab(weight), spec.ignore_index)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = Head(hidden, weight, bias, labels, spec)
+        state = torch.tensor(R.INITIAL_STATE, device=head.device).unsqueeze(1)
+        state = state.repeat(1, len(head.hidden))
+        kept_size, anchors_shape = kept_shapes(spec, hidden, weight)
+        kept = head.empty(kept_size, dtype=spec.compute_dtype)
+        anchors = head.empty(*anchors_shape, dtype=torch.float32)
+        frozen = head.plan.mode == "frozen"
+        score_block, frozen_block = _score_block, _frozen_block
+        if anchored.serves(spec, head.device, bias is not None):
+            score_block, frozen_block = anchored.score_block, anchored.frozen_block
+        direction = head.empty(*(hidden.shape if frozen else (0, 0)), dtype=hidden.dtype)
+        weighted = head.hidden.new_empty(0)
+        for a, b in head.token_blocks():
+            if frozen:
+                weighted = frozen_block(head, state, a, b)
+                _write_direction(head, state[:, a:b], weighted, a, b, direction)
+            else:
+                score_block(head, state, kept, anchors, a, b)
+        return finish(head, state, len(labels))._replace(
+            kept=kept, anchors=anchors, direction=_scatter_direction(head, direction)
+        )
+
+
+def fake_forward(hidden: Tensor, weight: Tensor, spec: HeadSpec) -> Forward:
+    """The shapes of `forward`, for tracing."""
+    n = hidden.shape[:1]
+    row = hidden.new_empty(n, dtype=torch.float32)
+    fields = {name: hidden.new_empty(0, dtype=torch.float32) for name in Forward._fields}
+    for name in ("target", "maximum", "log_mass", *spec.outputs):
+        fields[name] = torch.empty_like(row, dtype=torch.bool if name == "is_top1" else None)
+    fields["logps"], fields["lse"] = torch.empty_like(row), torch.empty_like(row)
+    size, anchors = kept_shapes(spec, hidden, weight)
+    frozen = spec.hidden_grad and not spec.head_grad
+    return Forward(**fields)._replace(
+        kept=hidden.new_empty(size, dtype=spec.compute_dtype),
+        anchors=hidden.new_empty(anchors, dtype=torch.float32),
+        direction=hidden.new_empty(hidden.shape if frozen else (0, 0)),
+    )
+
+
+def _score_block(head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int, b: int) -> None:
+    for _ in folded_tiles(head, state, kept, anchors, a, b):
+        pass
+    head.merge(state[:, a:b])
+
+
+def folded_tiles(
+    head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int, b: int
+) -> Iterator[tuple[int, Tensor]]:
+    """First word and raw products of each tile of a block, once `state` holds it."""
+    x, K = head.block(a, b), head.plan.kept_tokens
+    split = min(max(K, a), b)
+    for i, v0, v1 in head.vocab_tiles():
+        tile = head.products(x, head.words(v0, v1))
+        if split > a:
+            stored = head.stored(kept, v0, v1)[a:split]
+            _fold(head, tile[: split - a], v0, state, a, split, stored, anchors[i, a:split])
+        if split < b:
+            _fold(head, tile[split - a :], v0, state, split, b)
+        yield v0, tile
+
+
+def _fold(
+    head: Head,
+    tile: Tensor,
+    first: int,
+    state: Tensor,
+    a: int,
+    b: int,
+    kept: Tensor | None = None,
+    anchors: Tensor | None = None,
+    fold_cap: bool = False,
+) -> None:
+    spec = head.spec
+    head.kernels.forward(
+        tile,
+        first,
+        head.labels[a:b],
+        head.bias,
+        state[:, a:b],
+        spec.logit_map,
+        spec.stats,
+        kept,
+        anchors,
+        fold_cap,
+    )
+
+
+def _frozen_block(head: Head, state: Tensor, a: int, b: int) -> Tensor:
+    """Σ over the others of p_v·dz/dx·W_v [b - a, H]: the second product, inside the forward."""
+    x = head.block(a, b)
+    total = torch.zeros(b - a, x.shape[1], dtype=torch.float32, device=head.device)
+    anchor = head.empty(b - a, dtype=torch.float32)
+    previous = torch.full_like(anchor, float("-inf"))
+    buffer = None
+    if head.gemm != torch.float32:
+        buffer = head.empty(head.tile_cells, dtype=head.gemm)
+    for _, v0, v1 in head.vocab_tiles():
+        words = head.words(v0, v1)
+        tile = head.products(x, words)
+        e = tile if buffer is None else buffer[: tile.numel()].view_as(tile)
+        _fold(head, tile, v0, state, a, b, e, anchor, fold_cap=True)
+        total.mul_(torch.exp(previous - anchor).unsqueeze(1))
+        addmm_float32(total, e, words)
+        previous.copy_(anchor)
+    block = state[:, a:b]
+    head.merge(block)
+    return total.mul_(torch.exp(anchor - block[R.MAX] - _log_mass(block)).unsqueeze(1))
+
+
+def _write_direction(
+    head: Head, state: Tensor, weighted: Tensor, a: int, b: int, direction: Tensor
+) -> None:
+    """d logp / d hidden = dz/dx·(1 - p_y)·W_y - Σ over the others of p_v·dz/dx·W_v."""
+    logit_map = head.spec.logit_map
+    # The clamp keeps the lookup inside the weight where a label is another process's, or nobody's:
+    # then its log-probability is NaN.
+    labels = head.labels[a:b]
+    here = labels.clamp(0, head.plan.vocab - 1)
+    own = -torch.expm1(_logps(state)) * logit_map.cap_slope(state[R.TARGET])
+    if head.spec.shard is not None:
+        own = own.where(here == labels, 0)
+    own = head.weight.index_select(0, here).float().mul_(own.unsqueeze(1))
+    direction[a:b] = head.sum_over_shards(own.sub_(weighted)).mul_(logit_map.factor)
+
+
+def _scatter_direction(head: Head, direction: Tensor) -> Tensor:
+    if direction.numel() == 0:
+        return direction
+    if head.ignored is not None:
+        return direction.masked_fill_(head.ignored.unsqueeze(1), 0)
+    if head.rows is None:
+        return direction
+    compact = direction[: len(head.rows)].clone()
+    return direction.zero_().index_copy_(0, head.rows, compact)
+
+
+def _logps(state: Tensor) -> Tensor:
+    """-log(1 + mass of the others / mass of the label): no cancellation however peaked."""
+    gap = state[R.MAX] - state[R.TARGET] + state[R.OTHERS].log()
+    return -torch.logaddexp(gap, torch.zeros_like(gap))
+
+
+def _log_mass(state: Tensor) -> Tensor:
+    """log Σ exp(z - m) over all words."""
+    own = torch.exp(state[R.TARGET] - state[R.MAX])
+    others = state[R.OTHERS]
+    peaked = state[R.TARGET] == state[R.MAX]
+    return torch.where(peaked, others.log1p(), (others + own).log())
+
+
+def finish(head: Head, state: Tensor, tokens: int) -> Forward:
+    outputs = head.spec.outputs
+    m, target = state[R.MAX], state[R.TARGET]
+    logps = _logps(state)
+    own = torch.exp(target - m)  # mass of the label beside the others', in units of exp(m)
+    mass = state[R.OTHERS] + own
+    log_mass = _log_mass(state)
+    values = {"logps": logps, "lse": m + log_mass, "target": target.clone()}
+    values |= {"maximum": m.clone(), "log_mass": log_mass}
+    if "entropy" in outputs:
+        moment = state[R.MOMENT] + own * (target - m).clamp_min(R.LOG_FLOOR)
+        values["entropy"] = (log_mass - moment / mass).clamp_min(0)
+    if "log_sum_sq_probs" in outputs:
+        values["log_sum_sq_probs"] = (state[R.SQUARES] + own.square()).log() - 2 * log_mass
+    if "mean_logits" in outputs:
+        values["mean_logits"] = state[R.SUM] / head.spec.vocab(head.weight)
+    if "is_top1" in outputs:
+        values["is_top1"] = (target >= m) & (target > state[R.BEFORE])
+    # One empty tensor each: a custom operator may not return the same one twice.
+    fields = {name: state.new_empty(0) for name in Forward._fields}
+    fields.update((name, _spread(head, value, tokens)) for name, value in values.items())
+    return Forward(**fields)
+
+
+def _spread(head: Head, value: Tensor, tokens: int) -> Tensor:
+    """Back to all N rows, 0 where ignored."""
+    if head.ignored is not None:
+        return value.masked_fill(head.ignored, 0)
+    if head.rows is None:
+        return value
+    return value.new_zeros(tokens).index_copy_(0, head.rows, value)

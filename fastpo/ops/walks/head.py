@@ -1,0 +1,275 @@
+"""One call of the head: its options, its operands cut into tiles, its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import planner
+from ..rows import backend as R
+
+if TYPE_CHECKING:
+    from .vocab_shard import VocabShard
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """All that is not a tensor in one call of the head."""
+
+    logit_map: R.LogitMap
+    ignore_index: int | None
+    outputs: tuple[str, ...]
+    compute_dtype: torch.dtype
+    backend: str
+    hidden_grad: bool
+    head_grad: bool
+    budget: int | None
+    # d weight may take the place of what is kept; then a second backward recomputes.
+    lends: bool = False
+    shard: VocabShard | None = None  # of which the weight holds the words
+
+    def plan(self, hidden: Tensor, weight: Tensor | Adapted) -> planner.Plan:
+        return planner.make_plan(
+            len(hidden),
+            weight.shape[0],
+            weight.shape[1],
+            compute_dtype=self.compute_dtype,
+            device_type=hidden.device.type,
+            hidden_grad=self.hidden_grad,
+            head_grad=self.head_grad,
+            budget=self.budget,
+            dweight_bytes=_bytes(weight) if self.lends else 0,
+        )
+
+    def vocab(self, weight: Tensor | Adapted) -> int:
+        """Of all processes."""
+        return weight.shape[0] if self.shard is None else self.shard.vocab
+
+    @property
+    def stats(self) -> int:
+        return sum(bit for name, bit in R.STATS.items() if name in self.outputs)
+
+
+class Forward(NamedTuple):
+    """Per-token results over all N rows, and what the backward wants; absent ones are empty.
+
+    kept: for each vocabulary tile a contiguous [kept_tokens, words] block, one after the other, the
+        last one where `kept` ends.
+    anchors: [vocabulary tiles, kept_tokens].  direction: [N, H] d logp / d hidden.
+    """
+
+    logps: Tensor
+    lse: Tensor
+    target: Tensor
+    maximum: Tensor
+    log_mass: Tensor
+    entropy: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logits: Tensor
+    is_top1: Tensor
+    kept: Tensor
+    anchors: Tensor
+    direction: Tensor
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A head [V, H + r]: `weight` [V, H] and an adapter's `up` [V, r], joined tile by tile.
+
+    Its hidden states carry the adapter's own r values behind theirs. trained: the columns whose
+    gradient is wanted; products for the others are left out.
+    """
+
+    weight: Tensor
+    up: Tensor
+    trained: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1] + self.up.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def __getitem__(self, words: slice) -> Tensor:
+        return torch.cat((self.weight[words], self.up[words].to(self.dtype)), 1)
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        parts = (self.weight.index_select(dim, index), self.up.index_select(dim, index))
+        return torch.cat((parts[0], parts[1].to(self.dtype)), 1)
+
+
+# Blocks of kept probabilities start at multiples of so many cells, as they would in a buffer of
+# their own.
+_ALIGNMENT = 64
+
+
+class Head:
+    """One call's operands: compacted tokens, and tiles in the dtype of the products."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # [N, H]
+        weight: Tensor | Adapted,  # [V, H]
+        bias: Tensor | None,  # [V]
+        labels: Tensor,  # [N]
+        spec: HeadSpec,
+    ) -> None:
+        self.device = hidden.device
+        self.rows = scored_rows(labels, spec.ignore_index)
+        self.ignored = None
+        if self.rows is not None:
+            hidden, labels = hidden.index_select(0, self.rows), labels.index_select(0, self.rows)
+        elif spec.ignore_index is not None and self.device.type != "cpu":
+            # Counting the scored rows would wait for the device; a row that is not scored must
+            # still not reach d weight with a NaN of its own.
+            self.ignored = labels == spec.ignore_index
+            hidden = hidden.masked_fill(self.ignored.unsqueeze(1), 0)
+        if spec.shard is not None:
+            labels = labels - spec.shard.first  # outside [0, rows of the weight) it is no word here
+        self.hidden, self.weight, self.labels = hidden, weight, labels.contiguous()
+        self.bias = None if bias is None else bias.float().contiguous()
+        self.trained = weight.trained if isinstance(weight, Adapted) else slice(None)
+        self.spec = spec
+        self.kernels = R.load(spec.backend)
+        self.plan = spec.plan(hidden, weight)
+        self.gemm = planner.gemm_dtype(spec.compute_dtype, self.device.type)
+        tiles = self.plan.tiles
+        self.tile_cells = tiles.tokens * tiles.vocab
+        # Converted copies live in one buffer each, written again only when the walk moves on.
+        convert = hidden.dtype != self.gemm
+        self._block = self.empty(tiles.tokens * convert, hidden.shape[1], dtype=self.gemm)
+        convert = weight.dtype != self.gemm
+        self._words = self.empty(tiles.vocab * convert, hidden.shape[1], dtype=self.gemm)
+        self._converted: tuple[int, int] | None = None
+
+    @cached_property
+    def _tile(self) -> Tensor:
+        return self.empty(self.tile_cells, dtype=torch.float32)
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def token_blocks(self) -> Iterator[tuple[int, int]]:
+        step = self.plan.tiles.tokens
+        return ((a, min(a + step, len(self.hidden))) for a in range(0, len(self.hidden), step))
+
+    def vocab_tiles(self) -> Iterator[tuple[int, int, int]]:
+        step, vocab = self.plan.tiles.vocab, self.plan.vocab
+        return ((i, v, min(v + step, vocab)) for i, v in enumerate(range(0, vocab, step)))
+
+    def block(self, a: int, b: int) -> Tensor:  # [b - a, H]
+        if self.hidden.dtype == self.gemm:
+            return self.hidden[a:b]
+        start = a // self.plan.tiles.tokens * self.plan.tiles.tokens
+        stop = min(start + self.plan.tiles.tokens, len(self.hidden))
+        if self._converted != (start, stop):
+            self._block[: stop - start].copy_(self.hidden[start:stop])
+            self._converted = (start, stop)
+        return self._block[a - start : b - start]
+
+    def words(self, v0: int, v1: int) -> Tensor:  # [v1 - v0, H]
+        words = self.weight[v0:v1]
+        return words if words.dtype == self.gemm else self._words[: v1 - v0].copy_(words)
+
+    def stored(self, kept: Tensor, v0: int, v1: int) -> Tensor:  # [kept_tokens, v1 - v0]
+        """The block of one vocabulary tile in `kept`."""
+        K = self.plan.kept_tokens
+        start = (len(kept) - K * self.plan.vocab) // _ALIGNMENT * _ALIGNMENT
+        return kept[start + K * v0 : start + K * v1].view(K, v1 - v0)
+
+    def merge(self, state: Tensor) -> None:
+        """`state` of a block once all words of this process are folded."""
+        if self.spec.shard is not None:
+            self.spec.shard.merge(state, self.plan.vocab)
+
+    def sum_over_shards(self, x: Tensor) -> Tensor:
+        if self.spec.shard is not None:
+            self.spec.shard.sum(x)
+        return x
+
+    def products(self, x: Tensor, words: Tensor) -> Tensor:
+        """x·wordsᵀ in float32, in the one buffer all tiles share."""
+        tile = self._tile[: len(x) * len(words)].view(len(x), len(words))
+        return mm_float32(x, words.t(), tile)
+
+
+def scored_rows(labels: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Rows to compact to; None when all are scored, or when counting would wait for a device."""
+    if labels.device.type != "cpu" or ignore_index is None:
+        return None
+    scored = labels != ignore_index
+    return None if bool(scored.all()) else scored.nonzero().squeeze(1)
+
+
+def mm_float32(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+def addmm_float32(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out += a·b, accumulated and kept in float32."""
+    if a.dtype == torch.float32:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+
+
+def check_labels(labels: Tensor, vocab: int, ignore_index: int | None) -> None:
+    """On a CPU a label outside the vocabulary raises; elsewhere its row becomes NaN, unread."""
+    if labels.device.type != "cpu":
+        return
+    wrong = (labels < 0) | (labels >= vocab)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        allowed = "" if ignore_index is None else f" or ignore_index {ignore_index}"
+        raise ValueError(
+            f"labels: expected values in [0, {vocab}){allowed}, got {int(labels[row])} at row {row}"
+        )
+
+
+def kept_shapes(
+    spec: HeadSpec, hidden: Tensor, weight: Tensor | Adapted
+) -> tuple[int, tuple[int, int]]:
+    """Size of `kept` and shape of `anchors` as if all rows were scored.
+
+    So the shapes are known without reading the labels; memory never written is never committed.
+    """
+    plan = spec.plan(hidden, weight)
+    size = plan.kept_tokens * plan.vocab
+    if plan.shared_bytes:
+        size = max(size, -(-_bytes(weight) // spec.compute_dtype.itemsize)) + _ALIGNMENT
+    return size, (-(-plan.vocab // plan.tiles.vocab), plan.kept_tokens)
+
+
+def _bytes(weight: Tensor | Adapted) -> int:
+    """Of a d weight that could lie in another buffer."""
+    return 0 if isinstance(weight, Adapted) else weight.numel() * weight.dtype.itemsize
+
+
+def place_of_dweight(kept: Tensor, weight: Tensor) -> Tensor:
+    """[V, H] in the dtype of `weight` at the front of `kept`, if `kept_shapes` made it for both.
+
+    While the walk writes words [v0, v1) of it, blocks of later tiles are untouched: they lie as far
+    from the end of `kept`, or farther from its front.
+    """
+    cells = -(-_bytes(weight) // kept.itemsize)
+    # `.data`: for autograd `kept` has not changed. Who asks a second time must know (`lies_in`).
+    front = kept.data[:cells].view(weight.dtype)
+    return front[: weight.numel()].view(weight.shape)
+
+
+def lies_in(dweight: Tensor | None, kept: Tensor) -> bool:
+    """Whether a d weight has overwritten what was kept."""
+    if dweight is None or not kept.numel():
+        return False
+    return dweight.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()

@@ -1,0 +1,17 @@
+"""A tile of raw products to logits in place, for primitives that look at logits themselves."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..rows import backend as R
+
+
+def to_logits(tile: Tensor, first: int, bias: Tensor | None, logit_map: R.LogitMap) -> Tensor:
+    """z of `logit_map`, written over `tile` [n, v] float32; no further tile is needed."""
+    if bias is not None:  # [V] float32
+        tile.add_(bias[first : first + tile.shape[1]])
+    if logit_map.softcap is not None:
+        tile.mul_(logit_map.logit_scale / logit_map.softcap)
+        return tile.tanh_().mul_(logit_map.cap)
+    return tile if logit_map.factor == 1.0 else tile.mul_(logit_map.factor)

@@ -1,0 +1,138 @@
+"""The walks of `linear_topk`: those of `linear_logps`, with the best words picked from each tile.
+
+The row kernels need a label; every row gets word 0, whose own statistics nobody reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rows import backend as R
+from .backward import BackwardWalk, row_grads
+from .best_words import NEVER, merge, unpack
+from .forward import finish, folded_tiles
+from .head import Forward, Head, HeadSpec, kept_shapes
+from .logits import to_logits
+
+
+@dataclass(frozen=True)
+class TopKSpec:
+    """All that is not a tensor in one call."""
+
+    k: int
+    head: HeadSpec
+
+
+class Found(NamedTuple):
+    """z and ids: [N, k], 0 in rows that are not scored.  stats: of word 0; lse is what counts."""
+
+    z: Tensor
+    ids: Tensor
+    stats: Forward
+
+    @property
+    def values(self) -> Tensor:  # [N, k]
+        # The maximum and the log-sum beside it apart: their sum rounds at the size of the logits.
+        shift, log_mass = self.stats.maximum, self.stats.log_mass
+        return (self.z - shift.unsqueeze(1)) - log_mass.unsqueeze(1)
+
+
+def forward(
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N] 0, or ignore_index where the row is left out
+    exclude: Tensor | None,  # [N]
+    spec: TopKSpec,
+) -> Found:
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = Head(hidden, weight, bias, labels, spec.head)
+        n = len(head.hidden)
+        state = torch.tensor(R.INITIAL_STATE, device=head.device).unsqueeze(1).repeat(1, n)
+        kept_size, anchors_shape = kept_shapes(spec.head, hidden, weight)
+        kept = head.empty(kept_size, dtype=spec.head.compute_dtype)
+        anchors = head.empty(*anchors_shape, dtype=torch.float32)
+        best = torch.full((n, spec.k), NEVER, device=head.device)
+        if exclude is not None and head.rows is not None:
+            exclude = exclude.index_select(0, head.rows)
+        for a, b in head.token_blocks():
+            out = None if exclude is None else exclude[a:b]
+            for v0, tile in folded_tiles(head, state, kept, anchors, a, b):
+                z = to_logits(tile, v0, head.bias, head.spec.logit_map)
+                best[a:b] = merge(best[a:b], z, v0, out)
+        z, ids = (_spread(head, x, len(hidden)) for x in unpack(best))
+        stats = finish(head, state, len(hidden))._replace(kept=kept, anchors=anchors)
+        return Found(z, ids, stats)
+
+
+def _spread(head: Head, value: Tensor, tokens: int) -> Tensor:
+    """[n, k] back to all N rows, 0 in those left out."""
+    if head.ignored is not None:
+        return value.masked_fill(head.ignored.unsqueeze(1), 0)
+    if head.rows is None:
+        return value
+    return value.new_zeros(tokens, value.shape[1]).index_copy_(0, head.rows, value)
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],  # of values [N, k] and of lse [N]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    found: Found,
+    spec: TopKSpec,
+    needs: tuple[bool, bool, bool],  # d hidden, d weight, d bias
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = Head(hidden, weight, bias, labels, spec.head)
+        g, g_lse = grads
+        g = torch.zeros_like(found.z) if g is None else g.float()
+        # d value_j / d z_v = 1[v = word j] - p_v: dense is the sum of all, sparse the words' own.
+        dense = -g.sum(1) if g_lse is None else g_lse.float() - g.sum(1)
+        rows = row_grads(head, {"logps": None, "entropy": None, "lse": dense}, found.stats)
+        ids, own = found.ids, _own_words(g, dense, found, spec.head.logit_map)
+        if head.ignored is not None:
+            own = own.masked_fill(head.ignored.unsqueeze(1), 0)
+        elif head.rows is not None:
+            ids, own = ids.index_select(0, head.rows), own.index_select(0, head.rows)
+        return _TopKBackward(head, rows, found.stats, ids, own, needs).run(len(hidden))
+
+
+def _own_words(g: Tensor, dense: Tensor, found: Found, logit_map: R.LogitMap) -> Tensor:
+    """[N, k] d loss / d products of the listed words, written without cancellation at p near 1."""
+    log_p = found.values
+    dz = log_p.exp() * (dense.unsqueeze(1) + g) - g * torch.expm1(log_p)
+    return dz * logit_map.cap_slope(found.z) * logit_map.factor
+
+
+class _TopKBackward(BackwardWalk):
+    """The walk of `linear_logps`; the cells of the listed words are overwritten in each tile."""
+
+    def __init__(
+        self,
+        head: Head,
+        grads: Tensor,
+        saved: Forward,
+        ids: Tensor,  # [n, k]
+        own: Tensor,  # [n, k]
+        needs: tuple[bool, bool, bool],
+    ) -> None:
+        super().__init__(head, grads, saved, False, needs)
+        self.ids, self.own = ids, own
+        # One cell more: words of other tiles go there, since picking those of this tile out would
+        # wait for the device.
+        self._dx = head.empty(head.tile_cells + 1, dtype=head.gemm)
+
+    def _dproducts(self, i: int, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:
+        dx = super()._dproducts(i, v0, v1, a, b, words)
+        ids = self.ids[a:b]
+        start = torch.arange(b - a, device=ids.device).unsqueeze(1) * (v1 - v0) - v0
+        inside = (ids >= v0) & (ids < v1)
+        cells = torch.where(inside, start + ids, self.head.tile_cells)
+        self._dx.scatter_(0, cells.flatten(), self.own[a:b].to(self._dx.dtype).flatten())
+        return dx

@@ -1,0 +1,312 @@
+"""The benchmarks at tiny sizes: what they write, what they refuse, and that they judge first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastpo import cli
+from fastpo.bench import head, machine, process, readme, report, shapes, step_fit
+from fastpo.bench.check import judge
+from fastpo.bench.errors import BenchError
+from fastpo.bench.rivals import rival_variants
+from fastpo.bench.shapes import Shape
+from fastpo.bench.variants import CASES, Outcome, Variant, eager, own_variants, run
+
+ROOT = Path(__file__).parents[2]
+SHAPE = Shape(16, 100, 8)
+
+
+def bench(*arguments, out):
+    code = cli.main(["bench", *arguments, "--out", str(out)])
+    return code, json.loads(out.read_text())
+
+
+def options(**changes):
+    return head.HeadOptions((SHAPE,), repeats=2, memory=False, **changes)
+
+
+def run_head(chosen):
+    kept = []
+    made = head.bench(chosen, lambda _: None, kept.append)
+    assert kept[-1] is made
+    return made
+
+
+def test_head_measures_every_case(tmp_path, capsys):
+    arguments = ("--shapes", "16,100,8", "--repeats", "2", "--no-memory", "--device", "cpu")
+    code, made = bench("head", *arguments, "--variants", "fastpo,eager", out=tmp_path / "h.json")
+    assert code == 0
+    assert made["arguments"]["shapes"] == ["16,100,8"]
+    assert made["versions"]["torch"] == torch.__version__
+    assert len(made["load_average"]) == 3
+    timed = [row for row in made["rows"] if "median_ms" in row]
+    assert {row["case"] for row in timed} == set(CASES)
+    assert {row["variant"] for row in timed} >= {"eager", "fastpo torch", "fastpo torch keep"}
+    floor = made["shapes"][0]["floor_ms"]
+    for row in timed:
+        assert len(row["runs_ms"]) == 2
+        assert row["min_ms"] <= row["median_ms"] <= row["max_ms"]
+        assert row["products"] == pytest.approx(row["median_ms"] / floor["score"])
+        assert row["fraction_of_floor"] == pytest.approx(floor[row["case"]] / row["median_ms"])
+    printed = capsys.readouterr().out
+    assert "N 16, V 100, H 8" in printed
+    assert "fastpo cuda (score, frozen) refused: " in printed
+
+
+def test_check_times_nothing(capsys):
+    arguments = ["--shapes", "16,100,8", "--check", "--variants", "eager", "--device", "cpu"]
+    assert cli.main(["bench", "head", *arguments]) == 0
+    assert "checked" in capsys.readouterr().out
+
+
+def test_a_rival_that_refuses_is_shown(monkeypatch):
+    def missing():
+        raise ImportError("no such rival\nand a long tail")
+
+    def breaks():
+        def forward(x):
+            raise RuntimeError("expected CUDA")
+
+        return forward
+
+    rivals = [Variant("absent", "score", missing), Variant("broken", "frozen", breaks)]
+    monkeypatch.setattr(head, "rival_variants", lambda: rivals)
+    rows = run_head(options(variants=("absent", "broken")))["rows"]
+    assert [row["status"] for row in rows] == ["refused"] * 2
+    assert [row["reason"] for row in rows] == [
+        "ImportError: no such rival",
+        "RuntimeError: expected CUDA",
+    ]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_wrong_log_probabilities_of_ours_are_not_timed(own, monkeypatch):
+    def off(x):
+        return Outcome(eager(x).logps + 1e-3)
+
+    variant = Variant("off", "trainable", lambda: off, own=own)
+    monkeypatch.setattr(head, "rival_variants", lambda: [variant])
+    (row,) = run_head(options(variants=("off",)))["rows"]
+    assert row["errors"]["logps"] == pytest.approx(1e-3, rel=0.01)
+    assert row["status"] == ("wrong" if own else "ok")
+    assert ("median_ms" in row) != own
+
+
+def test_wrong_gradients_of_ours_are_not_timed(monkeypatch):
+    def off(x):
+        logps = eager(x).logps
+        return Outcome(logps.detach() + 1.01 * (logps - logps.detach()))
+
+    monkeypatch.setattr(
+        head, "rival_variants", lambda: [Variant("off", "frozen", lambda: off, True)]
+    )
+    (row,) = run_head(options(variants=("off",)))["rows"]
+    assert row["status"] == "wrong"
+    assert row["reason"].startswith("dhidden: error ")
+
+
+@pytest.mark.parametrize("name", ["trl", "liger scaled ce", "liger dpo", "torch linear_ce"])
+def test_rivals_compute_what_they_are_compared_with(name):
+    problem = head.make_problem(SHAPE, "cpu", torch.float32, copies=False)
+    judged = judge(problem.sets[0], problem.upstream)
+    for variant in (v for v in rival_variants() if v.name == name):
+        try:
+            forward = variant.make()
+        except (ImportError, RuntimeError) as error:
+            pytest.skip(str(error))
+        errors = judged.errors(run(variant, forward, problem.sets[0], problem.upstream))
+        assert max(errors.values()) < 1e-5, variant.case
+
+
+def test_own_variants_keep_the_rule():
+    problem = head.make_problem(Shape(24, 333, 16), "cpu", torch.float32, copies=False)
+    judged = judge(problem.sets[0], problem.upstream)
+    for variant in own_variants(torch.device("cpu")):
+        if variant.name.startswith("fastpo torch"):
+            result = run(variant, variant.make(), problem.sets[0], problem.upstream)
+            assert judged.complaint(judged.errors(result), torch.float32) is None
+
+
+def test_memory_has_a_process_of_its_own():
+    extra = process.fresh(head.extra_mib_alone, "eager", "score", Shape(512, 4096, 8), "float32")
+    assert 8 < extra < 64  # 512 x 4096 float32 are 8 MiB; eager holds two of them
+
+
+def test_what_a_process_raises_is_raised():
+    with pytest.raises(RuntimeError, match="TypeError: "):
+        process.fresh(machine.facts)
+
+
+def test_a_process_that_dies_is_said():
+    with pytest.raises(process.Died, match="ended with code 3"):
+        process.fresh(os._exit, 3)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 7, 100, 1000])
+def test_the_largest_that_fits(limit):
+    found, tries = step_fit.largest(lambda n: n <= limit, 512)
+    assert found <= limit
+    assert found >= min(limit, 512) * 15 // 16
+    assert tries < 20
+
+
+def test_step_compares_and_searches(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    sizes = ("--model", "tiny", "--lengths", "64", "--pairs", "1", "--steps", "1", "--rounds", "1")
+    search = ("--most", "128", "--variants", "eager,fastpo", "--device", "cpu")
+    code, made = bench("step", *sizes, *search, out=tmp_path / "s.json")
+    assert code == 0
+    assert [row["status"] for row in made["rows"]] == ["ok", "ok"]
+    losses = [row["losses"] for row in made["rows"]]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert all(row["tokens_per_s"] > 0 for row in made["rows"])
+    assert {(fit["of"], fit["largest"]) for fit in made["fits"]} == {
+        ("length", 128),
+        ("pairs", 128),
+    }
+    assert all(fit["at_limit"] for fit in made["fits"])
+    assert "longest context under" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["head", "--shapes", "nothing"], "--shapes: expected readme, "),
+        (["head", "--shapes", "1,2,0"], "--shapes: expected three numbers >= 1, got '1,2,0'"),
+        (["head", "--repeats", "0"], "--repeats: expected an integer >= 1, got 0"),
+        (["head", "--threads", "0"], "--threads: expected an integer >= 1, got 0"),
+        (["step", "--model", "nothing"], "--model: expected one of tiny, small, "),
+        (["step", "--variants", "nothing"], "--variants: expected some of eager, fastpo, trl"),
+        (["plot", "no.json"], "no.json: No such file or directory"),
+        (["readme", "no.md"], "no.md: No such file or directory"),
+    ],
+)
+def test_what_was_given_wrong_is_said_in_one_line(
+    arguments, message, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    device = ["--device", "cpu"] if arguments[0] in ("head", "step") else []
+    assert cli.main(["bench", *arguments, *device]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shapes_are_read_once_each():
+    assert shapes.parse(["readme", "1024,151936,896"]) == [Shape(1024, 151_936, 896)]
+    assert len(shapes.parse(["h200"])) == 8
+
+
+HEAD = {
+    "what": "head",
+    "device": "A Device",
+    "device_type": "cpu",
+    "created": "2026-01-02T03:04:05+00:00",
+    "threads": 2,
+    "capability": "AVX2",
+    "load_average": [0.1, 0.1, 0.1],
+    "dtype": "float32",
+    "backend": "cpu",
+    "versions": {"torch": "9.9", "trl": None, "liger_kernel": None},
+    "shapes": [{**SHAPE._asdict(), "floor_ms": {"score": 2.0, "frozen": 4.0, "trainable": 6.0}}],
+    "rows": [
+        {
+            **SHAPE._asdict(),
+            **dict(zip(("variant", "own", "case", "status"), names, strict=True)),
+            "errors": {"logps": 1e-6},
+            **({"median_ms": ms, "runs_ms": [ms], "products": ms / 2} if ms else {"reason": "no"}),
+        }
+        for *names, ms in (
+            ("fastpo cpu", True, "score", "ok", 2.2),
+            ("fastpo torch", True, "score", "ok", 3.3),
+            ("fastpo cpu keep", True, "trainable", "ok", 6.6),
+            ("eager", False, "score", "ok", 2.1),
+            ("cce", False, "score", "refused", None),
+        )
+    ],
+}
+
+
+def test_readme_takes_its_tables_from_reports(tmp_path, capsys):
+    (tmp_path / "r.json").write_text(json.dumps(HEAD))
+    text = "before\n<!-- bench: r.json -->\nfastest in the world\n<!-- end of bench -->\nafter\n"
+    page = tmp_path / "README.md"
+    page.write_text(text)
+    assert cli.main(["bench", "readme", str(page), "--check"]) == 1
+    assert page.read_text() == text
+    assert "r.json: differs from" in capsys.readouterr().out
+    assert cli.main(["bench", "readme", str(page)]) == 0
+    new = page.read_text()
+    assert new.startswith("before\n<!-- bench: r.json -->\nHead of N 16, V 100, H 8, float32, ")
+    assert "fastest" not in new
+    assert "| fastpo, probabilities kept | 3.30 | – | 1.0e-06 |" in new
+    assert new.index("| eager | 1.05") < new.index("| fastpo | 1.10")
+    assert "1.65" not in new  # a backend fastpo does not choose here
+    assert cli.main(["bench", "readme", str(page), "--check"]) == 0
+
+
+def test_readme_shows_no_times_of_a_busy_cpu():
+    text = readme.render(HEAD | {"load_average": [4.6, 4.0, 3.0]}, "r.json")
+    assert "no times, because other work ran beside it (load 4.6)" in text
+    assert "products |" not in text
+    assert "| fastpo | – | 1.0e-06 |" in text
+
+
+def test_readme_without_a_table_is_refused(tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("nothing\n")
+    with pytest.raises(BenchError, match="expected a line <!-- bench: FILE -->, got none"):
+        readme.rewrite(page, write=False)
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    other = {**HEAD["shapes"][0], "tokens": 32}
+    walk = HEAD | {"rows": HEAD["rows"] + [row | {"tokens": 32} for row in HEAD["rows"]]}
+    walk["shapes"] = [*HEAD["shapes"], other]
+    for name, made in {"bars": HEAD, "walk": walk}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(made))
+        assert cli.main(["bench", "plot", str(tmp_path / f"{name}.json")]) == 0
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_has_no_infinities(tmp_path):
+    report.write({"what": "head", "rows": [{"error": float("inf")}]}, tmp_path / "x.json")
+    assert report.read(tmp_path / "x.json")["rows"] == [{"error": None}]
+
+
+def test_sweep_compares_tiles(tmp_path, capsys):
+    small = ("--rows", "4", "--width", "32", "--repeats", "1")
+    code, made = bench("sweep", *small, out=tmp_path / "w.json")
+    assert code == 0
+    statuses = {row["variant"]: row["status"] for row in made["rows"]}
+    assert statuses["torch"] == "ok"
+    assert any(name.startswith("triton") for name in statuses)
+    assert "wrong" not in statuses.values()
+
+
+@pytest.mark.parametrize("part", ["1", "2"])
+def test_gpu_session_runs_through(part, tmp_path):
+    script = ROOT / "benchmarks" / "gpu_session.sh"
+    if not script.is_file():
+        pytest.skip("not a checkout")
+    given = {"OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        ["bash", str(script), part, "--dry-run"],
+        env=clean | given,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    wanted = {"1": {"head.json"}, "2": {"walks.json", "step_tiny.json", "sweep.json"}}[part]
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert wanted | {f"part{part}.log"} <= names
+    assert len(names) <= 8

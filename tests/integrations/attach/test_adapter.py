@@ -1,0 +1,179 @@
+"""LoRA and DoRA on `lm_head`: the same losses and gradients as the model's own forward."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("peft")
+
+import _tiny as tiny
+import peft
+import torch
+from _tiny import one_thread  # noqa: F401
+
+import fastpo
+from fastpo.integrations.adapter import operands, unsupported
+from fastpo.ops.shards.gathered import HeadOptions, score
+
+ADAPTERS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+}
+
+
+def adapted_model(name="lora", model="llama", **changes):
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "lm_head"], **changes}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings, **ADAPTERS[name])
+    built = peft.get_peft_model(tiny.model(model), config)
+    randomize(built)
+    return built
+
+
+def randomize(model):
+    """Adapters start as zero, where mistakes hide."""
+    torch.manual_seed(5)
+    for key, parameter in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.3)
+
+
+@pytest.mark.parametrize("mode", ["keep", "lean"])
+@pytest.mark.parametrize("model", ["llama", "phi", "gemma2"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_layer_s_own_products(name, model, mode):
+    built = adapted_model(name, model).get_base_model()
+    head = built.get_output_embeddings()
+    torch.manual_seed(1)
+    hidden = torch.randn(7, 32, requires_grad=True)
+    labels = torch.arange(7)
+    trained = [p for p in head.parameters() if p.requires_grad]
+    own = torch.log_softmax(head(hidden), -1)[range(7), labels]
+    weights = torch.linspace(-1, 1, 7)
+    expected = torch.autograd.grad((own * weights).sum(), [hidden, *trained])
+    weight, adapter = operands(head, hidden)
+    options = HeadOptions(budget=0 if mode == "lean" else 2**40)
+    found = score(hidden, weight, head.bias, labels, options, adapter=adapter).logps
+    torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad((found * weights).sum(), [hidden, *trained])
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_base_weight_and_adapter_may_both_train():
+    head = adapted_model().get_base_model().get_output_embeddings()
+    head.weight.requires_grad_(True)
+    torch.manual_seed(1)
+    hidden, labels = torch.randn(7, 32), torch.arange(7)
+    trained = list(head.parameters())
+    own = torch.log_softmax(head(hidden), -1)[range(7), labels].sum()
+    weight, adapter = operands(head, hidden)
+    found = score(hidden, weight, None, labels, HeadOptions(), adapter=adapter).logps.sum()
+    expected = torch.autograd.grad(own, trained)
+    torch.testing.assert_close(torch.autograd.grad(found, trained), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_several_disabled_and_merged_adapters():
+    built = adapted_model()
+    built.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    randomize(built)
+    built.base_model.set_adapter(["default", "second"])
+    head = built.get_base_model().get_output_embeddings()
+    hidden = torch.randn(5, 32)
+    changes = [lambda: None, head.merge, lambda: head.enable_adapters(False), lambda: None]
+    for change in changes:
+        change()
+        weight, adapter = operands(head, hidden)
+        products = hidden @ weight.t()
+        if adapter is not None:
+            products = products + adapter[0] @ adapter[1].t()
+        torch.testing.assert_close(products, head(hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_what_fastpo_cannot_score_through():
+    def reason(**settings):
+        return unsupported(adapted_model(**settings).get_base_model().get_output_embeddings())
+
+    assert reason() is None
+    assert reason(lora_bias=True) == "lora_bias=True"
+    plain = tiny.model("llama")
+    loha = peft.get_peft_model(plain, peft.LoHaConfig(r=2, target_modules=["lm_head"]))
+    head = loha.get_base_model().get_output_embeddings()
+    assert unsupported(head).startswith("an adapter of type peft.tuners.loha")
+
+
+def test_dora_with_dropout_is_refused_while_training():
+    head = adapted_model("dora", lora_dropout=0.5).get_base_model().get_output_embeddings()
+    with pytest.raises(RuntimeError, match="DoRA adapter without dropout"):
+        operands(head.train(), torch.randn(3, 32))
+
+
+# TRL's trainers
+
+SETTINGS = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "report_to": [],
+    "save_strategy": "no",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+
+
+def dpo_trainer(folder, **lora):
+    trl = pytest.importorskip("trl")
+    tiny.model("llama").save_pretrained(folder / "model")
+    settings = {"r": 4, "target_modules": ["q_proj", "lm_head"], **lora}
+    return trl.DPOTrainer(
+        model=str(folder / "model"),
+        args=trl.DPOConfig(output_dir=str(folder), **SETTINGS),
+        train_dataset=tiny.preferences(),
+        processing_class=tiny.tokenizer(),
+        peft_config=peft.LoraConfig(task_type="CAUSAL_LM", **settings),
+    )
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dpo_trains_an_adapter_on_the_head(use_dora, tmp_path):
+    with fastpo.patched():
+        trainer = dpo_trainer(tmp_path, use_dora=use_dora)
+        randomize(trainer.model)
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        named = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(loss, list(named.values()))
+        mask = batch["completion_mask"][:, 1:].bool()
+        own = margin(trainer.model, batch, mask)
+        with torch.no_grad(), trainer.model.disable_adapter():
+            reference = margin(trainer.model, batch, mask)
+        expected = -torch.nn.functional.logsigmoid(0.1 * (own - reference)).mean()
+        own_grads = torch.autograd.grad(expected, list(named.values()))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        assert any("lm_head" in name for name in named)
+        torch.testing.assert_close(grads, own_grads, rtol=1e-3, atol=1e-5)
+        trainer.train()
+
+
+def margin(model, batch, mask):
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["input_ids"][:, 1:, None]
+    tokens = logits[:, :-1].log_softmax(-1).gather(-1, labels).squeeze(-1)
+    chosen, rejected = (tokens * mask).sum(1).chunk(2)
+    return chosen - rejected
+
+
+def test_trl_s_own_head_never_runs_without_the_adapter(tmp_path):
+    pytest.importorskip("trl", minversion="1.15")  # older ones call the adapter
+    with fastpo.patched():
+        trainer = dpo_trainer(tmp_path)
+    with pytest.raises(RuntimeError, match="ignores the adapter on lm_head"):
+        trainer.train()
+
+
+def test_what_is_not_supported_stays_refused(tmp_path):
+    pytest.importorskip("trl", minversion="1.15")  # older ones refuse none
+    with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head`"):
+        dpo_trainer(tmp_path)
+    with fastpo.patched(), pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head`"):
+        dpo_trainer(tmp_path, lora_bias=True)

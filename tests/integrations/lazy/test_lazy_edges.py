@@ -1,0 +1,201 @@
+"""`LazyLogits` where a trainer, a wrapper or a user's own loss does something unusual."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+import _tiny as tiny
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from _tiny import one_thread  # noqa: F401
+from torch import nn
+
+from fastpo.integrations.lazy import logits as lazy_logits
+from fastpo.integrations.lazy.logits import LazyLogits
+from fastpo.integrations.trl.logits import lazy_head
+
+B, T, H, V = 3, 7, 16, 211
+TRAINER = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace()))
+
+
+def pair(capped=False):
+    """Lazy logits, the real ones of the same head, and the leaves."""
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(H, V), torch.randn(B, T, H, requires_grad=True)
+    lazy, real = LazyLogits.of(head, hidden), head(hidden)
+    if capped:
+        lazy, real = torch.tanh(lazy / 3.0) * 3.0, torch.tanh(real / 3.0) * 3.0
+    return lazy, real, [hidden, *head.parameters()]
+
+
+def logps(logits, labels):
+    return logits.log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
+
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/g", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "phi"])
+def test_ddp_that_looks_for_unused_parameters(name, group):
+    """It is what transformers' Trainer asks for without gradient checkpointing."""
+    ids = tiny.batch()["input_ids"]
+    grads = []
+    for lazy in (False, True):
+        model = tiny.model(name)
+        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        for _ in range(2):  # what the first backward marks wrongly fails in it or in the next
+            model.zero_grad()
+            with lazy_head(TRAINER, model) if lazy else contextlib.nullcontext():
+                logits = ddp(ids, use_cache=False).logits
+            assert isinstance(logits, LazyLogits) is lazy
+            F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
+
+
+def test_a_row_asked_for_several_words():
+    lazy, real, leaves = pair()
+    rows, labels = torch.tensor([0, 0, 1]), torch.randint(0, V, (3, T))
+    found, expected = logps(lazy[rows], labels), logps(real[rows], labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    ours, own = (torch.autograd.grad(x.square().sum(), leaves) for x in (found, expected))
+    torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-4)
+    # What is remembered of such a row belongs together.
+    torch.testing.assert_close(logps(lazy, labels), logps(real, labels), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_a_pass_without_gradient_are_constants():
+    head, hidden = nn.Linear(H, V), torch.randn(B, T, H)
+    with torch.no_grad():
+        lazy = LazyLogits.of(head, hidden)
+    assert not lazy.requires_grad
+    assert not logps(lazy, torch.zeros(B, T, dtype=torch.int64)).requires_grad
+
+
+def test_a_batch_of_padding_has_gradients_of_zeros():
+    lazy, _, leaves = pair()
+    ignored = torch.full((B * T,), -100)
+    loss = F.cross_entropy(lazy.flatten(0, 1), ignored, reduction="sum")
+    assert loss == 0
+    assert all(not grad.any() for grad in torch.autograd.grad(loss, leaves))
+
+
+def in_place(logits):
+    logits.div_(2.0)
+    return logits.log_softmax(-1)[..., 3]
+
+
+def masked_in_place(logits):
+    logits[..., 5] = -1e4
+    return torch.log_softmax(logits, -1)[..., 3]
+
+
+OPERATORS = {
+    "add": lambda x: 1.0 + x + 1.0,
+    "subtract_max": lambda x: x - x.max(-1, keepdim=True).values,
+    "power": lambda x: x**2,
+    "compare": lambda x: (x > 0).float() + (x == 0).float(),
+    "matmul": lambda x: x @ torch.ones(V, 2),
+    "in_place": in_place,
+    "masked_in_place": masked_in_place,
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_of_a_user_s_own_loss(name):
+    lazy, real, _ = pair()
+    real = real.clone()
+    torch.testing.assert_close(OPERATORS[name](lazy), OPERATORS[name](real), rtol=1e-5, atol=1e-5)
+
+
+def test_a_negated_soft_cap():
+    lazy, real, _ = pair(capped=True)
+    torch.testing.assert_close((-lazy).logsumexp(-1), (-real).logsumexp(-1))
+
+
+@pytest.mark.parametrize("read", [lambda x: x.mean(), lambda x: x[:, 1:].mean(-1).square().sum()])
+def test_means_of_capped_logits_have_a_gradient(read):
+    lazy, real, leaves = pair(capped=True)
+    ours, own = (torch.autograd.grad(read(x), leaves) for x in (lazy, real))
+    torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
+
+
+def test_asking_for_an_attribute_computes_nothing(monkeypatch):
+    monkeypatch.setattr(LazyLogits, "materialize", lambda self: pytest.fail("full logits"))
+    assert not hasattr(pair()[0], "no_such_attribute")
+
+
+def test_every_full_computation_is_named(monkeypatch):
+    monkeypatch.setattr(lazy_logits, "_told", set())
+    F.cross_entropy(pair()[0].flatten(0, 1), torch.ones(B * T).long(), weight=torch.ones(V))
+    pair()[0].mean(0)
+    assert lazy_logits._told == {"cross_entropy", "mean"}
+
+
+def test_label_smoothing_passes_through_the_head_once(monkeypatch):
+    calls = tiny.count_calls(monkeypatch)
+    lazy, _, _ = pair()
+    F.cross_entropy(lazy.flatten(0, 1), torch.ones(B * T).long(), label_smoothing=0.1)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_labels_of_decoders_are_not_shifted(encoder_decoder):
+    trl_cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
+    import fastpo
+
+    lazy, real, _ = pair()
+    labels = torch.randint(0, V, (B, T)).masked_fill(torch.rand(B, T) < 0.4, -100)
+
+    def read(logits):
+        return trl_cpo.CPOTrainer.get_batch_logps(
+            logits, labels.clone(), average_log_prob=True, is_encoder_decoder=encoder_decoder
+        )
+
+    expected = read(real)
+    with fastpo.patched():
+        found = read(lazy)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_in_float64_keeps_its_logits():
+    model = tiny.model("llama").double()
+    with lazy_head(TRAINER, model):
+        assert isinstance(model(tiny.batch()["input_ids"]).logits, torch.Tensor)
+
+
+def test_argmax_through_lora(monkeypatch):
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr(lazy_logits, "_told", set())
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny.model("llama"), config).eval()
+    ids = tiny.batch()["input_ids"]
+    expected = model(ids).logits.argmax(-1)
+    with lazy_head(TRAINER, model.get_base_model()):
+        assert torch.equal(model(ids).logits.argmax(-1), expected)
+    assert not lazy_logits._told
+
+
+def test_a_user_s_own_call_of_trl_s_helper(monkeypatch):
+    utils = pytest.importorskip("trl.trainer.utils")
+    import fastpo
+
+    monkeypatch.setattr(lazy_logits, "_told", set())
+    lazy, real, _ = pair()
+    labels = torch.randint(0, V, (B, T))
+    with fastpo.patched():
+        assert utils._supports_trl_loss_kernel(lazy, labels) is False
+        found = utils.selective_log_softmax(lazy, labels)
+    torch.testing.assert_close(found, logps(real, labels), rtol=1e-5, atol=1e-5)
+    assert not lazy_logits._told

@@ -1,0 +1,145 @@
+"""`fastpo.patch` comes and goes: before or after TRL, around its subclasses, nested, repeated."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+import _tiny as tiny
+import _trainers
+import trl
+from _tiny import one_thread  # noqa: F401
+
+import fastpo
+from fastpo.integrations.seams.seam import Replacement, fitting
+from fastpo.integrations.trl.head import HEAD
+from fastpo.integrations.trl.patch import _SEAMS
+
+
+@pytest.fixture(autouse=True)
+def unpatched():
+    """What fails here must not leave the tests after it patched."""
+    yield
+    fastpo.unpatch()
+
+
+def held():
+    """What stands at every seam of this TRL, its module imported."""
+    found = {}
+    for seam in fitting(dict.fromkeys(_SEAMS, Replacement)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TRL's notice that its experiments may change
+            try:
+                importlib.import_module(seam.module)
+            except ImportError:  # of what an experiment needs
+                continue
+        if seam.current() is not None:
+            found[seam] = seam.current()
+    return found
+
+
+def assert_held(expected):
+    assert all(seam.current() is value for seam, value in expected.items())
+
+
+def test_every_seam_is_given_back():
+    own = held()
+    assert len(own) > 20
+    assert not any(isinstance(value, Replacement) for value in own.values())
+    for _ in range(2):
+        fastpo.patch()
+        for seam, value in own.items():
+            assert isinstance(seam.current(), Replacement), seam
+            assert seam.current().original is value, seam
+    outer = {seam: seam.current() for seam in own}
+    with fastpo.patched(), fastpo.patched(budget=7):
+        assert all(seam.current().original is value for seam, value in own.items())
+        assert HEAD.current().own.budget == 7
+    assert_held(outer)
+    with pytest.raises(ZeroDivisionError), fastpo.patched():
+        raise ZeroDivisionError
+    assert_held(outer)
+    with fastpo.patched():
+        fastpo.unpatch()
+        assert_held(own)
+    assert_held(outer)
+    for _ in range(2):
+        fastpo.unpatch()
+        assert_held(own)
+
+
+class Halved(trl.DPOTrainer):
+    """A script's own trainer, defined before any patch: it calls what it overrides."""
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        return super()._compute_loss(model, inputs, return_outputs) / 2
+
+
+@pytest.mark.parametrize("built", ["inside", "before"])
+def test_a_subclass_defined_before(built, tmp_path, monkeypatch):
+    """Also where the trainer itself was built before: what it calls is looked up when it does."""
+    monkeypatch.setattr(trl, "DPOTrainer", Halved)
+    path = _trainers.saved(tmp_path)
+    calls = tiny.count_calls(monkeypatch)
+
+    def build():
+        return _trainers.build("DPO", tmp_path, path, tiny.preferences(), {})
+
+    own = _trainers.train(build())
+    assert not calls
+    early = build() if built == "before" else None
+    with fastpo.patched():
+        ours = _trainers.train(early or build())
+    assert calls
+    _trainers.assert_same(ours, own)
+
+
+# What a script may do; after the import of TRL is what the tests above did.
+ORDERS = {
+    "before": "fastpo.patch(); import trl; from trl import DPOTrainer; fastpo.patch()",
+    "between": "import trl; fastpo.patch(); assert not imported(); from trl import DPOTrainer",
+}
+PROGRAM = """
+import sys
+import fastpo
+
+def imported():
+    return "trl.trainer.dpo_trainer" in sys.modules
+
+{order}
+import trl.trainer.utils as utils
+from fastpo.integrations.seams.seam import Replacement
+
+def at_seams():
+    own = vars(DPOTrainer)
+    return (utils._ChunkedLogProbFunction, own["__init__"], own["_compute_loss"])
+
+assert all(isinstance(value, Replacement) for value in at_seams()), at_seams()
+own = tuple(value.original for value in at_seams())
+assert not any(isinstance(value, Replacement) for value in own)
+fastpo.unpatch()
+assert all(now is before for now, before in zip(at_seams(), own))
+finders = [type(finder).__module__ for finder in sys.meta_path if not isinstance(finder, type)]
+assert not any(name.startswith("fastpo") for name in finders), finders
+"""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_orders_of_import(order):
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM.format(order=ORDERS[order])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr

@@ -1,0 +1,292 @@
+"""Compiles every Triton kernel of the library for GPUs that are not there; prints JSON.
+
+Runs as a program of its own: with TRITON_INTERPRET set, @triton.jit would have made interpreted
+functions. The launches are the library's own: a recorder stands in for each kernel while the
+adapter runs on CPU tensors, so what is compiled is what a GPU would be asked to run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastpo.kernels import _blocks, anchored, anchored_fold, anchored_target, pair_rows, rows
+from fastpo.ops.rows import backend as R
+from fastpo.ops.rows import triton as rows_triton
+from fastpo.ops.rows.pair import backend as P
+from fastpo.ops.rows.pair import triton as pair_triton
+
+ARCHITECTURES = (80, 90)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64", torch.float64: "*fp64"}
+PLAIN, CAPPED = R.LogitMap(0.7), R.LogitMap(0.7, 30.0)
+ALL = sum(R.STATS.values())
+
+# width, bias, map, statistics, dtype kept, soft-cap folded into it
+FORWARD = [
+    (8192, False, PLAIN, 0, None, False),
+    (8192, False, PLAIN, 0, BF16, False),
+    (8192, False, PLAIN, 0, FP16, False),
+    (8192, False, PLAIN, ALL, None, False),
+    (8192, True, CAPPED, ALL, None, False),
+    (8192, True, CAPPED, ALL, BF16, True),
+    (8192, True, CAPPED, ALL, FP32, True),
+    (8191, True, CAPPED, ALL, None, False),
+    (8191, True, CAPPED, ALL, FP16, True),
+    (256, False, PLAIN, ALL, BF16, False),
+    (1, True, PLAIN, ALL, FP32, False),
+]
+
+# width, bias, map, dtype of the kept exponentials, entropy, dtype written
+BACKWARD = [
+    (8192, False, PLAIN, None, False, BF16),
+    (8192, False, PLAIN, BF16, False, BF16),
+    (8192, False, PLAIN, FP16, True, FP16),
+    (8192, True, CAPPED, None, True, BF16),
+    (8192, False, CAPPED, BF16, True, BF16),
+    (8191, True, CAPPED, None, True, FP16),
+    (8191, False, CAPPED, FP32, True, FP32),
+    (256, False, PLAIN, FP32, False, FP32),
+    (1, True, CAPPED, None, True, FP32),
+]
+
+# rows, width, hidden size, dtype, bias, map, E stored, and for a frozen head, statistics
+ANCHORED = [
+    (512, 8192, 4096, BF16, False, PLAIN, False, False, 0),
+    (512, 8192, 4096, BF16, False, PLAIN, False, False, 15),
+    (512, 8192, 4096, BF16, False, PLAIN, True, False, 0),
+    (512, 8192, 4096, BF16, False, PLAIN, True, False, 15),
+    (512, 8192, 4096, BF16, False, PLAIN, True, True, 0),
+    (512, 8192, 4096, BF16, True, PLAIN, True, True, 15),
+    (512, 8192, 4096, BF16, False, CAPPED, True, True, 15),
+    (512, 8192, 4096, BF16, True, CAPPED, True, True, 0),
+    (512, 8192, 4096, FP16, False, PLAIN, True, False, 0),
+    (512, 8191, 4096, BF16, False, PLAIN, False, False, 0),
+    (512, 8191, 4096, BF16, False, PLAIN, True, False, 15),
+    (500, 8191, 4090, BF16, True, CAPPED, True, True, 0),
+    (1, 1, 8, BF16, True, PLAIN, True, False, 15),
+]
+
+# width, biases, the student's and the teacher's map, dtypes written
+PAIRS = [
+    (8192, False, (PLAIN, PLAIN), (BF16, None)),
+    (8191, True, (CAPPED, CAPPED), (FP32, FP16)),
+]
+
+
+class Launch(NamedTuple):
+    name: str
+    kernel: triton.JITFunction
+    arguments: dict[str, object]
+    options: dict[str, object]  # num_warps and the like
+    architectures: tuple[int, ...] = ARCHITECTURES
+
+
+def record(
+    name: str,
+    kernel: str,
+    adapter: Callable[..., None],
+    arguments: tuple,
+    module: ModuleType = rows,
+    **options: object,
+) -> Launch:
+    """The launch that the adapter makes with these arguments, instead of making it."""
+    original, found = getattr(module, kernel), []
+
+    class Recorder:
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda *args, **named: found.append((args, named))
+
+    setattr(module, kernel, Recorder())
+    try:
+        adapter(*arguments, **options)
+    finally:
+        setattr(module, kernel, original)
+    ((args, named),) = found
+    values = dict(zip(original.arg_names, args, strict=False))
+    values |= {key: named.pop(key) for key in original.arg_names[len(args) :]}
+    return Launch(name, original, values, named)
+
+
+def launches() -> Iterator[Launch]:
+    n = 16
+    labels, numbers = torch.zeros(n, dtype=torch.int64), torch.zeros(n)
+    for width, biased, logit_map, stats, dtype, fold in FORWARD:
+        bias = torch.zeros(width) if biased else None
+        kept = None if dtype is None else torch.empty(n, width, dtype=dtype)
+        anchors = None if dtype is None else numbers
+        state, tile = torch.zeros(R.STATE, n), torch.empty(n, width)
+        arguments = (tile, 0, labels, bias, state, logit_map, stats, kept, anchors, fold)
+        name = f"forward {width} {_words(biased, logit_map)}stats={stats} kept={_short(dtype)}"
+        yield record(name, "rows_fwd_kernel", rows_triton.forward, arguments)
+    for width, biased, logit_map, dtype, entropy, dtype_out in BACKWARD:
+        bias = torch.zeros(width) if biased else None
+        source = torch.empty(n, width, dtype=dtype or FP32)
+        anchors = None if dtype is None else numbers
+        grads, out = torch.zeros(R.GRADS, n), torch.empty(n, width, dtype=dtype_out)
+        arguments = (source, anchors, 0, labels, bias, grads, logit_map, entropy, out)
+        name = f"backward {width} {_words(biased, logit_map)}{'entropy ' if entropy else ''}"
+        name += f"kept={_short(dtype)} out={_short(dtype_out)}"
+        yield record(name, "rows_bwd_kernel", rows_triton.backward, arguments)
+    for case in ANCHORED:
+        yield from anchored_launches(*case)
+    for case in PAIRS:
+        yield from pair_launches(*case)
+
+
+def anchored_launches(
+    n: int,
+    width: int,
+    hidden: int,
+    dtype: torch.dtype,
+    biased: bool,
+    logit_map: R.LogitMap,
+    kept: bool,
+    frozen: bool,
+    stats: int,
+) -> Iterator[Launch]:
+    scalars = rows_triton.map_scalars(logit_map)
+    x, words = torch.empty(n, hidden, dtype=dtype), torch.empty(width, hidden, dtype=dtype)
+    bias, numbers = torch.zeros(width) if biased else None, torch.zeros(n)
+    e = torch.empty(n, width, dtype=dtype) if kept else None
+    rows = (x, words, torch.zeros(n, dtype=torch.int64), bias)
+    name = f"{n}x{width}x{hidden} {_short(dtype)} {_words(biased, logit_map)}"
+    name += f"stats={stats} frozen={frozen} kept={kept}"
+    options = {**scalars, "stats": stats, "fold_cap": frozen}
+
+    def launch(prefix: str, kernel: str, adapter: Callable[..., None], *arguments: object):
+        modules = {"fold ": anchored_fold, "target ": anchored_target}
+        module = modules.get(prefix, anchored)
+        return record(prefix + name, kernel, adapter, arguments, module, **options)
+
+    for tma in (False, True):
+        blocks = _blocks.gemm_blocks(tma)
+        if tma and hidden * dtype.itemsize % 16:
+            continue  # what a descriptor cannot load, the other kernel does
+        partial = torch.zeros(anchored.SUMS.value if stats else 1, -(-width // blocks.v), n)
+        found = launch(
+            "descriptors " if tma else "pointers ",
+            "anchored_fwd_tma_kernel" if tma else "anchored_fwd_kernel",
+            anchored.anchored_fwd, *rows, numbers, partial, e, 0, blocks, 132,
+        )  # fmt: skip
+        yield found._replace(architectures=(90,)) if tma else found
+    anchors, total = (None, torch.zeros(n, hidden)) if frozen else (numbers if kept else None, None)
+    yield launch(
+        "fold ", "anchored_fold_kernel", anchored_fold.anchored_fold,
+        *rows, partial, numbers, torch.zeros(R.STATE, n), e, anchors, total, 0,
+    )  # fmt: skip
+    options = {**scalars, "vocab": width}
+    yield launch(
+        "target ", "anchored_target_kernel", anchored_target.anchored_target,
+        x, x, *rows[2:], numbers, numbers,
+    )  # fmt: skip
+
+
+def pair_launches(
+    width: int,
+    biased: bool,
+    maps: tuple[R.LogitMap, R.LogitMap],
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+) -> Iterator[Launch]:
+    n = 16
+    bias, numbers = torch.zeros(width) if biased else None, torch.zeros(P.STATE, n)
+    sides = tuple(P.Side(torch.empty(n, width), bias, logit_map) for logit_map in maps)
+    outs = tuple(None if x is None else torch.empty(n, width, dtype=x) for x in dtypes)
+    name = f" {width} {_words(biased, maps[0])}teacher {_words(False, maps[1])}"
+
+    def launch(kernel: str, detail: str, *arguments: object) -> Launch:
+        adapter = getattr(pair_triton, kernel)
+        title = f"pair {kernel}{name}{detail}"
+        return record(title, f"pair_{kernel}_kernel", adapter, (sides, 0, *arguments), pair_rows)
+
+    for over, entropy in ((None, False), (0, True), (1, True)):
+        yield launch("softmaxes", f"over={over} entropy={entropy}", numbers, over, entropy)
+    for kind in P.KINDS:
+        rule, sums = P.Rule(kind, 0.3), torch.zeros(P.SUMS, n, dtype=torch.float64)
+        if rule.over is None:  # a KL divergence is known after the softmaxes
+            yield launch("values", kind, numbers, rule, sums)
+        yield launch("gradients", kind, numbers, numbers, rule, outs)
+
+
+def _words(biased: bool, logit_map: R.LogitMap) -> str:
+    return ("bias " if biased else "") + ("softcap " if logit_map.softcap else "")
+
+
+def _short(dtype: torch.dtype | None) -> str:
+    return "no" if dtype is None else TYPES[dtype][1:]
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The specialisation Triton's launcher makes: 1 is a constant, multiples of 16 are known."""
+    constexpr = {p.name for p in launch.kernel.params if p.is_constexpr}
+    signature, constants, attributes = {}, {}, {}
+    for i, (name, value) in enumerate(launch.arguments.items()):
+        if name in constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            shape = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_short(value.base.dtype)}[{shape}]>"
+            continue
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        if isinstance(number, int) and number % 16 == 0:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack, local memory and matrix instructions, as Triton's wheel reads them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+    counts = {name: len(re.findall(rf"\b{name}\.", text)) for name in ("HGMMA", "HMMA")}
+    return {name.lower(): int(value) for name, value in (found | counts).items()}
+
+
+def reduction_layouts(ttgir: str) -> list[str]:
+    """How each sum and maximum of a row is spread over threads, which fixes its order.
+
+    Whole programs and blocks of rows: the result is a number, or a number per row.
+    """
+    named = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = re.findall(r"\}\) : \(tensor<(\w+), (#[^>]*>?)>\) -> (?:f32|tensor)", ttgir)
+    return [f"{shape} {named.get(layout, layout)}" for shape, layout in found]
+
+
+def report() -> Iterator[dict]:
+    for launch in launches():
+        for sm in launch.architectures:
+            target = GPUTarget("cuda", sm, 32)
+            compiled = triton.compile(source_of(launch), target, launch.options)
+            yield {
+                "name": launch.name,
+                "sm": sm,
+                "shared": compiled.metadata.shared,
+                **resources(compiled.asm["cubin"]),
+                "reductions": reduction_layouts(compiled.asm["ttgir"]),
+            }
+
+
+if __name__ == "__main__":
+    json.dump(list(report()), sys.stdout)

@@ -1,0 +1,60 @@
+"""Every Triton kernel compiles for GPUs that are not here, within their registers and memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+KERNELS = ["forward", "backward", "pointers", "descriptors", "fold", "target"]
+KERNELS += ["pair softmaxes", "pair values", "pair gradients"]
+SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes one program may have
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict]:
+    """What _aot.py reports. A process of its own: here, the kernels may be interpreted."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command = [sys.executable, str(Path(__file__).with_name("_aot.py"))]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("sm", SHARED_MEMORY)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fits_the_gpu(compiled, kernel, sm):
+    found = [x for x in compiled if x["sm"] == sm and x["name"].startswith(kernel)]
+    assert found or (kernel, sm) == ("descriptors", 80)
+    for x in found:
+        assert x["stack"] == x["local"] == 0, f"spills registers: {x}"
+        assert x["shared"] <= SHARED_MEMORY[sm], x
+
+
+def test_products_run_on_the_matrix_units(compiled):
+    found = [x for x in compiled if x["name"].startswith(("pointers", "descriptors", "fold"))]
+    assert found
+    for x in found:
+        assert x["hgmma" if x["sm"] == 90 else "hmma"] > 0, x
+
+
+def test_a_row_is_summed_in_the_same_order_whatever_is_kept(compiled):
+    """Log-probabilities are the same bits with and without gradient only if layouts agree."""
+    layouts = defaultdict(list)
+    for x in compiled:
+        name = x["name"]
+        if name.startswith(("forward", "pointers", "descriptors")):
+            name = name.replace("frozen=True ", "frozen=False ")
+            layouts[x["sm"], name.split("kept=")[0]].append(x["reductions"])
+    assert any(len(variants) > 2 for variants in layouts.values())
+    for key, variants in layouts.items():
+        assert variants[0], key
+        assert all(variant == variants[0] for variant in variants), key

@@ -1,0 +1,67 @@
+"""What the epilogue on CUTLASS adds up, compiled for the host, against its twin in Triton."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastpo.kernels import _blocks, anchored
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SUMS = """
+#define __host__
+#define __device__
+#define __forceinline__ inline
+#include "anchored_cell.cuh"
+extern "C" void add_up(const float* products, const float* bias, const float* origin,
+                       const int64_t* labels, float slope, int n, int v, float* sums) {
+  for (int i = 0; i < n * v; ++i) {
+    const int row = i / v, column = i % v;
+    const auto cell = fastpo::anchored_cell(products[i], bias[column], origin[row], slope,
+                                            column == labels[row]);
+    const float parts[] = {cell.e, cell.moment, cell.square, cell.u, cell.beaten};
+    for (int s = 0; s < 5; ++s) sums[s * n + row] += parts[s];
+  }
+}
+"""
+BLOCKS = _blocks.GemmBlocks(16, 64, 32, 2, 1, num_stages=2, num_warps=4, tma=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products are for the CPU")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("factor", [1.0, -0.8])
+def test_the_same_sums_as_in_triton(factor, tmp_path):
+    library, (n, v, H) = tmp_path / "cells.so", (50, 141, 8)
+    command = ["c++", "-std=c++17", "-shared", "-fPIC", f"-I{CSRC}/cuda", f"-I{CSRC}/include"]
+    subprocess.run(
+        [*command, "-x", "c++", "-", "-o", str(library)], input=SUMS, text=True, check=True
+    )
+    g = torch.Generator().manual_seed(0)
+    x, words = torch.randn(n, H, generator=g), torch.randn(v, H, generator=g)
+    bias, labels = torch.randn(v, generator=g), torch.randint(0, v, (n,), generator=g)
+    bias[9], labels[labels == 9] = -math.inf * factor, 8  # a word with e = 0
+    products = x @ words.t()
+    z = (products + bias) * factor
+    labels[:20] = z.argmax(1)[:20]
+    origin = z.gather(1, labels.unsqueeze(1)).squeeze(1) / factor
+    labels[30] = -100  # a label that is not in the tile
+    expected, sums = torch.empty(5, -(-v // BLOCKS.v), n), torch.zeros(5, n)
+    anchored.anchored_fwd(
+        x, words, labels, bias, origin, expected, None, 0, BLOCKS, 3,
+        scale=1.0, post=factor, softcap=False, stats=15, fold_cap=False,
+    )  # fmt: skip
+    given = [ctypes.c_void_p(t.data_ptr()) for t in (products, bias, origin, labels)]
+    sizes = (ctypes.c_float(factor / math.log(2)), n, v, ctypes.c_void_p(sums.data_ptr()))
+    ctypes.CDLL(str(library)).add_up(*given, *sizes)
+    torch.testing.assert_close(sums, expected.sum(1), rtol=1e-5, atol=1e-4)
+    assert torch.equal(sums[4], expected.sum(1)[4])
+    assert sums[4].any() and not sums[4, :20].any()
