@@ -12,7 +12,7 @@ from typing import Any
 
 from ..adapter import is_adapter, unsupported
 from ..seams.seam import Make, Replacement, Seam
-from .head import adapted
+from .head import adapted, unserved
 
 _VERSIONS = ("1.15", "1.16")
 _MODULES = ("dpo", "kto", "sft", "grpo", "rloo")
@@ -23,7 +23,9 @@ class _TunerLayer(Replacement):
     """In `isinstance(layer, BaseTunerLayer)`: no, for the adapters fastpo scores through."""
 
     def __instancecheck__(self, layer: Any) -> bool:
-        return isinstance(layer, self.original) and unsupported(layer) is not None
+        if not isinstance(layer, self.original):
+            return False
+        return unsupported(layer) is not None or unserved(weight=layer.weight) is not None
 
 
 class _AddHead(Replacement):

@@ -8,8 +8,6 @@ Masks and reductions stay TRL's.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,10 +21,9 @@ from ...ops.shards.gathered import HeadOptions
 from ..lazy.logits import LazyLogits
 from ..seams.seam import Make, Replacement, Seam
 from .gold import Sorted
-from .head import Compact
+from .head import Compact, say_once, unserved
 from .logits import LOSS, Reader
 
-_log = logging.getLogger(__name__)
 _VERSIONS = ("1.16",)
 _EXPERIMENTAL = ("1.13", "1.14", "1.15", "1.16")
 
@@ -125,14 +122,6 @@ class _TwoHeads(Reader):
     others = ("teacher_model",)
 
 
-@functools.cache
-def _say_once() -> None:
-    _log.warning(
-        "fastpo: DistillationTrainer keeps its own divergence: lm_head.weight: "
-        "expected a whole tensor, got a shard"
-    )
-
-
 class _Divergence(Replacement):
     """`linear_divergence` behind the `apply` of TRL's autograd function."""
 
@@ -141,12 +130,19 @@ class _Divergence(Replacement):
         self.own = own
 
     def apply(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        why = self._unserved(*arguments[:6])
+        if why is None:
+            return self.divergence(*arguments)
+        say_once("DistillationTrainer keeps its own divergence", why)
+        divergence, entropy = self.original.apply(*arguments)
+        return divergence, entropy
+
+    @staticmethod
+    def _unserved(*tensors: Tensor | None) -> str | None:
         # ZeRO-3 takes the weights away before the backward, which does not gather them again.
-        if any(hasattr(weight, "ds_id") for weight in (arguments[1], arguments[4])):
-            _say_once()
-            divergence, entropy = self.original.apply(*arguments)
-            return divergence, entropy
-        return self.divergence(*arguments)
+        if any(hasattr(weight, "ds_id") for weight in (tensors[1], tensors[4])):
+            return "lm_head.weight: expected a whole tensor, got a shard"
+        return unserved(**dict(zip(_APPLY, tensors, strict=False)))
 
     def divergence(
         self,

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...ops.shards.gathered import HeadOptions, score
 from ..lazy.logits import LazyLogits
 from ..seams.seam import Make, Method, Replacement, Seam
-from .head import GATHER, FusedHead
+from .head import GATHER, FusedHead, say_once, unserved
 from .logits import (
     LOSS,
     SELECT,
@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 class _TwoOutputs(FusedHead):
     """The head of these versions knows no `outputs`: log-probabilities and entropy it is."""
 
-    def apply(  # type: ignore[override]
+    def scored(  # type: ignore[override]
         self,
         last_hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]
@@ -51,7 +51,7 @@ class _TwoOutputs(FusedHead):
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
     ) -> tuple[Tensor | None, ...]:  # each [N]
-        return super().apply(
+        return super().scored(
             last_hidden,
             weight,
             bias,
@@ -72,6 +72,16 @@ class _ChunkedLoss(Replacement):
         self.own = own
 
     def __call__(
+        self, hidden_states: Tensor, lm_head_weight: Tensor, *args: Any, **more: Any
+    ) -> Any:
+        bias = more.get("lm_head_bias")
+        why = unserved(hidden=hidden_states, weight=lm_head_weight, bias=bias)
+        if why is None:
+            return self.loss(hidden_states, lm_head_weight, *args, **more)
+        say_once("TRL keeps its own loss", why)
+        return self.original(hidden_states, lm_head_weight, *args, **more)
+
+    def loss(
         self,
         hidden_states: Tensor,  # [B, T, H]
         lm_head_weight: Tensor,  # [V, H]

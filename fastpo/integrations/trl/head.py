@@ -7,6 +7,8 @@ module at every call. DPO, KTO, SFT, GRPO and RLOO scripts and their metrics sta
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,9 +19,11 @@ import torch
 from torch import Tensor
 
 from ...ops.shards.gathered import HeadOptions, score
+from ...ops.walks.checks import DTYPES
 from ..adapter import operands
 from ..seams.seam import Replacement, Seam
 
+_log = logging.getLogger(__name__)
 _MODULE = "trl.trainer.utils"
 _VERSIONS = ("1.15", "1.16")
 HEAD = Seam(
@@ -104,8 +108,8 @@ def adapted(layer: Any) -> Iterator[None]:
         yield
         if waiting:
             raise RuntimeError(
-                "fastpo.patch: expected in force while training, because TRL's own head ignores "
-                "the adapter on lm_head; got TRL's own head"
+                "fastpo.patch: expected in force while training in float32, bfloat16 or float16, "
+                "because TRL's own head ignores the adapter on lm_head; got TRL's own head"
             )
     finally:
         _adapter.reset(token)
@@ -124,6 +128,19 @@ def light_passes() -> Iterator[None]:
         _light.reset(token)
 
 
+@functools.cache
+def say_once(what: str, why: str) -> None:
+    _log.warning("fastpo: %s: %s", what, why)
+
+
+def unserved(**tensors: Tensor | None) -> str | None:
+    """Which of a head's tensors fastpo has no kernels for; None when there is none."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"{name}: expected dtype float32, bfloat16 or float16, got {tensor.dtype}"
+    return None
+
+
 class FusedHead(Replacement):
     """`linear_logps` behind the `apply` of TRL's autograd function."""
 
@@ -131,7 +148,16 @@ class FusedHead(Replacement):
         super().__init__(original)
         self.own = own
 
-    def apply(
+    def apply(self, *arguments: Any) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, *_ = arguments
+        why = unserved(hidden=hidden, weight=weight, bias=bias)
+        if why is None:
+            return self.scored(*arguments)
+        say_once("TRL keeps its own head", why)
+        results: tuple[Tensor | None, ...] = self.original.apply(*arguments)
+        return results
+
+    def scored(
         self,
         hidden: Tensor,  # [N, H]
         weight: Tensor,  # [V, H]

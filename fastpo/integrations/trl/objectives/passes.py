@@ -56,7 +56,10 @@ class Pass:
     @property
     def head(self) -> HeadCall:
         if self.call is None:
-            raise RuntimeError("fastpo.patch: expected in force while training, got TRL's own head")
+            raise RuntimeError(
+                "fastpo.patch: expected in force while training in float32, bfloat16 or float16, "
+                "got TRL's own head"
+            )
         return self.call
 
     def spread(self, values: Tensor) -> Tensor:

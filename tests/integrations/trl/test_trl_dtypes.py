@@ -1,0 +1,121 @@
+"""TRL's trainers on models and under defaults of other dtypes: what fastpo has no kernels for."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+import _tiny as tiny
+import _trainers
+import torch
+import trl.trainer.utils as utils
+from _tiny import one_thread  # noqa: F401
+from trl.trainer import distillation_trainer
+
+import fastpo
+from fastpo.integrations.trl import head
+
+SAMPLED = {"max_completion_length": 4}
+GROUPS = {**SAMPLED, "num_generations": 2}
+
+
+def double(seed=0):
+    return tiny.model("llama", seed=seed).double()
+
+
+def reference():
+    return {"ref_model": double()}
+
+
+def rewards():
+    return {"reward_funcs": _trainers.reward}
+
+
+def teacher():
+    return {"teacher_model": double(seed=1)}
+
+
+SERVED = "float32, bfloat16 or float16"
+FUSED = "outputs" in inspect.signature(utils._ChunkedLogProbFunction.forward).parameters
+fused = pytest.mark.skipif(not FUSED, reason="TRL 1.15 is the first with a fused head")
+# Which seam leaves what to TRL and says so; the other trainers get their logits.
+KEPT = {"sft": "TRL keeps its own loss: hidden"}
+if FUSED:
+    KEPT = dict.fromkeys(("dpo", "kto", "sft", "grpo"), "TRL keeps its own head: hidden")
+if hasattr(distillation_trainer, "ChunkedDivergenceFunction"):
+    KEPT["distillation"] = "DistillationTrainer keeps its own divergence: student_hidden"
+# name: (trainer, data, config on top, arguments of the trainer)
+TRAINERS = {
+    "dpo": ("DPO", tiny.preferences, {"loss_type": ["sigmoid", "sft"]}, reference),
+    "kto": ("KTO", tiny.unpaired, {}, reference),
+    "sft": ("SFT", tiny.conversations, {}, dict),
+    "grpo": ("GRPO", tiny.prompts, {**GROUPS, "entropy_coef": 0.1}, rewards),
+    "cpo": ("CPO", tiny.preferences, {}, dict),
+    "distillation": ("Distillation", tiny.prompts, {**SAMPLED, "beta": 0.5}, teacher),
+    "gkd": ("GKD", tiny.conversations, {"lmbda": 0.0}, teacher),
+}
+
+
+def run(name, folder):
+    prefix, data, changes, arguments = TRAINERS[name]
+    changes = {"max_steps": 2, **changes}
+    built = _trainers.build(prefix, folder, double(), data(), changes, **arguments())
+    return _trainers.train(built)
+
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_float64_models_train_the_same(name, tmp_path, monkeypatch, caplog):
+    """On TRL's own head; a word says so once."""
+    calls = tiny.count_calls(monkeypatch)
+    head.say_once.cache_clear()
+    own = run(name, tmp_path)
+    with fastpo.patched():
+        ours = run(name, tmp_path)
+    assert not calls
+    _trainers.assert_same(ours, own)
+    if name in KEPT:
+        said = [r.message for r in caplog.records if r.message.startswith("fastpo:")]
+        assert said == [f"fastpo: {KEPT[name]}: expected dtype {SERVED}, got torch.float64"]
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MIXED = [(h, w) for h in DTYPES for w in DTYPES if torch.float64 in (h, w)]
+
+
+@fused
+@pytest.mark.parametrize(("of_hidden", "of_weight"), MIXED)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_float64_operand_is_left_to_trl(of_hidden, of_weight, autocast):
+    """Bit for bit, hidden states and weights of any dtype beside each other."""
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(5, 8), torch.randn(40, 8), torch.randn(40)
+    labels = torch.randint(0, 40, (5,))
+
+    def found():
+        leaves = [hidden.to(of_hidden), weight.to(of_weight), bias.to(of_weight)]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        options = (1.5, 32768, 3.0, 0.7, ("entropy", "mean_logits"))
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            results = utils._ChunkedLogProbFunction.apply(*leaves, labels, *options)
+        (results[0] + results[1]).sum().backward()
+        return [*results, *(leaf.grad for leaf in leaves)]
+
+    own = found()
+    with fastpo.patched():
+        ours = found()
+    assert all(a is b or torch.equal(a, b) for a, b in zip(ours, own, strict=True))
+
+
+@fused
+def test_an_adapter_on_a_float64_head_is_refused(tmp_path):
+    """TRL's own head would ignore it."""
+    adapter = _trainers.lora(target_modules=["q_proj", "lm_head"])
+    with fastpo.patched(), pytest.raises(ValueError, match="lm_head"):
+        _trainers.build(
+            "DPO", tmp_path, double(), tiny.preferences(), {}, **reference(), peft_config=adapter
+        )
