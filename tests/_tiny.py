@@ -1,23 +1,22 @@
-"""Tiny models, tokenizer and data, built here: nothing is downloaded."""
+"""Tiny models, tokenizer and data, built here: nothing is downloaded.
+
+Needs transformers, and `datasets` only where a trainer is fed: a machine with a GPU may lack it.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 import transformers
-from datasets import Dataset
+from _probes import Widest, count_calls, one_thread  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from fastpo.ops.walks import forward as driver
-from fastpo.ops.walks.forward import HeadSpec
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 QUESTIONS = ("what is red", "where is the cat", "who sings", "name a fruit", "is it late", "why")
 GOOD = ("a warm colour", "on the mat by the door", "the bird", "an apple", "yes it is", "because")
@@ -85,15 +84,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Import it into a test module: on a busy machine two threads made a tiny step 100x slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -201,8 +191,14 @@ def _said(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
 
 
+def _dataset(rows: list[dict[str, Any]]) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
+
+
 def preferences() -> Dataset:
-    return Dataset.from_list(
+    return _dataset(
         [
             {
                 "prompt": _said("user", question),
@@ -220,7 +216,7 @@ def unpaired() -> Dataset:
         for q, good, bad in zip(QUESTIONS, GOOD, BAD, strict=True)
         for a, label in ((good, True), (bad, False))
     ]
-    return Dataset.from_list(rows)
+    return _dataset(rows)
 
 
 def completions() -> Dataset:
@@ -229,7 +225,7 @@ def completions() -> Dataset:
 
 
 def conversations() -> Dataset:
-    return Dataset.from_list(
+    return _dataset(
         [
             {"messages": _said("user", question) + _said("assistant", good)}
             for question, good in zip(QUESTIONS, GOOD, strict=True)
@@ -238,7 +234,7 @@ def conversations() -> Dataset:
 
 
 def prompts() -> Dataset:
-    return Dataset.from_list([{"prompt": _said("user", question)} for question in QUESTIONS])
+    return _dataset([{"prompt": _said("user", question)} for question in QUESTIONS])
 
 
 def with_images(rows: Dataset) -> Dataset:
@@ -248,37 +244,6 @@ def with_images(rows: Dataset) -> Dataset:
     pictures = [
         [Image.new("RGB", (8, 8), (40 * i, 255 - 20 * i, 90))] for i in range(rows.num_rows)
     ]
-    return Dataset.from_list(
+    return _dataset(
         [{**row, "images": picture} for row, picture in zip(rows, pictures, strict=True)]
     )
-
-
-class Widest(TorchDispatchMode):
-    """The largest number of elements any operator returned, of the tensors that count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and self.counts(x):
-                self.elements = max(self.elements, x.numel())
-        return result
-
-    def counts(self, x: torch.Tensor) -> bool:
-        return True
-
-
-def count_calls(monkeypatch: Any) -> list[HeadSpec]:
-    """From here on, one entry for each run of the primitive."""
-    calls: list[HeadSpec] = []
-    forward = driver.forward
-
-    def counted(hidden: Any, weight: Any, bias: Any, labels: Any, spec: HeadSpec) -> Any:
-        calls.append(spec)
-        return forward(hidden, weight, bias, labels, spec)
-
-    monkeypatch.setattr(driver, "forward", counted)
-    return calls

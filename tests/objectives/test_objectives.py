@@ -54,7 +54,10 @@ def evaluate(function, row: Row, inputs, hyper, dtype=torch.float64):
     cast = {n: x.to(dtype) if x.is_floating_point() else x for n, x in inputs.items()}
     leaves = {n: x.clone().requires_grad_() for n, x in cast.items() if n in carriers(row)}
     outputs = tree_leaves(function(**{**cast, **leaves}, **hyper))
-    weights = [torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype).view_as(x) for x in outputs]
+    weights = [
+        torch.linspace(0.5, 1.5, x.numel(), dtype=x.dtype, device=x.device).view_as(x)
+        for x in outputs
+    ]
     total = sum((x * w).sum() for x, w in zip(outputs, weights, strict=True))
     if not (leaves and total.requires_grad):
         return outputs, {}
@@ -202,12 +205,12 @@ def test_empty_batch(key):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_no_value_is_read_on_the_host(key):
-    """Meta tensors have no values: whoever reads one, raises."""
-    function, _, inputs, hyper = problem(key)
+    """Meta tensors have no values: whoever reads one, raises, in the backward too."""
+    function, row, inputs, hyper = problem(key)
     if "groups" in inputs:
         hyper = {**hyper, "num_groups": 3}
     meta = {n: x.to("meta") for n, x in inputs.items()}
-    for x in tree_leaves(function(**meta, **hyper)):
+    for x in tree_leaves(evaluate(function, row, meta, hyper, torch.float32)):
         assert x.device.type == "meta"
 
 

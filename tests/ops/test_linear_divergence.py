@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _tiny import Widest
+from _probes import Widest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpo

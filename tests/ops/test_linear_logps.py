@@ -29,10 +29,11 @@ OPTIONS = {
 
 def weights(stats: fastpo.TokenStats, names: tuple[str, ...], seed: int = 1) -> Tensor:
     """A loss that sends a different gradient into every row of every differentiable output."""
-    g = torch.Generator().manual_seed(seed)
+    device = stats.lse.device  # drawn there: a copy from the host would wait
+    g = torch.Generator(device).manual_seed(seed)
     total = 0
     for name in DIFFERENTIABLE:
-        factor = torch.randn(stats.lse.shape, generator=g).to(stats.lse)
+        factor = torch.randn(stats.lse.shape, generator=g, device=device).to(stats.lse)
         if name in names:
             total = total + (getattr(stats, name) * factor).sum()
     return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _draws import assert_draws
-from _tiny import Widest
+from _probes import Widest
 from test_linear_logps import BACKENDS as ALL
 from test_linear_logps import DEVICE, OPTIONS, dtypes_of
 
@@ -27,8 +27,9 @@ def arguments(inputs: HeadInputs) -> dict:
 
 def gradients(inputs: HeadInputs, values: torch.Tensor, lse: torch.Tensor) -> dict:
     """Of a loss that sends a different gradient into every value and every lse."""
-    g = torch.Generator().manual_seed(1)
-    factors = (torch.randn(x.shape, generator=g).to(x) for x in (values, lse))
+    device = values.device  # drawn there: a copy from the host would wait
+    g = torch.Generator(device).manual_seed(1)
+    factors = (torch.randn(x.shape, generator=g, device=device).to(x) for x in (values, lse))
     loss = sum((f * x).sum() for f, x in zip(factors, (values, lse), strict=True))
     leaves = inputs.leaves()
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))

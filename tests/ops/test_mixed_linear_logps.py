@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _draws import assert_draws
-from _tiny import Widest
+from _probes import Widest
 from test_linear_logps import BACKENDS as ALL
 from test_linear_logps import DEVICE, DIFFERENTIABLE, dtypes_of, weights
 from torch import Tensor

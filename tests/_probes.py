@@ -1,0 +1,54 @@
+"""What tests watch while something runs: sizes of tensors, calls of the primitive, one thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastpo.ops.walks import forward as driver
+from fastpo.ops.walks.forward import HeadSpec
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Import it into a test module: on a busy machine two threads made a tiny step 100x slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Widest(TorchDispatchMode):
+    """The largest number of elements any operator returned, of the tensors that count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and self.counts(x):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+    def counts(self, x: torch.Tensor) -> bool:
+        return True
+
+
+def count_calls(monkeypatch: Any) -> list[HeadSpec]:
+    """From here on, one entry for each run of the primitive."""
+    calls: list[HeadSpec] = []
+    forward = driver.forward
+
+    def counted(hidden: Any, weight: Any, bias: Any, labels: Any, spec: HeadSpec) -> Any:
+        calls.append(spec)
+        return forward(hidden, weight, bias, labels, spec)
+
+    monkeypatch.setattr(driver, "forward", counted)
+    return calls
