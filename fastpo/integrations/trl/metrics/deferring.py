@@ -2,7 +2,7 @@
 
 A micro-batch of DPO makes 15 collectives and brings 15 values to the host one after another; the
 device idles meanwhile. While TRL's `_compute_loss` runs, the trainer's accelerator is stood in for
-by one that writes the metrics down (see `_ledger`): one collective for a step, one transfer when
+by one that writes the metrics down (see `ledger.py`): one collective for a step, one transfer when
 `log` averages them. Names and values are TRL's.
 """
 

@@ -1,4 +1,4 @@
-"""What stands for a tensor or a number that a `_ledger.Ledger` is still to find.
+"""What stands for a tensor or a number that a ledger is still to find.
 
 Expressions are only written down while the ledger is open. Everywhere else, and for whatever it
 does not know, a pending value first becomes what it stands for.
@@ -9,20 +9,34 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-
-if TYPE_CHECKING:
-    from .ledger import Ledger
 
 _METHODS = ("sum", "nansum", "mean", "float", "clamp")
 _OPERATORS = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or")
 _COMPARISONS = ("lt", "le", "eq", "ne", "ge")
 _UNARY = ("neg", "abs", "invert")
 _UNKNOWN = object()
+
+
+class Recorder(Protocol):
+    """What a pending value asks of the ledger it is written down in."""
+
+    open: bool
+
+    def guards(self, other: Any, frame: FrameType) -> bool: ...
+
+    def promise(self, value: PendingTensor | PendingNumber) -> bool: ...
+
+    def keep(self, number: PendingNumber, *, result: bool) -> PendingNumber: ...
+
+    def communicate(self) -> None: ...
+
+    def read(self) -> None: ...
 
 
 def _plain(x: Any) -> Any:
@@ -33,7 +47,7 @@ def _plain(x: Any) -> Any:
 class _Pending:
     __slots__ = ("_ledger", "promised")
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Recorder) -> None:
         self._ledger = ledger
         self.promised = False  # taken for positive
 
@@ -71,7 +85,7 @@ class PendingTensor(_Pending):
     __slots__ = ("_compute", "_value")
     __hash__ = object.__hash__
 
-    def __init__(self, ledger: Ledger, compute: Callable[[], Tensor]) -> None:
+    def __init__(self, ledger: Recorder, compute: Callable[[], Tensor]) -> None:
         super().__init__(ledger)
         self._compute: Callable[[], Tensor] | None = compute
         self._value: Tensor | None = None
@@ -141,7 +155,7 @@ class Gathered(PendingTensor):
 
     __slots__ = ("local", "rows")
 
-    def __init__(self, ledger: Ledger, local: Tensor, rows: int | None) -> None:
+    def __init__(self, ledger: Recorder, local: Tensor, rows: int | None) -> None:
         super().__init__(ledger, self._wait)
         self.local, self.rows = local, rows
 
@@ -162,7 +176,7 @@ class PendingNumber(_Pending):
 
     __slots__ = ("_compute", "_value", "dtype")
 
-    def __init__(self, ledger: Ledger, compute: Callable[[], Any]) -> None:
+    def __init__(self, ledger: Recorder, compute: Callable[[], Any]) -> None:
         super().__init__(ledger)
         self._compute: Callable[[], Any] | None = compute
         self._value: Any = _UNKNOWN
