@@ -15,6 +15,8 @@ from .rows import backend as R
 from .rows import fastest
 from .walks import forward as driver
 from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype
+from .walks.derivatives import first_derivatives
+from .walks.lending import Loan
 
 
 class TokenStats(NamedTuple):
@@ -166,7 +168,8 @@ def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *options: Any) 
     return tuple(driver.fake_forward(hidden, weight, _spec(hidden, *options)))
 
 
-def _run_backward(
+@torch.library.custom_op("fastpo::linear_logps_backward", mutates_args=())
+def _backward_op(
     grads: list[Tensor | None],  # logps, entropy, lse: each [N]
     hidden: Tensor,
     weight: Tensor,
@@ -185,7 +188,6 @@ def _run_backward(
     head_grad: bool,
     budget: int | None,
     lends: bool,
-    spent: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = _spec(
         hidden,
@@ -201,26 +203,9 @@ def _run_backward(
         budget,
         lends,
     )
-    by_name = dict(zip(("logps", "entropy", "lse"), grads, strict=True))
-    need_hidden, need_weight, need_bias = needs
-    results = driver.backward(
-        by_name,
-        hidden,
-        weight,
-        bias,
-        labels,
-        driver.Forward(*saved),
-        spec,
-        (need_hidden, need_weight, need_bias),
-        spent=spent,
-    )
-    dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in results)
-    return dhidden, dweight, dbias if bias is None else dbias.to(bias.dtype)
-
-
-_backward_op = torch.library.custom_op("fastpo::linear_logps_backward", mutates_args=())(
-    _run_backward
-)
+    found = _walk_back(grads, hidden, weight, bias, labels, saved, needs, spec, None)
+    dhidden, dweight, dbias = (hidden.new_empty(0) if x is None else x for x in found)
+    return dhidden, dweight, dbias
 
 
 @_backward_op.register_fake
@@ -241,6 +226,33 @@ def _(
     )
 
 
+def _walk_back(
+    grads: list[Tensor | None],  # logps, entropy, lse: each [N]
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    saved: list[Tensor],
+    needs: list[bool],
+    spec: driver.HeadSpec,
+    loan: Loan | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    by_name = dict(zip(("logps", "entropy", "lse"), grads, strict=True))
+    need_hidden, need_weight, need_bias = needs
+    dhidden, dweight, dbias = driver.backward(
+        by_name,
+        hidden,
+        weight,
+        bias,
+        labels,
+        driver.Forward(*saved),
+        spec,
+        (need_hidden, need_weight, need_bias),
+        loan=loan,
+    )
+    return dhidden, dweight, dbias if bias is None or dbias is None else dbias.to(bias.dtype)
+
+
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, bias, labels, *options = inputs
     # Statistics are often only logged: without this their absent gradients arrive as zeros, and a
@@ -259,33 +271,24 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         fields.direction,
     )
     ctx.save_for_backward(hidden, weight, bias, labels, *output)
-    ctx.options, ctx.spent = options, False
+    ctx.options, ctx.loan = options, Loan()
 
 
 def _backward(ctx: Any, *results: Any) -> tuple:
     grads = driver.Forward(*results)
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
-    *options, lends = ctx.options
-    kept = driver.Forward(*saved).kept
-    # The operator is for tracing, and refuses a gradient of the gradient.
-    plain = type(kept) is Tensor and not torch.is_grad_enabled()
-    run: Any = _run_backward if plain else _backward_op
-    found = run(
-        [grads.logps, grads.entropy, grads.lse],
-        hidden,
-        weight,
-        bias,
-        labels,
-        saved,
-        needs,
-        *options,
-        lends and plain,
-        ctx.spent,
-    )
-    if plain:
-        ctx.spent = ctx.spent or driver.lies_in(found[1], kept)
-    leaves = (x if need else None for x, need in zip(found, needs, strict=True))
+    given = [grads.logps, grads.entropy, grads.lse]
+    operands = (hidden, weight, bias)
+    found: Any
+    if type(driver.Forward(*saved).kept) is Tensor:
+        spec = _spec(hidden, *ctx.options)
+        found = _walk_back(given, *operands, labels, saved, needs, spec, ctx.loan)
+    else:  # traced: an operator may not return memory of an argument
+        *options, _ = ctx.options
+        found = _backward_op(given, *operands, labels, saved, needs, *options, False)
+    leaves = tuple(x if need else None for x, need in zip(found, needs, strict=True))
+    leaves = first_derivatives("linear_logps", leaves, (*given, *operands))
     return (*leaves, *(None for _ in range(1 + len(ctx.options))))
 
 

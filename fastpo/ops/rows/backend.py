@@ -17,6 +17,7 @@ the vocabulary poisons its own row and no other.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -38,6 +39,15 @@ GRADS = 5
 
 # exp(z) is 0 in float32 long before; keeps 0·(-inf) out of the entropy terms.
 LOG_FLOOR = -200.0
+
+
+def filled_rows(values: Sequence[float], n: int, device: torch.device) -> Tensor:
+    """float32 [len(values), n], filled on the device: a copy from the host would wait for a GPU."""
+    rows = torch.zeros(len(values), n, dtype=torch.float32, device=device)
+    for row, value in zip(rows, values, strict=True):
+        if value != 0:
+            row.fill_(value)
+    return rows
 
 
 @dataclass(frozen=True)

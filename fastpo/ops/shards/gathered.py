@@ -17,6 +17,8 @@ from ..rows import backend as R
 from ..rows import fastest
 from ..walks import forward as driver
 from ..walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype
+from ..walks.derivatives import first_derivatives
+from ..walks.lending import Loan
 from ..walks.vocab_shard import VocabShard
 
 Gather = Callable[..., AbstractContextManager[Any]]
@@ -29,6 +31,7 @@ class HeadOptions:
     accumulate: from the second backward on d weight is added to `weight.grad` as it is computed,
     and autograd gets none: no second [V, H] while gradients are accumulated, and one rounding less.
     Nobody but the optimiser may wait for that gradient: not DDP, no hook on the weight.
+    name: who errors are of.
     """
 
     temperature: float = 1.0
@@ -40,6 +43,7 @@ class HeadOptions:
     accumulate: bool = False
     ignore_index: int | None = None  # every row is scored
     shard: VocabShard | None = None
+    name: str = "fastpo"
 
     def __post_init__(self) -> None:
         check_options(self.temperature, self.softcap, self.logit_scale, self.outputs, self.budget)
@@ -112,7 +116,7 @@ def score(
             hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
         spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad), weight)
         results = _GatheredHead.apply(
-            hidden, weight, bias, up, labels, _Call(spec, gather, options.accumulate)
+            hidden, weight, bias, up, labels, _Call(options.name, spec, gather, options.accumulate)
         )
     return TokenStats(**dict(zip(OUTPUTS, results, strict=True)))
 
@@ -121,6 +125,7 @@ def score(
 class _Call:
     """What is not a tensor in one call."""
 
+    name: str
     spec: driver.HeadSpec
     gather: Gather
     accumulate: bool
@@ -157,7 +162,7 @@ class _GatheredHead(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         saved = driver.forward(hidden, call.head(weight, up), bias, labels, call.spec)
         ctx.save_for_backward(hidden, weight, bias, up, labels, *saved)
-        ctx.call, ctx.spent = call, False
+        ctx.call, ctx.loan = call, Loan()
         stats, outputs = saved._asdict(), call.spec.outputs
         results = tuple(stats[name] if name in outputs else None for name in OUTPUTS)
         constant = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -181,13 +186,14 @@ class _GatheredHead(torch.autograd.Function):
                 ctx.call.spec,
                 (need_hidden, need_weight or need_up, need_bias),
                 ctx.call.into(weight, head) if need_weight else None,
-                ctx.spent,
+                ctx.loan,
             )
-        ctx.spent = ctx.spent or driver.lies_in(dhead, driver.Forward(*saved).kept)
         dup = None
         if up is not None and dhead is not None:
             dhead, dup = dhead.tensor_split([dhead.shape[1] - up.shape[1]], 1)
             dup = dup.to(up.dtype)
         if dbias is not None:
             dbias = dbias.to(bias.dtype)
-        return dhidden, dhead if need_weight else None, dbias, dup, None, None
+        found = dhidden, dhead if need_weight else None, dbias, dup
+        sources = (*grads, hidden, weight, bias, up)
+        return *first_derivatives(ctx.call.name, found, sources), None, None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..rows import backend as R
 from .head import Adapted, Forward, Head, HeadSpec, addmm_float32, place_of_dweight
+from .lending import Loan
 
 
 def backward(
@@ -24,7 +25,7 @@ def backward(
     spec: HeadSpec,
     needs: tuple[bool, bool, bool],  # d hidden, d weight, d bias
     into: Tensor | None = None,  # [V, H], d weight is added here; then None is returned for it
-    spent: bool = False,  # an earlier backward has overwritten what was kept
+    loan: Loan | None = None,  # of what was kept, where others may read it or have overwritten it
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         frozen = saved.direction.numel() > 0
@@ -32,16 +33,18 @@ def backward(
             g = grads["logps"]
             g = torch.zeros_like(saved.logps) if g is None else g
             return (saved.direction * g.float().unsqueeze(1)).to(hidden.dtype), None, None
-        if frozen or spent:
-            # Nothing is kept for these terms: recompute all logits.
-            spec = replace(spec, budget=0, lends=False)
-        elif spec.lends and not spec.plan(hidden, weight).shared_bytes:
-            spec = replace(spec, lends=False)
-        head = Head(hidden, weight, bias, labels, spec)
-        rows = row_grads(head, grads, saved)
-        entropy_grad = grads["entropy"] is not None
-        walk = BackwardWalk(head, rows, saved, entropy_grad, needs, into)
-        dhidden, dweight, dbias = walk.run(len(hidden))
+        overwrites = needs[1] and into is None and not frozen and spec.lends
+        overwrites = overwrites and spec.plan(hidden, weight).shared_bytes > 0
+        with (loan or Loan()).claim(overwrites) as (reads, overwrites):
+            spec = replace(spec, lends=overwrites)
+            if frozen or not reads:
+                # Nothing is kept for these terms: recompute all logits.
+                spec = replace(spec, budget=0)
+            head = Head(hidden, weight, bias, labels, spec)
+            rows = row_grads(head, grads, saved)
+            entropy_grad = grads["entropy"] is not None
+            walk = BackwardWalk(head, rows, saved, entropy_grad, needs, into)
+            dhidden, dweight, dbias = walk.run(len(hidden))
         return dhidden, dweight if into is None else None, dbias
 
 
@@ -84,12 +87,12 @@ class BackwardWalk:
         self.head, self.grads, self.saved, self.entropy_grad = head, grads, saved, entropy_grad
         n, (V, H) = len(head.hidden), head.weight.shape
         trained = len(range(H)[head.trained])
-        self.dhidden = torch.zeros(n, H, device=head.device) if needs[0] else None
+        self.dhidden = head.zeros(n, H) if needs[0] else None
         self.adds = into is not None
         self.dweight = into
         if needs[1] and into is None:
             self.dweight = self._dweight(V, trained)
-        self.dbias = torch.zeros(V, device=head.device) if needs[2] else None
+        self.dbias = head.zeros(V) if needs[2] else None
         self.in_place = n <= head.plan.tiles.tokens and head.weight.dtype == head.gemm
         self._dx = head.empty(head.tile_cells, dtype=head.gemm)
 

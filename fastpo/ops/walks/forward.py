@@ -21,10 +21,9 @@ from .head import (
     addmm_float32,
     check_labels,
     kept_shapes,
-    lies_in,
 )
 
-__all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forward", "lies_in"]
+__all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forward"]
 
 
 def forward(
@@ -33,8 +32,7 @@ def forward(
     check_labels(labels, spec.vocab(weight), spec.ignore_index)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, labels, spec)
-        state = torch.tensor(R.INITIAL_STATE, device=head.device).unsqueeze(1)
-        state = state.repeat(1, len(head.hidden))
+        state = R.filled_rows(R.INITIAL_STATE, len(head.hidden), head.device)
         kept_size, anchors_shape = kept_shapes(spec, hidden, weight)
         kept = head.empty(kept_size, dtype=spec.compute_dtype)
         anchors = head.empty(*anchors_shape, dtype=torch.float32)

@@ -156,6 +156,10 @@ class Head:
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def zeros(self, *shape: int) -> Tensor:
+        """To sum in: float32 whatever PyTorch's default dtype is."""
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
     def token_blocks(self) -> Iterator[tuple[int, int]]:
         step = self.plan.tiles.tokens
         return ((a, min(a + step, len(self.hidden))) for a in range(0, len(self.hidden), step))
@@ -263,13 +267,6 @@ def place_of_dweight(kept: Tensor, weight: Tensor) -> Tensor:
     from the end of `kept`, or farther from its front.
     """
     cells = -(-_bytes(weight) // kept.itemsize)
-    # `.data`: for autograd `kept` has not changed. Who asks a second time must know (`lies_in`).
+    # `.data`: for autograd `kept` has not changed. Who asks a second time must know (`Loan`).
     front = kept.data[:cells].view(weight.dtype)
     return front[: weight.numel()].view(weight.shape)
-
-
-def lies_in(dweight: Tensor | None, kept: Tensor) -> bool:
-    """Whether a d weight has overwritten what was kept."""
-    if dweight is None or not kept.numel():
-        return False
-    return dweight.untyped_storage().data_ptr() == kept.untyped_storage().data_ptr()
