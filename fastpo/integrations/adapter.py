@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ..ops.shards.gathered import whole
+from .seams import hooks
+from .seams.calls import beneath
 
 
 def unsupported(head: Any) -> str | None:
@@ -29,6 +31,10 @@ def unsupported(head: Any) -> str | None:
         return "a base layer with another forward"
     if hasattr(head.weight, "ds_id"):
         return "an adapter under DeepSpeed ZeRO-3"
+    # These layers never run: their weights are read.
+    for layer in (base, *head.lora_B.values()):
+        for hook in hooks.hooks(layer, hooks.FORWARD + hooks.BACKWARD):
+            return f"a hook {hooks.name(hook)} on one of its layers"
     for name in head.lora_A:
         variant = head.lora_variant.get(name)
         if variant is not None and type(variant).__name__ != "DoraLinearVariant":
@@ -40,7 +46,7 @@ def unsupported(head: Any) -> str | None:
 
 def has_own_forward(layer: Any) -> bool:
     """Was its forward replaced, other than by accelerate, which only moves tensors?"""
-    return "forward" in getattr(layer, "__dict__", {}) and not hasattr(layer, "_hf_hook")
+    return beneath(layer, "forward") is not None and not hasattr(layer, "_hf_hook")
 
 
 def is_adapter(head: Any) -> bool:

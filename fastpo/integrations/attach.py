@@ -1,31 +1,33 @@
 """`attach`: any Hugging Face causal language model scores its labels without logits.
 
 The model's own forward runs, whatever it does to images, routers or caches. Only its head and its
-loss function are stood in for while labels are there: the head hands on a probe of one position
-instead of logits, and the loss function meets the hidden states the head was given. On the first
-call the probe tells whether the model treats its logits as its config says.
+loss function are stood in for while labels are there: the head hands on a probe of three positions
+instead of logits, and the loss function meets the hidden states the head was given. What has become
+of the probe tells whether model and hooks treat logits as the config says.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import field, fields, make_dataclass
+from collections.abc import Callable
+from dataclasses import field, fields, make_dataclass, replace
 from types import MethodType, TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ..ops.linear_logps import TokenStats
 from ..ops.shards.gathered import HeadOptions
 from ..ops.vocab_parallel_logps import score_sharded
-from .adapter import has_own_forward, is_adapter, operands, unsupported
+from . import predictions
+from .adapter import is_adapter, operands
+from .heads import linear_head, logit_map, stored_weight, tensor_parallel
+from .seams import hooks
+from .seams.calls import standing_in, unhidden
 from .seams.seam import Seam
 
 LOSS = Seam(
@@ -78,33 +80,20 @@ def attach(
     if _STATE in vars(base) and vars(base)[_STATE].active:
         raise ValueError(f"model: expected one without a fastpo head, got {type(base).__name__}")
     _check_loss_function(base, LOSS.read())
-    _linear_head(base)
+    linear_head(base)
     softcap, logit_scale = logit_map(base.config)
     options = HeadOptions(temperature, softcap, logit_scale, outputs, budget, backend, accumulate)
     return Attached(base, options)
-
-
-def logit_map(config: Any) -> tuple[float | None, float]:
-    """Soft-cap and factor of the logits, by the names the model families give them."""
-    config = config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    # Cohere; Muse Glimmer; Falcon-H1
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        factor = getattr(config, name, None)
-        if factor is not None:
-            return softcap, float(factor)
-    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3
-    if divisor is None:
-        return softcap, 1.0
-    return softcap, float(divisor if config.model_type == "hyperclovax" else 1 / divisor)
 
 
 class Attached:
     """A fastpo head on a model; `detach()` takes it off."""
 
     def __init__(self, model: PreTrainedModel, options: HeadOptions) -> None:
+        predictions.watch(self)
         self.model, self.options = model, options
-        self.active, self.probed = True, False
+        self.active = True
+        self.known: Any = None  # the treatment of logits that a probe has shown
         self.own_loss = LOSS.read()
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         # An instance may carry a forward of its own, accelerate's for one.
@@ -119,6 +108,7 @@ class Attached:
     def detach(self) -> None:
         """The model's own forward again, also under what was wrapped around it since."""
         self.active = False
+        predictions.unwatch(self)
         forward = self.model.__dict__.get("forward")
         on_top = getattr(forward, "__func__", None) is _wrapped(type(self.model).forward)
         if not on_top or self.model.__dict__.get(_STATE) is not self:
@@ -148,11 +138,9 @@ class Attached:
             labels = inputs.get("shift_labels")
         if labels is None or not self.active:
             return own(*args, **kwargs)
-        call = _Call(self, model)
-        with call.standing_in():
-            output = call.watch(own, {**inputs, "labels": labels})
-        self.probed = True
-        return call.result(output)
+        predictions.check()
+        _check_loss_function(model, self.own_loss)
+        return _Call(self, model).run(own, {**inputs, "labels": labels})
 
 
 @functools.cache
@@ -173,25 +161,22 @@ class _Call:
     """One labelled forward: what the head and the loss function were given."""
 
     def __init__(self, attached: Attached, model: PreTrainedModel) -> None:
-        self.attached, self.model, self.options = attached, model, attached.options
-        self.head = _linear_head(model)
-        self.own_tokens = not _tensor_parallel(self.head)
+        self.attached, self.model = attached, model
+        softcap, logit_scale = logit_map(model.config)
+        self.options = replace(attached.options, softcap=softcap, logit_scale=logit_scale)
+        self.head = linear_head(model)
+        self.own_tokens = not tensor_parallel(self.head)
         self.hidden: Tensor | None = None
         self.lost = False
         self.stats: TokenStats | None = None
 
-    @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        _check_loss_function(self.model, self.attached.own_loss)
-        with (
-            _instead(self.head, "forward", self.project),
-            _instead(self.model, "_loss_function", self.loss),
-        ):
-            yield
-
-    def watch(self, own: Callable[..., Any], inputs: dict[str, Any]) -> ModelOutput:
+    def run(self, own: Callable[..., Any], inputs: dict[str, Any]) -> ModelOutput:
         try:
-            output = own(**inputs)
+            with (
+                standing_in(self.head, "forward", self.project),
+                standing_in(self.model, "_loss_function", self.loss, self.attached.own_loss),
+            ):
+                output = own(**inputs)
         except Exception as error:
             if self.hidden is None or self.lost:
                 raise
@@ -200,7 +185,7 @@ class _Call:
             raise self.unknown("its forward does not go through get_output_embeddings and loss")
         if not isinstance(output, ModelOutput):
             raise ValueError(f"return_dict: expected True, got a {type(output).__name__}")
-        return output
+        return self.result(output)
 
     def project(self, hidden: Tensor) -> Tensor:
         """In place of the head: remembers its input, answers with the probe."""
@@ -212,9 +197,12 @@ class _Call:
         probe = self.probe()
         return probe + hidden.flatten()[:0].sum().to(probe.device)
 
-    def probe(self) -> Tensor:  # [1, 1, V]
-        weight = self.head.weight
-        return torch.linspace(-50, 50, self.head.out_features, device=weight.device).view(1, 1, -1)
+    def probe(self) -> Tensor:  # [1, 3, V]
+        """Three positions: what is done to the first or last alone shows, too."""
+        device = stored_weight(self.head).device
+        words = self.head.out_features
+        row = torch.linspace(-50, 50, words, dtype=torch.float32, device=device)
+        return row.expand(1, 3, -1)
 
     @torch.compiler.disable
     def loss(
@@ -231,8 +219,7 @@ class _Call:
         self.lost = True
         if self.hidden is None:
             raise self.unknown("its loss comes before get_output_embeddings() is called")
-        if not self.attached.probed:
-            self.check(logits, vocab_size)
+        known = self.check(logits, vocab_size)
         if shift_labels is None:
             targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         else:
@@ -242,6 +229,7 @@ class _Call:
                 f"labels: expected shape {tuple(self.hidden.shape[:-1])}, got {tuple(labels.shape)}"
             )
         rows, stats = self.score(self.hidden, targets, ignore_index)
+        stats = TokenStats(*(None if x is None else _where(known, x) for x in stats))
         self.stats = _spread(stats, rows, targets.shape, shifted=shift_labels is None)
         assert stats.logps is not None
         total = -stats.logps.sum() + logits.flatten()[:0].sum()
@@ -255,29 +243,41 @@ class _Call:
         self, hidden: Tensor, targets: Tensor, ignore_index: int
     ) -> tuple[Tensor, TokenStats]:
         """Only rows whose label counts reach the head; which ones they are."""
-        device = self.head.weight.device  # with a device_map the backbone may end elsewhere
+        device = stored_weight(self.head).device  # with a device_map the backbone may end elsewhere
         hidden, labels = hidden.to(device).flatten(0, -2), targets.to(device).flatten()
         rows = (labels != ignore_index).nonzero().squeeze(1)
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
-        weight, adapter = self.head.weight, None
         if is_adapter(self.head):
             weight, adapter = operands(self.head, hidden)
+        else:
+            weight, adapter = self.head.weight, None
         operand = (hidden, weight, self.head.bias, labels, self.options, adapter)
         return rows, score_sharded(*operand, own_tokens=self.own_tokens)
 
-    def check(self, logits: Tensor, vocab_size: int | None) -> None:
-        """Waits for the device, once per model."""
-        expected = self.probe() * self.options.logit_scale
-        if self.options.softcap is not None:
-            expected = self.options.softcap * torch.tanh(expected / self.options.softcap)
+    def check(self, logits: Tensor, vocab_size: int | None) -> Tensor:  # one boolean
+        """Whether the logits are what the options say.
+
+        An error where not, for which it waits for the device once, and again when something has
+        changed; in between statistics are NaN where not.
+        """
+        probe, options = self.probe(), self.options
+        expected = probe * options.logit_scale
+        if options.softcap is not None:
+            expected = options.softcap * torch.tanh(expected / options.softcap)
         if vocab_size not in (None, self.head.out_features) or logits.shape != expected.shape:
             raise self.unknown(f"its loss sees logits of shape {(*logits.shape[:-1], vocab_size)}")
         eps = torch.finfo(logits.dtype).eps
-        if not torch.allclose(logits.float(), expected, rtol=8 * eps, atol=8 * eps):
+        same = torch.isclose(logits.float(), expected, rtol=8 * eps, atol=8 * eps).all()
+        treatment = (options.logit_scale, options.softcap, hooks.numbers(self.head))
+        if treatment == self.attached.known and _waits(same):
+            return same
+        if not same:
             raise self.unknown(
-                "its forward changes its logits in another way than "
-                f"logit_scale={self.options.logit_scale}, softcap={self.options.softcap}"
+                "its forward, or a hook, changes its logits in another way than "
+                f"logit_scale={options.logit_scale}, softcap={options.softcap}"
             )
+        self.attached.known = treatment
+        return same
 
     def result(self, output: ModelOutput) -> ModelOutput:
         values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]
@@ -290,6 +290,16 @@ class _Call:
             f"{type(self.model).__name__}: expected a causal language model whose logits are "
             f"get_output_embeddings() of its hidden states, scaled and soft-capped; {why}"
         )
+
+
+def _waits(x: Tensor) -> bool:
+    """Does reading it wait for a device?"""
+    return x.device.type != "cpu"
+
+
+def _where(known: Tensor, x: Tensor) -> Tensor:
+    """NaN, and so are the gradients, where it is not known what x is."""
+    return x * torch.where(known, 1.0, float("nan")) if x.is_floating_point() else x
 
 
 def _spread(stats: TokenStats, rows: Tensor, shape: torch.Size, shifted: bool) -> TokenStats:
@@ -311,52 +321,10 @@ def _output_class(own: type[ModelOutput]) -> type[ModelOutput]:
     return make_dataclass(f"{own.__name__}WithLogps", extra, bases=(own,))
 
 
-def _linear_head(model: PreTrainedModel) -> nn.Linear:
-    """The head as a linear layer, perhaps with LoRA; read at each call: PEFT may come later."""
-    head = model.get_output_embeddings()
-    if head is not None and "modules_to_save" in head._modules:  # PEFT trains a copy of it whole
-        chosen = [] if head.disable_adapters else head.active_adapters
-        head = head.modules_to_save[chosen[0]] if chosen else head.original_module
-    foreign = has_own_forward(head) and not _tensor_parallel(head)
-    if not foreign and is_adapter(head):
-        reason = unsupported(head)
-        if reason is not None:
-            raise RuntimeError(f"{type(model).__name__}: expected a head of LoRA, got {reason}")
-        return head
-    if foreign or getattr(type(head), "forward", None) is not nn.Linear.forward:
-        raise RuntimeError(
-            f"{type(model).__name__}.get_output_embeddings(): expected a torch.nn.Linear without "
-            f"quantisation, got {type(head).__module__}.{type(head).__name__}"
-        )
-    if head.weight.device.type == "meta":
-        raise RuntimeError("lm_head.weight: expected a tensor in memory, got an offloaded one")
-    return head
-
-
-def _tensor_parallel(head: nn.Module) -> bool:
-    """Whether transformers shares the words out to processes that all have the same tokens."""
-    own = getattr(head.__dict__.get("forward"), "__module__", "")
-    return own == "transformers.distributed.tensor_parallel" and isinstance(head.weight, DTensor)
-
-
 def _check_loss_function(model: PreTrainedModel, expected: Any) -> None:
-    if model.loss_function is not expected:
-        name = getattr(model.loss_function, "__name__", type(model.loss_function).__name__)
+    found = unhidden(model.loss_function)
+    if found is not expected:
+        name = getattr(found, "__name__", type(found).__name__)
         raise RuntimeError(
             f"{type(model).__name__}.loss_function: expected ForCausalLMLoss, got {name}"
         )
-
-
-@contextmanager
-def _instead(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """`owner.name` is `value` on the instance, for the length of a block."""
-    absent = object()
-    before = owner.__dict__.get(name, absent)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if before is absent:
-            del owner.__dict__[name]
-        else:
-            owner.__dict__[name] = before

@@ -20,8 +20,10 @@ from torch.distributed.tensor import DTensor
 from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.walks.checks import DTYPES
 from ..adapter import is_adapter
+from ..heads import linear_head, tensor_parallel
 from ..lazy.logits import LazyLogits
 from ..lazy.tensor import PromisedLogits
+from ..seams.calls import standing_in, unhidden
 from ..seams.seam import Make, Method, Replacement, Seam
 
 _log = logging.getLogger(__name__)
@@ -31,16 +33,14 @@ _OWN = HeadOptions()
 @contextmanager
 def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator[None]:
     """The model's head answers with `LazyLogits`; a head fastpo does not know stays itself."""
-    from ..attach import _instead, _linear_head  # imports transformers
-
     try:
-        head: Any = _linear_head(model)
+        head: Any = linear_head(model)
         parts = _readable(trainer, head)
     except RuntimeError as error:
         _say_once(type(trainer).__name__, str(error))
         yield
         return
-    own, sharded = head.forward, isinstance(parts[0], DTensor)
+    own, sharded = unhidden(head.forward), isinstance(parts[0], DTensor)
     given: list[Tensor] = []
 
     def forward(hidden: Tensor) -> Any:
@@ -57,15 +57,16 @@ def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator
             given.append(hidden)
         return LazyLogits.of(head, hidden, options, (weight, bias))
 
-    with _instead(head, "forward", forward), _showing(model, given) if sharded else nullcontext():
+    with (
+        standing_in(head, "forward", forward),
+        _showing(model, given) if sharded else nullcontext(),
+    ):
         yield
 
 
 def _readable(trainer: Any, head: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias between two forwards; RuntimeError where they cannot be read after one."""
-    from ..attach import _tensor_parallel
-
-    if _tensor_parallel(head):
+    if tensor_parallel(head):
         raise RuntimeError("lm_head.weight: expected a whole tensor, got a tensor-parallel shard")
     if hasattr(head.weight, "ds_id"):
         raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of ZeRO-3")

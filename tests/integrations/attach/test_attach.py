@@ -259,7 +259,7 @@ class _Shortened(transformers.LlamaForCausalLM):
     [
         (_Masked, "changes its logits in another way than logit_scale=1.0, softcap=None"),
         (_OwnLoss, "its forward fails on a probe"),
-        (_Shortened, r"its loss sees logits of shape \(1, 0"),
+        (_Shortened, r"its loss sees logits of shape \(1, 1, 3\d\d\)"),
     ],
 )
 def test_unknown_forwards_are_refused_at_the_first_call(kind, message):

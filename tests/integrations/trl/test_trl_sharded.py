@@ -22,7 +22,6 @@ from transformers import training_args
 from trl.trainer import distillation_trainer
 
 import fastpo
-from fastpo.integrations import attach
 from fastpo.integrations.lazy.logits import LazyLogits
 from fastpo.integrations.trl import logits as trl_logits
 from fastpo.integrations.trl.head import HeadCall
@@ -278,7 +277,7 @@ def test_logits_of_heads_that_cannot_be_read_later_are_left_alone(caplog, monkey
     plugin.fsdp_version = 2
     with trl_logits.lazy_head(trainer, model):
         assert isinstance(model.lm_head(hidden), LazyLogits)
-    monkeypatch.setattr(attach, "_tensor_parallel", lambda head: True)
+    monkeypatch.setattr(trl_logits, "tensor_parallel", lambda head: True)
     with trl_logits.lazy_head(trainer, model):
         assert isinstance(model.lm_head(hidden), torch.Tensor)
     assert "got a tensor-parallel shard" in caplog.text

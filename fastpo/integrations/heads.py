@@ -1,0 +1,75 @@
+"""The output embeddings of a model: which layer they are, and what the model does to its logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+
+from ..ops.walks.checks import DTYPES
+from .adapter import has_own_forward, is_adapter, unsupported
+from .seams import hooks
+from .seams.calls import beneath
+
+
+def linear_head(model: Any) -> nn.Linear:
+    """The head as a linear layer, perhaps with LoRA; read at each call: PEFT may come later."""
+    head: Any = model.get_output_embeddings()
+    if head is not None and "modules_to_save" in head._modules:  # PEFT trains a copy of it whole
+        chosen = [] if head.disable_adapters else head.active_adapters
+        head = head.modules_to_save[chosen[0]] if chosen else head.original_module
+    foreign = has_own_forward(head) and not tensor_parallel(head)
+    if not foreign and is_adapter(head):
+        reason = unsupported(head)
+        if reason is not None:
+            raise RuntimeError(f"{type(model).__name__}: expected a head of LoRA, got {reason}")
+    elif foreign or getattr(type(head), "forward", None) is not nn.Linear.forward:
+        raise RuntimeError(
+            f"{type(model).__name__}.get_output_embeddings(): expected a torch.nn.Linear without "
+            f"quantisation, got {type(head).__module__}.{type(head).__name__}"
+        )
+    for hook in hooks.hooks(head, hooks.BACKWARD):
+        raise RuntimeError(
+            f"lm_head: expected no backward hook, got {hooks.name(hook)}: there are no logits "
+            "whose gradient it could be given"
+        )
+    weight = stored_weight(head)
+    if weight.device.type == "meta":
+        raise RuntimeError("lm_head.weight: expected a tensor in memory, got an offloaded one")
+    if weight.dtype not in DTYPES:
+        raise RuntimeError(
+            f"lm_head.weight: expected dtype float32, bfloat16 or float16, got {weight.dtype}"
+        )
+    return head
+
+
+def stored_weight(head: Any) -> Tensor:
+    """The weight, or what it is made of: a parametrization makes it anew whenever it is read."""
+    layer = head.get_base_layer() if is_adapter(head) else head
+    if parametrize.is_parametrized(layer, "weight"):
+        return next(layer.parametrizations["weight"].parameters())
+    weight: Tensor = layer.weight
+    return weight
+
+
+def tensor_parallel(head: Any) -> bool:
+    """Whether transformers shares the words out to processes that all have the same tokens."""
+    own = getattr(beneath(head, "forward"), "__module__", "")
+    return own == "transformers.distributed.tensor_parallel" and isinstance(head.weight, DTensor)
+
+
+def logit_map(config: Any) -> tuple[float | None, float]:
+    """Soft-cap and factor of the logits, by the names the model families give them."""
+    config = config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    # Cohere; Muse Glimmer; Falcon-H1
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        factor = getattr(config, name, None)
+        if factor is not None:
+            return softcap, float(factor)
+    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3
+    if divisor is None:
+        return softcap, 1.0
+    return softcap, float(divisor if config.model_type == "hyperclovax" else 1 / divisor)

@@ -1,0 +1,34 @@
+"""Hooks that other people have put on a layer, or on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.nn.modules import module as every
+
+FORWARD = ("_forward_pre_hooks", "_forward_hooks")
+BACKWARD = ("_backward_pre_hooks", "_backward_hooks")
+
+
+def hooks(layer: Any, kinds: tuple[str, ...]) -> list[Callable[..., Any]]:
+    """All but FSDP2's, which show and hide weights and change nothing."""
+    found = [hook for held in _held(layer, kinds) for hook in held.values()]
+    return [x for x in found if not getattr(x, "__module__", "").startswith("torch.distributed.")]
+
+
+def numbers(layer: Any, kinds: tuple[str, ...] = FORWARD) -> tuple[int, ...]:
+    """One for each hook, none given twice."""
+    return tuple(number for held in _held(layer, kinds) for number in held)
+
+
+def name(hook: Any) -> str:
+    return getattr(hook, "__qualname__", type(hook).__qualname__)
+
+
+def _held(layer: Any, kinds: tuple[str, ...]) -> list[dict[int, Callable[..., Any]]]:
+    owners = (
+        (getattr(layer, kind) for kind in kinds),
+        (getattr(every, f"_global{k}") for k in kinds),
+    )
+    return [held for owner in owners for held in owner]
