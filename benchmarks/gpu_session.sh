@@ -43,11 +43,11 @@ facts() {
     "$python" - <<'PY'
 import importlib.util, json, torch
 from fastpo.bench import machine
-from fastpo.ops.rows import backend
+from fastpo.ops.rows import registry
 device = "cuda" if torch.cuda.is_available() else "cpu"
 print(json.dumps(machine.facts(device), indent=1))
-for name in backend.BACKENDS:
-    print("backend", name, backend.unavailable(name, torch.device(device)) or "is there")
+for name in registry.BACKENDS:
+    print("backend", name, registry.unavailable(name, torch.device(device)) or "is there")
 for name in ("trl", "peft", "liger_kernel", "cut_cross_entropy", "quack", "pytest", "matplotlib"):
     print("package", name, "is there" if importlib.util.find_spec(name) else "is missing")
 PY

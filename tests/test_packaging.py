@@ -86,7 +86,7 @@ sys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module_
 checkout = ({str(ROOT)!r}, {str(ROOT.parent)!r})
 sys.path = [{str(installed)!r}] + [p for p in sys.path if p not in checkout]
 import fastpo, fastpo._C, {modules}
-from fastpo.ops.rows import backend_cpu
+from fastpo.ops.rows import cpu
 print(fastpo.__file__, fastpo._C.__file__, fastpo.kernels.__path__, fastpo._C.has_cuda)
 assert importlib.util.find_spec("kernels") is None or "fastpo" not in str(
     importlib.util.find_spec("kernels").submodule_search_locations)
@@ -103,9 +103,9 @@ import sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module__]
 sys.path = [{str(ROOT)!r}] + [p for p in sys.path if p != {str(ROOT)!r}]
 import torch, fastpo, fastpo.kernels.{Path(KERNELS[0]).stem}
-from fastpo.ops.rows import backend
+from fastpo.ops.rows import registry
 cpu = torch.device("cpu")
-print(backend.load("cpu").unavailable(cpu), backend.choose(None, cpu))
+print(registry.kernels("cpu").unavailable(cpu), registry.choose(None, cpu))
 """
     output = run(sys.executable, "-c", program, cwd=tmp_path)
     assert "build it with" in output or output.strip().endswith("cpu"), output

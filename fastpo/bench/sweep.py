@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastpo.ops.rows import backend as R
+from fastpo.ops.rows import registry
 from fastpo.testing import max_error, rounding
 
 from . import machine
@@ -91,7 +92,7 @@ class _Candidate:
     def timed(self, watch: machine.Stopwatch, tile: Tile, kernel: str) -> float:
         tile.reset()
         with _standing_in(self.blocks):
-            return watch(partial(tile.launch, R.load(self.backend), kernel))[0]
+            return watch(partial(tile.launch, registry.kernels(self.backend), kernel))[0]
 
     def row(self, kernel: str, moved: int) -> dict[str, Any]:
         row: dict[str, Any] = {"kernel": kernel, "variant": self.name, "status": self.status}
@@ -104,8 +105,8 @@ class _Candidate:
 def _candidates(device: torch.device, width: int) -> Iterator[tuple[str, str, Any, str | None]]:
     """Name, backend, tiles, and why it cannot run."""
     for backend in ("torch", "cuda", "cpu"):
-        yield backend, backend, None, R.load(backend).unavailable(device)
-    reason = R.load("triton").unavailable(device)
+        yield backend, backend, None, registry.kernels(backend).unavailable(device)
+    reason = registry.kernels("triton").unavailable(device)
     if reason is not None:
         yield "triton", "triton", None, reason
         return

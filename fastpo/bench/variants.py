@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastpo
 from fastpo import planner
-from fastpo.ops.rows import backend as rows
+from fastpo.ops.rows import registry
 from fastpo.testing import HeadInputs
 
 Case = Literal["score", "frozen", "trainable"]
@@ -63,7 +63,7 @@ def run(variant: Variant, forward: Forward, x: HeadInputs, upstream: Tensor) -> 
 
 def own_variants(device: torch.device) -> list[Variant]:
     found = []
-    for backend in rows.BACKENDS:
+    for backend in registry.BACKENDS:
         name = f"fastpo {backend}"
         found += [
             Variant(name, "score", _fused(backend, None, device), own=True),
@@ -81,7 +81,7 @@ def _fused(backend: str, budget: int | None, device: torch.device) -> Callable[[
         return Outcome(stats.logps)
 
     def make() -> Forward:
-        rows.choose(backend, device)
+        registry.choose(backend, device)
         if device.type == "cpu" and backend not in ("cpu", "torch"):
             raise RuntimeError("in Triton's interpreter a time says nothing")
         return logps

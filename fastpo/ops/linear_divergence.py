@@ -10,13 +10,24 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .linear_logps import linear_logps
 from .rows import backend as R
+from .rows import registry
 from .rows.pair.backend import KINDS, Rule
 from .walks import divergence as walk
-from .walks.checks import check_options, check_tensors, compute_dtype, shape_of
+from .walks.checks import (
+    check_flag,
+    check_names,
+    check_number,
+    check_options,
+    check_tensors,
+    check_whole,
+    compute_dtype,
+    given,
+    shape_of,
+)
+from .walks.derivatives import check_plain, first_derivatives
 from .walks.divergence import DivergenceSpec
 from .walks.head import HeadSpec
 from .walks.mixture import Operands
@@ -78,11 +89,14 @@ def linear_divergence(
     summed in float32 and rounded once. Raises ValueError for shapes, dtypes, devices and options.
     A NaN or infinite hidden state gives NaN in its row.
     """
+    everything = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask)
+    check_plain("linear_divergence", everything)
     labels = _labels(hidden, mask)
     check_tensors(hidden, weight, labels, bias)
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias, labels)
     rule = _rule(kind, beta, alpha)
-    _check_outputs(outputs)
+    check_names("outputs", outputs, _OUTPUTS)
+    check_flag("teacher_grad", teacher_grad)
     tempered = temperature if teacher_temperature is None else teacher_temperature
     check_options(temperature, softcap, logit_scale, ("logps",), budget)
     check_options(tempered, teacher_softcap, teacher_logit_scale, ("logps",), None)
@@ -94,7 +108,7 @@ def linear_divergence(
         ignore_index=None if mask is None else _LEFT_OUT,
         outputs=("logps",),
         compute_dtype=torch.float32,
-        backend=R.choose(backend, hidden.device),
+        backend=registry.choose(backend, hidden.device),
         hidden_grad=False,
         head_grad=False,
         budget=0,
@@ -132,20 +146,21 @@ class _Divergence(torch.autograd.Function):
         return saved.divergence, saved.entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        check_plain("linear_divergence", (grad,))
         labels, constants, totals, kept, *tensors = ctx.saved_tensors
         operands = _operands(tensors)
         wanted = ctx.needs_input_grad[2:]
         needs = (wanted[:3], wanted[3:])
         found = walk.backward(grad, operands, labels, constants, totals, kept, ctx.spec, needs)
-        grads: list[Tensor | None] = [None, None]
+        grads: list[Tensor | None] = []
         for side, own in zip(found, operands, strict=True):
             dbias = side.bias
             if dbias is not None and own.bias is not None:
                 dbias = dbias.to(own.bias.dtype)
             grads += [side.hidden, side.weight, dbias]
-        return tuple(grads)
+        sources = (grad, *tensors)
+        return None, None, *first_derivatives("linear_divergence", tuple(grads), sources)
 
 
 def _operands(tensors: Any) -> list[Operands]:
@@ -177,9 +192,12 @@ def linear_topk_divergence(
 
     Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
     """
+    everything = (hidden, weight, bias, teacher_ids, teacher_logps, mask)
+    check_plain("linear_topk_divergence", everything)
     labels = _labels(hidden, mask)
     check_tensors(hidden, weight, labels, bias)
     rule = _rule(kind, beta, 0.5)
+    check_flag("tail", tail)
     if rule.kind not in ("forward_kl", "reverse_kl", "jsd"):
         raise ValueError(f"kind: expected forward_kl, reverse_kl or jsd, got {kind!r}")
     _check_lists(hidden, weight, teacher_ids, teacher_logps)
@@ -220,9 +238,12 @@ def _with_rest(logps: Tensor) -> Tensor:
 
 def _labels(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Any word where a token is scored: the heads compact by it."""
+    check_whole(hidden=hidden, **given(mask=mask))
     labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     if mask is None:
         return labels
+    if mask.device != hidden.device:
+        raise ValueError(f"mask: expected device {hidden.device}, got {mask.device}")
     if mask.shape != labels.shape or mask.dtype != torch.bool:
         raise ValueError(
             f"mask: expected bool of shape {shape_of(labels)}, got {mask.dtype} of {shape_of(mask)}"
@@ -231,18 +252,11 @@ def _labels(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _rule(kind: str, beta: float, alpha: float) -> Rule:
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta: expected a number in [0, 1], got {beta}")
-    if not -float("inf") < alpha < float("inf"):
-        raise ValueError(f"alpha: expected a finite number, got {alpha}")
-    return Rule.of(kind, beta, alpha)
-
-
-def _check_outputs(outputs: tuple[str, ...]) -> None:
-    if not isinstance(outputs, tuple | list) or not outputs or set(outputs) - set(_OUTPUTS):
-        raise ValueError(f"outputs: expected a tuple of {', '.join(_OUTPUTS)}, got {outputs!r}")
+    check_number("beta", beta, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+    check_number("alpha", alpha, "a finite number")
+    return Rule.of(kind, float(beta), float(alpha))
 
 
 def _check_teacher(
@@ -268,6 +282,7 @@ def _check_teacher(
 
 
 def _check_lists(hidden: Tensor, weight: Tensor, ids: Tensor, logps: Tensor) -> None:
+    check_whole(teacher_ids=ids, teacher_logps=logps)
     if ids.dtype != torch.int64 or ids.dim() != hidden.dim() or ids.shape[:-1] != hidden.shape[:-1]:
         expected = (*shape_of(hidden)[:-1], "K")
         raise ValueError(

@@ -6,11 +6,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .rows import backend as R
+from .rows import registry
 from .walks import topk as walk
-from .walks.checks import check_options, check_tensors, compute_dtype, shape_of
+from .walks.checks import (
+    check_integer,
+    check_options,
+    check_temperature,
+    check_tensors,
+    check_whole,
+    compute_dtype,
+    given,
+    shape_of,
+)
+from .walks.derivatives import check_plain, first_derivatives
 from .walks.head import Forward, HeadSpec
 
 _LEFT_OUT = -100
@@ -51,8 +61,7 @@ def sample_topk(
     gradient. generator: of the device of `topk`; None: PyTorch's default one.
     Raises ValueError for a temperature that is not a finite number > 0.
     """
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
+    check_temperature(temperature)
     scores = topk.values.detach() / temperature
     # The first of k exponential clocks to ring. torch.multinomial would stop a GPU at a row of
     # NaN; here such a row gives NaN.
@@ -91,6 +100,8 @@ def linear_topk(
     `exclude`) and, on a CPU, for an excluded word that is not there. RuntimeError when a named
     backend is missing. A NaN or infinite hidden state gives NaN in its row.
     """
+    check_plain("linear_topk", (hidden, weight, bias, exclude, mask))
+    check_whole(hidden=hidden, **given(exclude=exclude, mask=mask))
     tokens = hidden.shape[:-1]
     labels = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
     check_tensors(hidden, weight, labels, bias)
@@ -104,7 +115,7 @@ def linear_topk(
         ignore_index=None if mask is None else _LEFT_OUT,
         outputs=("logps",),
         compute_dtype=compute_dtype(hidden),
-        backend=R.choose(backend, hidden.device),
+        backend=registry.choose(backend, hidden.device),
         hidden_grad=any_grad,
         head_grad=any_grad,  # what a frozen head keeps is the same
         budget=0 if budget is None and not head_grad else budget,
@@ -139,24 +150,25 @@ class _LinearTopK(torch.autograd.Function):
         return found.values, found.ids, found.stats.lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, values: Tensor | None, _: Any, lse: Tensor | None) -> tuple:
+        check_plain("linear_topk", (values, lse))
         hidden, weight, bias, labels, z, ids, *stats = ctx.saved_tensors
         found = walk.Found(z, ids, Forward(*stats))
         needs = ctx.needs_input_grad[:3]
-        grads = walk.backward((values, lse), hidden, weight, bias, labels, found, ctx.spec, needs)
-        dbias = None if grads[2] is None or bias is None else grads[2].to(bias.dtype)
-        return *grads[:2], dbias, None, None, None
+        grads, operands = (values, lse), (hidden, weight, bias)
+        dhidden, dweight, dbias = walk.backward(grads, *operands, labels, found, ctx.spec, needs)
+        dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
+        leaves = (dhidden, dweight, dbias)
+        return *first_derivatives("linear_topk", leaves, (*grads, *operands)), None, None, None
 
 
 def _check_lists(
     labels: Tensor, vocab: int, k: int, exclude: Tensor | None, mask: Tensor | None
 ) -> None:
     most = vocab - (exclude is not None)
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
-        raise ValueError(f"k: expected an integer in [1, {most}], got {k!r}")
-    given = {"exclude": (exclude, torch.int64), "mask": (mask, torch.bool)}
-    for name, (tensor, dtype) in given.items():
+    check_integer("k", k, f"an integer in [1, {most}]", lambda x: 1 <= x <= most)
+    lists = {"exclude": (exclude, torch.int64), "mask": (mask, torch.bool)}
+    for name, (tensor, dtype) in lists.items():
         if tensor is None:
             continue
         if tensor.shape != labels.shape:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import isfinite
+from collections.abc import Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .linear_logps import TokenStats
 from .rows import backend as R
+from .rows import registry
 from .walks import mixture
-from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype, shape_of
+from .walks.checks import (
+    OUTPUTS,
+    check_number,
+    check_options,
+    check_tensors,
+    compute_dtype,
+    shape_of,
+)
+from .walks.derivatives import check_plain, first_derivatives
 from .walks.head import Forward, HeadSpec
 
 
@@ -46,20 +53,23 @@ def mixed_linear_logps(
     and, on a CPU, labels that cannot be; on a GPU such a label makes its row NaN. RuntimeError
     when a named backend is missing. A NaN or infinite hidden state gives NaN in its row.
     """
-    heads = len(hiddens)
+    heads = _count("hiddens", hiddens)
+    _count("weights", weights)
     biases = _one_per_head("biases", biases, heads, None)
     softcaps = _one_per_head("softcaps", softcaps, heads, None)
     logit_scales = _one_per_head("logit_scales", logit_scales, heads, 1.0)
+    weighing = coefficients if isinstance(coefficients, Tensor) else None
+    check_plain("mixed_linear_logps", (*hiddens, *weights, *biases, weighing, labels))
     _check_heads(hiddens, weights, biases, labels)
     for cap, scale in zip(softcaps, logit_scales, strict=True):
-        check_options(temperature, cap, scale, outputs, None)
+        check_options(temperature, cap, scale, outputs, None, ignore_index)
     spec = mixture.MixtureSpec(
         head=HeadSpec(
             logit_map=R.LogitMap(float(temperature)),
             ignore_index=ignore_index,
             outputs=tuple(name for name in OUTPUTS if name in outputs or name == "logps"),
             compute_dtype=torch.float32,
-            backend=R.choose(backend, labels.device),
+            backend=registry.choose(backend, labels.device),
             hidden_grad=False,
             head_grad=False,
             budget=0,
@@ -102,8 +112,8 @@ class _MixedLinearLogps(torch.autograd.Function):
         return tuple(getattr(stats, name) for name in OUTPUTS)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        check_plain("mixed_linear_logps", grads)
         labels, coefficients, *rest = ctx.saved_tensors
         count = 3 * len(ctx.spec.maps)
         operands, stats = _operands(rest[:count]), Forward(*rest[count:])
@@ -115,12 +125,9 @@ class _MixedLinearLogps(torch.autograd.Function):
             None if x.bias is None or g.bias is None else g.bias.to(x.bias.dtype)
             for x, g in zip(operands, found, strict=True)
         )
-        return (
-            *(None, None, None),
-            *(g.hidden for g in found),
-            *(g.weight for g in found),
-            *dbiases,
-        )
+        leaves = (*(g.hidden for g in found), *(g.weight for g in found), *dbiases)
+        sources = (*grads, *rest[:count])
+        return None, None, None, *first_derivatives("mixed_linear_logps", leaves, sources)
 
 
 def _per_head(flat: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
@@ -136,9 +143,15 @@ def _operands(tensors: Sequence[Tensor | None]) -> list[mixture.Operands]:
 def _one_per_head(name: str, given: Sequence[Any] | None, heads: int, default: Any) -> list[Any]:
     if given is None:
         return [default] * heads
-    if not isinstance(given, tuple | list) or len(given) != heads:
+    if not isinstance(given, (tuple, list)) or len(given) != heads:
         raise ValueError(f"{name}: expected {heads} entries, one per head, got {given!r}")
     return list(given)
+
+
+def _count(name: str, given: Any) -> int:
+    if isinstance(given, Tensor) or not isinstance(given, Sized):
+        raise ValueError(f"{name}: expected a sequence, one entry per head, got {type(given)}")
+    return len(given)
 
 
 def _check_heads(
@@ -164,11 +177,12 @@ def _weights_of_heads(
     coefficients: Sequence[float] | Tensor, heads: int, labels: Tensor
 ) -> Tensor:  # [M] or [N, M] float32
     if not isinstance(coefficients, Tensor):
-        if len(coefficients) != heads or not all(map(isfinite, coefficients)):
-            raise ValueError(
-                f"coefficients: expected {heads} finite numbers, got {tuple(coefficients)}"
-            )
-        return torch.tensor(coefficients, dtype=torch.float32, device=labels.device)
+        expected = f"{heads} finite numbers"
+        if _count("coefficients", coefficients) != heads:
+            raise ValueError(f"coefficients: expected {expected}, got {tuple(coefficients)}")
+        for value in coefficients:
+            check_number("coefficients", value, expected)
+        return R.filled_rows(tuple(map(float, coefficients)), 1, labels.device).squeeze(1)
     allowed = ((heads,), (*labels.shape, heads))
     if tuple(coefficients.shape) not in allowed:
         raise ValueError(

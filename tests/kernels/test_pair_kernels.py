@@ -29,6 +29,7 @@ from torch import Tensor
 
 import fastpo
 from fastpo import planner, reference
+from fastpo.ops.rows import registry
 from fastpo.ops.rows import triton as rows_triton
 from fastpo.ops.rows.backend import LogitMap
 from fastpo.ops.rows.pair import backend as P
@@ -334,7 +335,8 @@ def assert_divergence(rule: P.Rule, tensors: list[Tensor], **options) -> None:
 @rules_table
 def test_linear_divergence(rule: P.Rule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "tile_shape", lambda *_: planner.Tiles(3, 64))
-    assert P.load("triton") is P.load("anchored") is pair_triton
+    kernels = registry.pair_kernels
+    assert kernels("triton") is kernels("anchored") is pair_triton
     assert_divergence(rule, leaves(4, 83, 12), teacher_temperature=1.3)
 
 

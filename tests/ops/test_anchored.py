@@ -16,6 +16,7 @@ from torch import Tensor
 import fastpo
 from fastpo import planner, reference
 from fastpo.ops.rows import backend as R
+from fastpo.ops.rows import registry
 from fastpo.ops.rows import triton as rows_triton
 from fastpo.ops.walks import anchored as walk
 from fastpo.ops.walks.checks import OUTPUTS
@@ -35,7 +36,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 PRODUCTS = [
-    name for name in ("anchored", "cutlass") if R.unavailable(name, torch.device(DEVICE)) is None
+    name
+    for name in ("anchored", "cutlass")
+    if registry.unavailable(name, torch.device(DEVICE)) is None
 ]
 MAPS = {
     "plain": R.LogitMap(),

@@ -10,8 +10,7 @@ import torch
 from fastpo import cli
 from fastpo.bench.choose import choose, rows_of
 from fastpo.bench.errors import BenchError
-from fastpo.ops.rows import backend as R
-from fastpo.ops.rows import fastest
+from fastpo.ops.rows import fastest, registry
 
 CUDA = torch.device("cuda")
 
@@ -93,7 +92,9 @@ def test_the_nearest_hidden_size_counts_and_new_reports_replace_old_ones(table):
 def test_what_is_taken_on_a_gpu(table, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
     missing: list[str] = []
-    monkeypatch.setattr(R, "unavailable", lambda name, device: name if name in missing else None)
+    monkeypatch.setattr(
+        registry, "unavailable", lambda name, device: name if name in missing else None
+    )
     given = CUDA, torch.bfloat16, 4096
     assert fastest.choose(None, *given) == "triton"
     choose(write(table, report(triton=1.3, cutlass=1.1)), table)

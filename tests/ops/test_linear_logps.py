@@ -8,12 +8,14 @@ from torch import Tensor
 
 import fastpo
 from fastpo import reference
-from fastpo.ops.rows import backend as rows
+from fastpo.ops.rows import registry
 from fastpo.ops.walks.checks import OUTPUTS
 from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head, rounding
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = [name for name in rows.BACKENDS if rows.unavailable(name, torch.device(DEVICE)) is None]
+BACKENDS = [
+    name for name in registry.BACKENDS if registry.unavailable(name, torch.device(DEVICE)) is None
+]
 DIFFERENTIABLE = ("logps", "entropy", "lse")
 INTERPRETED = ("triton", "anchored") if DEVICE == "cpu" else ()
 

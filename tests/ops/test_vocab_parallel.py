@@ -12,12 +12,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import fastpo
 from fastpo import reference
-from fastpo.ops.rows import backend as R
+from fastpo.ops.rows import registry
 from fastpo.ops.walks.checks import OUTPUTS
 from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head
 
 VOCAB, CUT = 1003, 400  # the second process has the words from CUT on
-BACKENDS = [b for b in R.BACKENDS if R.unavailable(b, torch.device("cpu")) is None]
+BACKENDS = [b for b in registry.BACKENDS if registry.unavailable(b, torch.device("cpu")) is None]
 # name -> (is the head trained, budget in rows of each process's probabilities)
 MODES = {"score": (False, 0), "frozen": (False, 0), "keep": (True, 99), "lean": (True, 0)}
 MODES["mixed"] = (True, 7)

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -119,36 +118,3 @@ class RowKernels(Protocol):
         In the label's column out = LABEL, which already carries dz/dx. From `kept`, exp(l) is
         kept·exp((anchor - SHIFT) - LOG_MASS) and z is log(kept) + anchor.
         """
-
-
-BACKENDS = ("cuda", "triton", "anchored", "cutlass", "cpu", "torch")
-# Their own forward where that serves (see walks/anchored.py); else all of the other's.
-_ROW_KERNELS = {"anchored": "triton", "cutlass": "triton"}
-
-
-def load(name: str) -> RowKernels:
-    module: Any = import_module(f"fastpo.ops.rows.{_ROW_KERNELS.get(name, name)}")
-    return module
-
-
-def unavailable(backend: str, device: torch.device) -> str | None:
-    """Why a backend of BACKENDS cannot serve the device; None when it can."""
-    reason = load(backend).unavailable(device)
-    if reason is None and backend == "cutlass":
-        reason = import_module("fastpo.ops.rows.anchored_cutlass").unavailable(device)
-    return reason
-
-
-def choose(backend: str | None, device: torch.device) -> str:
-    """The named backend, or the best that serves the device."""
-    if backend is None:
-        preference = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
-        for name in preference.get(device.type, ("torch",)):
-            if unavailable(name, device) is None:
-                return name
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = unavailable(backend, device)
-    if reason is not None:
-        raise RuntimeError(f"backend {backend!r}: {reason}")
-    return backend

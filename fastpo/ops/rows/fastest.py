@@ -1,7 +1,7 @@
 """Which of the forwards for a GPU is the fastest on one, as `fastpo bench head` found it.
 
 fastest.json holds the measurements' verdict, `fastpo bench choose` writes it from reports. Devices
-that are not in it run what `backend.choose` prefers. One forward for all numbers of tokens, words
+that are not in it run what `registry.choose` prefers. One forward for all numbers of tokens, words
 and outputs: a pass without gradient must have the same bits as one with.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import backend as R
+from . import registry
 
 TABLE = Path(__file__).with_name("fastest.json")
 
@@ -44,11 +44,11 @@ def fastest(device: str, dtype: str, hidden: int) -> str | None:
 
 
 def choose(backend: str | None, device: torch.device, dtype: torch.dtype, hidden: int) -> str:
-    """The named backend of a head, the fastest measured, or what `backend.choose` prefers."""
+    """The named backend of a head, the fastest measured, or what `registry.choose` prefers."""
     if backend is None and device.type == "cuda":
         name = fastest(
             torch.cuda.get_device_name(device), str(dtype).removeprefix("torch."), hidden
         )
-        if name is not None and R.unavailable(name, device) is None:
+        if name is not None and registry.unavailable(name, device) is None:
             return name
-    return R.choose(backend, device)
+    return registry.choose(backend, device)

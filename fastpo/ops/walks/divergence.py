@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ... import planner
 from ..rows import backend as R
+from ..rows import registry
 from ..rows.pair import backend as P
 from .head import Head, HeadSpec, mm_float32
 from .mixture import Gradients, Operands, Sums
@@ -66,7 +67,7 @@ class _Heads:
             for x, dtype in zip(operands, spec.dtypes, strict=True)
         ]
         self.maps, self.rule, self.first = spec.maps, spec.rule, self.heads[0]
-        self.rows = P.load(spec.head.backend)
+        self.rows = registry.pair_kernels(spec.head.backend)
         vocab, hidden = self.first.weight.shape
         budget = planner.default_budget(vocab, hidden) if spec.budget is None else spec.budget
         self.kept_tokens = min(len(self.first.hidden), budget // (_PAIR_BYTES * vocab))
@@ -113,7 +114,7 @@ def forward(operands: Sequence[Operands], labels: Tensor, spec: DivergenceSpec) 
         heads = _Heads(operands, labels, spec)
         first = heads.first
         n, vocab = len(first.hidden), first.weight.shape[0]
-        state = torch.tensor(P.INITIAL_STATE, device=device).unsqueeze(1).repeat(1, n)
+        state = R.filled_rows(P.INITIAL_STATE, n, device)
         sums = torch.zeros(P.SUMS, n, dtype=torch.float64, device=device)
         kept = first.empty(2, heads.kept_tokens * vocab, dtype=torch.float32)
         entropy = "entropy" in spec.outputs

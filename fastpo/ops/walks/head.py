@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import planner
 from ..rows import backend as R
+from ..rows import registry
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard
@@ -137,7 +138,7 @@ class Head:
         self.bias = None if bias is None else bias.float().contiguous()
         self.trained = weight.trained if isinstance(weight, Adapted) else slice(None)
         self.spec = spec
-        self.kernels = R.load(spec.backend)
+        self.kernels = registry.kernels(spec.backend)
         self.plan = spec.plan(hidden, weight)
         self.gemm = planner.gemm_dtype(spec.compute_dtype, self.device.type)
         tiles = self.plan.tiles

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -143,12 +142,3 @@ class PairKernels(Protocol):
         outs: tuple[Tensor | None, Tensor | None],  # [n, v] float32/bf16/fp16, written
     ) -> None:
         """out = GRAD·(∂f/∂l - exp(l)·TOTAL)·dz/dx; 0 in rows whose GRAD is 0, whatever is there."""
-
-
-# The compiled CUDA rows are those of linear_logps only; its products run with PyTorch's rows.
-_MODULES = {"cpu": "cpu", "triton": "triton", "anchored": "triton", "cutlass": "triton"}
-
-
-def load(backend: str) -> PairKernels:
-    module: Any = import_module(f"fastpo.ops.rows.pair.{_MODULES.get(backend, 'torch')}")
-    return module

@@ -1,4 +1,4 @@
-"""Row kernels of `linear_divergence` in csrc/cpu; rows_cpu.py chooses the instruction set."""
+"""Row kernels of `linear_divergence` in csrc/cpu; rows/cpu.py chooses the instruction set."""
 
 from __future__ import annotations
 

@@ -1,0 +1,63 @@
+"""The backends by name, and which of them serve a device."""
+
+from __future__ import annotations
+
+import torch
+
+from . import anchored_cutlass, cpu, cuda, triton
+from . import torch as eager
+from .backend import RowKernels
+from .pair import cpu as pair_cpu
+from .pair import torch as pair_eager
+from .pair import triton as pair_triton
+from .pair.backend import PairKernels
+
+_KERNELS: dict[str, RowKernels] = {
+    "cuda": cuda,
+    "triton": triton,
+    # Their own forward where that serves (see walks/anchored.py); else all of Triton's.
+    "anchored": triton,
+    "cutlass": triton,
+    "cpu": cpu,
+    "torch": eager,
+}
+_PAIR_KERNELS: dict[str, PairKernels] = {
+    "cuda": pair_eager,  # the compiled CUDA rows are those of one head only
+    "triton": pair_triton,
+    "anchored": pair_triton,
+    "cutlass": pair_triton,
+    "cpu": pair_cpu,
+    "torch": pair_eager,
+}
+BACKENDS = tuple(_KERNELS)
+
+
+def kernels(backend: str) -> RowKernels:
+    return _KERNELS[backend]
+
+
+def pair_kernels(backend: str) -> PairKernels:
+    return _PAIR_KERNELS[backend]
+
+
+def unavailable(backend: str, device: torch.device) -> str | None:
+    """Why a backend of BACKENDS cannot serve the device; None when it can."""
+    reason = kernels(backend).unavailable(device)
+    if reason is None and backend == "cutlass":
+        reason = anchored_cutlass.unavailable(device)
+    return reason
+
+
+def choose(backend: str | None, device: torch.device) -> str:
+    """The named backend, or the best that serves the device."""
+    if backend is None:
+        preference = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
+        for name in preference.get(device.type, ("torch",)):
+            if unavailable(name, device) is None:
+                return name
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = unavailable(backend, device)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r}: {reason}")
+    return backend
