@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 
 import pytest
@@ -18,6 +19,7 @@ from trl.trainer import distillation_trainer
 
 import fastpo
 from fastpo.integrations.trl import head
+from fastpo.integrations.trl.objectives.columns import PAIRS, Carry
 
 SAMPLED = {"max_completion_length": 4}
 GROUPS = {**SAMPLED, "num_generations": 2}
@@ -119,3 +121,51 @@ def test_an_adapter_on_a_float64_head_is_refused(tmp_path):
         _trainers.build(
             "DPO", tmp_path, double(), tiny.preferences(), {}, **reference(), peft_config=adapter
         )
+
+
+@contextlib.contextmanager
+def default(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+# Losses that TRL has, too: (trainer, data, TRL's name, fastpo's, hyperparameters)
+TWINS = {
+    "dpo": ("DPO", tiny.preferences, "sigmoid", "dpo", {}),
+    "kto": ("KTO", tiny.unpaired, "kto", "kto", {"beta": 0.1}),
+}
+
+
+@fused
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", TWINS)
+def test_an_objective_by_name_under_another_default_dtype(name, dtype, tmp_path):
+    """TRL's own metrics and parameters; transformers logs its loss in the default dtype."""
+    prefix, data, loss, key, hyperparameters = TWINS[name]
+
+    def run(**changes):
+        models = {"model": tiny.model(), "ref_model": tiny.model(seed=1)}
+        with default(dtype):
+            return _trainers.train(
+                _trainers.build(prefix, tmp_path, data=data(), changes=changes, **models)
+            )
+
+    own = run(loss_type=loss)
+    with fastpo.patched(objective=key, **hyperparameters):
+        ours = run()
+    _trainers.assert_same(ours, own)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_columns_under_another_default_dtype(dtype):
+    ids = {"input_ids": torch.ones(4, 3, dtype=torch.int64)}
+    rows = [{"margins": 1 + 2**-20, "ties": True, "chosen_lengths": 3}] * 2
+    carry = Carry(lambda examples: dict(ids), list(rows[0]), PAIRS)
+    with default(dtype):
+        batch = carry(rows)
+    assert batch["margins"].dtype == torch.float32
+    assert batch["margins"].tolist() == [1 + 2**-20] * 2
+    assert (batch["ties"].dtype, batch["chosen_lengths"].dtype) == (torch.bool, torch.int64)

@@ -141,6 +141,8 @@ def _stacked(name: str, values: list[Any]) -> Tensor:
     """[B], [B, D], or [K, B] for columns of several models."""
     try:
         tensor = torch.tensor(values)
+        if tensor.is_floating_point():
+            tensor = torch.tensor(values, dtype=torch.float32)  # whatever the default dtype is
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected equally many numbers per row, got {error}") from error
     return tensor.t().contiguous() if SHAPES[name][0] == ("K", "B") else tensor

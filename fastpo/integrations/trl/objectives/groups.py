@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -95,8 +96,7 @@ class GroupTrainer(ObjectiveTrainer, DPOTrainer):
         whole.max_length = None  # TRL would drop single completions
         rows = dataset.map(_pairs_of, batched=True, remove_columns=dataset.column_names)
         tokens = DPOTrainer._prepare_dataset(self, rows, processing_class, whole, name)
-        sizes = torch.tensor([len(group) for group in dataset["completions"]])
-        ends = sizes.cumsum(0).tolist()
+        ends = list(itertools.accumulate(map(len, dataset["completions"])))
 
         def own(row: Mapping[str, Any], i: int) -> dict[str, Any]:
             part = tokens[ends[i] - len(row["completions"]) : ends[i]]
@@ -204,8 +204,9 @@ class GroupCollator(Carry):
             for example in examples
             for values in zip(*(example[name] for name in names), strict=True)
         ]
-        sizes = torch.tensor([len(example["completion_ids"]) for example in examples])
-        groups = torch.arange(len(examples)).repeat_interleave(sizes)
+        lengths = [len(example["completion_ids"]) for example in examples]
+        sizes = torch.tensor(lengths, dtype=torch.int64)
+        groups = torch.arange(len(examples), dtype=torch.int64).repeat_interleave(sizes)
         return super().__call__(rows) | {"group_sizes": sizes, "groups": groups}
 
     def _singles(self, rows: list[Any]) -> dict[str, Any]:

@@ -191,7 +191,7 @@ class Needs:
                 raise ValueError(f"{name}: expected {_how(name)}, got columns {sorted(given)}")
 
     def _placeholder(self, columns: set[str]) -> Quantities:
-        zeros = torch.zeros(len(self.sides), 1)
+        zeros = torch.zeros(len(self.sides), 1, dtype=torch.float32)
         stats = TokenStats(logps=zeros, entropy=zeros, log_sum_sq_probs=zeros)
         under = {"ref": zeros, **dict.fromkeys(self.setting.references, zeros)}
         q = padded(

@@ -66,7 +66,7 @@ class PairTrainer(ObjectiveTrainer):
         own, columns, texts = self._split(inputs)
         given: dict[str, Any] = dict(columns)
         pairs = len(own["input_ids"]) // 2
-        zeros = torch.zeros(pairs, device=own["input_ids"].device)
+        zeros = torch.zeros(pairs, dtype=torch.float32, device=own["input_ids"].device)
         reference, sums = None, (zeros, zeros)
         if self.needs_reference and not self.precompute:
             reference, sums = self._reference(own, texts)
@@ -182,7 +182,7 @@ class SingleTrainer(ObjectiveTrainer):
                 own["ref_KL_logps"] = kl
         elif "ref_logps" in own:
             given["ref_logps"] = own["ref_logps"]
-        own.setdefault("ref_logps", torch.zeros(len(own["label"]), device=own["label"].device))
+        own.setdefault("ref_logps", torch.zeros_like(own["label"], dtype=torch.float32))
         policy = Pass(model, list(texts.values()))
         zero = {"desirable_weight": 0.0, "undesirable_weight": 0.0, "beta": self.terms[0].beta}
         standing = {"loss_type": "apo_zero_unpaired", "precompute_ref_logps": True, **zero}
