@@ -82,7 +82,8 @@ def attach(
     _check_loss_function(base, LOSS.read())
     linear_head(base)
     softcap, logit_scale = logit_map(base.config)
-    options = HeadOptions(temperature, softcap, logit_scale, outputs, budget, backend, accumulate)
+    values = temperature, softcap, logit_scale, outputs, budget, backend, accumulate
+    options = HeadOptions(*values, name="attach")
     return Attached(base, options)
 
 
@@ -103,6 +104,9 @@ class Attached:
             self.own = below.own
         else:
             model.forward = MethodType(_wrapped(type(model).forward), model)
+            model._replicate_for_data_parallel = MethodType(  # type: ignore[method-assign]
+                _replica, model
+            )
         setattr(model, _STATE, self)
 
     def detach(self) -> None:
@@ -117,6 +121,7 @@ class Attached:
             del self.model.forward
         else:
             self.model.forward = self.own
+        del self.model._replicate_for_data_parallel
         delattr(self.model, _STATE)
 
     def __enter__(self) -> Attached:
@@ -131,7 +136,8 @@ class Attached:
         self.detach()
 
     def run(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        own = functools.partial(type(model).forward, model) if self.own is None else self.own
+        below = MethodType(type(model).forward, model) if self.own is None else self.own
+        own = _moved(below, self.model, model)
         inputs = dict(zip(self.parameters, args, strict=False), **kwargs)
         labels = inputs.get("labels")
         if labels is None:
@@ -139,7 +145,6 @@ class Attached:
         if labels is None or not self.active:
             return own(*args, **kwargs)
         predictions.check()
-        _check_loss_function(model, self.own_loss)
         return _Call(self, model).run(own, {**inputs, "labels": labels})
 
 
@@ -155,6 +160,18 @@ def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         return getattr(self, _STATE).run(self, *args, **kwargs)
 
     return fused_forward
+
+
+def _replica(self: PreTrainedModel) -> PreTrainedModel:
+    """nn.DataParallel copies what an instance holds, in which our forward is the original's."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    replica.forward = _moved(self.forward, self, replica)
+    return replica
+
+
+def _moved(method: Any, original: PreTrainedModel, replica: PreTrainedModel) -> Any:
+    own = isinstance(method, MethodType) and method.__self__ is original
+    return MethodType(method.__func__, replica) if own else method
 
 
 class _Call:
@@ -174,8 +191,10 @@ class _Call:
         try:
             with (
                 standing_in(self.head, "forward", self.project),
-                standing_in(self.model, "_loss_function", self.loss, self.attached.own_loss),
+                standing_in(self.model, "_loss_function", self.loss, "loss_function"),
             ):
+                # Only now: other calls, at their ends, take away what stands in.
+                _check_loss_function(self.model, self.attached.own_loss)
                 output = own(**inputs)
         except Exception as error:
             if self.hidden is None or self.lost:

@@ -16,16 +16,19 @@ from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 Handler = Callable[..., Any]
 
 
 class StandIn:
     """`owner.name` on the instance, in place of `before`, what was there: one entry or none."""
 
-    def __init__(self, owner: Any, name: str, own: Handler | None) -> None:
+    def __init__(self, owner: Any, name: str, read: str) -> None:
         self.before = {name: owner.__dict__[name]} if name in owner.__dict__ else {}
-        self.own: Handler = getattr(owner, name) if own is None else own
+        self.own: Handler = getattr(owner, read)
 
+    @torch.compiler.disable  # whose call it is, is no constant
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _handlers.get().get(self, self.own)(*args, **kwargs)
 
@@ -39,17 +42,15 @@ _under_way: Counter[StandIn] = Counter()
 
 
 @contextmanager
-def standing_in(
-    owner: Any, name: str, handler: Handler, own: Handler | None = None
-) -> Iterator[None]:
+def standing_in(owner: Any, name: str, handler: Handler, read: str | None = None) -> Iterator[None]:
     """In this thread or task `handler` answers for `owner.name`, for the length of a block.
 
-    own: what answers everywhere else; left out: `owner.name` itself.
+    read: where the owner gives what answers everywhere else, if not at `name`.
     """
     with _lock:
         stand_in = vars(owner).get(name)
         if not isinstance(stand_in, StandIn):
-            stand_in = StandIn(owner, name, own)
+            stand_in = StandIn(owner, name, read or name)
             # Past __setattr__: properties and PyTorch's modules have their own ideas.
             owner.__dict__[name] = stand_in
         _under_way[stand_in] += 1

@@ -27,8 +27,5 @@ def name(hook: Any) -> str:
 
 
 def _held(layer: Any, kinds: tuple[str, ...]) -> list[dict[int, Callable[..., Any]]]:
-    owners = (
-        (getattr(layer, kind) for kind in kinds),
-        (getattr(every, f"_global{k}") for k in kinds),
-    )
-    return [held for owner in owners for held in owner]
+    own = [getattr(layer, kind) for kind in kinds]
+    return own + [getattr(every, f"_global{kind}") for kind in kinds]
