@@ -105,8 +105,9 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     commands.add_parser(
         "run",
         help="run a script or module with TRL patched",
-        usage="fastpo run (script.py | -m module) [arguments]",
-        description="What `python script.py arguments` would do, with fastpo under TRL's head.",
+        usage="fastpo run (script.py | folder | archive | - | -m module) [arguments]",
+        description="What `python script.py arguments` would do, with fastpo under TRL's head, in "
+        "processes of multiprocessing, too.",
     )
 
 

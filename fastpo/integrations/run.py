@@ -1,61 +1,157 @@
-"""`fastpo run`: an unchanged script or module under `fastpo.patched()`."""
+"""`fastpo run`: what `python` does with the same arguments, with TRL patched.
+
+The process becomes the script's. `__main__` and the patch are there until the interpreter ends, and
+exit codes, uncaught exceptions and threads that outlive the last line are the interpreter's to
+handle. What cannot be the same: `sys.orig_argv`, the modules that are imported before the first
+line (torch, but not TRL), the calls below it that `inspect.stack()` shows, and whether `__file__`
+is still there at exit.
+"""
 
 from __future__ import annotations
 
+import builtins
+import io
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.machinery import BuiltinImporter, SourceFileLoader, SourcelessFileLoader
+from pkgutil import get_importer
+from types import ModuleType
+from typing import Any
 
-from .trl.patch import patched
+from .seams import imports
+from .seams.seam import Replacement, Seam, replace_when_imported
 
-_USAGE = "usage: fastpo run (script.py | -m module) [arguments]"
+_USAGE = "usage: fastpo run (script.py | folder | archive | - | -m module) [arguments]"
+
+# For a module, a folder or an archive Python itself calls this.
+_as_main = runpy._run_module_as_main  # type: ignore[attr-defined]
 
 
 def run_script(argv: Sequence[str]) -> int:
-    """What `python *argv` would do, with TRL patched; `argv` is `script.py a b` or `-m module a b`.
+    """What `python *argv` would do; afterwards the process is of no other use.
 
     Returns the exit code for the shell. What the script raises passes through, SystemExit too.
     """
-    as_module = bool(argv) and argv[0] == "-m"
-    target = argv[as_module] if len(argv) > as_module else None
-    if target is None or (target.startswith("-") and not as_module):
-        return _refuse("expected a script or -m and a module, got " + repr(list(argv)))
-    place = os.getcwd() if as_module else os.path.dirname(os.path.abspath(target))
-    with _interpreter(place, list(argv[as_module:])):
-        if as_module and not _findable(target):
-            return _refuse(f"module: expected one that can be imported, got {target!r}", code=1)
-        if not as_module and not os.path.exists(target):
-            return _refuse(f"script: expected a file, got {target!r}")
-        with patched():
-            if as_module:
-                runpy.run_module(target, run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(target, run_name="__main__")
+    match list(argv):
+        case ["-m", module, *rest]:
+            # Until the module is found, -m stands where its file will.
+            return _run(partial(_as_main, module), ["-m", *rest], os.getcwd())
+        case ["-", *_]:
+            source = sys.stdin.buffer.read()
+            return _run(partial(_execute, source, "<stdin>", BuiltinImporter), argv, "")
+        case [target, *_] if not target.startswith("-"):
+            return _run_file(target, argv)
+    return _refuse(f"expected a script or -m and a module, got {list(argv)!r}")
+
+
+def _run_file(target: str, argv: Sequence[str]) -> int:
+    file = os.path.join(os.getcwd(), target)  # `..` stays in it, as Python leaves it there
+    if get_importer(file) is not None:
+        return _run(partial(_as_main, "__main__", alter_argv=False), argv, file, importable=True)
+    try:
+        with io.open_code(file) as opened:
+            source = opened.read()
+    except OSError as error:
+        return _refuse(f"script: expected a file, got {target!r} ({error.strerror})")
+    kind = SourcelessFileLoader if file.endswith(".pyc") else SourceFileLoader
+    start = partial(_execute, source, file, kind("__main__", file))
+    return _run(start, argv, os.path.dirname(os.path.realpath(file)))
+
+
+def _refuse(why: str) -> int:
+    """The code is Python's own for a file it cannot open."""
+    print(f"fastpo run: {why}\n{_USAGE}", file=sys.stderr)
+    return 2
+
+
+def _run(
+    start: Callable[[], None], argv: Sequence[str], place: str, *, importable: bool = False
+) -> int:
+    """place: what Python puts first on `sys.path`, under -P and -I only if it is `importable`."""
+    sys.argv = list(argv)
+    safe = sys.flags.isolated or getattr(sys.flags, "safe_path", False)
+    if not safe:
+        del sys.path[0]  # it was for the program that has run up to now
+    if importable or not safe:
+        sys.path.insert(0, place)
+    _patch_with_children()
+    _clear_main()
+    try:
+        start()
+    except SystemExit:
+        raise
+    except BaseException as error:
+        _hide_own_frames(error)
+        raise
     return 0
 
 
-def _refuse(why: str, code: int = 2) -> int:
-    """The codes are Python's own: 2 for a file it cannot open, 1 for a module it cannot find."""
-    print(f"fastpo run: {why}\n{_USAGE}", file=sys.stderr)
-    return code
+def _clear_main() -> None:
+    """As the interpreter makes it. The module stays: multiprocessing and dill hold it by now."""
+    main = vars(sys.modules["__main__"])
+    main.clear()
+    main |= vars(ModuleType("__main__"))
+    main |= {"__annotations__": {}, "__builtins__": builtins, "__loader__": BuiltinImporter}
 
 
-def _findable(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # a missing parent package
-        return False
+def _execute(source: bytes, file: str, loader: Any) -> None:
+    main = vars(sys.modules["__main__"])
+    main |= {"__file__": file, "__cached__": None, "__loader__": loader}
+    if isinstance(loader, SourcelessFileLoader):
+        code: Any = loader.get_code("__main__")
+    else:
+        code = compile(source, file, "exec", dont_inherit=True)
+    exec(code, main)
 
 
-@contextmanager
-def _interpreter(place: str, argv: list[str]) -> Iterator[None]:
-    """`sys.argv` and the first entry of `sys.path` as Python would set them."""
-    before = sys.argv, sys.path[:]
-    sys.argv, sys.path[:0] = argv, [place]
-    try:
-        yield
-    finally:
-        sys.argv, sys.path[:] = before
+def _hide_own_frames(error: BaseException) -> None:
+    """Whatever `sys.excepthook` is by now gets the traceback that Python would have handed it."""
+    hook, theirs = sys.excepthook, error.__traceback__
+    while theirs is not None and theirs.tb_frame.f_globals is globals():
+        theirs = theirs.tb_next
+
+    def once(kind: type[BaseException], value: BaseException, _: Any) -> None:
+        sys.excepthook, sys.last_traceback = hook, theirs
+        hook(kind, value.with_traceback(theirs), theirs)
+
+    sys.excepthook = once
+
+
+def _patch_with_children() -> None:
+    """At the import of TRL, before which the script may set what TRL's imports read."""
+    replace_when_imported({_CHILDREN: _Carrying})
+    if "trl" in sys.modules:
+        _patch()
+    else:
+        imports.after("trl", _patch)
+
+
+def _patch() -> None:
+    from .trl.patch import patch
+
+    patch()
+
+
+class _Carried:
+    """Patches the process that unpickles it."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _patch_with_children, ()
+
+
+class _Carrying(Replacement):
+    """What a process of `multiprocessing` that is not a fork reads before it imports the script."""
+
+    def __call__(self, name: str) -> dict[str, Any]:
+        return {**self.original(name), "fastpo": _Carried()}
+
+
+_CHILDREN = Seam(
+    "multiprocessing.spawn",
+    "get_preparation_data",
+    ("name",),
+    versions=("3.10", "3.11", "3.12", "3.13"),
+)

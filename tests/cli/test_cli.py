@@ -1,6 +1,5 @@
 """The command line: help, exit codes, and messages instead of tracebacks."""
 
-import json
 import subprocess
 import sys
 
@@ -89,14 +88,6 @@ def test_usage_errors_exit_with_2(arguments, capsys):
         cli.main(arguments)
     assert stop.value.code == 2
     assert "usage: fastpo" in capsys.readouterr().err
-
-
-def test_run_hands_all_arguments_to_the_script(tmp_path, capsys):
-    script = tmp_path / "script.py"
-    script.write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
-    given = ["--help", "-m", "x", "--steps", "3"]
-    assert cli.main(["run", str(script), *given]) == 0
-    assert json.loads(capsys.readouterr().out) == given
 
 
 def test_as_a_process(tmp_path):
