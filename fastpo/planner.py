@@ -10,6 +10,8 @@ from typing import Literal
 
 import torch
 
+from .ops.walks.checks import DTYPES, check_budget, check_flag, check_integer
+
 Mode = Literal["score", "frozen", "keep", "lean"]
 
 
@@ -154,14 +156,14 @@ def plan(
     budget: bytes that may be kept for the backward; None: `4·vocab·hidden`.
     Raises ValueError for a negative size or budget and for an unsupported dtype.
     """
-    sizes = {"tokens": (tokens, 0), "vocab": (vocab, 1), "hidden": (hidden, 1)}
-    for name, (value, least) in sizes.items():
-        if value < least:
-            raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    check_integer("tokens", tokens, "an integer >= 0", lambda x: x >= 0)
+    for name, value in {"vocab": vocab, "hidden": hidden}.items():
+        check_integer(name, value, "an integer >= 1", lambda x: x >= 1)
+    for name, flag in {"train_hidden": train_hidden, "train_head": train_head}.items():
+        check_flag(name, flag)
+    if dtype not in DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
-    if budget is not None and budget < 0:
-        raise ValueError(f"budget: expected bytes >= 0 or None, got {budget}")
+    check_budget(budget)
     return make_plan(
         tokens,
         vocab,

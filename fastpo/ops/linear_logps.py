@@ -6,6 +6,7 @@ for a frozen head; forward and backward of a trainable head 3, and 4 for tokens 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from .rows import backend as R
 from .rows import fastest
 from .walks import forward as driver
 from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype
-from .walks.derivatives import first_derivatives
+from .walks.derivatives import check_plain, first_derivatives, refused
 from .walks.lending import Loan
 
 
@@ -72,8 +73,11 @@ def linear_logps(
     wait for the device). RuntimeError when a named backend is missing. A NaN or infinite hidden
     state gives a NaN log-probability in its row.
     """
+    check_plain("linear_logps", (hidden, weight, labels, bias))
     check_tensors(hidden, weight, labels, bias)
-    check_options(temperature, softcap, logit_scale, outputs, budget)
+    check_options(temperature, softcap, logit_scale, outputs, budget, ignore_index)
+    if backend is not None and not isinstance(backend, str):
+        raise ValueError(f"backend: expected a name or None, got {backend!r}")
     grad = torch.is_grad_enabled()
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     results = _forward_op(
@@ -163,6 +167,11 @@ def _forward_op(
     return tuple(driver.forward(hidden, weight, bias, labels, spec))  # type: ignore[return-value]
 
 
+@_forward_op.register_vmap
+def _(info: Any, in_dims: Any, *_: Any) -> Any:
+    raise refused("linear_logps", "torch.func.vmap")
+
+
 @_forward_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Any, labels: Tensor, *options: Any) -> tuple:
     return tuple(driver.fake_forward(hidden, weight, _spec(hidden, *options)))
@@ -227,13 +236,13 @@ def _(
 
 
 def _walk_back(
-    grads: list[Tensor | None],  # logps, entropy, lse: each [N]
+    grads: Sequence[Tensor | None],  # logps, entropy, lse: each [N]
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    saved: list[Tensor],
-    needs: list[bool],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
     spec: driver.HeadSpec,
     loan: Loan | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -279,6 +288,7 @@ def _backward(ctx: Any, *results: Any) -> tuple:
     hidden, weight, bias, labels, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     given = [grads.logps, grads.entropy, grads.lse]
+    check_plain("linear_logps", given)
     operands = (hidden, weight, bias)
     found: Any
     if type(driver.Forward(*saved).kept) is Tensor:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .linear_logps import TokenStats, linear_logps
-from .walks.checks import OUTPUTS, check_whole, shape_of
+from .walks.checks import OUTPUTS, check_hidden, check_whole, given, shape_of
+from .walks.derivatives import check_plain
 
 
 def multi_head_logps(
@@ -35,10 +36,12 @@ def multi_head_logps(
     Raises ValueError as `linear_logps` does, and for heads outside [0, K), also where the label
     is ignore_index.
     """
+    check_plain("multi_head_logps", (hidden, weight, labels, heads, bias))
     _check(hidden, weight, labels, heads, bias)
     host = heads.reshape(-1).cpu()
     order, sizes = _grouped(host, weight.shape[0])
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    places = torch.arange(len(order), dtype=torch.int64, device=order.device)
+    back = torch.empty_like(order).scatter_(0, order, places)
     order, back = (x.to(hidden.device, non_blocking=True) for x in (order, back))
     rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, order).split(sizes)
     words = labels.reshape(-1).index_select(0, order).split(sizes)
@@ -84,9 +87,8 @@ def _check(
     hidden: Tensor, weight: Tensor, labels: Tensor, heads: Tensor, bias: Tensor | None
 ) -> None:
     """What `linear_logps` would say of a slice, said of what the caller gave."""
-    check_whole(hidden=hidden, weight=weight, labels=labels, heads=heads, bias=bias)
-    if hidden.dim() < 1:
-        raise ValueError("hidden: expected shape (..., H), got ()")
+    check_whole(hidden=hidden, weight=weight, labels=labels, heads=heads, **given(bias=bias))
+    check_hidden(hidden)
     if weight.dim() != 3 or 0 in weight.shape[:2] or weight.shape[2] != hidden.shape[-1]:
         raise ValueError(
             f"weight: expected shape (K, V, {hidden.shape[-1]}), got {shape_of(weight)}"

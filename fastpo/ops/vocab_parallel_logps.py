@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Shard
 from .linear_logps import TokenStats
 from .shards.gathered import HeadOptions, score, whole
 from .shards.tokens import Tokens, count
-from .walks.checks import check_tensors
+from .walks.checks import check_flag, check_integer, check_tensors
+from .walks.derivatives import check_plain
 from .walks.vocab_shard import VocabShard
 
 
@@ -57,6 +58,8 @@ def vocab_parallel_logps(
     where shards do not make up [0, V) on a CPU, elsewhere log-probabilities are NaN then;
     RuntimeError without an initialised process group.
     """
+    check_plain("vocab_parallel_logps", (hidden, weight, labels, bias))
+    check_flag("own_tokens", own_tokens)
     part = _part(weight, bias, first, vocab, group)
     options = HeadOptions(
         temperature,
@@ -67,6 +70,7 @@ def vocab_parallel_logps(
         backend,
         ignore_index=ignore_index,
         shard=part.shard,
+        name="vocab_parallel_logps",
     )
     check_tensors(hidden, part.weight, labels, part.bias)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -141,8 +145,7 @@ def _part(
         return of_dtensor(weight, bias)
     if isinstance(bias, DTensor):
         raise ValueError("bias: expected a plain tensor beside a plain weight, got a DTensor")
-    if first is None or vocab is None:
-        raise ValueError(f"first, vocab: expected integers, got {first}, {vocab}")
+    first, vocab = check_integer("first", first), check_integer("vocab", vocab)
     if not 0 <= first <= vocab - len(weight):
         raise ValueError(
             f"first: expected 0 <= first <= {vocab} - {len(weight)}, vocab less the words here, "

@@ -233,7 +233,7 @@ def test_without_processes():
 
 
 WRONG = {
-    "nothing said": ({}, "first, vocab: expected integers, got None, None"),
+    "nothing said": ({}, "first: expected an integer, got None"),
     "first": ({"first": 1, "vocab": VOCAB}, "first: expected 0 <= first <= 1003 - 1003"),
     "below": ({"first": -1, "vocab": VOCAB + 9}, "first: expected 0 <= first <= 1012 - 1003"),
     "hidden": (

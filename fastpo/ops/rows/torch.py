@@ -21,7 +21,8 @@ def logits(tile: Tensor, first: int, bias: Tensor | None, logit_map: R.LogitMap)
 
 def _columns(tile: Tensor, first: int, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Column of the label [n, 1] and of every cell [v]; a label elsewhere matches no cell."""
-    return (labels - first).unsqueeze(1), torch.arange(tile.shape[1], device=tile.device)
+    column = torch.arange(tile.shape[1], dtype=torch.int64, device=tile.device)
+    return (labels - first).unsqueeze(1), column
 
 
 def forward(

@@ -17,7 +17,7 @@ from ..rows import backend as R
 from ..rows import fastest
 from ..walks import forward as driver
 from ..walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype
-from ..walks.derivatives import first_derivatives
+from ..walks.derivatives import check_plain, first_derivatives
 from ..walks.lending import Loan
 from ..walks.vocab_shard import VocabShard
 
@@ -46,7 +46,14 @@ class HeadOptions:
     name: str = "fastpo"
 
     def __post_init__(self) -> None:
-        check_options(self.temperature, self.softcap, self.logit_scale, self.outputs, self.budget)
+        check_options(
+            self.temperature,
+            self.softcap,
+            self.logit_scale,
+            self.outputs,
+            self.budget,
+            self.ignore_index,
+        )
 
     def spec(self, hidden: Tensor, grads: tuple[bool, bool], weight: Tensor) -> driver.HeadSpec:
         dtype = compute_dtype(hidden)
@@ -104,6 +111,7 @@ def score(
     adapter: down and up, adds down·upᵀ to the products. The backward enters `gather` again, which
     the custom operators of `linear_logps` cannot.
     """
+    check_plain(options.name, (hidden, weight, bias, labels, *(adapter or ())))
     # Inside an autograd.Function grad mode is always off, so it has to be read out here.
     grad = torch.is_grad_enabled()
     trained = (weight, bias, None if adapter is None else adapter[1])
@@ -171,6 +179,7 @@ class _GatheredHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        check_plain(ctx.call.name, grads)
         by_name = dict(zip(OUTPUTS, grads, strict=True))
         hidden, weight, bias, up, labels, *saved = ctx.saved_tensors
         need_hidden, need_weight, need_bias, need_up, *_ = ctx.needs_input_grad

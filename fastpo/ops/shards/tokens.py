@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..walks.derivatives import first_derivatives
 from ..walks.vocab_shard import all_gather
 
 
@@ -47,7 +48,7 @@ class Tokens:
 
 def count(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tokens:
     """Waits for the device."""
-    counts = all_gather(torch.tensor(n, device=device), group)
+    counts = all_gather(torch.tensor(n, dtype=torch.int64, device=device), group)
     return Tokens(tuple(counts.tolist()), dist.get_rank(group), group)
 
 
@@ -73,5 +74,6 @@ class _Own(torch.autograd.Function):
         return x[tokens.here].clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.tokens.gather(grad / len(ctx.tokens.counts)), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.tokens.gather(grad.detach() / len(ctx.tokens.counts))
+        return *first_derivatives("vocab_parallel_logps", (found,), (grad,)), None

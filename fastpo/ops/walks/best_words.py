@@ -47,7 +47,7 @@ def merge(
         _remove(z, exclude - first)
     # Width and number of the groups: both sorts below then see √(v·k) keys.
     width = max(1, isqrt(v // k))
-    columns = torch.arange(v, device=z.device).expand_as(z)
+    columns = _range(0, v, z).expand_as(z)
     if width > 1:
         columns = _candidates(z, k, width)
         z = z.gather(1, columns)
@@ -70,8 +70,12 @@ def _candidates(z: Tensor, k: int, width: int) -> Tensor:
     n, v = z.shape
     groups = v // width
     maxima = z[:, : groups * width].unflatten(1, (groups, width)).amax(2)
-    keys = pack(maxima, torch.arange(groups, device=z.device).expand_as(maxima))
+    keys = pack(maxima, _range(0, groups, z).expand_as(maxima))
     _, chosen = unpack(keys.topk(k).values)
-    inside = chosen.unsqueeze(2) * width + torch.arange(width, device=z.device)
-    rest = torch.arange(groups * width, v, device=z.device).expand(n, -1)
+    inside = chosen.unsqueeze(2) * width + _range(0, width, z)
+    rest = _range(groups * width, v, z).expand(n, -1)
     return torch.cat((inside.flatten(1), rest), 1)
+
+
+def _range(first: int, last: int, z: Tensor) -> Tensor:
+    return torch.arange(first, last, dtype=torch.int64, device=z.device)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,9 +20,8 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    check_whole(hidden=hidden, weight=weight, labels=labels, bias=bias)
-    if hidden.dim() < 1:
-        raise ValueError("hidden: expected shape (..., H), got ()")
+    check_whole(hidden=hidden, weight=weight, labels=labels, **given(bias=bias))
+    check_hidden(hidden)
     if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), got {shape_of(weight)}")
     if labels.shape != hidden.shape[:-1]:
@@ -40,10 +43,24 @@ def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor |
             raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
 
 
+def check_hidden(hidden: Tensor) -> None:
+    if hidden.dim() < 1:
+        raise ValueError("hidden: expected shape (..., H), got ()")
+    if hidden.shape[-1] < 1:
+        raise ValueError(f"hidden: expected H >= 1, got shape {shape_of(hidden)}")
+
+
+def given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    """Those that were not left out."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
 def check_whole(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
         # By attribute: torch.distributed takes half a second to import.
-        if tensor is not None and hasattr(tensor, "placements"):
+        if hasattr(tensor, "placements"):
             raise ValueError(f"{name}: expected a whole tensor, got DTensor {tensor.placements}")
 
 
@@ -57,15 +74,72 @@ def check_options(
     logit_scale: float,
     outputs: tuple[str, ...],
     budget: int | None,
+    ignore_index: int | None = None,
 ) -> None:
-    finite = float("inf")
-    if not 0 < temperature < finite:
-        raise ValueError(f"temperature: expected a finite number > 0, got {temperature}")
-    if softcap is not None and not 0 < softcap < finite:
-        raise ValueError(f"softcap: expected a finite number > 0 or None, got {softcap}")
-    if not -finite < logit_scale < finite:
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-    if budget is not None and budget < 0:
-        raise ValueError(f"budget: expected bytes >= 0 or None, got {budget}")
-    if not isinstance(outputs, tuple | list) or not outputs or set(outputs) - set(OUTPUTS):
-        raise ValueError(f"outputs: expected a tuple of {', '.join(OUTPUTS)}, got {outputs!r}")
+    check_temperature(temperature)
+    if softcap is not None:
+        check_number("softcap", softcap, "a finite number > 0 or None", lambda x: x > 0)
+    check_number("logit_scale", logit_scale, "a finite number")
+    check_budget(budget)
+    if ignore_index is not None:
+        check_integer("ignore_index", ignore_index, "an integer or None")
+    check_names("outputs", outputs, OUTPUTS)
+
+
+def check_temperature(temperature: Any) -> None:
+    check_number("temperature", temperature, "a finite number > 0", lambda x: x > 0)
+
+
+def check_budget(budget: Any) -> None:
+    if budget is not None:
+        check_integer("budget", budget, "bytes >= 0 or None", lambda x: x >= 0)
+
+
+def check_number(
+    name: str, value: Any, expected: str, allowed: Callable[[Any], bool] = lambda x: True
+) -> None:
+    """A finite number that float() takes; `allowed` says which of them."""
+    if not _is_number(value) or not allowed(value):
+        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    real, whole = isinstance(value, Real), isinstance(value, Integral)
+    if isinstance(value, bool) or not real:
+        return False
+    # float() raises of larger integers.
+    return bool(abs(value) < 2**1000 if whole else -float("inf") < value < float("inf"))
+
+
+def check_integer(
+    name: str,
+    value: Any,
+    expected: str = "an integer",
+    allowed: Callable[[Any], bool] = lambda x: True,
+) -> int:
+    plain = isinstance(value, Integral) and not isinstance(value, bool)
+    if not plain or not abs(value) < 2**63 or not allowed(value):
+        raise ValueError(f"{name}: expected {expected}, got {_shown(value)}")
+    return int(value)
+
+
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}: expected True or False, got {_shown(value)}")
+
+
+def check_names(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """A tuple of the known names, or a list."""
+    if (
+        not isinstance(value, (tuple, list))
+        or not value
+        or not all(isinstance(one, str) and one in known for one in value)
+    ):
+        raise ValueError(f"{name}: expected a tuple of {', '.join(known)}, got {value!r}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        # Reading it would wait for its device, and it would get no gradient.
+        return "a tensor; pass the number itself, e.g. value.item()"
+    return repr(value)

@@ -1,12 +1,38 @@
-"""What the primitives cannot be differentiated by is refused, in the same words by all of them."""
+"""What the primitives have: first derivatives, backwards. The rest is refused, never wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+
+def check_plain(name: str, tensors: Iterable[Tensor | None]) -> None:
+    """RuntimeError for what a transform hands in: forward-mode AD would find tangents of zero."""
+    for x in tensors:
+        transform = _transform(x) if isinstance(x, Tensor) else None
+        if transform is not None:
+            raise refused(name, transform)
+
+
+def refused(name: str, transform: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name}: expected tensors outside torch.func and forward-mode AD, "
+        f"got one inside {transform}"
+    )
+
+
+def _transform(x: Tensor) -> str | None:
+    # A compiler traces through torch.func; what it leaves of vmap, the operator's own rule refuses.
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.is_batchedtensor(x):
+            return "torch.func.vmap"
+        if torch._C._functorch.is_gradtrackingtensor(x):
+            return "torch.func.grad, vjp or jvp"
+    return None if forward_ad.unpack_dual(x).tangent is None else "forward-mode AD"
 
 
 def first_derivatives(

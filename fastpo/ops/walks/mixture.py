@@ -99,8 +99,7 @@ def forward(
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         mixture = Mixture(operands, coefficients, labels, spec)
         head, stats = mixture.heads[0], spec.head.stats
-        state = torch.tensor(R.INITIAL_STATE, device=head.device).unsqueeze(1)
-        state = state.repeat(1, len(head.hidden))
+        state = R.filled_rows(R.INITIAL_STATE, len(head.hidden), head.device)
         for a, b in head.token_blocks():
             own, block = head.labels[a:b], state[:, a:b]
             for _, v0, v1 in head.vocab_tiles():
@@ -142,16 +141,16 @@ class Sums:
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
         self.head, self.wanted = head, any(needs)
         n, (V, H) = len(head.hidden), head.weight.shape
-        self.dhidden = torch.zeros(n, H, device=head.device) if needs[0] else None
+        self.dhidden = head.zeros(n, H) if needs[0] else None
         self.dweight = head.empty(V, H, dtype=head.weight.dtype) if needs[1] else None
-        self.dbias = torch.zeros(V, device=head.device) if needs[2] else None
+        self.dbias = head.zeros(V) if needs[2] else None
         self._dx = head.empty(0, dtype=head.gemm)
         self._slab: Tensor | None = None
 
     def open(self, v: int) -> None:
         if self.dweight is not None:
             H = self.dweight.shape[1]
-            self._slab = torch.zeros(v, H, device=self.head.device)
+            self._slab = self.head.zeros(v, H)
 
     def add(self, dx: Tensor, words: Tensor, v0: int, a: int, b: int) -> None:
         """dx: [b - a, v] d loss / d products, in float32 or the dtype of the products."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .derivatives import check_plain, first_derivatives
 
 _CELLS = 4 * 2**20  # elements of the rows gathered at once
 
@@ -38,12 +39,14 @@ class _Picked(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        check_plain("linear_topk_divergence", (grad,))
         hidden, weight, ids = ctx.saved_tensors
         need_hidden, need_weight, _ = ctx.needs_input_grad
         dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = torch.zeros(weight.shape, device=weight.device) if need_weight else None
+        dweight = None
+        if need_weight:
+            dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         for part in _chunks(ids, hidden.shape[1]):
             g = grad[part].unsqueeze(-1)  # [n, K, 1]
             if dhidden is not None:
@@ -51,4 +54,6 @@ class _Picked(torch.autograd.Function):
             if dweight is not None:
                 rows = g * hidden[part].float().unsqueeze(1)
                 dweight.index_add_(0, ids[part].flatten(), rows.flatten(0, 1))
-        return dhidden, None if dweight is None else dweight.to(weight.dtype), None
+        dweight = None if dweight is None else dweight.to(weight.dtype)
+        sources = (grad, hidden, weight)
+        return *first_derivatives("linear_topk_divergence", (dhidden, dweight), sources), None

@@ -52,11 +52,11 @@ def forward(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, labels, spec.head)
         n = len(head.hidden)
-        state = torch.tensor(R.INITIAL_STATE, device=head.device).unsqueeze(1).repeat(1, n)
+        state = R.filled_rows(R.INITIAL_STATE, n, head.device)
         kept_size, anchors_shape = kept_shapes(spec.head, hidden, weight)
         kept = head.empty(kept_size, dtype=spec.head.compute_dtype)
         anchors = head.empty(*anchors_shape, dtype=torch.float32)
-        best = torch.full((n, spec.k), NEVER, device=head.device)
+        best = torch.full((n, spec.k), NEVER, dtype=torch.int64, device=head.device)
         if exclude is not None and head.rows is not None:
             exclude = exclude.index_select(0, head.rows)
         for a, b in head.token_blocks():
@@ -131,7 +131,8 @@ class _TopKBackward(BackwardWalk):
     def _dproducts(self, i: int, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:
         dx = super()._dproducts(i, v0, v1, a, b, words)
         ids = self.ids[a:b]
-        start = torch.arange(b - a, device=ids.device).unsqueeze(1) * (v1 - v0) - v0
+        rows = torch.arange(b - a, dtype=torch.int64, device=ids.device)
+        start = rows.unsqueeze(1) * (v1 - v0) - v0
         inside = (ids >= v0) & (ids < v1)
         cells = torch.where(inside, start + ids, self.head.tile_cells)
         self._dx.scatter_(0, cells.flatten(), self.own[a:b].to(self._dx.dtype).flatten())
