@@ -1,9 +1,14 @@
-"""The functions of torch that `LazyLogits` answers without logits, in float32."""
+"""The functions of torch that a promise answers without logits, in float32.
+
+Each takes the promise in place of its first argument and returns tensors, promises, or
+NotImplemented where only the logits will do.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -12,15 +17,160 @@ from torch import Tensor
 
 from ...ops.linear_topk import linear_topk
 from ...ops.walks.picked import picked_products
-from .logits import LazyLogits
+from .indexing import leading_index
+from .promise import Promise
+
+Answer = Callable[..., Any]
 
 
-def _last(logits: LazyLogits, dim: Any) -> bool:
-    return isinstance(dim, int) and dim % logits.ndim == logits.ndim - 1
+def _last(logits: Promise, dim: Any) -> bool:
+    return (
+        isinstance(dim, int)
+        and -logits.ndim <= dim < logits.ndim
+        and (dim % logits.ndim == logits.ndim - 1)
+    )
+
+
+def _leading(logits: Promise, dim: Any) -> int | None:
+    """The dimension of the rows that this is; None for the vocabulary's, or none at all."""
+    if not isinstance(dim, int) or not -logits.ndim <= dim < logits.ndim or _last(logits, dim):
+        return None
+    return dim % logits.ndim
+
+
+# Views, and copies
+
+
+def getitem(logits: Promise, index: Any) -> Any:
+    leading = leading_index(index, logits.ndim)
+    return NotImplemented if leading is None else logits.view(logits.rows[leading])
+
+
+def reshape(logits: Promise, *shape: Any) -> Any:
+    leading = _leading_sizes(logits, shape)
+    return NotImplemented if leading is None else logits.view(logits.rows.reshape(leading))
+
+
+def view(logits: Promise, *shape: Any) -> Any:
+    leading = _leading_sizes(logits, shape)
+    return NotImplemented if leading is None else logits.view(logits.rows.view(leading))
+
+
+def _leading_sizes(logits: Promise, shape: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """Sizes before the vocabulary's; None for another dtype, or words in another shape."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    if not sizes or not all(isinstance(size, int) for size in sizes):
+        return None
+    *leading, last = sizes
+    if last == -1 and prod(leading) == logits.rows.numel() > 0:
+        last = logits.shape[-1]
+    return tuple(leading) if last == logits.shape[-1] else None
+
+
+def flatten(logits: Promise, start_dim: int = 0, end_dim: int = -1) -> Any:
+    start, end = _leading(logits, start_dim), _leading(logits, end_dim)
+    if start is None or end is None:
+        return NotImplemented
+    return logits.view(logits.rows.flatten(start, end))
+
+
+def _along_rows(name: str) -> Answer:
+    """`chunk`, `split`: the rows' own."""
+
+    def along(logits: Promise, *args: Any, **kwargs: Any) -> Any:
+        dim = _leading(logits, kwargs.get("dim", args[1] if len(args) > 1 else 0))
+        if dim is None:
+            return NotImplemented
+        what = args[:1] or [value for key, value in kwargs.items() if key != "dim"]
+        return tuple(map(logits.view, getattr(logits.rows, name)(*what, dim=dim)))
+
+    return along
+
+
+def unbind(logits: Promise, dim: int = 0) -> Any:
+    leading = _leading(logits, dim)
+    if leading is None:
+        return NotImplemented
+    return tuple(map(logits.view, logits.rows.unbind(leading)))
+
+
+def index_select(logits: Promise, dim: int, index: Tensor) -> Any:
+    leading = _leading(logits, dim)
+    if leading is None:
+        return NotImplemented
+    return logits.view(logits.rows.index_select(leading, index))
+
+
+def contiguous(logits: Promise, memory_format: Any = torch.contiguous_format) -> Any:
+    if memory_format is not torch.contiguous_format:
+        return NotImplemented
+    return logits.view(logits.rows.contiguous())
+
+
+def clone(logits: Promise, *, memory_format: Any = torch.preserve_format) -> Any:
+    if memory_format not in (torch.preserve_format, torch.contiguous_format):
+        return NotImplemented
+    return logits.view(logits.rows.clone())
+
+
+def detach(logits: Promise) -> Promise:
+    return logits.detach()
+
+
+def to(logits: Promise, *args: Any, **kwargs: Any) -> Any:
+    """Another dtype is remembered, where the logits stay on their device."""
+    if set(kwargs) - {"dtype", "device", "non_blocking"}:
+        return NotImplemented
+    dtype = logits.dtype
+    for x in (*args, kwargs.get("dtype"), kwargs.get("device")):
+        if isinstance(x, torch.dtype):
+            dtype = x
+        elif isinstance(x, Tensor) or not _is_here(logits, x):
+            return NotImplemented
+    return _cast(logits, dtype)
+
+
+def _is_here(logits: Promise, device: Any) -> bool:
+    """Is it no other device? A bool is `non_blocking`."""
+    if device is None or isinstance(device, bool):
+        return True
+    return torch.empty(0, dtype=logits.dtype, device=device).device == logits.device
+
+
+def _cast(logits: Promise, dtype: torch.dtype) -> Any:
+    """float64 asks for more than log-probabilities in float32."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return NotImplemented
+    return replace(logits, dtype=dtype)
+
+
+# Scale and soft-cap
+
+
+def multiply(logits: Promise, factor: Any) -> Any:
+    return logits.scaled(factor)
+
+
+def divide(logits: Promise, divisor: Any, *, rounding_mode: str | None = None) -> Any:
+    number = isinstance(divisor, int | float) and divisor != 0
+    return logits.scaled(1 / divisor) if number and rounding_mode is None else NotImplemented
+
+
+def negative(logits: Promise) -> Any:
+    return logits.scaled(-1)
+
+
+def tanh(logits: Promise) -> Any:
+    if logits.capped or logits.normalized:
+        return NotImplemented
+    return replace(logits, capped=True)
+
+
+# Numbers
 
 
 def cross_entropy(
-    logits: LazyLogits,  # [N, V]
+    logits: Promise,  # [N, V]
     target: Tensor,  # [N]
     weight: Tensor | None = None,
     size_average: Any = None,
@@ -30,14 +180,17 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     usual = weight is None and size_average is None and reduce is None and logits.ndim == 2
-    if not usual or target.dtype != torch.int64 or logits.normalized:
-        options = (weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        return F.cross_entropy(logits.real("cross_entropy"), target, *options)
+    fits = target.dtype == torch.int64 and target.shape == logits.shape[:1]
+    known = reduction in ("none", "sum", "mean") and 0 <= label_smoothing <= 1
+    if not (usual and fits and known) or logits.normalized:
+        return NotImplemented
     scored = target != ignore_index
     kept = logits.only(scored)
     losses = -kept.logps(target.masked_fill(~scored, 0))
     if label_smoothing:
         total = _sum_of_logs(kept)
+        if total is NotImplemented:
+            return NotImplemented
         smooth = -total.masked_fill(~scored, 0) / logits.shape[-1]
         losses = (1 - label_smoothing) * losses + label_smoothing * smooth
     if reduction == "none":
@@ -45,37 +198,30 @@ def cross_entropy(
     return losses.sum() if reduction == "sum" else losses.sum() / scored.sum()
 
 
-def _sum_of_logs(logits: LazyLogits) -> Tensor:
+def _sum_of_logs(logits: Promise) -> Any:
     """Σ_v log p_v of every row, with gradient."""
-    return logits.shape[-1] * (logits.means() - logits.lse())
+    means = logits.means()
+    return means if means is NotImplemented else logits.shape[-1] * (means - logits.lse())
 
 
-def log_softmax(
-    logits: LazyLogits, dim: Any = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
-) -> Any:
+def log_softmax(logits: Promise, dim: Any, dtype: torch.dtype | None = None) -> Any:
     if not _last(logits, dim) or logits.normalized:
-        return F.log_softmax(logits.real("log_softmax"), dim, dtype=dtype)
+        return NotImplemented
     made = replace(logits, normalized=True)
-    return made if dtype is None else made.to(dtype)
+    return made if dtype is None else _cast(made, dtype)
 
 
-def gather(logits: LazyLogits, dim: int, index: Tensor, **kwargs: Any) -> Any:
+def gather(logits: Promise, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     """One word per row of log-softmax, or a few of anything."""
-    if not _last(logits, dim) or index.shape[:-1] != logits.rows.shape or kwargs:
-        return torch.gather(logits.real("gather"), dim, index, **kwargs)
+    if not _last(logits, dim) or index.shape[:-1] != logits.rows.shape or sparse_grad:
+        return NotImplemented
     if logits.normalized and index.shape[-1] == 1:
         return logits.sign * logits.logps(index.squeeze(-1)).unsqueeze(-1)
     z = _words(logits, index)
-    if not logits.normalized:
-        return z
-    return logits.sign * (z - logsumexp(_plain(logits), -1, True))
+    return logits.sign * (z - logits.plain.lse().unsqueeze(-1)) if logits.normalized else z
 
 
-def _plain(logits: LazyLogits) -> LazyLogits:
-    return replace(logits, normalized=False, sign=1.0)
-
-
-def _words(logits: LazyLogits, index: Tensor) -> Tensor:
+def _words(logits: Promise, index: Tensor) -> Tensor:
     """The logits of a few words per row [*rows.shape, K]."""
     base, rows = logits.base, logits.rows.flatten().clamp(min=0)
     hidden, adapter = base.select(rows)
@@ -89,61 +235,53 @@ def _words(logits: LazyLogits, index: Tensor) -> Tensor:
     return (x.tanh() * logits.outer if logits.capped else x).view(index.shape)
 
 
-def topk(
-    logits: LazyLogits, k: int, dim: int = -1, largest: bool = True, sorted: bool = True
-) -> Any:
+def topk(logits: Promise, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     """The k largest, the lowest word first where they tie."""
     base = logits.base
     if not _last(logits, dim) or not largest or base.adapter or logits.inner * logits.outer <= 0:
-        return torch.topk(logits.real("topk"), k, dim, largest, sorted)
+        return NotImplemented
     rows = logits.rows.flatten().clamp(min=0)
+    hidden, _ = base.select(rows)
     with torch.no_grad():  # scale and soft-cap keep the order
-        found = linear_topk(base.hidden.index_select(0, rows), base.weight, k, bias=base.bias)
+        found = linear_topk(hidden, base.weight, k, bias=base.bias)
     ids = found.ids.view(*logits.rows.shape, k)
     return torch.return_types.topk((gather(logits, -1, ids), ids))
 
 
-def take_along_dim(logits: LazyLogits, indices: Tensor, dim: int | None = None) -> Any:
-    if dim is None:
-        return torch.take_along_dim(logits.real("take_along_dim"), indices)
-    return gather(logits, dim, indices)
+def take_along_dim(logits: Promise, indices: Tensor, dim: int | None = None) -> Any:
+    return NotImplemented if dim is None else gather(logits, dim, indices)
 
 
-def index_select(logits: LazyLogits, dim: int, index: Tensor) -> Any:
-    if _last(logits, dim):
-        return torch.index_select(logits.real("index_select"), dim, index)
-    return logits._view(logits.rows.index_select(dim % logits.ndim, index))
-
-
-def total(logits: LazyLogits, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def total(logits: Promise, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """Σ_v log p_v, which label smoothing asks for; or of logits, which a loss of nothing scales."""
     whole = dim is None and not keepdim and not logits.normalized
-    if not (whole or _last(logits, dim)):
-        return logits.real("sum").sum(dim, keepdim=keepdim, dtype=dtype)
-    plain = _plain(logits)
-    rows = _sum_of_logs(plain) if logits.normalized else logits.shape[-1] * plain.means()
+    if not (whole or _last(logits, dim)) or dtype == torch.float64:
+        return NotImplemented
+    rows = _sum_of_logs(logits.plain) if logits.normalized else logits.means()
+    if rows is NotImplemented:
+        return NotImplemented
+    rows = rows if logits.normalized else logits.shape[-1] * rows
     found = rows.sum() if whole else logits.sign * (rows.unsqueeze(-1) if keepdim else rows)
     return found if dtype is None else found.to(dtype)
 
 
-def logsumexp(logits: LazyLogits, dim: Any, keepdim: bool = False) -> Any:
+def logsumexp(logits: Promise, dim: Any, keepdim: bool = False) -> Any:
     if not _last(logits, dim) or logits.normalized:
-        return torch.logsumexp(logits.real("logsumexp"), dim, keepdim)
+        return NotImplemented
     lse = logits.lse()
     return lse.unsqueeze(-1) if keepdim else lse
 
 
-def mean(logits: LazyLogits, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    if logits.normalized or kwargs or keepdim or (dim is not None and not _last(logits, dim)):
-        return torch.mean(logits.real("mean"), dim, keepdim, **kwargs)
+def mean(logits: Promise, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    if logits.normalized or keepdim or dtype or (dim is not None and not _last(logits, dim)):
+        return NotImplemented
     means = logits.means()
-    return means if dim is not None else means.mean()
+    return means.mean() if dim is None and means is not NotImplemented else means
 
 
-def argmax(logits: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
-    flipped = logits.sign < 0 or logits.inner * logits.outer <= 0
-    if not _last(logits, dim) or keepdim or flipped:
-        return torch.argmax(logits.real("argmax"), dim, keepdim)
+def argmax(logits: Promise, dim: Any = None, keepdim: bool = False) -> Any:
+    if not _last(logits, dim) or keepdim or logits.sign * logits.inner * logits.outer <= 0:
+        return NotImplemented
     base, rows = logits.base, logits.rows.flatten().clamp(min=0)
     hidden, adapter = base.select(rows)
     weight = base.weight
@@ -155,32 +293,47 @@ def argmax(logits: LazyLogits, dim: Any = None, keepdim: bool = False) -> Any:
     return ids.view(logits.rows.shape)
 
 
-FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.cross_entropy: cross_entropy,
-    F.log_softmax: log_softmax,
-    torch.log_softmax: lambda logits, dim, dtype=None: log_softmax(logits, dim, dtype=dtype),
-    torch.gather: gather,
-    torch.take_along_dim: take_along_dim,
-    torch.index_select: index_select,
-    torch.sum: total,
-    torch.logsumexp: logsumexp,
-    torch.mean: mean,
-    torch.argmax: argmax,
-    torch.topk: topk,
-    torch.tanh: LazyLogits.tanh,
-    torch.mul: LazyLogits.__mul__,
-    torch.div: LazyLogits.__truediv__,
-    torch.neg: LazyLogits.__neg__,
-    torch.chunk: LazyLogits.chunk,
-    torch.split: LazyLogits.split,
-}
-METHODS: dict[str, Any] = {
-    "log_softmax": FUNCTIONS[torch.log_softmax],
-    "gather": gather,
+# By their names in torch, torch.Tensor and torch.nn.functional.
+_NAMED: dict[str, Answer] = {
+    "__getitem__": getitem,
+    "view": view,
+    "reshape": reshape,
+    "flatten": flatten,
+    "chunk": _along_rows("chunk"),
+    "split": _along_rows("split"),
+    "unbind": unbind,
     "index_select": index_select,
+    "contiguous": contiguous,
+    "clone": clone,
+    "detach": detach,
+    "to": to,
+    "float": lambda logits: _cast(logits, torch.float32),
+    "bfloat16": lambda logits: _cast(logits, torch.bfloat16),
+    "half": lambda logits: _cast(logits, torch.float16),
+    "mul": multiply,
+    "multiply": multiply,
+    "div": divide,
+    "divide": divide,
+    "true_divide": lambda logits, divisor: divide(logits, divisor),
+    "neg": negative,
+    "negative": negative,
+    "tanh": tanh,
+    "cross_entropy": cross_entropy,
+    "log_softmax": log_softmax,
+    "gather": gather,
+    "take_along_dim": take_along_dim,
     "sum": total,
     "logsumexp": logsumexp,
     "mean": mean,
     "argmax": argmax,
     "topk": topk,
 }
+FUNCTIONS: dict[Any, Answer] = {
+    getattr(owner, name): answer
+    for name, answer in _NAMED.items()
+    for owner in (torch, Tensor, F)
+    if hasattr(owner, name)
+}
+FUNCTIONS[F.log_softmax] = lambda logits, dim=None, _stacklevel=3, dtype=None: log_softmax(
+    logits, dim, dtype
+)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ...ops.linear_divergence import linear_divergence
 from ...ops.shards.gathered import HeadOptions
-from ..lazy.logits import LazyLogits
+from ..lazy.logits import promises
+from ..lazy.promise import Promise
 from ..seams.seam import Make, Replacement, Seam
 from .gold import Sorted
 from .head import Compact, say_once, unserved
@@ -28,7 +29,7 @@ _VERSIONS = ("1.16",)
 _EXPERIMENTAL = ("1.13", "1.14", "1.15", "1.16")
 
 
-def divergence(student: LazyLogits, teacher: LazyLogits, beta: float) -> Tensor:
+def divergence(student: Promise, teacher: Promise, beta: float) -> Tensor:
     """Generalised JSD per position [*rows.shape], nats: β KL(T‖M) + (1 - β) KL(S‖M)."""
     rows = [side.rows.flatten().clamp(min=0) for side in (student, teacher)]
     scored = (student.rows >= 0) & (teacher.rows >= 0)
@@ -52,7 +53,7 @@ def divergence(student: LazyLogits, teacher: LazyLogits, beta: float) -> Tensor:
     return found.divergence.view(student.rows.shape)
 
 
-def _operands(side: LazyLogits, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _operands(side: Promise, rows: Tensor) -> tuple[Tensor, Tensor]:
     hidden, adapter = side.base.select(rows)
     if adapter is None:
         return hidden, side.base.weight
@@ -94,11 +95,13 @@ class _JSD(Replacement):
         **options: Any,
     ) -> Any:
         plain = not any(options.get(name) for name in ("top_k", "logits_are_probs"))
-        lazy = isinstance(student_logits, LazyLogits) and isinstance(teacher_logits, LazyLogits)
-        if not (lazy and plain and reduction in ("batchmean", "sum")):
+        heads = None
+        if plain and reduction in ("batchmean", "sum"):
+            heads = promises(student_logits, teacher_logits)
+        if heads is None:
             logits = (student_logits, teacher_logits)  # lazy ones say what they compute in full
             return self.original(*logits, labels, beta, temperature, reduction, **options)
-        student, teacher = student_logits / temperature, teacher_logits / temperature
+        student, teacher = (side.scaled(1 / temperature) for side in heads)
         if labels is not None:
             student = student.only(labels != -100)
         rows = _Rows(divergence(student, teacher, beta))
@@ -111,8 +114,9 @@ class _FullLogits(Replacement):
     def __call__(
         self, student_logits: Any, teacher_logits: Any, *, distillation_alpha: float
     ) -> Any:
-        if isinstance(student_logits, LazyLogits) and isinstance(teacher_logits, LazyLogits):
-            return divergence(student_logits, teacher_logits, distillation_alpha)
+        heads = promises(student_logits, teacher_logits)
+        if heads is not None:
+            return divergence(*heads, distillation_alpha)
         return self.original(student_logits, teacher_logits, distillation_alpha=distillation_alpha)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...ops.shards.gathered import HeadOptions, score
-from ..lazy.logits import LazyLogits
+from ..lazy.logits import promise_of
 from ..seams.seam import Make, Method, Replacement, Seam
 from .head import GATHER, FusedHead, say_once, unserved
 from .logits import (
@@ -155,20 +155,18 @@ class _SelectedOnly(Replacement):
     """1.13's `selective_log_softmax`, without temperature and mask."""
 
     def __call__(self, logits: Any, index: Tensor) -> Any:
-        if not isinstance(logits, LazyLogits):
-            return self.original(logits, index)
-        if index.ndim == logits.ndim - 1:
-            return logits.logps(index)
-        return self.original(logits.materialize(), index)
+        promise = promise_of(logits) if index.ndim == logits.ndim - 1 else None
+        return self.original(logits, index) if promise is None else promise.logps(index)
 
 
 class _Entropy(Replacement):
     """`entropy_from_logits`; with gradient where the caller wants one."""
 
     def __call__(self, logits: Any, chunk_size: int = 128) -> Any:
-        if not isinstance(logits, LazyLogits):
+        promise = promise_of(logits)
+        if promise is None:
             return self.original(logits, chunk_size)
-        return logits.stats(torch.zeros_like(logits.rows), "entropy").entropy
+        return promise.stats(torch.zeros_like(promise.rows), "entropy").entropy
 
 
 class _OwnLoss(Method):

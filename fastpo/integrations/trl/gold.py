@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ... import planner
-from ..lazy.logits import LazyLogits
+from ..lazy.logits import promise_of, promises
 from ..seams.seam import Method
 
 
@@ -46,7 +46,9 @@ class _Side(NamedTuple):
         part = self.cut(slice(None), slice(start - lead, stop))
         labels = torch.zeros_like(part.labels)
         labels[:, :lead] = -100
-        return part._replace(logits=part.logits.materialize(), labels=labels)
+        promise = promise_of(part.logits)
+        assert promise is not None
+        return part._replace(logits=promise.materialize(), labels=labels)
 
 
 class Sorted(Method):
@@ -66,7 +68,7 @@ class Sorted(Method):
     ) -> Any:
         student = _Side(student_logits, student_labels, student_input_ids, student_byte_offsets)
         teacher = _Side(teacher_logits, teacher_labels, teacher_input_ids, teacher_byte_offsets)
-        if not (isinstance(student_logits, LazyLogits) and isinstance(teacher_logits, LazyLogits)):
+        if promises(student_logits, teacher_logits) is None:
             return self._own(loss, student, teacher)
         rows = [slice(i, i + 1) for i in range(len(student_labels))]
         texts = [(student.cut(row), teacher.cut(row)) for row in rows]
@@ -143,10 +145,10 @@ def _spans(loss: Any, student: _Side, teacher: _Side) -> list[_Span]:
     return spans[1:] if unscored else spans
 
 
-def _rows(student: LazyLogits, teacher: LazyLogits) -> int:
+def _rows(student: Tensor, teacher: Tensor) -> int:
     """Tokens of a block: their logits fill a tile."""
     words = max(student.shape[-1], teacher.shape[-1])
-    tile = planner.tile_shape(student.rows.numel(), words, student.device.type)
+    tile = planner.tile_shape(student.shape[:-1].numel(), words, student.device.type)
     return tile.tokens * tile.vocab // words
 
 

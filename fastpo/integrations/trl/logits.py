@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.walks.checks import DTYPES
 from ..adapter import is_adapter
 from ..heads import linear_head, tensor_parallel
-from ..lazy.logits import LazyLogits
-from ..lazy.tensor import PromisedLogits
+from ..lazy import ddp
+from ..lazy.logits import LazyLogits, lazy_logits, promise_of
+from ..lazy.promise import Promise
 from ..seams.calls import standing_in, unhidden
 from ..seams.seam import Make, Method, Replacement, Seam
 
@@ -41,26 +42,20 @@ def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator
         yield
         return
     own, sharded = unhidden(head.forward), isinstance(parts[0], DTensor)
-    given: list[Tensor] = []
 
-    def forward(hidden: Tensor) -> Any:
+    def forward(hidden: Tensor) -> Tensor:
         if hidden.dtype not in DTYPES:
-            return own(hidden)
+            made: Tensor = own(hidden)
+            return made
         if not sharded:
-            return LazyLogits.of(head, hidden, options)
+            return lazy_logits(Promise.of(head, hidden, options))
         # Not the weight FSDP2 has gathered for this forward: it is gone when logits are asked for.
         # Gathered here, because every process calls the head; not every one has labels to score.
         # In mixed precision FSDP2, too, gathers 16 bits.
         weight, bias = (None if x is None else whole(x.to(hidden.dtype)) for x in parts)
-        if torch.is_grad_enabled():
-            hidden = hidden.clone()  # FSDP2 warns of outputs that are views
-            given.append(hidden)
-        return LazyLogits.of(head, hidden, options, (weight, bias))
+        return lazy_logits(Promise.of(head, hidden, options, (weight, bias)))
 
-    with (
-        standing_in(head, "forward", forward),
-        _showing(model, given) if sharded else nullcontext(),
-    ):
+    with standing_in(head, "forward", forward):
         yield
 
 
@@ -76,26 +71,6 @@ def _readable(trainer: Any, head: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(head.weight, DTensor) and is_adapter(head):
         raise RuntimeError("lm_head.weight: expected no adapter on a shard, got one")
     return head.weight, head.bias
-
-
-@contextmanager
-def _showing(model: Any, given: list[Tensor]) -> Iterator[None]:
-    """What the head was given goes out beside logits that are no tensor.
-
-    FSDP2 gathers the weights of the outermost module for the backward when it comes by what that
-    module gave.
-    """
-
-    def show(module: Any, args: Any, output: Any) -> None:
-        if given and output.hidden_states is None:
-            output["hidden_states"] = (given[-1],)
-        given.clear()
-
-    hook = model.register_forward_hook(show, prepend=True)  # before FSDP2's own
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @functools.cache
@@ -140,10 +115,9 @@ def real_outputs(result: Any) -> Any:
         return result
     outputs = result[1]
     logits = getattr(outputs, "logits", None)
-    if isinstance(logits, LazyLogits):
+    if isinstance(logits, LazyLogits) and torch.is_grad_enabled():
         # The weights will have changed when logits of a training step are read after it.
-        training = torch.is_grad_enabled()
-        outputs.logits = logits.materialize().detach() if training else PromisedLogits(logits)
+        outputs.logits = logits.detach() + 0
     return result
 
 
@@ -154,9 +128,7 @@ class Predictor(Reader):
         if trainer.preprocess_logits_for_metrics is None:  # the caller's metrics want them all
             return self.original(trainer, model, *args, **kwargs)
         with self.lazy(trainer, model):
-            loss, logits, labels = self.original(trainer, model, *args, **kwargs)
-        promised = PromisedLogits(logits) if isinstance(logits, LazyLogits) else logits
-        return loss, promised, labels
+            return self.original(trainer, model, *args, **kwargs)
 
 
 class _Smoothed(Reader):
@@ -180,11 +152,12 @@ class _BatchLogps(Replacement):
         average_log_prob: bool = False,
         is_encoder_decoder: bool = False,
     ) -> Any:
-        if isinstance(logits, LazyLogits):
+        promise = promise_of(logits)
+        if promise is not None:
             scored = labels != -100
             # The row before a label predicts it; the last one predicts nothing. Decoders of an
             # encoder are fed shifted ids instead.
-            logits = logits.only(scored if is_encoder_decoder else scored.roll(-1, 1))
+            logits = lazy_logits(promise.only(scored if is_encoder_decoder else scored.roll(-1, 1)))
         return self.original(logits, labels, average_log_prob, is_encoder_decoder)
 
 
@@ -198,10 +171,10 @@ class Selected(Replacement):
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> Any:
-        if isinstance(logits, LazyLogits) and index.ndim == logits.ndim - 1:
-            return _masked(logits, row_mask, temperature).logps(index)
-        real = logits.materialize() if isinstance(logits, LazyLogits) else logits
-        return self.original(real, index, temperature, row_mask)
+        promise = promise_of(logits) if index.ndim == logits.ndim - 1 else None
+        if promise is None:
+            return self.original(logits, index, temperature, row_mask)
+        return _masked(promise, row_mask, temperature).logps(index)
 
 
 class SelectedWithEntropy(Replacement):
@@ -215,9 +188,10 @@ class SelectedWithEntropy(Replacement):
         temperature: float = 1.0,
         row_mask: Tensor | None = None,
     ) -> Any:
-        if not isinstance(logits, LazyLogits):
+        promise = promise_of(logits)
+        if promise is None:
             return self.original(logits, index, entropy_requires_grad, temperature, row_mask)
-        stats = _masked(logits, row_mask, temperature).stats(index, "entropy")
+        stats = _masked(promise, row_mask, temperature).stats(index, "entropy")
         entropy = stats.entropy
         assert entropy is not None
         return stats.logps, entropy if entropy_requires_grad else entropy.detach()
@@ -230,8 +204,8 @@ class _Supports(Replacement):
         return not isinstance(logits, LazyLogits) and self.original(logits, *args, **kwargs)
 
 
-def _masked(logits: LazyLogits, row_mask: Tensor | None, temperature: float) -> LazyLogits:
-    tempered = logits if temperature == 1 else logits / temperature
+def _masked(logits: Promise, row_mask: Tensor | None, temperature: float) -> Promise:
+    tempered: Promise = logits if temperature == 1 else logits.scaled(1 / temperature)
     return tempered if row_mask is None else tempered.only(row_mask != 0)
 
 
@@ -306,6 +280,7 @@ def replacements() -> dict[Seam, Make]:
     ]
     return {
         **seams(_TABLE),
+        **ddp.replacements(),
         sft: _Smoothed,
         supports: _Supports,
         **dict.fromkeys(predictors, Predictor),

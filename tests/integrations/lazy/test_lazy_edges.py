@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from _tiny import one_thread  # noqa: F401
 from torch import nn
 
-from fastpo.integrations.lazy import logits as lazy_logits
-from fastpo.integrations.lazy.logits import LazyLogits
+import fastpo
+from fastpo.integrations.lazy import cell
+from fastpo.integrations.lazy.logits import LazyLogits, lazy_logits
+from fastpo.integrations.lazy.promise import Promise
 from fastpo.integrations.trl.logits import lazy_head
 
 B, T, H, V = 3, 7, 16, 211
@@ -29,7 +31,7 @@ def pair(capped=False):
     """Lazy logits, the real ones of the same head, and the leaves."""
     torch.manual_seed(0)
     head, hidden = nn.Linear(H, V), torch.randn(B, T, H, requires_grad=True)
-    lazy, real = LazyLogits.of(head, hidden), head(hidden)
+    lazy, real = lazy_logits(Promise.of(head, hidden)), head(hidden)
     if capped:
         lazy, real = torch.tanh(lazy / 3.0) * 3.0, torch.tanh(real / 3.0) * 3.0
     return lazy, real, [hidden, *head.parameters()]
@@ -47,21 +49,27 @@ def group(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "phi"])
-def test_ddp_that_looks_for_unused_parameters(name, group):
-    """It is what transformers' Trainer asks for without gradient checkpointing."""
+@pytest.mark.parametrize("options", [{"find_unused_parameters": True}, {"static_graph": True}])
+def test_ddp_sends_a_forward_s_tensors_through_a_function(name, options, group, monkeypatch):
+    """The first is what transformers' Trainer asks for without gradient checkpointing."""
+    monkeypatch.setattr(cell, "told", set())
     ids = tiny.batch()["input_ids"]
     grads = []
     for lazy in (False, True):
         model = tiny.model(name)
-        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        ddp = nn.parallel.DistributedDataParallel(model, **options)
         for _ in range(2):  # what the first backward marks wrongly fails in it or in the next
             model.zero_grad()
-            with lazy_head(TRAINER, model) if lazy else contextlib.nullcontext():
+            with contextlib.ExitStack() as stack:
+                if lazy:
+                    stack.enter_context(fastpo.patched())
+                    stack.enter_context(lazy_head(TRAINER, model))
                 logits = ddp(ids, use_cache=False).logits
             assert isinstance(logits, LazyLogits) is lazy
             F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         grads.append({n: p.grad.clone() for n, p in model.named_parameters()})
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-6)
+    assert not cell.told
 
 
 def test_a_row_asked_for_several_words():
@@ -78,7 +86,7 @@ def test_a_row_asked_for_several_words():
 def test_logits_of_a_pass_without_gradient_are_constants():
     head, hidden = nn.Linear(H, V), torch.randn(B, T, H)
     with torch.no_grad():
-        lazy = LazyLogits.of(head, hidden)
+        lazy = lazy_logits(Promise.of(head, hidden))
     assert not lazy.requires_grad
     assert not logps(lazy, torch.zeros(B, T, dtype=torch.int64)).requires_grad
 
@@ -132,15 +140,15 @@ def test_means_of_capped_logits_have_a_gradient(read):
 
 
 def test_asking_for_an_attribute_computes_nothing(monkeypatch):
-    monkeypatch.setattr(LazyLogits, "materialize", lambda self: pytest.fail("full logits"))
+    monkeypatch.setattr(Promise, "materialize", lambda self: pytest.fail("full logits"))
     assert not hasattr(pair()[0], "no_such_attribute")
 
 
 def test_every_full_computation_is_named(monkeypatch):
-    monkeypatch.setattr(lazy_logits, "_told", set())
+    monkeypatch.setattr(cell, "told", set())
     F.cross_entropy(pair()[0].flatten(0, 1), torch.ones(B * T).long(), weight=torch.ones(V))
     pair()[0].mean(0)
-    assert lazy_logits._told == {"cross_entropy", "mean"}
+    assert cell.told == {"cross_entropy", "mean"}
 
 
 def test_label_smoothing_passes_through_the_head_once(monkeypatch):
@@ -153,8 +161,6 @@ def test_label_smoothing_passes_through_the_head_once(monkeypatch):
 @pytest.mark.parametrize("encoder_decoder", [False, True])
 def test_labels_of_decoders_are_not_shifted(encoder_decoder):
     trl_cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
-    import fastpo
-
     lazy, real, _ = pair()
     labels = torch.randint(0, V, (B, T)).masked_fill(torch.rand(B, T) < 0.4, -100)
 
@@ -172,30 +178,28 @@ def test_labels_of_decoders_are_not_shifted(encoder_decoder):
 def test_a_model_in_float64_keeps_its_logits():
     model = tiny.model("llama").double()
     with lazy_head(TRAINER, model):
-        assert isinstance(model(tiny.batch()["input_ids"]).logits, torch.Tensor)
+        assert type(model(tiny.batch()["input_ids"]).logits) is torch.Tensor
 
 
 def test_argmax_through_lora(monkeypatch):
     peft = pytest.importorskip("peft")
-    monkeypatch.setattr(lazy_logits, "_told", set())
+    monkeypatch.setattr(cell, "told", set())
     config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
     model = peft.get_peft_model(tiny.model("llama"), config).eval()
     ids = tiny.batch()["input_ids"]
     expected = model(ids).logits.argmax(-1)
     with lazy_head(TRAINER, model.get_base_model()):
         assert torch.equal(model(ids).logits.argmax(-1), expected)
-    assert not lazy_logits._told
+    assert not cell.told
 
 
 def test_a_user_s_own_call_of_trl_s_helper(monkeypatch):
     utils = pytest.importorskip("trl.trainer.utils")
-    import fastpo
-
-    monkeypatch.setattr(lazy_logits, "_told", set())
+    monkeypatch.setattr(cell, "told", set())
     lazy, real, _ = pair()
     labels = torch.randint(0, V, (B, T))
     with fastpo.patched():
         assert utils._supports_trl_loss_kernel(lazy, labels) is False
         found = utils.selective_log_softmax(lazy, labels)
     torch.testing.assert_close(found, logps(real, labels), rtol=1e-5, atol=1e-5)
-    assert not lazy_logits._told
+    assert not cell.told

@@ -13,9 +13,9 @@ from _tiny import one_thread  # noqa: F401
 from accelerate.utils import pad_across_processes
 from torch import nn
 
-from fastpo.integrations.lazy import logits as lazy_logits
-from fastpo.integrations.lazy.logits import LazyLogits
-from fastpo.integrations.lazy.tensor import PromisedLogits
+from fastpo.integrations.lazy import cell
+from fastpo.integrations.lazy.logits import lazy_logits
+from fastpo.integrations.lazy.promise import Promise
 
 B, T, H, V = 3, 7, 16, 211
 
@@ -23,11 +23,11 @@ B, T, H, V = 3, 7, 16, 211
 @pytest.fixture
 def pair(monkeypatch):
     """A promise, and the logits it stands for."""
-    monkeypatch.setattr(lazy_logits, "_told", set())
+    monkeypatch.setattr(cell, "told", set())
     torch.manual_seed(0)
     head, hidden = nn.Linear(H, V), torch.randn(B, T, H)
     with torch.no_grad():
-        return PromisedLogits(LazyLogits.of(head, hidden)), head(hidden)
+        return lazy_logits(Promise.of(head, hidden)), head(hidden)
 
 
 WORDS = torch.arange(B * T).view(B, T, 1)
@@ -47,7 +47,7 @@ ANSWERED = {
 def test_answers_without_logits(name, pair):
     promise, real = pair
     torch.testing.assert_close(ANSWERED[name](promise), ANSWERED[name](real), rtol=1e-5, atol=1e-5)
-    assert not lazy_logits._told
+    assert not cell.told
 
 
 def test_facts_cost_nothing(pair):
@@ -56,7 +56,7 @@ def test_facts_cost_nothing(pair):
         assert getattr(promise, fact) == getattr(real, fact), fact
     assert isinstance(promise, torch.Tensor) and len(promise) == B
     assert (promise.size(-1), promise.dim(), promise.numel()) == (V, 3, real.numel())
-    assert not lazy_logits._told
+    assert not cell.told
 
 
 def halved(x):
@@ -84,4 +84,4 @@ def test_anything_else_gets_the_logits(name, pair):
     promise, real = pair
     found, expected = NEEDED[name](promise), NEEDED[name](real)
     torch.testing.assert_close(found + 0, expected + 0, rtol=1e-5, atol=1e-5)
-    assert len(lazy_logits._told) >= 1
+    assert len(cell.told) >= 1

@@ -14,7 +14,7 @@ import trl.trainer.distillation_trainer as stable
 from _tiny import one_thread  # noqa: F401
 
 import fastpo
-from fastpo.integrations.lazy import logits as lazy_logits
+from fastpo.integrations.lazy import cell
 from fastpo.ops.walks import divergence
 
 SAMPLED = {"max_completion_length": 4}
@@ -56,10 +56,10 @@ def calls(monkeypatch):
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers_train_the_same(name, tmp_path, monkeypatch, calls):
     skip_unless_served(name)
-    monkeypatch.setattr(lazy_logits, "_told", set())
+    monkeypatch.setattr(cell, "told", set())
     _trainers.assert_trains_the_same(lambda: trainer(name, tmp_path), calls)
     assert len(calls) == 3
-    assert not lazy_logits._told, "nothing computes full logits"
+    assert not cell.told, "nothing computes full logits"
 
 
 @pytest.mark.parametrize("name", ["distillation", "gkd"])

@@ -22,7 +22,7 @@ import trl.trainer.utils as utils
 from _tiny import one_thread  # noqa: F401
 
 import fastpo
-from fastpo.integrations.lazy import logits as lazy_logits
+from fastpo.integrations.lazy import cell
 from fastpo.integrations.trl import early
 from fastpo.integrations.trl import logits as trl_logits
 from fastpo.testing import HeadInputs
@@ -68,8 +68,8 @@ def built(prefix, folder, path, changes, **given):
 @pytest.fixture
 def full_logits(monkeypatch):
     """What was computed on full logits after all."""
-    monkeypatch.setattr(lazy_logits, "_told", set())
-    return lazy_logits._told
+    monkeypatch.setattr(cell, "told", set())
+    return cell.told
 
 
 @pytest.mark.parametrize("name", TRAINERS)

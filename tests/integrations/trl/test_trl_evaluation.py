@@ -21,7 +21,7 @@ from _options import Case
 from _tiny import one_thread  # noqa: F401
 from test_trl_options import TILE, path, small_tiles, trained, widest  # noqa: F401
 
-from fastpo.integrations.lazy import logits as lazy_logits
+from fastpo.integrations.lazy import cell
 
 
 def score(predictions: Any) -> dict[str, float]:
@@ -82,7 +82,7 @@ HOOKED = {
 
 @pytest.mark.parametrize("name", HOOKED)
 def test_metrics_of_few_numbers(name, path, tmp_path, widest, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(lazy_logits, "_told", set())
+    monkeypatch.setattr(cell, "told", set())
     case, tile = HOOKED[name], TILE.tokens * TILE.vocab
     own, own_elements = trained(case, path, tmp_path, widest, patched=False)
     ours, elements = trained(case, path, tmp_path, widest, patched=True)
@@ -90,5 +90,5 @@ def test_metrics_of_few_numbers(name, path, tmp_path, widest, monkeypatch):  # n
     assert any("eval_score" in log for log in ours[0])
     assert own_elements > 10 * tile
     whole = case.hook in (surest, None)
-    assert bool(lazy_logits._told) == whole
+    assert bool(cell.told) == whole
     assert (elements > tile) == whole

@@ -17,7 +17,7 @@ from _tiny import one_thread  # noqa: F401
 
 import fastpo
 from fastpo import planner
-from fastpo.integrations.lazy import logits as lazy_logits
+from fastpo.integrations.lazy import cell
 from fastpo.integrations.trl import logits as trl_logits
 
 
@@ -84,11 +84,11 @@ def trainer(name, folder):
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_trainers_train_the_same(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(lazy_logits, "_told", set())
+    monkeypatch.setattr(cell, "told", set())
     calls = tiny.count_calls(monkeypatch)
     _trainers.assert_trains_the_same(lambda: trainer(name, tmp_path), calls)
     assert len(calls) >= 3
-    assert not lazy_logits._told, "nothing computes full logits"
+    assert not cell.told, "nothing computes full logits"
 
 
 @pytest.mark.parametrize("name", ["cpo", "orpo", "tpo", "sft_smoothed"])

@@ -27,7 +27,7 @@ from test_trl_options import HIDDEN, TILE, WORDS, path, small_tiles, trained, wi
 from trl.generation import vllm_client
 
 import fastpo
-from fastpo.integrations.lazy import logits as lazy_logits
+from fastpo.integrations.lazy import cell
 from fastpo.integrations.trl import gold
 
 FEWER = 15_000  # words of a teacher with a tokenizer of its own
@@ -196,7 +196,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_trainers_train_the_same(name, path, tmp_path, widest, monkeypatch):  # noqa: F811
     monkeypatch.setattr(vllm_client, "VLLMClient", Server)
-    monkeypatch.setattr(lazy_logits, "_told", set())
+    monkeypatch.setattr(cell, "told", set())
     widest.heads = [{WORDS, HIDDEN}, {FEWER, HIDDEN}]
     case, tile = CASES[name], TILE.tokens * TILE.vocab
     own, own_elements = trained(case, path, tmp_path, widest, patched=False)
@@ -206,7 +206,7 @@ def test_trainers_train_the_same(name, path, tmp_path, widest, monkeypatch):  # 
     assert any("eval_loss" in log for log in ours[0]) == case.evaluated
     assert own_elements > 9 * tile
     assert elements <= max(tile, case.run * WORDS)
-    assert not lazy_logits._told, "nothing computes full logits"
+    assert not cell.told, "nothing computes full logits"
 
 
 @pytest.mark.parametrize("answered", [2, 1, 0])

@@ -1,0 +1,325 @@
+"""What stands for logits until something asks for log-probabilities, or for them.
+
+A promise knows the hidden states and the head. Slicing, reshaping and masking move row numbers
+about; scaling and soft-cap are remembered; log-probabilities, log-sum-exp and means run through
+fastpo's head. `LazyLogits` is the tensor around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import isfinite
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...ops.linear_logps import TokenStats
+from ...ops.shards.gathered import HeadOptions, score
+from ..adapter import is_adapter, operands
+
+OWN = HeadOptions()
+
+
+@dataclass(eq=False)
+class Base:
+    """What all views of one call of the head share, and the log-probabilities known so far."""
+
+    hidden: Tensor  # [M, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    adapter: tuple[Tensor, Tensor] | None  # [M, r], [V, r]
+    own: HeadOptions  # budget and backend
+    known: Known
+    family: Family = field(default_factory=lambda: Family())
+    versions: tuple[int | None, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.versions = tuple(map(_version, self.operands))
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        down, up = self.adapter or (None, None)
+        return self.hidden, self.weight, self.bias, down, up
+
+    def on(self, operands: tuple[Tensor | None, ...]) -> Base:
+        """The same head with other tensors of the same values."""
+        hidden, weight, bias, down, up = operands
+        assert hidden is not None and weight is not None
+        adapter = None if down is None or up is None else (down, up)
+        self.check()
+        return Base(hidden, weight, bias, adapter, self.own, self.known.detach(), self.family)
+
+    def check(self) -> None:
+        """Logits that a model had made would not change with its weights."""
+        names = ("hidden states", "lm_head.weight", "lm_head.bias", "lora_A", "lora_B")
+        for name, x, version in zip(names, self.operands, self.versions, strict=True):
+            if _version(x) != version:
+                raise RuntimeError(
+                    f"logits: expected to be read before {name} changes, "
+                    "got a change in place since the forward that promised them"
+                )
+
+    def select(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        self.check()
+        down = self.adapter and (self.adapter[0].index_select(0, rows), self.adapter[1])
+        return self.hidden.index_select(0, rows), down
+
+
+@dataclass(eq=False)
+class Family:
+    """Logits of one call that were changed in place; views of them do not know."""
+
+    changed: list[Promise] = field(default_factory=list)
+
+
+def _version(x: Tensor | None) -> int | None:
+    return None if x is None or x.is_inference() else x._version
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """The log-probability of one word of every row, for one reading of the logits."""
+
+    labels: Tensor  # [M], -1 where none is known
+    logps: Tensor  # [M]
+    lse: Tensor  # [M]
+    reading: Any = None  # scale and soft-cap, and whether with gradient
+
+    @classmethod
+    def of(cls, hidden: Tensor, reading: Any = None) -> Known:
+        n, device = len(hidden), hidden.device
+        zeros = torch.zeros(n, dtype=torch.float32, device=device)
+        labels = torch.full((n,), -1, dtype=torch.int64, device=device)
+        return cls(labels, zeros, zeros, reading)
+
+    def detach(self) -> Known:
+        return replace(self, logps=self.logps.detach(), lse=self.lse.detach())
+
+    def joined(self, where: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> Known:
+        """With one word per row; of several the same one's, whichever it is, in all three."""
+        if not len(where):
+            return self
+        order = torch.full_like(self.labels, -1)
+        numbers = torch.arange(len(where), dtype=torch.int64, device=where.device)
+        order = order.index_copy(0, where, numbers)
+        new, order = order >= 0, order.clamp(min=0)
+        return Known(
+            torch.where(new, labels[order], self.labels),
+            torch.where(new, logps[order], self.logps),
+            torch.where(new, lse[order], self.lse),
+            self.reading,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Promise:
+    """Logits [*rows.shape, V]; `rows` are rows of the base, -1 where nothing is scored.
+
+    z = outer·tanh(inner·x) when capped, else inner·x. normalized: log-softmax of it, times sign.
+    """
+
+    base: Base
+    rows: Tensor
+    dtype: torch.dtype
+    inner: float = 1.0
+    capped: bool = False
+    outer: float = 1.0
+    normalized: bool = False
+    sign: float = 1.0
+
+    @classmethod
+    def of(cls, head: Any, hidden: Tensor, own: HeadOptions = OWN, parts: Any = None) -> Promise:
+        """Instead of `head(hidden)`, for a linear layer with or without LoRA.
+
+        parts: weight and bias, where the layer's own will be gone when they are read.
+        """
+        hidden = hidden.to(head.weight.device)  # with a device_map the backbone may end elsewhere
+        kind = hidden.device.type
+        if torch.is_autocast_enabled(kind):
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        # Dropout inside an adapter is drawn here, once.
+        (weight, bias), adapter = parts or (head.weight, head.bias), None
+        if is_adapter(head):
+            weight, adapter = operands(head, flat)
+        rows = torch.arange(len(flat), dtype=torch.int64, device=flat.device)
+        base = Base(flat, weight, bias, adapter, own, Known.of(flat))
+        made = cls(base, rows.view(hidden.shape[:-1]), hidden.dtype)
+        # Logits of a pass without gradient stay constants, wherever they are read.
+        return made if torch.is_grad_enabled() else made.detach()
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self.rows.shape, self.base.weight.shape[0]))
+
+    @property
+    def ndim(self) -> int:
+        return self.rows.ndim + 1
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.hidden.device
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(x is not None and x.requires_grad for x in self.base.operands)
+
+    @property
+    def plain(self) -> Promise:
+        """The logits under a log-softmax."""
+        return replace(self, normalized=False, sign=1.0)
+
+    def view(self, rows: Tensor) -> Promise:
+        return replace(self, rows=rows)
+
+    def only(self, scored: Tensor) -> Promise:
+        """Log-probabilities will be asked for, or count, at `scored` positions only."""
+        return self.view(self.rows.masked_fill(~scored, -1))
+
+    def on(self, operands: tuple[Tensor | None, ...]) -> Promise:
+        return replace(self, base=self.base.on(operands))
+
+    def detach(self) -> Promise:
+        return self.on(tuple(None if x is None else x.detach() for x in self.base.operands))
+
+    def scaled(self, factor: Any) -> Any:
+        """times a number; NotImplemented where `linear_logps` has no such logits."""
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        if self.normalized:
+            return replace(self, sign=-self.sign) if factor == -1 else NotImplemented
+        scale = float((self.outer if self.capped else self.inner) * factor)
+        if not isfinite(scale) or (self.capped and scale <= 0):  # a soft-cap knows no sign
+            return NotImplemented
+        return replace(self, outer=scale) if self.capped else replace(self, inner=scale)
+
+    def same_logits(self, other: Promise) -> bool:
+        """Would memory of the model's logits be shared with those, apart from their rows?"""
+        maps = ((x.inner, x.capped, x.outer, x.normalized, x.sign, x.dtype) for x in (self, other))
+        shared = self.rows.untyped_storage().data_ptr() == other.rows.untyped_storage().data_ptr()
+        return shared and next(maps) == next(maps)
+
+    @property
+    def options(self) -> HeadOptions:
+        cap, scale = (self.outer, self.inner * self.outer) if self.capped else (None, self.inner)
+        return replace(self.base.own, softcap=cap, logit_scale=scale)
+
+    def stats(self, labels: Tensor, *outputs: str) -> TokenStats:
+        """`linear_logps` of these rows; zeros where nothing is scored."""
+        rows = self.rows.flatten()
+        found = (rows >= 0).nonzero().squeeze(1)
+        hidden, adapter = self.base.select(rows.index_select(0, found))
+        with _exact(self):
+            stats = score(
+                hidden,
+                self.base.weight,
+                self.base.bias,
+                labels.to(rows.device).flatten().index_select(0, found),
+                replace(self.options, outputs=("logps", *outputs)),
+                adapter=adapter,
+            )
+        return TokenStats(*(_placed(x, found, self.rows) for x in stats))
+
+    def logps(self, labels: Tensor) -> Tensor:
+        """log softmax(z)[label] [*rows.shape], float32; what is known already is not computed."""
+        return self._known(labels)[0]
+
+    def lse(self) -> Tensor:
+        """log Σ exp z [*rows.shape], float32; free where any log-probability is known."""
+        return self._known(None)[1]
+
+    def _known(self, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and log-sum-exp; without labels any word's log-probability will do."""
+        known, rows = self._remembered(), self.rows.flatten()
+        if labels is None:
+            labels = known.labels[self.rows.clamp(min=0)].clamp(min=0)
+        if labels.shape != self.rows.shape:
+            expected, got = tuple(self.rows.shape), tuple(labels.shape)
+            raise ValueError(f"labels: expected shape {expected}, got {got}")
+        labels = labels.to(rows.device).flatten()
+        asked = (rows >= 0) & (known.labels[rows.clamp(min=0)] != labels)
+        missing = asked.nonzero().squeeze(1)
+        results = tuple(x[rows.clamp(min=0)] for x in (known.logps, known.lse))
+        # Rows without a label have gradients, too, of zeros: a batch of padding must not fail.
+        graph = self.requires_grad and torch.is_grad_enabled()
+        if len(missing) or (graph and not known.logps.requires_grad):
+            where = rows.index_select(0, missing)
+            new = labels.index_select(0, missing)
+            stats = self.view(where).stats(new, "lse")
+            assert stats.logps is not None and stats.lse is not None
+            # Straight into the results: a row may be asked for several words at once.
+            pairs = zip(results, (stats.logps, stats.lse), strict=True)
+            results = tuple(x.index_copy(0, missing, found) for x, found in pairs)
+            self.base.known = known.joined(where, new, stats.logps, stats.lse)
+        logps, lse = (x.masked_fill(rows < 0, 0).view(self.rows.shape) for x in results)
+        return logps, lse
+
+    def _remembered(self) -> Known:
+        """What is known of this reading; nothing where a checkpoint counts what is saved.
+
+        Its recomputation must save as many tensors as its forward did.
+        """
+        reading = self.inner, self.capped, self.outer, torch.is_grad_enabled()
+        known = self.base.known
+        if _checkpointed() or known.reading != reading:
+            return Known.of(self.base.hidden, reading)
+        return known
+
+    def means(self) -> Any:
+        """Mean logit of every row [*rows.shape], with gradient, without products over words.
+
+        Capped: a pass over the words where no gradient is needed, else NotImplemented.
+        """
+        base, rows = self.base, self.rows.flatten().clamp(min=0)
+        if self.capped and self.requires_grad and torch.is_grad_enabled():
+            return NotImplemented
+        if self.capped:
+            stats = self.view(rows).stats(torch.zeros_like(rows), "mean_logits")
+            assert stats.mean_logits is not None
+            return stats.mean_logits.view(self.rows.shape)
+        hidden, adapter = base.select(rows)
+        with _exact(self):
+            # No float32 copy of the weight.
+            mean = hidden.float() @ base.weight.mean(0, dtype=torch.float32)
+            if adapter is not None:
+                mean = mean + adapter[0].float() @ adapter[1].mean(0, dtype=torch.float32)
+        if base.bias is not None:
+            mean = mean + base.bias.float().mean()
+        return (mean * self.inner).view(self.rows.shape)
+
+    def materialize(self) -> Tensor:
+        """The logits, as the model would have made them."""
+        hidden, adapter = self.base.select(self.rows.flatten().clamp(min=0))
+        weight, bias = self.base.weight.to(hidden.dtype), self.base.bias
+        with _exact(self):
+            x = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+            if adapter is not None:
+                x = x + adapter[0].to(x.dtype) @ adapter[1].to(x.dtype).t()
+        if self.inner != 1:
+            x = x * self.inner
+        x = x.to(self.dtype)
+        x = (x.tanh() * self.outer if self.capped else x).view(self.shape)
+        return self.sign * x.log_softmax(-1) if self.normalized else x
+
+
+def saving_hooks() -> Any:
+    """The pair of hooks that tensors saved now go through, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _checkpointed() -> bool:
+    hooks = saving_hooks()
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def _exact(logits: Promise) -> Any:
+    """The dtype of the products was chosen where the head was called."""
+    return torch.autocast(logits.device.type, enabled=False)
+
+
+def _placed(values: Tensor | None, where: Tensor, like: Tensor) -> Tensor | None:
+    if values is None:
+        return None
+    return values.new_zeros(like.numel()).index_copy(0, where, values).view(like.shape)
