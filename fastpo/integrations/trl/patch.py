@@ -9,15 +9,8 @@ from typing import Any
 
 from ...ops.shards.gathered import HeadOptions
 from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
-from . import (
-    adapter,
-    distillation,
-    early,
-    light,
-)
-from . import (
-    logits as trl_logits,
-)
+from . import adapter, distillation, early, light
+from . import logits as trl_logits
 from .head import COMPACT, GATHER, HEAD, Compact, FusedHead
 from .objectives import by_name
 from .objectives.needs import Objective, Setting
@@ -98,7 +91,7 @@ def _all(setting: Setting, own: HeadOptions) -> dict[Seam, Make]:
     return trl_logits.with_options(made, HeadOptions(budget=own.budget, backend=own.backend))
 
 
-_SEAMS = tuple(_all(Setting(), HeadOptions()))
+SEAMS = tuple(_all(Setting(), HeadOptions()))
 
 
 def unpatch() -> None:
@@ -106,12 +99,12 @@ def unpatch() -> None:
 
     A trainer that was built for one of fastpo's objectives keeps it.
     """
-    restore(*_SEAMS)
+    restore(*SEAMS)
 
 
 @contextmanager
 def patched(**options: Any) -> Iterator[None]:
     """`patch(**options)` for the length of a block; afterwards TRL is what it was before."""
-    with kept(*_SEAMS):
+    with kept(*SEAMS):
         patch(**options)
         yield

@@ -21,7 +21,7 @@ from _tiny import one_thread  # noqa: F401
 import fastpo
 from fastpo.integrations.seams.seam import Replacement, fitting
 from fastpo.integrations.trl.head import HEAD
-from fastpo.integrations.trl.patch import _SEAMS
+from fastpo.integrations.trl.patch import SEAMS
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def unpatched():
 def held():
     """What stands at every seam of this TRL, its module imported."""
     found = {}
-    for seam in fitting(dict.fromkeys(_SEAMS, Replacement)):
+    for seam in fitting(dict.fromkeys(SEAMS, Replacement)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # TRL's notice that its experiments may change
             try:

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .. import cpu as rows_cpu
-from ..native import DTYPES, address, check_bias, check_fields, check_matrix, inner
+from ..native import DTYPES, address, check_bias, check_fields, check_matrix, compiled, inner
 from . import backend as P
 
 if TYPE_CHECKING:
     from ...._C import PairRule, PairSide, PairTile
 
-_C, _MISSING = rows_cpu._C, rows_cpu._MISSING
+_C, _MISSING = compiled()
 
 
 def softmaxes(sides: P.Sides, first: int, state: Tensor, over: int | None, entropy: bool) -> None:
