@@ -160,7 +160,10 @@ def packed(
     rows = _Rows(offsets.shape[0] - 1, sides)
     tokens = _statistics(stats, under)
     size = tokens[0][2].shape[:1]
-    scored = torch.ones(size, device=offsets.device).bool() if mask is None else mask.bool()
+    if mask is None:
+        scored = torch.ones(size, dtype=torch.bool, device=offsets.device)
+    else:
+        scored = mask.bool()
     _check("mask", scored, size)
     given = rows.share("", "lengths", lambda: _segment_sum(scored, offsets).long())
     if width is not None:
@@ -225,7 +228,7 @@ def _segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
 
 def _pad(values: Tensor, offsets: Tensor, width: int) -> Tensor:
     """[S] -> [R, width], 0 behind the end of a row."""
-    position = torch.arange(width, device=offsets.device) + offsets[:-1, None]
+    position = torch.arange(width, dtype=torch.int64, device=offsets.device) + offsets[:-1, None]
     inside = position < offsets[1:, None]
     if values.shape[0] == 0:
         return torch.zeros(inside.shape, dtype=values.dtype, device=values.device)

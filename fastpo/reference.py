@@ -48,7 +48,7 @@ def _statistics(z: Tensor, labels: Tensor, ignore_index: int | None) -> TokenSta
     # A word of probability 0 adds nothing to the entropy; p·log p would be 0·inf for it.
     plogp = torch.where(p > 0, p * log_p.clamp_min(torch.finfo(z.dtype).min), torch.zeros_like(p))
     own, lse = z.gather(-1, index), torch.logsumexp(z, -1)
-    word = torch.arange(z.shape[-1], device=z.device)
+    word = torch.arange(z.shape[-1], dtype=torch.int64, device=z.device)
     beaten = torch.where(word < index, z >= own, z > own).any(-1)
     stats = {
         "logps": log_p.gather(-1, index).squeeze(-1),
@@ -78,7 +78,7 @@ def linear_topk(
     log_p, lse = torch.log_softmax(z, -1), torch.logsumexp(z, -1)
     ranked = z.detach()
     if exclude is not None:
-        word = torch.arange(z.shape[-1], device=z.device)
+        word = torch.arange(z.shape[-1], dtype=torch.int64, device=z.device)
         ranked = ranked.masked_fill(word == exclude.unsqueeze(-1), float("-inf"))
     ids = torch.sort(ranked, dim=-1, descending=True, stable=True).indices[..., :k]
     values = log_p.gather(-1, ids)

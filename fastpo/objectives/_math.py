@@ -160,7 +160,7 @@ def plackett_luce(strengths: Tensor, scores: Tensor, groups: Tensor, num_groups:
     over sorted rows would take the small tail from the large total.
     """
     mine, other = scores[:, None], scores[None, :]
-    row = torch.arange(len(scores), device=scores.device)
+    row = torch.arange(len(scores), dtype=torch.int64, device=scores.device)
     behind = (other < mine) | ((other == mine) & (row[None, :] >= row[:, None]))
     left = behind & (groups[:, None] == groups[None, :])
     rest = torch.where(left, strengths[None, :], -math.inf).logsumexp(1)

@@ -39,7 +39,7 @@ def _better(scores: Tensor, groups: Tensor) -> Tensor:
 
 def _ahead(scores: Tensor, groups: Tensor) -> Tensor:
     """[i, j] bool: i and j are of one group and i ranks before j."""
-    row = torch.arange(len(scores), device=scores.device)
+    row = torch.arange(len(scores), dtype=torch.int64, device=scores.device)
     tied = (scores[:, None] == scores[None, :]) & (groups[:, None] == groups[None, :])
     return _better(scores, groups) | (tied & (row[:, None] < row[None, :]))
 

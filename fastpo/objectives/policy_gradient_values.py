@@ -95,7 +95,8 @@ def _step_sums(segments: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
     ids, order = segments.sort(dim=-1, stable=True)
     first = torch.ones_like(ids, dtype=torch.bool)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    places = torch.arange(n, device=ids.device)[:, None] * t + first.cumsum(-1) - 1
+    row = torch.arange(n, dtype=torch.int64, device=ids.device)
+    places = row[:, None] * t + first.cumsum(-1) - 1
     inside = ids >= 0
 
     def total(x: Tensor) -> Tensor:

@@ -219,7 +219,8 @@ def restricted_ce(
     An id outside [0, C) has no one-hot part.
     """
     words = label_logits.shape[1]
+    word = torch.arange(words, dtype=torch.int64, device=label_ids.device)
     # Compared, not indexed: a bad id then cannot fault the device.
-    hot = label_ids[:, None] == torch.arange(words, device=label_ids.device)
+    hot = label_ids[:, None] == word
     target = (1 - label_smoothing) * hot.to(label_logits.dtype) + label_smoothing / max(words, 1)
     return -(target * label_logits.log_softmax(1)).sum(1)
