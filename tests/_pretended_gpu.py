@@ -1,0 +1,172 @@
+"""`pytest -p _pretended_gpu -m gpu`: tests for a GPU, run without one as far as that goes.
+
+Tensors of the GPU have a device, a dtype and a shape, and no values: they are PyTorch's meta
+tensors, which mix with a host's as badly as CUDA ones. Kernels are not launched. A test ends where
+it asks for a value; until then whatever it imports, calls or puts on the wrong device fails as it
+would on a GPU, and so does a copy from the host inside a guard against waiting.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import fastpo._C
+
+GPU, META = torch.device("cuda", 0), torch.device("meta")
+_LIBRARY = (Path(fastpo.__file__).parent, Path(__file__).parents[1] / "kernels")
+# The comparison rule, and the one place that reads what was logged.
+_MAY_ASK = (
+    _LIBRARY[0] / "testing.py",
+    _LIBRARY[0] / "integrations" / "trl" / "metrics" / "ledger.py",
+)
+# How PyTorch says that a meta tensor has no values.
+_NO_VALUE = ("on meta tensors", "out of meta tensor", "with Meta tensors")
+# What copies where tensors of both sides meet, and what copies numbers of Python's.
+_aten = torch.ops.aten
+_COPIES = (
+    _aten._to_copy.default,
+    _aten.copy_.default,
+    _aten.index.Tensor,
+    _aten.index_put_.default,
+    _aten.index_put.default,
+)
+_FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
+_guarded = False
+
+
+class _OnMeta(TorchFunctionMode):
+    """Says meta where the test says cuda, and the other way round where it asks."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload) or "autocast" in getattr(func, "__name__", ""):
+            return func(*args, **kwargs)  # names of backends, a question about CUDA itself
+        args, kwargs = tree_map(_on_meta, (args, kwargs))
+        if func is torch.Tensor.cuda:
+            return args[0].to(META)
+        if kwargs.get("device") == META:
+            kwargs.pop("generator", None)
+        result = func(*args, **kwargs)
+        if _guarded and func in _FROM_PYTHON and result.device == META:
+            raise AssertionError(f"{func.__name__}: a copy from the host inside a guard")
+        return GPU if isinstance(result, torch.device) and result == META else result
+
+
+def _on_meta(x: Any) -> Any:
+    cuda = isinstance(x, str | torch.device) and str(x).partition(":")[0] == "cuda"
+    return META if cuda else x
+
+
+class _NoHostCopies(TorchDispatchMode):
+    """A copy between host and device waits, unless it is told not to."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if _guarded and func in _COPIES:
+            tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
+            told = func is _aten.copy_.default and args[2:] == (True,)
+            waits = not (told or kwargs.get("non_blocking"))
+            if waits and len({x.device for x in tensors}) > 1:
+                raise AssertionError(f"{func}: a copy between host and device inside a guard")
+        return result
+
+
+class _Generator(torch.Generator):
+    """Of any device; the GPU's numbers are drawn nowhere."""
+
+    def __new__(cls, device: Any = None) -> Any:
+        return super().__new__(cls)
+
+
+def _guard(mode: str) -> None:
+    global _guarded
+    _guarded = mode == "error"
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+_HOPPER = SimpleNamespace(
+    multi_processor_count=132, total_memory=80 * 2**30, L2_cache_size=50 * 2**20
+)
+_CUDA = {
+    "is_available": lambda: True,
+    "get_device_name": lambda *_: "a pretended GPU",
+    "get_device_capability": lambda *_: (9, 0),
+    "get_device_properties": lambda *_: _HOPPER,
+    "current_stream": lambda *_: SimpleNamespace(device_index=0, cuda_stream=0),
+    "device": lambda *_: nullcontext(),
+    "device_of": lambda *_: nullcontext(),
+    "synchronize": _nothing,
+    "set_sync_debug_mode": _guard,
+}
+_NATIVE = {"has_cuda": True, "has_cutlass": True} | dict.fromkeys(
+    ("AnchoredTile", "anchored_cuda", "rows_forward_cuda", "rows_backward_cuda"), _nothing
+)
+
+
+def _pretend() -> None:
+    """Before conftest.py asks for a GPU, and for good: the run is of such tests alone."""
+    for module, names in ((torch.cuda, _CUDA), (fastpo._C, _NATIVE)):
+        for name, value in names.items():
+            setattr(module, name, value)
+    torch.Generator = _Generator
+    # PyTorch leaves the mode where it calls what may be overridden, the backward among it.
+    torch.autograd.has_torch_function = lambda _: False
+    triton.runtime.JITFunction.run = _nothing
+
+
+_pretend()
+
+
+def _on_pretended_gpu(function: Any, *args: Any) -> Any:
+    with _OnMeta():  # as above
+        return function(*args)
+
+
+def pytest_collection_finish() -> None:
+    """On meta tensors operators run their own code, not the shapes that stand in for it."""
+    for operator in torch._library.custom_ops.OPDEFS.values():
+        if operator._namespace == "fastpo":
+            operator._abstract_fn = partial(_on_pretended_gpu, operator._init_fn)
+
+
+@pytest.fixture(autouse=True)
+def tensors_without_values() -> Iterator[None]:
+    with _NoHostCopies(), _OnMeta():
+        yield
+    _guard("default")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    try:
+        return (yield)
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(words in str(error) for words in _NO_VALUE) or not _a_test_asks(error):
+            raise
+        return None
+
+
+def _a_test_asks(error: Exception) -> bool:
+    """The library itself may not: on a GPU it would wait."""
+    torch_itself = Path(torch.__file__).parent
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    asking = [x for x in files if x != Path(__file__) and not x.is_relative_to(torch_itself)][-1]
+    return asking in _MAY_ASK or not any(map(asking.is_relative_to, _LIBRARY))
