@@ -31,8 +31,9 @@ def unsupported(head: Any) -> str | None:
         return "a base layer with another forward"
     if hasattr(head.weight, "ds_id"):
         return "an adapter under DeepSpeed ZeRO-3"
-    # These layers never run: their weights are read.
-    for layer in (base, *head.lora_B.values()):
+    # These layers never run: their weights are read. So are those of lora_A in shards.
+    sharded = [x for x in head.lora_A.values() if hasattr(x.weight, "placements")]
+    for layer in (base, *head.lora_B.values(), *sharded):
         for hook in hooks.hooks(layer, hooks.FORWARD + hooks.BACKWARD):
             return f"a hook {hooks.name(hook)} on one of its layers"
     for name in head.lora_A:

@@ -69,9 +69,15 @@ def attach(
         Not for a head whose gradient others wait for, as DDP and hooks do.
 
     The loss is the one the model's own forward returns. Without labels the model is what it was,
-    and so is its state_dict. Returns a handle: `detach()` gives the model back, as does leaving
-    `with attach(model):`. Raises ValueError for a model, RuntimeError for a head or a forward, that
-    fastpo does not know.
+    also to other threads meanwhile, and so is its state_dict. Returns a handle: `detach()` gives
+    the model back, as does leaving `with attach(model):`.
+
+    A forward hook on the head is given three positions of made-up logits. What it, the config or
+    the forward does to them is looked at in each call; on a GPU it waits for that after a change
+    only, and else answers NaN. A Trainer that asks for predictions gets a ValueError.
+
+    Raises ValueError for a model, RuntimeError for a head, a forward or hooks, that fastpo does not
+    know.
     """
     unwrap = getattr(model, "get_base_model", None)  # PEFT's
     base = model if unwrap is None else unwrap()
@@ -157,7 +163,11 @@ def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def fused_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, _STATE).run(self, *args, **kwargs)
+        attached = vars(self).get(_STATE)
+        # Detached since this was read from the model, perhaps by another thread.
+        if attached is None:
+            return forward(self, *args, **kwargs)
+        return attached.run(self, *args, **kwargs)
 
     return fused_forward
 
@@ -290,12 +300,12 @@ class _Call:
         treatment = (options.logit_scale, options.softcap, hooks.numbers(self.head))
         if treatment == self.attached.known and _waits(same):
             return same
+        self.attached.known = treatment if same else None
         if not same:
             raise self.unknown(
                 "its forward, or a hook, changes its logits in another way than "
                 f"logit_scale={options.logit_scale}, softcap={options.softcap}"
             )
-        self.attached.known = treatment
         return same
 
     def result(self, output: ModelOutput) -> ModelOutput:

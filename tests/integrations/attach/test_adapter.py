@@ -101,6 +101,28 @@ def test_what_fastpo_cannot_score_through():
     assert unsupported(head).startswith("an adapter of type peft.tuners.loha")
 
 
+def test_hooks_on_layers_that_do_not_run_are_refused():
+    model = adapted_model().get_base_model()
+    head, inputs = model.get_output_embeddings(), tiny.batch()
+    down, up = head.lora_A["default"], head.lora_B["default"]
+    down.register_forward_hook(lambda layer, given, output: output * 2)
+    loss = model(**inputs).loss
+    fastpo.attach(model)
+    torch.testing.assert_close(model(**inputs).loss, loss)
+    for layer in (head.base_layer, up):
+        hook = layer.register_forward_hook(halved)
+        with pytest.raises(RuntimeError, match="got a hook halved on one of its layers"):
+            model(**inputs)
+        hook.remove()
+    hook = head.register_full_backward_hook(halved)
+    with pytest.raises(RuntimeError, match="expected no backward hook, got halved"):
+        model(**inputs)
+
+
+def halved(layer, given, output):
+    return output / 2
+
+
 def test_dora_with_dropout_is_refused_while_training():
     head = adapted_model("dora", lora_dropout=0.5).get_base_model().get_output_embeddings()
     with pytest.raises(RuntimeError, match="DoRA adapter without dropout"):

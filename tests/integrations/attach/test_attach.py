@@ -50,6 +50,9 @@ def test_loss_and_gradients_are_the_models_own(name):
 CALLS = {
     "num_items_in_batch": {"num_items_in_batch": 7},
     "num_items_in_batch_tensor": {"num_items_in_batch": torch.tensor(7)},
+    "no_items": {"num_items_in_batch": 0},
+    "no_items_tensor": {"num_items_in_batch": torch.tensor(0)},
+    "none_of_none": {"labels": torch.full((3, 12), -100), "num_items_in_batch": torch.tensor(0)},
     "shift_labels": {
         "shift_labels": torch.arange(36).view(3, 12).masked_fill(torch.eye(3, 12) > 0, -100)
     },
@@ -106,11 +109,13 @@ def test_without_labels_the_model_is_what_it_was():
     sampling = {"max_new_tokens": 4, "do_sample": False}
     generated = model.generate(inputs["input_ids"], **sampling)
     handle = fastpo.attach(model)
+    ours = model.forward
     assert torch.equal(model(**inputs).logits, logits)
     assert torch.equal(model.generate(inputs["input_ids"], **sampling), generated)
     assert list(model.state_dict()) == keys
     handle.detach()
     assert model.forward == forward
+    assert torch.equal(ours(**inputs).logits, logits)
     assert "_fastpo" not in vars(model)
     assert model(**tiny.batch()).logits is not None
 
@@ -372,7 +377,8 @@ def test_transformers_trainer(tmp_path):
         trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:4])
         trainer.train()
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        prediction = trainer.predict(rows[:4])
+        ignored = ["logits", "past_key_values"] if attached else None
+        prediction = trainer.predict(rows[:4], ignore_keys=ignored)
         return losses, dict(model.named_parameters()), prediction
 
     own, ours = train(attached=False), train(attached=True)
