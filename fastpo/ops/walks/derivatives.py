@@ -28,9 +28,11 @@ def refused(name: str, transform: str) -> RuntimeError:
 def _transform(x: Tensor) -> str | None:
     # A compiler traces through torch.func; what it leaves of vmap, the operator's own rule refuses.
     if not torch.compiler.is_compiling():
-        if torch._C._functorch.is_batchedtensor(x):
+        functorch = torch._C._functorch
+        # torch.autograd.grad(..., is_grads_batched=True) has a vmap of its own.
+        if functorch.is_batchedtensor(x) or functorch.is_legacy_batchedtensor(x):
             return "torch.func.vmap"
-        if torch._C._functorch.is_gradtrackingtensor(x):
+        if functorch.is_gradtrackingtensor(x):
             return "torch.func.grad, vjp or jvp"
     return None if forward_ad.unpack_dual(x).tangent is None else "forward-mode AD"
 
