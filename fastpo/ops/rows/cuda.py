@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import backend as R
+from .architecture import too_old
 from .native import REBUILD, backward_tile, compiled, forward_tile
 
 _C, _MISSING = compiled()
@@ -18,7 +19,7 @@ def unavailable(device: torch.device) -> str | None:
         return _MISSING
     if not _C.has_cuda:
         return f"fastpo._C was built without CUDA; with nvcc on the PATH, {REBUILD}"
-    return None
+    return too_old(device)
 
 
 def forward(

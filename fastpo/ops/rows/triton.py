@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backend as R
-
-# The kernels' NaN-keeping maximum and their bfloat16 conversions are instructions of sm_80.
-_LEAST_CAPABILITY = (8, 0)
+from .architecture import too_old
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -22,7 +20,7 @@ def unavailable(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
-        return _too_old(device)
+        return too_old(device)
     from triton.runtime.jit import JITFunction
 
     from ...kernels import rows
@@ -30,13 +28,6 @@ def unavailable(device: torch.device) -> str | None:
     # @triton.jit reads the flag when the kernels are imported; the environment may have changed.
     if isinstance(rows.rows_fwd_kernel, JITFunction):
         return "runs on a CPU only when TRITON_INTERPRET=1 is set before triton is imported"
-    return None
-
-
-def _too_old(device: torch.device) -> str | None:
-    capability = torch.cuda.get_device_capability(device)
-    if torch.version.hip is None and capability < _LEAST_CAPABILITY:
-        return "needs compute capability 8.0 or newer, got {}.{}".format(*capability)
     return None
 
 
