@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 COVERED = (
+    "fastpo/integrations",
     "fastpo/ops",
     "fastpo/objectives",
     "fastpo/planner.py",

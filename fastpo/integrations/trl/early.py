@@ -105,7 +105,7 @@ class _ChunkedLoss(Replacement):
         gather = GATHER.current()
         stats = score(hidden, lm_head_weight, lm_head_bias, targets, options, gather)
         assert stats.logps is not None and stats.entropy is not None and stats.is_top1 is not None
-        tokens = torch.tensor(len(targets), device=hidden.device)
+        tokens = torch.tensor(len(targets), dtype=torch.int64, device=hidden.device)
         divisor = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if isinstance(divisor, Tensor):
             divisor = divisor.to(hidden.device)

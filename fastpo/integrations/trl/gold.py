@@ -92,7 +92,10 @@ class Sorted(Method):
         self, loss: Any, bare: Any, student: _Side, teacher: _Side, spans: list[_Span]
     ) -> Tensor:
         lead = int(loss.token_merge_strategy == "bayesian")  # there a row predicts the next token
-        total, logged = torch.zeros((), device=student.labels.device), [0.0, 0.0]
+        total, logged = (
+            torch.zeros((), dtype=torch.float32, device=student.labels.device),
+            [0.0, 0.0],
+        )
         names = ("last_matched_loss", "last_unmatched_loss")
         for block in _blocks(spans, _rows(student.logits, teacher.logits)):
             first, last = block[0], block[-1]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ....objectives._quantities import SHAPES, is_mask
 
@@ -54,7 +55,7 @@ class Carry:
                 self._check_lengths(name, values, examples, side)
                 batch[name] = _placed(name, values, positions[side])
             else:
-                batch[name] = _stacked(name, values)
+                batch[name] = _stacked(name, values, batch["input_ids"].device)
         if self.score_prompts:
             batch["completion_mask"] = batch["attention_mask"].clone()
         self._narrow(batch, tokens)
@@ -132,17 +133,16 @@ def _placed(name: str, values: list[Any], positions: Tensor) -> Tensor:
     dtype = torch.int64 if whole or is_mask(name) else torch.float32
     rows = []
     for value, position in zip(values, positions, strict=True):
-        padded = torch.tensor([fill, *value], dtype=dtype)
+        padded = torch.tensor([fill, *value], dtype=dtype, device=position.device)
         rows.append(padded[position])
     return torch.stack(rows)[:, 1:]
 
 
-def _stacked(name: str, values: list[Any]) -> Tensor:
+def _stacked(name: str, values: list[Any], device: torch.device) -> Tensor:
     """[B], [B, D], or [K, B] for columns of several models."""
+    fractions = any(isinstance(x, float) for x in tree_leaves(values))
     try:
-        tensor = torch.tensor(values)
-        if tensor.is_floating_point():
-            tensor = torch.tensor(values, dtype=torch.float32)  # whatever the default dtype is
+        tensor = torch.tensor(values, dtype=torch.float32 if fractions else None, device=device)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: expected equally many numbers per row, got {error}") from error
     return tensor.t().contiguous() if SHAPES[name][0] == ("K", "B") else tensor

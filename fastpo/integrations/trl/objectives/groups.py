@@ -204,10 +204,11 @@ class GroupCollator(Carry):
             for example in examples
             for values in zip(*(example[name] for name in names), strict=True)
         ]
-        lengths = [len(example["completion_ids"]) for example in examples]
-        sizes = torch.tensor(lengths, dtype=torch.int64)
-        groups = torch.arange(len(examples), dtype=torch.int64).repeat_interleave(sizes)
-        return super().__call__(rows) | {"group_sizes": sizes, "groups": groups}
+        batch = super().__call__(rows)
+        place: Any = {"dtype": torch.int64, "device": batch["input_ids"].device}
+        sizes = torch.tensor([len(example["completion_ids"]) for example in examples], **place)
+        groups = torch.arange(len(examples), **place).repeat_interleave(sizes)
+        return batch | {"group_sizes": sizes, "groups": groups}
 
     def _singles(self, rows: list[Any]) -> dict[str, Any]:
         pairs = [{key: row[source] for key, source in _PAIR_KEYS.items()} for row in rows]

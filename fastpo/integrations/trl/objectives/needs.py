@@ -191,7 +191,7 @@ class Needs:
                 raise ValueError(f"{name}: expected {_how(name)}, got columns {sorted(given)}")
 
     def _placeholder(self, columns: set[str]) -> Quantities:
-        zeros = torch.zeros(len(self.sides), 1, dtype=torch.float32)
+        zeros = torch.zeros(len(self.sides), 1, dtype=torch.float32, device="cpu")
         stats = TokenStats(logps=zeros, entropy=zeros, log_sum_sq_probs=zeros)
         under = {"ref": zeros, **dict.fromkeys(self.setting.references, zeros)}
         q = padded(
@@ -234,7 +234,8 @@ def _nothing(name: str) -> Tensor:
     whole = name.endswith(("lengths", "segments", "groups", "steps", "label_ids"))
     truth = is_mask(name) or name in ("labels", "ties")
     dtype = torch.int64 if whole else torch.bool if truth else torch.float32
-    return torch.zeros([2 if letter == "K" else 1 for letter in SHAPES[name][0]], dtype=dtype)
+    shape = [2 if letter == "K" else 1 for letter in SHAPES[name][0]]
+    return torch.zeros(shape, dtype=dtype, device="cpu")
 
 
 # Per side: what the trainer's own passes give. A column could only be stale.
