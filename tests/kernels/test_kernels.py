@@ -390,7 +390,7 @@ def test_fastpo_imports_without_triton():
         import sys, torch
         sys.modules["triton"] = None
         import fastpo
-        from fastpo.ops import rows_triton
-        print(rows_triton.unavailable(torch.device("cuda")))"""
+        from fastpo.ops.rows import triton
+        print(triton.unavailable(torch.device("cuda")))"""
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "triton is not installed", result.stderr

@@ -123,9 +123,18 @@ def assert_same(ours: Run, own: Run) -> None:
 def assert_same_logs(ours: list[Log], own: list[Log]) -> None:
     assert len(ours) == len(own)
     for log, own_log in zip(ours, own, strict=True):
-        assert log == pytest.approx(own_log, rel=1e-4, abs=1e-4)
+        skipped = undecided(own_log)
+        compared = ({k: v for k, v in x.items() if k not in skipped} for x in (log, own_log))
+        assert next(compared) == pytest.approx(next(compared), rel=1e-4, abs=1e-4)
         # A loss may be a thousandth itself, DFT's for one.
         assert log.get("loss", 0) == pytest.approx(own_log.get("loss", 0), rel=1e-4, abs=1e-6)
+
+
+def undecided(log: Log) -> set[str]:
+    """Accuracies of margins that are rounding errors, as before the first step."""
+    margins = {name: value for name, value in log.items() if name.endswith("rewards/margins")}
+    near = [name for name, value in margins.items() if abs(value) < 1e-5]
+    return {name.replace("margins", "accuracies") for name in near}
 
 
 def assert_trains_the_same(make: Callable[[], Any], calls: list[Any]) -> None:
