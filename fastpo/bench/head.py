@@ -23,6 +23,8 @@ from fastpo.testing import HeadInputs, make_head
 
 from . import machine
 from .check import judge
+from .errors import DeviceLost
+from .machine import Took
 from .process import Died, fresh
 from .rivals import rival_variants
 from .shapes import Shape
@@ -38,6 +40,7 @@ from .variants import (
 )
 
 Row = dict[str, Any]
+Floors = dict[Case, list[float]]  # milliseconds of the bare products, of each turn
 Say = Callable[[str], None]
 
 
@@ -68,7 +71,7 @@ class Entry:
     variant: Variant
     row: Row
     forward: Forward | None = None
-    runs: list[float] = field(default_factory=list)
+    runs: list[Took] = field(default_factory=list)
     single: bool = False
 
     @property
@@ -120,7 +123,10 @@ def all_variants(options: HeadOptions) -> list[Variant]:
 
 
 def bench(options: HeadOptions, say: Say, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """The report; handed to `keep` after each shape, so that a crash loses one shape only."""
+    """The report; handed to `keep` after each shape, and in the middle of one that is interrupted.
+
+    DeviceLost when a variant leaves a GPU on which nothing runs any more.
+    """
     began = time.monotonic()
     report = machine.facts(options.device) | {"what": "head", "dtype": options.dtype}
     report |= {"repeats": options.repeats, "shapes": [], "rows": [], "left_out": []}
@@ -131,9 +137,11 @@ def bench(options: HeadOptions, say: Say, keep: Callable[[dict[str, Any]], None]
             report["left_out"].append({"shape": shape._asdict(), "reason": "time limit"})
             say(f"{shape}: left out, the time limit is reached")
             continue
-        _one_shape(shape, options, report, say)
-        report["seconds"] = round(time.monotonic() - began, 1)
-        keep(report)
+        try:
+            _one_shape(shape, options, report, say)
+        finally:
+            report["seconds"] = round(time.monotonic() - began, 1)
+            keep(report)
     return report
 
 
@@ -143,23 +151,37 @@ def _one_shape(shape: Shape, options: HeadOptions, report: dict[str, Any], say: 
     copies = not options.check_only
     problem = make_problem(shape, options.device, dtype, copies=copies, longest=longest)
     entries = [Entry(v, _new_row(v, shape)) for v in all_variants(options)]
-    _check(entries, problem, options)
-    if not options.check_only:
-        floors = _interleave(entries, problem, options)
+    floors: Floors = {case: [] for case in CASES}
+    try:
+        _check(entries, problem, options)
+        if not options.check_only:
+            _interleave(entries, floors, problem, options)
+            if options.memory:
+                _measure_memory(entries, problem, options)
+    finally:
+        _write_down(shape, entries, floors, report, say)
+    del problem
+    _release(options.device)
+
+
+def _write_down(
+    shape: Shape, entries: list[Entry], floors: Floors, report: dict[str, Any], say: Say
+) -> None:
+    """What there is, also of a shape that was interrupted."""
+    if all(floors.values()):
         products = {case: statistics.median(runs) for case, runs in floors.items()}
+        report["shapes"].append({**shape._asdict(), "floor_ms": products, "floor_runs": floors})
         for entry in entries:
             if entry.runs:
                 entry.row.update(_figures(entry, products))
-        if options.memory:
-            _measure_memory(entries, problem, options)
-        report["shapes"].append({**shape._asdict(), "floor_ms": products, "floor_runs": floors})
+    for row in (entry.row for entry in entries):
+        if row["status"] == "ok" and "errors" not in row:
+            row |= {"status": "left out", "reason": "interrupted"}
     rows = [entry.row for entry in entries]
     report["rows"] += rows
     from .report import head_table
 
     say(head_table(report, shape, rows))
-    del problem
-    _release(options.device)
 
 
 def _new_row(variant: Variant, shape: Shape) -> Row:
@@ -176,54 +198,58 @@ def _check(entries: list[Entry], problem: Problem, options: HeadOptions) -> None
         try:
             entry.forward = entry.variant.make()
             call = partial(run, entry.variant, entry.forward, x, problem.upstream)
-            milliseconds, result = watch(call)
+            took, result = watch(call)
             errors = judged.errors(result)
             del result
         except Exception as error:
             # Foreign code as a rule; whatever it raises is its refusal, and is shown.
-            _refuse(entry, error)
-            _release(problem.device)
+            _refuse(entry, error, problem.device)
         else:
             entry.row["errors"] = errors
             complaint = judged.complaint(errors, x.hidden.dtype) if entry.variant.own else None
             if complaint is not None:
                 entry.row |= {"status": "wrong", "reason": complaint}
                 entry.forward = None
-            if milliseconds > options.slow * 1e3 and not entry.variant.compiles:
-                entry.single, entry.runs = True, [milliseconds] if entry.forward else []
+            if took.ms > options.slow * 1e3 and not entry.variant.compiles:
+                entry.single, entry.runs = True, [took] if entry.forward else []
 
 
-def _refuse(entry: Entry, error: Exception) -> None:
+def _refuse(entry: Entry, error: Exception, device: str) -> None:
     line = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
     memory = isinstance(error, torch.OutOfMemoryError)
     reason = "out of memory" if memory else f"{type(error).__name__}: {line.strip()[:160]}"
     entry.row |= {"status": "refused", "reason": reason}
     entry.forward, entry.runs = None, []
+    try:
+        _release(device)
+    except RuntimeError as lost:
+        # An illegal access, for one: each later call meets the same error.
+        raise DeviceLost(f"{entry.variant.name}, {entry.variant.case}: {reason}") from lost
 
 
 def _release(device: str) -> None:
     """After an error: its traceback holds every tensor of the call, in a cycle."""
     gc.collect()
     if device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
 
 
 def _interleave(
-    entries: list[Entry], problem: Problem, options: HeadOptions
-) -> dict[Case, list[float]]:
-    """Every variant and the floors in turns; the first turn warms up. Returns the floors' runs."""
+    entries: list[Entry], floors: Floors, problem: Problem, options: HeadOptions
+) -> None:
+    """Every variant and the floors in turns; the first turn warms up. Fills the floors' runs."""
     watch = machine.stopwatch(problem.device)
     bare = problem.sets
     if problem.device == "cpu":
         bare = [x.like(torch.float32, grad=False) for x in bare]
-    floors: dict[Case, list[float]] = {case: [] for case in CASES}
     waiting = [entry for entry in entries if entry.forward is not None and not entry.single]
     for turn in range(options.repeats + 1):
         x = problem.sets[turn % len(bare)]
         _progress(f"{problem.shape}: turn {turn} of {options.repeats}")
         for case, runs in floors.items():
             took, _ = watch(partial(bare_products, bare[turn % len(bare)], case))
-            runs += [took] * bool(turn)
+            runs += [took.ms] * bool(turn)
         # Each turn begins elsewhere: the one after a long variant would always meet a warm machine.
         first = turn * 7 % max(len(waiting), 1)
         for entry in waiting[first:] + waiting[:first]:
@@ -232,19 +258,18 @@ def _interleave(
             try:
                 took, _ = watch(partial(run, entry.variant, entry.forward, x, problem.upstream))
             except Exception as error:  # as in the check
-                _refuse(entry, error)
-                _release(problem.device)
+                _refuse(entry, error, problem.device)
             else:
                 entry.runs += [took] * bool(turn)
     _progress("")
-    return floors
 
 
 def _figures(entry: Entry, products: dict[Case, float]) -> Row:
-    runs = entry.runs
+    runs = [took.ms for took in entry.runs]
     median = statistics.median(runs)
     return {
         "median_ms": median,
+        "host_ms": statistics.median(took.host_ms for took in entry.runs),
         "min_ms": min(runs),
         "max_ms": max(runs),
         "runs_ms": runs,

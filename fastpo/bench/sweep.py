@@ -92,7 +92,7 @@ class _Candidate:
     def timed(self, watch: machine.Stopwatch, tile: Tile, kernel: str) -> float:
         tile.reset()
         with _standing_in(self.blocks):
-            return watch(partial(tile.launch, registry.kernels(self.backend), kernel))[0]
+            return watch(partial(tile.launch, registry.kernels(self.backend), kernel))[0].ms
 
     def row(self, kernel: str, moved: int) -> dict[str, Any]:
         row: dict[str, Any] = {"kernel": kernel, "variant": self.name, "status": self.status}
