@@ -110,9 +110,8 @@ class Attached:
             self.own = below.own
         else:
             model.forward = MethodType(_wrapped(type(model).forward), model)
-            model._replicate_for_data_parallel = MethodType(  # type: ignore[method-assign]
-                _replica, model
-            )
+            replicate = MethodType(_replicate_for_data_parallel, model)
+            model._replicate_for_data_parallel = replicate  # type: ignore[method-assign]
         setattr(model, _STATE, self)
 
     def detach(self) -> None:
@@ -172,7 +171,8 @@ def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
     return fused_forward
 
 
-def _replica(self: PreTrainedModel) -> PreTrainedModel:
+# Bound methods are pickled by their names: PyTorch's own.
+def _replicate_for_data_parallel(self: PreTrainedModel) -> PreTrainedModel:
     """nn.DataParallel copies what an instance holds, in which our forward is the original's."""
     replica = type(self)._replicate_for_data_parallel(self)
     replica.forward = _moved(self.forward, self, replica)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 
@@ -317,6 +318,15 @@ def test_a_deep_copy_has_a_head_of_its_own():
     assert model(**inputs).loss > uniform + 0.5
     handle.detach()
     assert twin(**inputs).logits is None
+
+
+def test_pickles():
+    model, inputs = tiny.model("llama"), tiny.batch()
+    loss = model(**inputs).loss
+    fastpo.attach(model)
+    twin = pickle.loads(pickle.dumps(model))
+    assert_same(twin(**inputs).loss, loss)
+    assert torch.equal(twin(inputs["input_ids"]).logits, model(inputs["input_ids"]).logits)
 
 
 def test_autocast():
