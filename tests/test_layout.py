@@ -132,6 +132,14 @@ def test_every_folder_has_a_row() -> None:
     assert all((ROOT / row).exists() for row in table())
 
 
+@pytest.mark.parametrize("document", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_files_that_are_named_are_there(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    folder = r"\b(?:fastpo|kernels|tests|examples|benchmarks)/"
+    named = re.findall(folder + r"[\w/]+\.(?:py|json|sh)\b", text)
+    assert not {name for name in named if not (ROOT / name).exists()}
+
+
 def test_no_circles() -> None:
     """Of modules, wherever in them an import stands."""
     graph: dict[str, set[str]] = {path: set() for path in PATHS}
