@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -46,11 +51,27 @@ def _from_nll(nll: torch.Tensor) -> Outcome:
 def _trl() -> Forward:
     from trl.kernels import ChunkedLogProbFunction
 
+    _import_tools_of_trl()
+
     def logps(x: HeadInputs) -> Outcome:
         options = (None, x.labels, 1.0, _TRL_TILE, None, 1.0, ("log_probs",))
         return Outcome(ChunkedLogProbFunction.apply(x.hidden, x.weight, *options)[0])
 
     return logps
+
+
+def _import_tools_of_trl() -> None:
+    """What TRL's backward imports; of `datasets` it wants one class, which no head meets."""
+    if find_spec("datasets") is not None:
+        return  # the backward imports for itself
+    stand_in: Any = ModuleType("datasets")
+    stand_in.__spec__ = ModuleSpec("datasets", None)
+    stand_in.IterableDataset = type("IterableDataset", (), {})
+    sys.modules["datasets"] = stand_in
+    try:
+        import_module("trl.trainer.utils")
+    finally:
+        del sys.modules["datasets"]
 
 
 def _liger_ce(reduction: str) -> Callable[[], Forward]:

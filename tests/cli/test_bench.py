@@ -194,6 +194,21 @@ def test_rivals_compute_what_they_are_compared_with(name):
         assert max(errors.values()) < 1e-5, variant.case
 
 
+def test_trls_head_trains_without_datasets():
+    pytest.importorskip("trl")
+    program = """
+import sys, torch
+sys.modules["datasets"] = None  # as if it were not installed
+from fastpo.bench import head, rivals, variants
+x = head.make_problem(head.Shape(8, 50, 4), "cpu", torch.float32, copies=False)
+for trl in (v for v in rivals.rival_variants() if v.name == "trl"):
+    result = variants.run(trl, trl.make(), x.sets[0], x.upstream)
+print(*result.grads)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "dhidden dweight\n", done.stderr[-3000:]
+
+
 def test_own_variants_keep_the_rule():
     problem = head.make_problem(Shape(24, 333, 16), "cpu", torch.float32, copies=False)
     judged = judge(problem.sets[0], problem.upstream)
@@ -334,12 +349,62 @@ def test_readme_without_a_table_is_refused(tmp_path):
         readme.rewrite(page, write=False)
 
 
+def test_an_error_that_is_not_finite_is_in_the_table():
+    rows = [row | {"errors": {"logps": None}} for row in HEAD["rows"]]
+    assert "| eager | 1.05 | – | not finite |" in readme.render(HEAD | {"rows": rows}, "r.json")
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ([], "what: expected head, step, sweep, primitives, trainers of fastpo bench, got null"),
+        (HEAD | {"rows": {}}, "rows: expected a list, got an object"),
+        (HEAD | {"rows": [None]}, "rows[0]: expected an object, got null"),
+        (HEAD | {"rows": [{"tokens": 0}]}, "rows[0].tokens: expected an integer of 1 to 1e15, got"),
+        (HEAD | {"device": "a\nb"}, 'device: expected a line of text, got "a\\nb"'),
+        (
+            HEAD | {"versions": {"trl": None}},
+            "versions.torch: expected a line of text or null, got n",
+        ),
+        (
+            HEAD | {"load_average": [1, 2]},
+            "load_average: expected three numbers or null, got a list",
+        ),
+        (HEAD | {"threads": True}, "threads: expected an integer of 1 to 1e15, got true"),
+        (HEAD | {"what": "step"}, "model: expected an object, got nothing"),
+    ],
+)
+def test_what_a_report_lacks_is_said_in_one_line(made, message, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    path.write_text(json.dumps(made))
+    assert cli.main(["bench", "plot", str(path)]) == 2
+    assert capsys.readouterr().err.startswith(f"fastpo bench plot: error: {path}: {message}")
+
+
+def test_trainers_are_compared_in_pairs():
+    row = {"trainer": "DPO", "patched": True, "mib": 1, "step_s": 1, "load_average": [0, 0, 0]}
+    lone = HEAD | {"what": "trainers", "V": 1, "T": 1, "H": 1, "rows": [row]}
+    with pytest.raises(BenchError, match="rows: expected DPO with and without the patch, got one"):
+        readme.render(lone, "r.json")
+
+
+def test_files_that_cannot_be_read_or_written(tmp_path, capsys):
+    page, report = tmp_path / "README.md", tmp_path / "r.json"
+    page.write_bytes(b"\xff")
+    assert cli.main(["bench", "readme", str(page)]) == 2
+    assert f"{page}: expected UTF-8 text, got byte 0" in capsys.readouterr().err
+    report.write_text(json.dumps(HEAD))
+    assert cli.main(["bench", "plot", str(report), "--out", str(page)]) == 2
+    assert f"error: {page}: File exists\n" in capsys.readouterr().err
+
+
 def test_plots(tmp_path):
     pytest.importorskip("matplotlib")
     other = {**HEAD["shapes"][0], "tokens": 32}
+    dollars = HEAD | {"device": "a $\\frac$ of a device"}  # else a formula, and a wrong one
     walk = HEAD | {"rows": HEAD["rows"] + [row | {"tokens": 32} for row in HEAD["rows"]]}
     walk["shapes"] = [*HEAD["shapes"], other]
-    for name, made in {"bars": HEAD, "walk": walk}.items():
+    for name, made in {"bars": dollars, "walk": walk}.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(made))
         assert cli.main(["bench", "plot", str(tmp_path / f"{name}.json")]) == 0
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -347,7 +412,7 @@ def test_plots(tmp_path):
 
 def test_a_report_has_no_infinities(tmp_path):
     report.write({"what": "head", "rows": [{"error": float("inf")}]}, tmp_path / "x.json")
-    assert report.read(tmp_path / "x.json")["rows"] == [{"error": None}]
+    assert json.loads((tmp_path / "x.json").read_text())["rows"] == [{"error": None}]
 
 
 def test_sweep_compares_tiles(tmp_path, capsys):
