@@ -18,6 +18,7 @@ from .rows.pair.backend import KINDS, Rule
 from .walks import divergence as walk
 from .walks.checks import (
     check_flag,
+    check_map,
     check_names,
     check_number,
     check_options,
@@ -99,7 +100,7 @@ def linear_divergence(
     check_flag("teacher_grad", teacher_grad)
     tempered = temperature if teacher_temperature is None else teacher_temperature
     check_options(temperature, softcap, logit_scale, ("logps",), budget)
-    check_options(tempered, teacher_softcap, teacher_logit_scale, ("logps",), None)
+    check_map(tempered, teacher_softcap, teacher_logit_scale, of="teacher_")
     if not teacher_grad:
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
         teacher_bias = None if teacher_bias is None else teacher_bias.detach()

@@ -12,8 +12,8 @@ from .rows import registry
 from .walks import topk as walk
 from .walks.checks import (
     check_integer,
+    check_map,
     check_options,
-    check_temperature,
     check_tensors,
     check_whole,
     compute_dtype,
@@ -61,7 +61,7 @@ def sample_topk(
     gradient. generator: of the device of `topk`; None: PyTorch's default one.
     Raises ValueError for a temperature that is not a finite number > 0.
     """
-    check_temperature(temperature)
+    check_map(temperature, None, 1.0)
     scores = topk.values.detach() / temperature
     # The first of k exponential clocks to ring. torch.multinomial would stop a GPU at a row of
     # NaN; here such a row gives NaN.

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .linear_logps import TokenStats
 from .shards.gathered import HeadOptions, score, whole
 from .shards.tokens import Tokens, count
-from .walks.checks import check_flag, check_integer, check_tensors
+from .walks.checks import check_flag, check_integer, check_kind, check_tensors, given
 from .walks.derivatives import check_plain
 from .walks.vocab_shard import VocabShard
 
@@ -59,6 +59,7 @@ def vocab_parallel_logps(
     RuntimeError without an initialised process group.
     """
     check_plain("vocab_parallel_logps", (hidden, weight, labels, bias))
+    check_kind(weight=weight, **given(bias=bias))
     check_flag("own_tokens", own_tokens)
     part = _part(weight, bias, first, vocab, group)
     options = HeadOptions(

@@ -55,10 +55,15 @@ def given(**tensors: Tensor | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-def check_whole(**tensors: Tensor | None) -> None:
+def check_kind(**tensors: Any) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
+
+
+def check_whole(**tensors: Tensor) -> None:
+    check_kind(**tensors)
+    for name, tensor in tensors.items():
         # By attribute: torch.distributed takes half a second to import.
         if hasattr(tensor, "placements"):
             raise ValueError(f"{name}: expected a whole tensor, got DTensor {tensor.placements}")
@@ -76,18 +81,19 @@ def check_options(
     budget: int | None,
     ignore_index: int | None = None,
 ) -> None:
-    check_temperature(temperature)
-    if softcap is not None:
-        check_number("softcap", softcap, "a finite number > 0 or None", lambda x: x > 0)
-    check_number("logit_scale", logit_scale, "a finite number")
+    check_map(temperature, softcap, logit_scale)
     check_budget(budget)
     if ignore_index is not None:
         check_integer("ignore_index", ignore_index, "an integer or None")
     check_names("outputs", outputs, OUTPUTS)
 
 
-def check_temperature(temperature: Any) -> None:
-    check_number("temperature", temperature, "a finite number > 0", lambda x: x > 0)
+def check_map(temperature: float, softcap: float | None, logit_scale: float, of: str = "") -> None:
+    """of: what the names of one head's options begin with."""
+    check_number(f"{of}temperature", temperature, "a finite number > 0", lambda x: x > 0)
+    if softcap is not None:
+        check_number(f"{of}softcap", softcap, "a finite number > 0 or None", lambda x: x > 0)
+    check_number(f"{of}logit_scale", logit_scale, "a finite number")
 
 
 def check_budget(budget: Any) -> None:
