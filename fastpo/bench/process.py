@@ -1,7 +1,8 @@
-"""Fresh processes that have their imports behind them."""
+"""Measurements that do not see one another: fresh processes, with their imports behind them."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
@@ -37,6 +38,24 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
     if raised:
         raise result
     return result
+
+
+def alone(function: Callable[[Any], Any], job: Any) -> Any:
+    """`function(job)`, and what it raises, as if nothing had run before it on `job.device`.
+
+    On a CPU in a fresh process, because resident memory is measured. On a GPU tensors are, and
+    here: a process would import and start for ten seconds.
+    """
+    if job.device == "cpu":
+        return fresh(function, job)
+    try:
+        return function(job)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+    raise RuntimeError(said)
 
 
 @cache

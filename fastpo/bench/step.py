@@ -1,7 +1,7 @@
 """`fastpo bench step`: whole DPO steps, with and without fastpo, and what fits into memory.
 
-A step is the reference's pass, the policy's, the backward and the optimiser. Every measurement has
-a process of its own; on a GPU the search for what fits is one process per variant.
+A step is the reference's pass, the policy's, the backward and the optimiser. On a CPU every
+measurement has a process of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from . import machine, step_loop, step_model
 from .errors import BenchError
-from .process import Died, fresh
+from .process import Died, alone
 from .step_fit import UNITS, search
 from .step_loop import Job
 
@@ -122,10 +122,14 @@ def _new_row(job: Job) -> Row:
 
 
 def _measure_into(row: Row, job: Job) -> None:
-    """Adds a turn of its own process to the row; memory and losses are those of the first."""
+    """Adds a turn to the row; memory and losses are those of the first."""
+    absent = step_loop.missing(job)
+    if absent is not None:
+        row.update(status="refused", reason=f"needs {absent}, which is not installed")
+        return
     try:
-        found = fresh(measure, job)
-    except (Died, RuntimeError) as error:  # what the other process raised comes as RuntimeError
+        found = alone(measure, job)
+    except (Died, RuntimeError) as error:  # whatever `measure` raised comes as RuntimeError
         line = next((part for part in str(error).splitlines() if part.strip()), "no reason given")
         row["status"] = "wrong" if line.startswith("AssertionError") else "refused"
         row["reason"] = "out of memory" if "OutOfMemory" in line else line[:200]
@@ -138,7 +142,7 @@ def _measure_into(row: Row, job: Job) -> None:
 
 
 def measure(job: Job) -> Row:
-    """Seconds of the steps after the first, memory over the loaded models, losses. Own process."""
+    """Seconds of the steps after the first, memory over the loaded models, losses."""
     torch.set_num_threads(job.threads)
     losses, seconds, peak = (_bare if job.variant in step_loop.BARE else _through_trl)(job)
     return {

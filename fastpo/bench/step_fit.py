@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from . import machine, step_loop
-from .process import Died, fresh
+from .process import Died, alone, fresh
 from .step_loop import Job
+from .step_model import Models
 
 # What a search begins with: tokens of a row, or pairs. It ends at a sixteenth of what fits.
 UNITS = {"length": 128, "pairs": 1}
@@ -23,7 +26,7 @@ def search(job: Job, of: str, limit_mib: int | None, most: int) -> dict[str, Any
     if job.device == "cuda":
         if limit_mib is None:
             limit_mib = int(machine.facts(job.device)["gpu_memory_mib"])
-        units, tries = fresh(_search_on_gpu, job, of, limit_mib, most)
+        units, tries = alone(partial(_search_on_gpu, of=of, limit_mib=limit_mib, most=most), job)
     else:
         assert limit_mib is not None
         units, tries = largest(lambda n: _fits_alone(job, of, n, limit_mib), most // UNITS[of])
@@ -77,9 +80,22 @@ def total_mib(job: Job) -> float:
 
 def _search_on_gpu(job: Job, of: str, limit_mib: int, most: int) -> tuple[int, int]:
     """One model for all tries; what does not fit is what torch's allocator refuses."""
+    with _allocator_limited_to(limit_mib):
+        return _search_with(step_loop.models_of(job), job, of, most)
+
+
+@contextmanager
+def _allocator_limited_to(limit_mib: int) -> Iterator[None]:
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_mib * 2**20 / total))
-    models = step_loop.models_of(job)
+    allowed = torch.cuda.memory_reserved() + limit_mib * 2**20
+    torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def _search_with(models: Models, job: Job, of: str, most: int) -> tuple[int, int]:
     with step_loop.bare_loop(job, models) as step:
 
         def fits(units: int) -> bool:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -80,6 +81,14 @@ BARE: dict[str, tuple[Score, Callable[[Models], Any]]] = {
 }
 THROUGH_TRL = {"trl": False, "trl + fastpo": True}
 VARIANTS = (*BARE, *THROUGH_TRL)
+
+
+def missing(job: Job) -> str | None:
+    """The package that a variant needs and that is not there: known before a model is made."""
+    if job.variant in BARE:
+        return None
+    needed = ["trl", "datasets"] + ["peft"] * job.model.endswith("-lora")
+    return next((name for name in needed if find_spec(name) is None), None)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastpo import cli
-from fastpo.bench import head, machine, process, readme, report, shapes, step_fit
+from fastpo.bench import head, machine, process, readme, report, shapes, step_fit, step_loop
 from fastpo.bench.check import judge
 from fastpo.bench.errors import BenchError
 from fastpo.bench.rivals import rival_variants
@@ -259,6 +259,24 @@ def test_step_compares_and_searches(tmp_path, capsys):
     assert "longest context under" in capsys.readouterr().out
 
 
+def test_a_step_through_a_missing_package_builds_no_model(monkeypatch, tmp_path):
+    monkeypatch.setattr("fastpo.bench.step_loop.find_spec", lambda name: None)
+    monkeypatch.setattr("fastpo.bench.step.alone", lambda *_: pytest.fail("it was begun"))
+    variants = ("--variants", "trl,trl + fastpo", "--device", "cpu", "--fit")
+    code, made = bench("step", "--model", "tiny", *variants, out=tmp_path / "s.json")
+    assert code == 0
+    reasons = {row["variant"]: (row["status"], row["reason"]) for row in made["rows"]}
+    assert set(reasons) == {"trl", "trl + fastpo"}
+    assert set(reasons.values()) == {("refused", "needs trl, which is not installed")}
+
+
+def test_what_a_measurement_on_a_gpu_raises_is_raised(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    job = step_loop.Job("eager", "tiny", "cuda", "float32", 1, 8, 1, False, 1)
+    with pytest.raises(RuntimeError, match="KeyError: 'cuda'"):
+        process.alone(lambda job: {}[job.device], job)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -371,6 +389,7 @@ def test_an_error_that_is_not_finite_is_in_the_table():
             "load_average: expected three numbers or null, got a list",
         ),
         (HEAD | {"threads": True}, "threads: expected an integer of 1 to 1e15, got true"),
+        (HEAD | {"rows": []}, "expected a report with times, got one without"),
         (HEAD | {"what": "step"}, "model: expected an object, got nothing"),
     ],
 )
@@ -384,7 +403,9 @@ def test_what_a_report_lacks_is_said_in_one_line(made, message, tmp_path, capsys
 def test_trainers_are_compared_in_pairs():
     row = {"trainer": "DPO", "patched": True, "mib": 1, "step_s": 1, "load_average": [0, 0, 0]}
     lone = HEAD | {"what": "trainers", "V": 1, "T": 1, "H": 1, "rows": [row]}
-    with pytest.raises(BenchError, match="rows: expected DPO with and without the patch, got one"):
+    with pytest.raises(
+        BenchError, match="r.json: rows: expected DPO with and without the patch, got one"
+    ):
         readme.render(lone, "r.json")
 
 
