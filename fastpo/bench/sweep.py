@@ -7,7 +7,8 @@ GB/s count what a kernel must read and write once; a second read of the tile com
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,11 +67,24 @@ class Tile:
             row.fill_(value)
 
 
-def bench(device: str, *, rows: int, width: int, repeats: int) -> dict[str, Any]:
+def bench(
+    device: str,
+    *,
+    rows: int,
+    width: int,
+    repeats: int,
+    time_limit: float | None = None,
+    keep: Callable[[dict[str, Any]], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The report; handed to `keep` after each kernel. No kernel is begun after the time limit."""
+    began = time.monotonic()
     tile = Tile.make(rows, width, device)
     report = machine.facts(device) | {"what": "sweep", "n": rows, "width": width}
-    report |= {"repeats": repeats, "rows": []}
+    report |= {"repeats": repeats, "rows": [], "left_out": []}
     for kernel, cell_bytes in KERNELS.items():
+        if time_limit is not None and time.monotonic() - began > time_limit:
+            report["left_out"].append({"kernel": kernel, "reason": "time limit"})
+            continue
         found = [_Candidate(*each) for each in _candidates(torch.device(device), width)]
         for candidate in found:
             _first_run(candidate, tile, kernel)
@@ -80,6 +94,7 @@ def bench(device: str, *, rows: int, width: int, repeats: int) -> dict[str, Any]
                 if candidate.reason is None:
                     candidate.runs.append(candidate.timed(watch, tile, kernel))
         report["rows"] += [c.row(kernel, cell_bytes * rows * width) for c in found]
+        keep(report)
     return report
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastpo import cli
-from fastpo.bench import head, machine, process, readme, report, shapes, step_fit, step_loop
+from fastpo.bench import head, machine, process, readme, report, shapes, step_fit, step_loop, sweep
 from fastpo.bench.check import judge
 from fastpo.bench.errors import BenchError
 from fastpo.bench.rivals import rival_variants
@@ -404,7 +404,7 @@ def test_trainers_are_compared_in_pairs():
     row = {"trainer": "DPO", "patched": True, "mib": 1, "step_s": 1, "load_average": [0, 0, 0]}
     lone = HEAD | {"what": "trainers", "V": 1, "T": 1, "H": 1, "rows": [row]}
     with pytest.raises(
-        BenchError, match="r.json: rows: expected DPO with and without the patch, got one"
+        BenchError, match=r"r\.json: rows: expected DPO with and without the patch, got one"
     ):
         readme.render(lone, "r.json")
 
@@ -444,6 +444,16 @@ def test_sweep_compares_tiles(tmp_path, capsys):
     assert statuses["torch"] == "ok"
     assert any(name.startswith("triton") for name in statuses)
     assert "wrong" not in statuses.values()
+
+
+def test_a_sweep_is_kept_kernel_by_kernel_and_ends_in_time(monkeypatch):
+    hours = iter(range(10))
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: 3600.0 * next(hours))
+    kept = []
+    sizes = {"rows": 4, "width": 32, "repeats": 1, "time_limit": 5400.0}
+    made = sweep.bench("cpu", **sizes, keep=lambda made: kept.append(len(made["rows"])))
+    assert len(kept) == 1 and kept[0] == len(made["rows"])
+    assert [each["kernel"] for each in made["left_out"]] == list(sweep.KERNELS)[1:]
 
 
 @pytest.mark.parametrize("part", ["1", "2"])
