@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -203,3 +204,14 @@ def test_a_user_s_own_call_of_trl_s_helper(monkeypatch):
         found = utils.selective_log_softmax(lazy, labels)
     torch.testing.assert_close(found, logps(real, labels), rtol=1e-5, atol=1e-5)
     assert not cell.told
+
+
+def test_another_thread_has_logits_of_its_own():
+    model, found = tiny.model("llama"), []
+    ids = tiny.batch()["input_ids"]
+    with lazy_head(TRAINER, model):
+        assert isinstance(model(ids).logits, LazyLogits)
+        thread = threading.Thread(target=lambda: found.append(model(ids).logits))
+        thread.start()
+        thread.join()
+    assert type(found[0]) is torch.Tensor and found[0].shape[-1] == model.config.vocab_size
