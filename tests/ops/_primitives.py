@@ -24,7 +24,7 @@ OPTIONS: dict[str, Any] = {"temperature": 0.7, "softcap": 9.0, "logit_scale": 1.
 BOTH = {"softcaps": (9.0, None), "logit_scales": (1.3, 0.5)}
 
 
-def problem(dtype: torch.dtype = torch.float32) -> Leaves:
+def problem(dtype: torch.dtype, device: str) -> Leaves:
     """All that any call takes; leaves of its own each time."""
     heads = [make_head(N, V, H, dtype=dtype, bias=True, ignored=0.3, seed=i) for i in range(HEADS)]
     first, other = heads
@@ -48,7 +48,9 @@ def problem(dtype: torch.dtype = torch.float32) -> Leaves:
         "listed": other.hidden[:, :LISTED].float().log_softmax(-1) - 0.1,
         "coefficients": torch.sigmoid(other.hidden[:, :HEADS].float()),
     }
-    return {name: x.clone() for name, x in found.items()}
+    on_host = ("heads",)  # or the call waits for them
+    places = {name: "cpu" if name in on_host else device for name in found}
+    return {name: x.to(places[name], copy=True) for name, x in found.items()}
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Call:
     trained: tuple[str, ...]
     dtype: torch.dtype = torch.float32
 
-    def leaves(self) -> Leaves:
-        leaves = problem(self.dtype)
+    def leaves(self, device: str = "cpu") -> Leaves:
+        leaves = problem(self.dtype, device)
         for name in self.trained:
             leaves[name].requires_grad_()
         return leaves
@@ -130,8 +132,8 @@ def _topk(x: Leaves, **options: Any) -> fastpo.TopK:
 
 
 def _sample(x: Leaves, **options: Any) -> fastpo.TokenSample:
-    drawn = torch.Generator("cpu").manual_seed(0)
-    return fastpo.sample_topk(_topk(x, **options), temperature=0.7, generator=drawn)
+    torch.manual_seed(0)
+    return fastpo.sample_topk(_topk(x, **options), temperature=0.7)
 
 
 def _mixed(x: Leaves, per_token: bool = False, **options: Any) -> fastpo.TokenStats:
