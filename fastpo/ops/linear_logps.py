@@ -70,8 +70,9 @@ def linear_logps(
 
     Raises ValueError for shapes, dtypes, devices, DTensors, options and, on a CPU, wrong labels
     (on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would
-    wait for the device). RuntimeError when a named backend is missing. A NaN or infinite hidden
-    state gives a NaN log-probability in its row.
+    wait for the device). RuntimeError when a named backend is missing, and in this and all other
+    primitives where a gradient is differentiated again, in forward-mode AD and under torch.func's
+    transforms. A NaN or infinite hidden state gives a NaN log-probability in its row.
     """
     check_plain("linear_logps", (hidden, weight, labels, bias))
     check_tensors(hidden, weight, labels, bias)

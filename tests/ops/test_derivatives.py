@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
-from _primitives import CALLS, LISTED, PRIMITIVES, Call, Leaves, loss
+from _primitives import CALLS, LISTED, PRIMITIVES, Call, Leaves, _score, loss
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -38,6 +40,17 @@ def test_a_second_derivative_is_refused_by_whichever_way(case, mesh):
             total = gradient.square().sum() + leaf.sum()
             with pytest.raises(RuntimeError, match=twice(call)):
                 torch.autograd.grad(total, leaf, retain_graph=True)
+
+
+def test_a_gradient_that_is_added_to_another_is_refused_as_well():
+    call = replace(PRIMITIVES["fastpo"], function=partial(_score, accumulate=True, budget=2**40))
+    leaves = call.leaves()
+    weight = leaves["weight"]
+    loss(call.outputs(leaves)).backward()
+    first = torch.autograd.grad(loss(call.outputs(leaves)), weight, create_graph=True)[0]
+    torch.testing.assert_close(first.detach(), weight.grad)
+    with pytest.raises(RuntimeError, match=twice(call)):
+        torch.autograd.grad(first.square().sum(), weight)
 
 
 @pytest.mark.parametrize("name", PRIMITIVES)

@@ -34,7 +34,7 @@ WHOLE = {
     "first": "an integer",
     "vocab": "an integer",
 }
-FLAGS = ("teacher_grad", "tail", "own_tokens")
+FLAGS = ("teacher_grad", "tail", "own_tokens", "accumulate")
 WRONG = {
     **dict.fromkeys(NUMBERS.items(), NOT_A_NUMBER),
     **dict.fromkeys(WHOLE.items(), NOT_WHOLE),

@@ -11,6 +11,7 @@ import torch
 import fastpo
 from fastpo import planner
 from fastpo.ops.rows import torch as rows
+from fastpo.ops.shards import gathered
 from fastpo.ops.shards.gathered import HeadOptions, score
 from fastpo.ops.walks.lending import Loan
 from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head
@@ -110,6 +111,22 @@ def test_threads_at_once(function):
         assert sum(lent(x.result()) for x in found) <= 1
         for x in found:
             assert_as_good_as_eager("d weight", x.result(), *expected)
+
+
+def test_one_thread_at_a_time_adds_to_a_gradient(monkeypatch):
+    x = make_head(N, V, H).like(torch.float32)
+    options = HeadOptions(backend="torch", accumulate=True)
+    losses = [score(x.hidden, x.weight, None, x.labels, options).logps.sum() for _ in range(3)]
+    losses.pop().backward()
+    once, stop = x.weight.grad.clone(), Stop(monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        held = pool.submit(losses[0].backward)
+        assert stop.reached.wait(PATIENCE)
+        beside = pool.submit(losses[1].backward)
+        assert gathered._ADDING.locked()
+        stop.go.set()
+        held.result(PATIENCE), beside.result(PATIENCE)
+    torch.testing.assert_close(x.weight.grad, 3 * once)
 
 
 def test_a_loan_is_one_and_of_nobody_who_reads():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from threading import Lock
 from typing import Any
 
 import torch
@@ -16,10 +17,13 @@ from ..linear_logps import TokenStats
 from ..rows import backend as R
 from ..rows import fastest
 from ..walks import forward as driver
-from ..walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype
+from ..walks.checks import OUTPUTS, check_flag, check_options, check_tensors, compute_dtype
 from ..walks.derivatives import check_plain, first_derivatives
 from ..walks.lending import Loan
 from ..walks.vocab_shard import VocabShard
+
+# Held while d weight is added to a gradient: of two threads one would lose its sums.
+_ADDING = Lock()
 
 Gather = Callable[..., AbstractContextManager[Any]]
 
@@ -46,6 +50,7 @@ class HeadOptions:
     name: str = "fastpo"
 
     def __post_init__(self) -> None:
+        check_flag("accumulate", self.accumulate)
         check_options(
             self.temperature,
             self.softcap,
@@ -142,6 +147,8 @@ class _Call:
         """Where d weight may be added at once: the gradient of a plain leaf that has one."""
         if not self.accumulate or head is not weight or not weight.is_leaf:
             return None
+        if torch.is_grad_enabled():
+            return None  # whoever differentiates it shall be told, see `first_derivatives`
         grad = weight.grad
         plain = type(grad) is Tensor and grad.layout == torch.strided
         return grad if plain and grad is not None and grad.shape == weight.shape else None
@@ -183,7 +190,8 @@ class _GatheredHead(torch.autograd.Function):
         by_name = dict(zip(OUTPUTS, grads, strict=True))
         hidden, weight, bias, up, labels, *saved = ctx.saved_tensors
         need_hidden, need_weight, need_bias, need_up, *_ = ctx.needs_input_grad
-        with ctx.call.gather(weight, bias):
+        adding = _ADDING if ctx.call.accumulate else nullcontext()
+        with ctx.call.gather(weight, bias), adding:
             head = ctx.call.head(weight, up)
             dhidden, dhead, dbias = driver.backward(
                 by_name,
