@@ -40,8 +40,13 @@ def _guarded(name: str, run: Callable[[argparse.Namespace], int]) -> Any:
         try:
             return run(options)
         except BenchError as error:
-            print(f"fastpo bench {name}: error: {error}", file=sys.stderr)
-            return 2
+            why = str(error)
+        except OSError as error:
+            if error.filename is None:
+                raise  # of no file that was named
+            why = f"{error.filename}: {error.strerror}"
+        print(f"fastpo bench {name}: error: {why}", file=sys.stderr)
+        return 2
 
     return command
 
@@ -119,7 +124,11 @@ def _at_least(name: str, value: int, least: int) -> int:
 
 
 def _head(options: argparse.Namespace) -> int:
+    """0: all right; 1: something of ours is wrong; 3: a variant took the device with it."""
+    import sys
+
     from . import shapes
+    from .errors import DeviceLost
     from .head import HeadOptions, bench
     from .variants import CASES
 
@@ -139,7 +148,11 @@ def _head(options: argparse.Namespace) -> int:
         time_limit=options.time_limit,
     )
     path = None if options.check else _out(options, device, "head")
-    made = bench(wanted, _say, _keep(path, {"arguments": _plain(options)}))
+    try:
+        made = bench(wanted, _say, _keep(path, {"arguments": _plain(options)}))
+    except DeviceLost as lost:
+        print(f"fastpo bench head: the device was lost: {lost}", file=sys.stderr)
+        return 3
     if path is not None:
         print(f"\n{path}")
     failed = [row for row in made["rows"] if row["own"] and row["status"] == "wrong"]
@@ -204,6 +217,7 @@ def _add_sweep(kinds: argparse._SubParsersAction) -> None:
     add("--rows", type=int, default=8192, metavar="N", help="of the tile; default: 8192")
     add("--width", type=int, default=8192, metavar="V", help="of the tile; default: 8192")
     add("--repeats", type=int, default=15, metavar="N", help="turns; default: 15")
+    add("--time-limit", type=float, metavar="S", help="begin no further kernel after this")
 
 
 def _sweep(options: argparse.Namespace) -> int:
@@ -214,9 +228,13 @@ def _sweep(options: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = {name: _at_least(name, getattr(options, name), 1) for name in ("rows", "width")}
     path = _out(options, device, "sweep")
-    keep = _keep(path, {"arguments": _plain(options)})
-    made = bench(device, **sizes, repeats=_at_least("repeats", options.repeats, 1))
-    keep(made)
+    made = bench(
+        device,
+        **sizes,
+        repeats=_at_least("repeats", options.repeats, 1),
+        time_limit=options.time_limit,
+        keep=_keep(path, {"arguments": _plain(options)}),
+    )
     from .report import sweep_table
 
     print(sweep_table(made))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import json
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,18 @@ def draw(path: Path, folder: Path) -> Path:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    report = read(path)
+    # A dollar sign in a name would begin a formula.
+    report = json.loads(json.dumps(read(path)).replace("$", r"\\$"))
     pictures = {"head": _head, "step": _step}
     if report["what"] not in pictures:
         raise BenchError(f"{path}: expected a report of head or step, got {report['what']}")
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{path.stem}.png"
     with pyplot.rc_context(STYLE):
-        figure = pictures[report["what"]](report, pyplot)
+        try:
+            figure = pictures[report["what"]](report, pyplot)
+        except BenchError as error:
+            raise BenchError(f"{path}: {error}") from None
         title = f"{where(report)}, {report['dtype']}, {report['created'][:10]}"
         figure.suptitle(title, x=0.012, ha="left", fontsize=10, color="#5c5c5c")
         figure.tight_layout(rect=(0, 0, 1, 0.97))
@@ -150,16 +155,17 @@ def _floor(panel: Any, report: Report, rows: Rows, case: str, axis: str) -> None
 def _head_bars(rows: Rows, pyplot: Any) -> Any:
     """Shapes that make no walk: products-equivalents of each."""
     shapes = sorted({(row["tokens"], row["vocab"], row["hidden"]) for row in rows})
-    longest = max(sum(row["case"] == case for row in rows) for case in CASES)
+    bars = Counter((row["tokens"], row["vocab"], row["hidden"], row["case"]) for row in rows)
+    longest = max(bars.values())
     size = (15, max(3.0, 0.26 * longest) * len(shapes) + 0.8)
     figure, axes = pyplot.subplots(len(shapes), 3, figsize=size, squeeze=False)
     palette = colours(rows)
     for i, shape in enumerate(shapes):
         for j, (case, name) in enumerate(CASES.items()):
             here = [r for r in rows if (r["tokens"], r["vocab"], r["hidden"]) == shape]
-            bars = sorted((r for r in here if r["case"] == case), key=lambda r: -r["products"])
-            names = [row["variant"] for row in bars]
-            heights = [row["products"] for row in bars]
+            shown = sorted((r for r in here if r["case"] == case), key=lambda r: -r["products"])
+            names = [row["variant"] for row in shown]
+            heights = [row["products"] for row in shown]
             axes[i][j].barh(names, heights, color=[palette[n] for n in names])
             for y, height in enumerate(heights):
                 axes[i][j].text(height, y, f" {height:.2f}", va="center", fontsize=8)

@@ -33,6 +33,8 @@ def rewrite(path: Path, *, write: bool) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BenchError(f"{path}: expected UTF-8 text, got byte {error.start}") from None
     stale = []
 
     def table(found: re.Match[str]) -> str:
@@ -54,7 +56,11 @@ def render(report: Report, name: str) -> str:
     parts = {"head": _head, "step": _step, "primitives": _primitives, "trainers": _trainers}
     if report["what"] not in parts:
         raise BenchError(f"{name}: expected a report of {', '.join(parts)}, got {report['what']}")
-    return "\n".join(parts[report["what"]](report)) + f"\n\n{_source(report, name)}\n"
+    try:
+        lines = "\n".join(parts[report["what"]](report))
+    except BenchError as error:
+        raise BenchError(f"{name}: {error}") from None
+    return f"{lines}\n\n{_source(report, name)}\n"
 
 
 def _source(report: Report, name: str) -> str:
@@ -102,18 +108,19 @@ def _head(report: Report) -> Iterator[str]:
 def _shown(rows: list[dict[str, Any]], case: str, backend: str) -> list[dict[str, Any]]:
     """What was timed; of fastpo's backends the one it chooses."""
     timed = [row for row in rows if row["case"] == case and "median_ms" in row]
-    return [row for row in timed if not row["own"] or row["variant"].split()[1] == backend]
+    return [row for row in timed if not row["own"] or row["variant"].split()[1:2] == [backend]]
 
 
 def _head_row(row: dict[str, Any], timed: bool) -> str:
     name = row["variant"]
     if row["own"]:
         mode = name.split()[2:]
-        name = ", ".join(["fastpo", *(_HEAD_NAMES[m] for m in mode)])
+        name = ", ".join(["fastpo", *(_HEAD_NAMES.get(m, m) for m in mode)])
     extra = f"{max(row['extra_mib'], 0):,.0f} MiB" if "extra_mib" in row else "–"
     error = row["errors"]["logps"]
+    shown = "not finite" if error is None else f"{error:.1e}"
     products = f" {row['products']:.2f} |" if timed else ""
-    return f"| {name} |{products} {extra} | {error:.1e} |"
+    return f"| {name} |{products} {extra} | {shown} |"
 
 
 def _milliseconds(value: float) -> str:
@@ -192,6 +199,8 @@ def _trainers(report: Report) -> Iterator[str]:
     yield "| --- |" + " --- |" * 5
     cells = {(row["trainer"], row["patched"]): row for row in report["rows"]}
     for name in dict.fromkeys(row["trainer"] for row in report["rows"]):
+        if not {(name, False), (name, True)} <= set(cells):
+            raise BenchError(f"rows: expected {name} with and without the patch, got one of them")
         own, ours = cells[name, False], cells[name, True]
         memory = f"{own['mib']:,.0f} MiB | {ours['mib']:,.0f} MiB"
         load = " and ".join(f"{row['load_average'][0]:.1f}" for row in (own, ours))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BenchError
+from .schema import check
 from .shapes import Shape
 
 Report = dict[str, Any]
-WHATS = ("head", "step", "sweep", "primitives", "trainers")
 
 
 def write(report: Report, path: Path) -> None:
@@ -32,14 +32,12 @@ def _finite(value: Any) -> Any:
 def read(path: Path) -> Report:
     """BenchError unless the file is a report of `fastpo bench`."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report: Report = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BenchError(f"{path}: {error.strerror}") from None
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no UTF-8, no JSON, or a number or depth out of bounds
         raise BenchError(f"{path}: expected a report of fastpo bench, got no JSON") from None
-    what = report.get("what") if isinstance(report, dict) else None
-    if what not in WHATS:
-        raise BenchError(f"{path}: expected a report of fastpo bench, got what = {what!r}")
+    check(report, path)
     return report
 
 

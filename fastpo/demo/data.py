@@ -123,7 +123,7 @@ def check_row(row: Any, place: str) -> Row:
         raise DemoError(f"{place}: expected an object with {', '.join(KEYS)}, got {_kind(row)}")
     missing = [key for key in KEYS if key not in row]
     if missing:
-        got = ", ".join(map(str, row)) or "no keys"
+        got = ", ".join(key if key.isprintable() else ascii(key) for key in row) or "no keys"
         raise DemoError(f"{place}: expected {', '.join(KEYS)}, got {got}: {missing[0]} is missing")
     for key in UNSUPPORTED:
         if row.get(key):

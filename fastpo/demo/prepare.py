@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .data import Pairs, Row, embedded_pairs, load_pairs
-from .errors import DemoError
+from .errors import DemoError, foreign
 from .options import Options, Shape
 from .tokenizer import SMALLEST_VOCAB, encode, require_chat_template, texts_of, train_tokenizer
 
@@ -106,10 +106,8 @@ def model_config(options: Options) -> Any:
         raise DemoError(f"--model {folder}: expected a folder made by save_pretrained, got {what}")
     if not any(any(folder.glob(pattern)) for pattern in ("*.safetensors*", "pytorch_model*.bin*")):
         raise DemoError(f"--model {folder}: no weights (*.safetensors)")
-    try:
+    with foreign(f"--model {folder}: config.json: expected one that transformers loads, got"):
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise DemoError(f"--model {folder}: {str(error).splitlines()[0]}") from None
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise DemoError(
             f"--model {folder}: expected a causal language model, got {config.model_type}"
@@ -130,10 +128,8 @@ def make_tokenizer(options: Options, pairs: Pairs, config: Any) -> PreTrainedTok
                 f"got {vocab}"
             )
         return train_tokenizer(texts_of(pairs.train), vocab)
-    try:
+    with foreign(f"--model {folder}: tokenizer: expected one that transformers loads, got"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise DemoError(f"--model {folder}: tokenizer: {str(error).splitlines()[0]}") from None
     if len(tokenizer) > vocab:
         raise DemoError(
             f"--model {folder}: {len(tokenizer)} words in the tokenizer, {vocab} in the head"

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .data import KEYS, Row, is_conversational
-from .errors import DemoError
+from .errors import DemoError, foreign
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,7 +68,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[int, int, int]
         prompt = row["prompt"]
         texts = [prompt, prompt + row["chosen"], prompt + row["rejected"]]
         texts[1:] = [text if text.endswith(end) else text + end for text in texts[1:]]
-        lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+        with foreign("the tokenizer refuses it:"):
+            lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     else:
         lengths = [
             _chat_length(tokenizer, row["prompt"], add_generation_prompt=True),
@@ -79,13 +80,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[int, int, int]
 
 
 def _chat_length(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> int:
-    from jinja2 import TemplateError
-
-    try:
+    with foreign("the chat template refuses it:"):
         ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-    except TemplateError as error:
-        raise DemoError(f"the chat template refuses it: {error}") from None
-    return len(ids["input_ids"])
+        return len(ids["input_ids"])
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:

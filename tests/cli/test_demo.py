@@ -38,6 +38,7 @@ def write(path, *rows):
 MALFORMED = {
     "not json": ("{nonsense", "expected one JSON object per line, got '{nonsense'"),
     "not an object": ("[1, 2]", "expected an object with prompt, chosen, rejected, got a list"),
+    "key of two lines": ({"a\nb": 1}, "got 'a\\nb': prompt is missing"),
     "number": ("12", "expected an object with prompt, chosen, rejected, got a number"),
     "no rejected": ({"prompt": "a", "chosen": "b"}, "got prompt, chosen: rejected is missing"),
     "wrong type": (
@@ -200,6 +201,15 @@ def test_rows_that_are_too_long():
     assert fit(rows, max_length=2048).truncated == 0
 
 
+def test_a_chat_template_that_fails():
+    rows = [chat("a", "b", "c"), chat("d", "e", "f")]
+    tokenizer = train_tokenizer(texts_of(rows), 512)
+    tokenizer.chat_template = "{{ 1 / 0 }}"
+    pairs = data.Pairs("x.jsonl", rows[:1], rows[1:], {id(row): "row 1" for row in rows})
+    with pytest.raises(DemoError, match="row 1: the chat template refuses it: ZeroDivisionError"):
+        prepare.fit(Options(), pairs, tokenizer, None)
+
+
 def test_output_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     out = tmp_path / "out"
@@ -225,6 +235,7 @@ def test_models_that_cannot_be_used(tmp_path):
         ({"model_type": "llama"}, "no weights"),
         ({"model_type": "t5"}, "expected a causal language model, got t5"),
         ({"model_type": "nonsense"}, "nonsense"),
+        ({"model_type": ["llama"]}, "config.json: expected one that transformers loads, got TypeE"),
     ):
         if config is not None:
             (tmp_path / "config.json").write_text(json.dumps(config))
