@@ -1,0 +1,203 @@
+"""`shared_prompts`: a model's backbone on one packed row instead of a padded batch.
+
+What stands on the instance is looked up there at call time, so that a deep copy has its own. The
+head, the loss, adapters and metrics see hidden states [R, T, H] as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...layout.cost import LayerCost, is_worth
+from ...layout.tree import Layout, layout_of
+from . import attention, probe, refusals
+from .attention import Refused
+
+_log = logging.getLogger(__name__)
+_STATE = "_fastpo_sharing"
+# Common tokens below it cost a row its causal attention without a mask.
+_LEAST = 16
+# Fields of a backbone's output with a row for every token.
+_PER_TOKEN = ("last_hidden_state", "hidden_states", "router_logits")
+
+
+@dataclass
+class Tokens:
+    """How many tokens the backbone was given and how many it computed."""
+
+    padded: int = 0
+    computed: int = 0
+
+    @property
+    def saved(self) -> float:
+        return 1 - self.computed / self.padded if self.padded else 0.0
+
+
+@dataclass(eq=False)
+class Sharing:
+    """A backbone that packs its batches; `detach()` gives it back."""
+
+    model: PreTrainedModel
+    share: bool = True
+    always: bool = False  # also where the cost model would not
+    tokens: Tokens = field(default_factory=Tokens)
+    active: bool = True
+    probed: bool = False
+    own: Any = None
+    parameters: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.parameters = tuple(inspect.signature(type(self.model).forward).parameters)[1:]
+        self.own = self.model.__dict__.get("forward")
+        setattr(self.model, _STATE, self)
+        self.model.forward = MethodType(_wrapped(type(self.model).forward), self.model)
+
+    def detach(self) -> None:
+        """The backbone's own forward again, also under what was wrapped around it since."""
+        self.active = False
+        forward = self.model.__dict__.get("forward")
+        on_top = getattr(forward, "__func__", None) is _wrapped(type(self.model).forward)
+        if not on_top or self.model.__dict__.get(_STATE) is not self:
+            return
+        if self.own is None:
+            del self.model.forward
+        else:
+            self.model.forward = self.own
+        delattr(self.model, _STATE)
+
+    def __enter__(self) -> Sharing:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def run(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        own = functools.partial(type(model).forward, model) if self.own is None else self.own
+        inputs = dict(zip(self.parameters, args, strict=False), **kwargs)
+        if not self.active or "input_ids" not in inputs:
+            return own(*args, **kwargs)
+        try:
+            layout = self.layout(model, own, inputs)
+            if layout is not None:
+                return self.packed(own, inputs, layout)
+        except Refused as refused:
+            _say_once(type(model).__name__, str(refused))
+            self.count(inputs["input_ids"], None)
+        return own(*args, **kwargs)
+
+    def layout(self, model: Any, own: Any, inputs: dict[str, Any]) -> Layout | None:
+        """Of this batch; None where it is cheaper as it is. Raises Refused."""
+        refusals.check_call(inputs)
+        if not self.probed:
+            refusals.check_model(model)
+            attention.install(model.config._attn_implementation)
+            probe.check(self, model, own)
+            self.probed = True
+        share = self.share and not refusals.drops(model)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        try:
+            layout = layout_of(ids, mask, share=share, least=1 if self.always else _LEAST)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        worth = self.always or is_worth(layer_cost(model), layout)
+        self.count(ids, layout if worth else None)
+        return layout if worth else None
+
+    def count(self, ids: Any, layout: Layout | None) -> None:
+        if isinstance(ids, Tensor):
+            self.tokens.padded += ids.numel()
+            self.tokens.computed += ids.numel() if layout is None else layout.size
+
+    def packed(self, own: Callable[..., Any], inputs: dict[str, Any], layout: Layout) -> Any:
+        """The same forward on [1, S], its output put back to [R, T]."""
+        ids = layout.pack(inputs["input_ids"])
+        positions = layout.positions.unsqueeze(0)
+        # A mask of ones: without one transformers would look for sequences in the positions.
+        row = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "attention_mask": torch.ones_like(ids),
+            "use_cache": False,
+        }
+        with attention.active(layout):
+            output = own(**{**inputs, **row})
+        for name in _PER_TOKEN:
+            value = getattr(output, name, None)
+            if value is not None:
+                output[name] = _put_back(value, layout)
+        return output
+
+
+def _put_back(value: Any, layout: Layout) -> Any:
+    if isinstance(value, tuple | list):
+        return type(value)(_put_back(x, layout) for x in value)
+    back = layout.put_back(value)
+    return back if value.ndim == 3 else back.flatten(0, 1)  # of routers, [R·T, experts]
+
+
+@functools.cache
+def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the signature, which others read keywords from."""
+
+    @functools.wraps(forward)
+    def shared_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, _STATE).run(self, *args, **kwargs)
+
+    return shared_forward
+
+
+@functools.cache
+def _say_once(model: str, why: str) -> None:
+    _log.warning("fastpo: %s keeps its padded batch: %s", model, why)
+
+
+def layer_cost(model: nn.Module) -> LayerCost:
+    """Of all layers but embeddings, in FLOPs; routed experts as if all were active."""
+    config: Any = model.config
+    config = config.get_text_config()
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    heads = getattr(config, "num_attention_heads", 1)
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return LayerCost(2.0 * weights, 4.0 * heads * size * config.num_hidden_layers)
+
+
+def shared_prompts(model: nn.Module, *, share: bool = True, always: bool = False) -> Sharing:
+    """Every distinct token of a batch is computed once, and none of its padding.
+
+    model: a transformers causal language model, its backbone, or one wrapped by PEFT. Rows of
+        `input_ids` [R, T] that begin alike, whatever makes them so, share what they have in common.
+    share: False drops padding only.
+    always: also where the cost model finds nothing to gain.
+
+    Outputs keep their shapes; hidden states at pads, which nothing reads, are those of another
+    token. What cannot be packed runs as before, and a line in the log says why, once. Returns a
+    handle: `detach()` gives the model back, as does leaving `with shared_prompts(model):`; its
+    `tokens.saved` is the share of tokens that was not computed. Raises ValueError for a model
+    that is not transformers', or has a handle already.
+    """
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's
+    inner = model if unwrap is None else unwrap()
+    backbone = getattr(inner, "base_model", None)
+    if not isinstance(inner, PreTrainedModel) or not isinstance(backbone, PreTrainedModel):
+        raise ValueError(f"model: expected a transformers model, got {type(inner).__name__}")
+    if _STATE in vars(backbone):
+        raise ValueError("model: expected one without shared prompts, got one with them")
+    return Sharing(backbone, share, always)

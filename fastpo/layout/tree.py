@@ -1,0 +1,156 @@
+"""The prefix tree of a batch, found by content.
+
+Sorted by first column and tokens, neighbours share what begins alike; a row owns what follows its
+longest common prefix with its predecessor. Packed in that order, which is the tree's preorder, the
+queries of a row are the tokens it owns and its keys the whole row. Shared prompts, groups of
+completions, edits that differ late, identical rows and, where nothing is shared, plain packing
+without padding are all this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .gather import Copies, Run
+
+
+@dataclass(frozen=True)
+class Row:
+    """A distinct row: `shared` tokens of its predecessors, then `owned` of its own."""
+
+    shared: int
+    owned: int
+    path: tuple[Run, ...]  # packed tokens to its own 0 .. length, in order
+
+    @property
+    def length(self) -> int:
+        return self.shared + self.owned
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Where the tokens of a padded batch [R, T] stand in a packed row [S], and back."""
+
+    shape: tuple[int, int]
+    rows: tuple[Row, ...]  # in packed order
+    tokens: Tensor  # [S] int64: cell of the padded batch, row by row, each packed token is from
+    places: Copies  # packed [S] to padded [R·T]; pads get token 0
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def owned(self) -> list[int]:
+        return [row.owned for row in self.rows]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [row.length for row in self.rows]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[S] int64: the columns of the padded run."""
+        return self.tokens % self.shape[1]
+
+    @cached_property
+    def keys(self) -> Copies:
+        """Packed [S] to whole rows one after the other [Σ length]."""
+        runs, end = [], 0
+        for row in self.rows:
+            runs += [Run(run.source, end + run.target, run.length) for run in row.path]
+            end += row.length
+        return Copies.of(runs, self.size, end, self.tokens.device)
+
+    def pack(self, x: Tensor) -> Tensor:  # [R, T] -> [1, S]
+        return x.flatten().index_select(0, self.tokens).unsqueeze(0)
+
+    def put_back(self, x: Tensor) -> Tensor:  # [1, S, ...] or [S, ...] -> [R, T, ...]
+        flat = x.flatten(0, 1) if x.shape[0] == 1 and x.shape[1:2] == (self.size,) else x
+        return self.places(flat, 0).unflatten(0, self.shape)
+
+
+def layout_of(
+    ids: Tensor,  # [R, T] int64
+    mask: Tensor | None = None,  # [R, T], 0 at pads, which stand left or right of a row's tokens
+    *,
+    share: bool = True,
+    least: int = 1,
+) -> Layout:
+    """The layout of a batch, on its device; ids and mask are read on the host.
+
+    share: False for packing alone. least: fewer common tokens are not shared. Raises ValueError for shapes, and for a mask with holes or an empty row.
+    """
+    device, (height, width) = ids.device, _shape(ids, mask)
+    ids = ids.cpu()
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
+    first, length = _extent(real)
+    cells = torch.where(real, ids + 1, 0)
+    if share:
+        keys = torch.cat((first.unsqueeze(1), cells), 1)
+        distinct, which = torch.unique(keys, dim=0, return_inverse=True)  # sorted
+        shared = _common(distinct, least)
+        firsts = torch.full((len(distinct),), height, dtype=torch.int64)
+        chosen = firsts.scatter_reduce(0, which, torch.arange(height, dtype=torch.int64), "amin")
+    else:
+        chosen = which = torch.arange(height, dtype=torch.int64)
+        shared = [0] * height
+    rows = _rows(shared, length[chosen].tolist())
+    starts = zip(chosen.tolist(), first[chosen].tolist(), rows, strict=True)
+    tokens = [
+        torch.arange(row.owned, dtype=torch.int64) + (r * width + column + row.shared)
+        for r, column, row in starts
+    ]
+    packed = torch.cat(tokens).to(device, non_blocking=True)
+    runs = [
+        Run(run.source, r * width + column + run.target, run.length)
+        for r, (u, column) in enumerate(zip(which.tolist(), first.tolist(), strict=True))
+        for run in rows[u].path
+    ]
+    return Layout((height, width), rows, packed, Copies.of(runs, len(packed), ids.numel(), device))
+
+
+def _shape(ids: Tensor, mask: Tensor | None) -> tuple[int, int]:
+    if ids.ndim != 2 or not ids.numel():
+        raise ValueError(f"ids: expected shape (R, T) with tokens, got {tuple(ids.shape)}")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"mask: expected shape {tuple(ids.shape)}, got {tuple(mask.shape)}")
+    return ids.shape[0], ids.shape[1]
+
+
+def _extent(real: Tensor) -> tuple[Tensor, Tensor]:
+    """First column and length of every row."""
+    first, length = real.int().argmax(1), real.sum(1)
+    columns = torch.arange(real.shape[1], dtype=torch.int64)
+    inside = (columns >= first.unsqueeze(1)) & (columns < (first + length).unsqueeze(1))
+    if not bool(torch.equal(inside, real)) or not bool(length.all()):
+        raise ValueError("mask: expected one run of tokens in every row, got holes or an empty row")
+    return first, length
+
+
+def _common(distinct: Tensor, least: int) -> list[int]:
+    """Tokens that each sorted row [first column, cells] shares with the one before."""
+    first, cells = distinct[:, 0], distinct[:, 1:]
+    column = (cells[1:] != cells[:-1]).int().argmax(1)
+    shared = torch.where(first[1:] == first[:-1], column - first[1:], 0)
+    shared = torch.where(shared >= least, shared, 0)
+    return [0, *shared.tolist()]
+
+
+def _rows(shared: list[int], lengths: list[int]) -> tuple[Row, ...]:
+    rows: list[Row] = []
+    path: list[Run] = []
+    end = 0
+    for common, length in zip(shared, lengths, strict=True):
+        path = [run for run in path if run.target < common]
+        if path:
+            last = path.pop()
+            path.append(Run(last.source, last.target, common - last.target))
+        path.append(Run(end, common, length - common))
+        rows.append(Row(common, length - common, tuple(path)))
+        end += length - common
+    return tuple(rows)

@@ -1,0 +1,185 @@
+"""Models on packed rows compute what they compute on padded ones."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import _batches
+import torch
+from _batches import BATCHES, model_of, run
+from _tiny import one_thread  # noqa: F401
+from torch import nn
+
+from fastpo.integrations.sharing import attention, backbone, probe
+from fastpo.integrations.sharing.backbone import shared_prompts
+
+NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi", "mixtral",
+         "qwen2_moe", "cohere", "granite")  # fmt: skip
+CASES = [(n, i) for n in NAMES for i in ("sdpa", "eager") if (n, i) != ("gemma2", "sdpa")]
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    yield
+    attention.restore()
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-5)
+    assert found[2].keys() == expected[2].keys()
+    for name, grad in expected[2].items():
+        error = (found[2][name] - grad).abs().max()
+        assert error <= 1e-4 * grad.abs().max() + 1e-7, name
+
+
+@pytest.mark.parametrize("kind", BATCHES)
+@pytest.mark.parametrize(("name", "implementation"), CASES)
+def test_loss_logits_and_gradients(name, implementation, kind):
+    model, batch = model_of(name, implementation), BATCHES[kind]()
+    *found, handle = run(model, batch, True)
+    assert_same(found, run(model, batch, False)[:3])
+    assert handle.tokens.saved > 0 or kind == "one_token_prompt"
+
+
+@pytest.mark.parametrize("window", [3, 8])
+def test_windows_shorter_than_prompts(window):
+    model = model_of("mistral", "sdpa", sliding_window=window)
+    *found, _ = run(model, _batches.right(), True)
+    assert_same(found, run(model, _batches.right(), False)[:3])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant):
+    """Layers run again in the backward, when no layout is active any more."""
+
+    def model():
+        made = model_of("llama", "sdpa")()
+        made.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        made.enable_input_require_grads()
+        return made
+
+    *found, _ = run(model, _batches.right(), True)
+    assert_same(found, run(model_of("llama", "sdpa"), _batches.right(), False)[:3])
+
+
+def test_bfloat16_is_as_exact_as_padded():
+    batch = _batches.right()
+    truth = run(model_of("llama", "sdpa"), batch, False, torch.float64)
+    packed, padded = (
+        run(model_of("llama", "sdpa"), batch, shared, torch.bfloat16) for shared in (True, False)
+    )
+    for name, grad in truth[2].items():
+        errors = [(side[2][name].double() - grad).abs().max() for side in (packed, padded)]
+        assert errors[0] <= 2 * errors[1] + 0.01 * grad.abs().max(), name
+
+
+def test_packing_alone_shares_nothing():
+    batch = _batches.right()
+    *found, handle = run(model_of("llama", "sdpa"), batch, True, share=False)
+    assert_same(found, run(model_of("llama", "sdpa"), batch, False)[:3])
+    assert handle.tokens.computed == batch[1].sum() + 0
+
+
+def test_active_dropout_is_not_shared():
+    model, (ids, mask) = model_of("llama", "sdpa", attention_dropout=0.5)(), _batches.right()
+    model.train()
+    with shared_prompts(model, always=True) as handle:
+        model(input_ids=ids, attention_mask=mask)
+        assert handle.tokens.computed == mask.sum()
+        handle.tokens.computed = 0
+        model.eval()(input_ids=ids, attention_mask=mask)
+        assert handle.tokens.computed < mask.sum()
+
+
+# What must not pass unnoticed: each breaks one part of the layout.
+
+
+def without_masks(monkeypatch):
+    monkeypatch.setattr(attention._Mask, "_row", lambda *_: None)
+
+
+def restarted_positions(monkeypatch):
+    from fastpo.layout.tree import Layout
+
+    def positions(layout):
+        return torch.cat([torch.arange(row.owned) for row in layout.rows])
+
+    monkeypatch.setattr(Layout, "positions", property(positions))
+
+
+def shifted_start(monkeypatch):
+    own = attention._Mask._row
+
+    def row(self, shared, owned, kwargs):
+        mask = own(self, shared, owned, kwargs)
+        return mask if mask is None else mask.roll(1, 2)
+
+    monkeypatch.setattr(attention._Mask, "_row", row)
+
+
+@pytest.mark.parametrize("broken", [without_masks, restarted_positions, shifted_start])
+def test_the_comparison_can_fail(broken, monkeypatch):
+    expected = run(model_of("llama", "sdpa"), _batches.right(), False)
+    monkeypatch.setattr(probe, "check", lambda *_: None)
+    broken(monkeypatch)
+    found = run(model_of("llama", "sdpa"), _batches.right(), True)
+    error = (found[1] - expected[1]).abs().max() / expected[1].abs().max()
+    assert error > 1e-3
+
+
+@pytest.mark.parametrize("broken", [without_masks, restarted_positions, shifted_start])
+def test_the_probe_sees_it(broken, monkeypatch, caplog):
+    backbone._say_once.cache_clear()
+    broken(monkeypatch)
+    model, batch = model_of("llama", "sdpa"), _batches.right()
+    *found, handle = run(model, batch, True)
+    assert_same(found, run(model, batch, False)[:3])
+    assert handle.tokens.saved == 0
+    assert "off when packed" in caplog.text
+
+
+def test_a_deep_copy_packs_for_itself():
+    model, (ids, mask) = model_of("llama", "sdpa")(), _batches.right()
+    handle = shared_prompts(model, always=True)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.model.embed_tokens.weight.mul_(2)
+        expected = model_of("llama", "sdpa")()
+        expected.model.embed_tokens.weight.mul_(2)
+        found = twin(input_ids=ids, attention_mask=mask).logits[mask != 0]
+        own = expected(input_ids=ids, attention_mask=mask).logits[mask != 0]
+    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+    handle.detach()
+
+
+def test_the_model_is_given_back():
+    model, (ids, mask) = model_of("llama", "sdpa")(), _batches.right()
+    with shared_prompts(model):
+        assert "forward" in vars(model.model)
+        model(input_ids=ids, attention_mask=mask)
+    assert "forward" not in vars(model.model) and backbone._STATE not in vars(model.model)
+    attention.restore()
+    names = attention.AttentionMaskInterface._global_mapping.values()
+    assert not any(isinstance(f, attention._Mask) for f in names)
+    assert "eager" not in attention.AttentionInterface._global_mapping
+
+
+def test_generation_is_untouched():
+    model = model_of("llama", "sdpa")().eval()
+    ids = _batches.right()[0][:1, :8]
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    with shared_prompts(model) as handle:
+        assert torch.equal(model.generate(ids, **options), expected)
+    assert handle.tokens.saved == 0
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2), "text"])
+def test_other_models_are_an_error(model):
+    with pytest.raises(ValueError, match="model: expected a transformers model"):
+        shared_prompts(model)

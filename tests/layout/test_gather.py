@@ -1,0 +1,54 @@
+"""Copies and the sum of what comes back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastpo.layout.gather import Copies, Run
+from fastpo.testing import rounding
+
+CPU = torch.device("cpu")
+RUNS = [Run(0, 0, 3), Run(3, 3, 2), Run(0, 6, 2), Run(5, 8, 1), Run(0, 9, 3)]
+
+
+def copies():
+    return Copies.of(RUNS, 6, 12, CPU)
+
+
+def test_neighbours_are_one_run():
+    assert copies().runs == (Run(0, 0, 5), Run(0, 6, 2), Run(5, 8, 1), Run(0, 9, 3))
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_value_and_gradient(dim):
+    torch.manual_seed(0)
+    x = torch.randn(6, 6, 6, dtype=torch.float64, requires_grad=True)
+    found = copies()(x, dim)
+    index = torch.tensor(
+        [0, 1, 2, 3, 4, 0, 0, 1, 5, 0, 1, 2]
+    )  # a place without a run has the first
+    expected = x.index_select(dim, index)
+    assert torch.equal(found, expected)
+    g = torch.randn_like(found)
+    g.select(dim, 5).zero_()
+    ours, own = (torch.autograd.grad(y, x, g)[0] for y in (found, expected))
+    torch.testing.assert_close(ours, own)
+
+
+def test_places_without_a_run_have_no_gradient():
+    x = torch.zeros(6, requires_grad=True)
+    g = torch.zeros(12)
+    g[5] = 1.0
+    assert not torch.autograd.grad(copies()(x, 0), x, g)[0].any()
+
+
+def test_sixteen_addends_are_rounded_once():
+    torch.manual_seed(0)
+    many = Copies.of([Run(0, 3 * i, 3) for i in range(16)], 3, 48, CPU)
+    x = torch.zeros(3, 4, dtype=torch.bfloat16, requires_grad=True)
+    g = torch.randn(48, 4, dtype=torch.bfloat16)
+    found = [torch.autograd.grad(many(x, 0), x, g)[0] for _ in range(2)]
+    truth = g.double().view(16, 3, 4).sum(0)
+    assert torch.equal(*found)
+    assert (found[0].double() - truth).abs().max() <= rounding(truth, torch.bfloat16)

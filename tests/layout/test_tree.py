@@ -1,0 +1,108 @@
+"""The prefix tree of a batch against a trie built token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastpo.layout.cost import LayerCost, is_worth
+from fastpo.layout.tree import layout_of
+
+ROWS = st.lists(
+    st.tuples(st.integers(0, 3), st.lists(st.integers(0, 2), min_size=1, max_size=7)),
+    min_size=1,
+    max_size=8,
+)
+
+
+def padded(rows):
+    """ids and mask of rows (first column, tokens); pads hold what is nowhere else."""
+    width = max(column + len(tokens) for column, tokens in rows)
+    ids, mask = torch.full((len(rows), width), 9), torch.zeros(len(rows), width, dtype=torch.int64)
+    for r, (column, tokens) in enumerate(rows):
+        ids[r, column : column + len(tokens)] = torch.tensor(tokens)
+        mask[r, column : column + len(tokens)] = 1
+    return ids, mask
+
+
+def trie(rows):
+    """Every distinct prefix of a row from its column on is a token."""
+    return {(column, *tokens[: i + 1]) for column, tokens in rows for i in range(len(tokens))}
+
+
+@given(ROWS)
+def test_every_distinct_token_once(rows):
+    ids, mask = padded(rows)
+    layout = layout_of(ids, mask, least=1)
+    assert layout.size == len(trie(rows)) == sum(layout.owned)
+    assert len(layout.rows) == len({(column, *tokens) for column, tokens in rows}) or any(
+        (column, *tokens) in trie([other])  # a row that begins another owns nothing
+        for column, tokens in rows
+        for other in rows
+    )
+
+
+@given(ROWS, st.booleans(), st.sampled_from([1, 3]))
+def test_rows_spell_their_tokens(rows, share, least):
+    ids, mask = padded(rows)
+    layout = layout_of(ids, mask, share=share, least=least)
+    packed, positions = layout.pack(ids)[0], layout.positions
+    expected = {(column, *tokens) for column, tokens in rows}
+    found, end = set(), 0
+    for row in layout.rows:
+        path = torch.cat([torch.arange(r.source, r.source + r.length) for r in row.path])
+        assert len(path) == row.length and path[row.shared :].tolist() == list(
+            range(end, end + row.owned)
+        )
+        assert positions[path].diff().eq(1).all()
+        found.add((int(positions[path[0]]), *packed[path].tolist()))
+        end += row.owned
+    assert found == expected
+    if not share:
+        assert layout.size == mask.sum() and not any(row.shared for row in layout.rows)
+    assert all(row.shared == 0 or row.shared >= least for row in layout.rows)
+
+
+@given(ROWS)
+def test_back_where_they_were(rows):
+    ids, mask = padded(rows)
+    layout = layout_of(ids, mask, least=1)
+    back = layout.put_back(layout.pack(ids).unsqueeze(-1).double())
+    assert back.shape == (*ids.shape, 1)
+    assert torch.equal(back[..., 0][mask != 0], ids[mask != 0].double())
+
+
+def test_a_prompt_and_a_thousand_completions():
+    torch.manual_seed(0)
+    ids = torch.cat((torch.arange(40).expand(1000, 40), torch.randint(0, 90, (1000, 20))), 1)
+    layout = layout_of(ids)
+    assert layout.rows[0].owned == 60 and layout.size < 40 + 1000 * 20
+    assert layout.keys.index.shape == (sum(layout.lengths),)
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.zeros(3, dtype=torch.int64), None, r"ids: expected shape \(R, T\) with tokens"),
+        (torch.zeros(2, 0, dtype=torch.int64), None, r"ids: expected shape \(R, T\) with tokens"),
+        (torch.zeros(1, 3).long(), torch.ones(1, 2), r"mask: expected shape \(1, 3\), got"),
+        (torch.zeros(1, 3).long(), torch.tensor([[1, 0, 1]]), "mask: expected one run of tokens"),
+        (torch.zeros(2, 2).long(), torch.tensor([[1, 1], [0, 0]]), "holes or an empty row"),
+    ],
+)
+def test_errors(ids, mask, message):
+    with pytest.raises(ValueError, match=message):
+        layout_of(ids, mask)
+
+
+def test_what_packing_is_worth():
+    """Half of the tokens: yes. One of a hundred: no."""
+    cost = LayerCost(token=100.0, pair=0.01)
+    prompt, half = torch.arange(30).expand(2, 30), torch.tensor([[50] * 5, [51] * 5])
+    assert is_worth(cost, layout_of(torch.cat((prompt, half), 1)))
+    apart = torch.stack((torch.arange(100), torch.arange(100) + 1))
+    mask = torch.ones_like(apart)
+    mask[1, 99] = 0
+    assert not is_worth(cost, layout_of(apart, mask))
