@@ -29,8 +29,10 @@ class Plan:
 
     mode: `score` (no gradient), `frozen` (d hidden inside the forward), `keep` (probabilities of
         all tokens kept for the backward), `lean` (logits of `tokens - kept_tokens` recomputed).
+    block_words: what is kept lies in blocks of so many words of all kept tokens; row_words: words
+        of one kept token, of which the last may be none.
     shared_bytes: how many of `kept_bytes` cost nothing, because d weight is written there once a
-        tile of probabilities has been read.
+        block of probabilities has been read.
     products: matrix products of 2·tokens·vocab·hidden FLOPs, forward and backward together.
     """
 
@@ -40,6 +42,8 @@ class Plan:
     hidden: int
     tiles: Tiles
     kept_tokens: int
+    block_words: int
+    row_words: int
     kept_bytes: int
     shared_bytes: int
     workspace_bytes: int
@@ -79,9 +83,53 @@ def gemm_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
     return compute_dtype if device_type == "cuda" else torch.float32
 
 
-def default_budget(vocab: int, hidden: int) -> int:
-    """What a float32 d weight buffer costs: at tokens <= 2·hidden all 16-bit probabilities fit."""
-    return 4 * vocab * hidden
+def default_budget(vocab: int, hidden: int, device: torch.device) -> int:
+    """What a float32 d weight buffer costs: at tokens <= 2·hidden all 16-bit probabilities fit.
+
+    Of a GPU a sixteenth, where that is more: for small heads the buffer is nothing, and three
+    products instead of four are a quarter of the time.
+    """
+    return max(4 * vocab * hidden, memory_of(device) // 16)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes a GPU has; 0 for a CPU, and for one that is not there."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+# Words of exponentials are cut and padded so that blocks of the product stay whole and rows start
+# at multiples of 512 bytes, whatever the vocabulary: a library's products need 16.
+GRANULE = 256
+
+
+def padded(words: int) -> int:
+    return -(-words // GRANULE) * GRANULE
+
+
+def exponential_words(vocab: int) -> int:
+    """Of one block of exponentials: near 32,768, all blocks of one width.
+
+    In the backward d hidden is read and written once a block, 733/32768 of a product. In one
+    block d weight would have no place among them.
+    """
+    return padded(-(-vocab // -(-vocab // 32_768)))
+
+
+def frozen_rows(tokens: int, vocab: int, itemsize: int, device: torch.device) -> int:
+    """Tokens whose exponentials over the whole vocabulary exist at once, for a frozen head.
+
+    256 MiB, or a 64th of a GPU's memory; in blocks alike, of whole blocks of the product.
+    """
+    most = max(256 * 2**20, memory_of(device) // 64) // (padded(vocab) * itemsize)
+    count = max(-(-tokens // max(most // 128 * 128, 128)), 1)
+    return max(-(-tokens // (count * 128)), 1) * 128
+
+
+def recomputed_words(tokens: int, block_words: int) -> int:
+    """Width of a tile of exponentials of all tokens that were not kept: 2**27 cells."""
+    return min(max(2**27 // max(tokens, 1) // GRANULE * GRANULE, GRANULE), block_words)
 
 
 def make_plan(
@@ -90,38 +138,55 @@ def make_plan(
     hidden: int,
     *,
     compute_dtype: torch.dtype,
-    device_type: str,
+    device: torch.device,
     hidden_grad: bool,
     head_grad: bool,
     budget: int | None,
     dweight_bytes: int = 0,  # of a d weight that may lie where probabilities were kept
+    anchored: bool = False,  # the forward is the one of walks/anchored.py
 ) -> Plan:
-    tiles = tile_shape(tokens, vocab, device_type)
-    row_bytes = vocab * compute_dtype.itemsize
-    allowed = (default_budget(vocab, hidden) if budget is None else budget) // row_bytes
+    tiles = tile_shape(tokens, vocab, device.type)
+    block_words = exponential_words(vocab) if anchored else tiles.vocab
+    blocks = -(-vocab // block_words)
+    row_words = blocks * block_words if anchored else vocab
+    row_bytes = row_words * compute_dtype.itemsize
+    allowed = (default_budget(vocab, hidden, device) if budget is None else budget) // row_bytes
     kept = (tokens if tokens <= allowed else allowed) if head_grad else 0
     kept_bytes = kept * row_bytes
     # What is larger than d weight stays with it until the next step, what is smaller has its memory
     # taken early: not more than a quarter, not less than half.
     shares = dweight_bytes <= 2 * kept_bytes and 4 * kept_bytes <= 5 * dweight_bytes
+    shared = min(kept_bytes, dweight_bytes) if shares else 0
+    if anchored:
+        shared -= -(-shared // blocks)  # d weight stays one block behind what is read
     mode: Mode
     if head_grad:
         mode = "keep" if kept == tokens else "lean"
         products = 2.0 + hidden_grad + (tokens - kept) / max(tokens, 1)
     else:
         mode, products = ("frozen", 2.0) if hidden_grad else ("score", 1.0)
+    sizes = (tokens, vocab, hidden)
+    space = _workspace(tiles, hidden, compute_dtype, device.type, mode)
+    if anchored:
+        space = _anchored_workspace(sizes, compute_dtype, device, mode, tokens - kept)
     return Plan(
-        mode,
-        tokens,
-        vocab,
-        hidden,
-        tiles,
-        kept,
-        kept_bytes,
-        min(kept_bytes, dweight_bytes) if shares else 0,
-        _workspace(tiles, hidden, compute_dtype, device_type, mode),
-        products,
+        mode, *sizes, tiles, kept, block_words, row_words, kept_bytes, shared, space, products
     )
+
+
+def _anchored_workspace(
+    sizes: tuple[int, int, int], dtype: torch.dtype, device: torch.device, mode: Mode, again: int
+) -> int:
+    """Bytes alive beside inputs, outputs, gradients and what is kept; `again`: tokens not kept."""
+    tokens, vocab, hidden = sizes
+    sums = 4 * min(tokens, 8192) * (-(-vocab // GRANULE))
+    if mode == "frozen":
+        rows = min(frozen_rows(tokens, vocab, dtype.itemsize, device), tokens)
+        return sums + rows * (padded(vocab) * dtype.itemsize + 4 * hidden)
+    if mode == "score":
+        return sums
+    tile = again * recomputed_words(again, exponential_words(vocab)) * dtype.itemsize
+    return max(sums, tile + tokens * hidden * (4 + dtype.itemsize))
 
 
 def _workspace(
@@ -169,7 +234,7 @@ def plan(
         vocab,
         hidden,
         compute_dtype=dtype,
-        device_type=torch.device(device).type,
+        device=torch.device(device),
         hidden_grad=train_hidden,
         head_grad=train_head,
         budget=budget,

@@ -1,13 +1,35 @@
 """Shared fixtures: Triton's interpreter where there is no GPU, and memory that starts as NaN."""
 
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A few examples, the same each time; `make fuzz` asks for the other profile and prints its seed.
+settings.register_profile("default", max_examples=25, derandomize=True, deadline=None)
+settings.register_profile(
+    "fuzz",
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "1000")),
+    deadline=None,
+    print_blob=True,
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 # Before the first import of triton: the decorator reads it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+    if find_spec("triton") is not None:
+        from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+        def fma(self, x, y, z):
+            """Rounds once, as a GPU does; Triton's own rounds the product, too."""
+            exact = x.data.astype("float64") * y.data + z.data
+            return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+        InterpreterBuilder.create_fma = fma
 
 
 @pytest.fixture(autouse=True)

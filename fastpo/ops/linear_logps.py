@@ -127,6 +127,7 @@ def _spec(
         head_grad,
         budget,
         lends,
+        anchors=True,
     )
 
 

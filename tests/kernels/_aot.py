@@ -23,18 +23,28 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpo.kernels import _blocks, anchored, anchored_fold, anchored_target, pair_rows, rows
+from fastpo.kernels import (
+    _blocks,
+    anchored,
+    anchored_again,
+    anchored_fold,
+    anchored_target,
+    pair_rows,
+    rows,
+)
 from fastpo.ops.rows import backend as R
 from fastpo.ops.rows import triton as rows_triton
 from fastpo.ops.rows.pair import backend as P
 from fastpo.ops.rows.pair import triton as pair_triton
 
 ARCHITECTURES = (80, 90)
+OTHERS = (86, 89, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64", torch.float64: "*fp64"}
 PLAIN, CAPPED = R.LogitMap(0.7), R.LogitMap(0.7, 30.0)
 ALL = sum(R.STATS.values())
+TRL = sum(R.STATS[name] for name in ("entropy", "mean_logits", "is_top1"))  # what its trainers ask
 
 # width, bias, map, statistics, dtype kept, soft-cap folded into it
 FORWARD = [
@@ -64,21 +74,19 @@ BACKWARD = [
     (1, True, CAPPED, None, True, FP32),
 ]
 
-# rows, width, hidden size, dtype, bias, map, E stored, and for a frozen head, statistics
+# rows, words, hidden size, dtype, bias, E stored, statistics
 ANCHORED = [
-    (512, 8192, 4096, BF16, False, PLAIN, False, False, 0),
-    (512, 8192, 4096, BF16, False, PLAIN, False, False, 15),
-    (512, 8192, 4096, BF16, False, PLAIN, True, False, 0),
-    (512, 8192, 4096, BF16, False, PLAIN, True, False, 15),
-    (512, 8192, 4096, BF16, False, PLAIN, True, True, 0),
-    (512, 8192, 4096, BF16, True, PLAIN, True, True, 15),
-    (512, 8192, 4096, BF16, False, CAPPED, True, True, 15),
-    (512, 8192, 4096, BF16, True, CAPPED, True, True, 0),
-    (512, 8192, 4096, FP16, False, PLAIN, True, False, 0),
-    (512, 8191, 4096, BF16, False, PLAIN, False, False, 0),
-    (512, 8191, 4096, BF16, False, PLAIN, True, False, 15),
-    (500, 8191, 4090, BF16, True, CAPPED, True, True, 0),
-    (1, 1, 8, BF16, True, PLAIN, True, False, 15),
+    (512, 128_256, 4096, BF16, False, False, 0),
+    (512, 128_256, 4096, BF16, False, False, TRL),
+    (512, 128_256, 4096, BF16, False, False, ALL),
+    (512, 128_256, 4096, BF16, False, True, 0),
+    (512, 128_256, 4096, BF16, False, True, TRL),
+    (512, 128_256, 4096, BF16, True, True, ALL),
+    (512, 151_936, 896, FP16, False, True, 0),
+    (512, 50_257, 4096, BF16, False, False, 0),
+    (512, 50_257, 4096, BF16, False, True, ALL),
+    (500, 50_257, 4090, BF16, True, True, 0),
+    (1, 1, 8, BF16, True, True, ALL),
 ]
 
 # width, biases, the student's and the teacher's map, dtypes written
@@ -149,50 +157,47 @@ def launches() -> Iterator[Launch]:
 
 
 def anchored_launches(
-    n: int,
-    width: int,
-    hidden: int,
-    dtype: torch.dtype,
-    biased: bool,
-    logit_map: R.LogitMap,
-    kept: bool,
-    frozen: bool,
-    stats: int,
+    n: int, vocab: int, hidden: int, dtype: torch.dtype, biased: bool, kept: bool, stats: int
 ) -> Iterator[Launch]:
-    scalars = rows_triton.map_scalars(logit_map)
-    x, words = torch.empty(n, hidden, dtype=dtype), torch.empty(width, hidden, dtype=dtype)
-    bias, numbers = torch.zeros(width) if biased else None, torch.zeros(n)
-    e = torch.empty(n, width, dtype=dtype) if kept else None
-    rows = (x, words, torch.zeros(n, dtype=torch.int64), bias)
-    name = f"{n}x{width}x{hidden} {_short(dtype)} {_words(biased, logit_map)}"
-    name += f"stats={stats} frozen={frozen} kept={kept}"
-    options = {**scalars, "stats": stats, "fold_cap": frozen}
-
-    def launch(prefix: str, kernel: str, adapter: Callable[..., None], *arguments: object):
-        modules = {"fold ": anchored_fold, "target ": anchored_target}
-        module = modules.get(prefix, anchored)
-        return record(prefix + name, kernel, adapter, arguments, module, **options)
-
+    x, w = torch.empty(n, hidden, dtype=dtype), torch.empty(vocab, hidden, dtype=dtype)
+    bias, numbers = torch.zeros(vocab) if biased else None, torch.zeros(n)
+    labels, state, words = torch.zeros(n, dtype=torch.int64), torch.zeros(R.STATE, n), 32_256
+    e = anchored.Exponentials(torch.empty(1, dtype=dtype), n, words, 0, n) if kept else None
+    rows = (x, w, labels, bias)
+    name = f"{n}x{vocab}x{hidden} {_short(dtype)} {'bias ' if biased else ''}"
+    name += f"stats={stats} kept={_short(dtype if kept else None)}"
+    sums, given = anchored.SUMS.value if stats else 1, {"factor": 1.25, "stats": stats}
     for tma in (False, True):
-        blocks = _blocks.gemm_blocks(tma)
         if tma and hidden * dtype.itemsize % 16:
             continue  # what a descriptor cannot load, the other kernel does
-        partial = torch.zeros(anchored.SUMS.value if stats else 1, -(-width // blocks.v), n)
-        found = launch(
-            "descriptors " if tma else "pointers ",
-            "anchored_fwd_tma_kernel" if tma else "anchored_fwd_kernel",
-            anchored.anchored_fwd, *rows, numbers, partial, e, 0, blocks, 132,
+        prefix, kernel = ("descriptors ", "_tma") if tma else ("pointers ", "")
+        blocks = _blocks.gemm_blocks(tma)
+        partial = torch.zeros(sums, -(-vocab // blocks.v), n)
+        found = record(
+            prefix + name, f"anchored_fwd{kernel}_kernel", anchored.anchored_fwd,
+            (*rows, numbers, partial, e, blocks, 132), anchored, **given,
         )  # fmt: skip
         yield found._replace(architectures=(90,)) if tma else found
-    anchors, total = (None, torch.zeros(n, hidden)) if frozen else (numbers if kept else None, None)
-    yield launch(
-        "fold ", "anchored_fold_kernel", anchored_fold.anchored_fold,
-        *rows, partial, numbers, torch.zeros(R.STATE, n), e, anchors, total, 0,
-    )  # fmt: skip
-    options = {**scalars, "vocab": width}
-    yield launch(
-        "target ", "anchored_target_kernel", anchored_target.anchored_target,
-        x, x, *rows[2:], numbers, numbers,
+    if not biased:
+        return  # what stands beside the product needs least there
+    given["largest"] = 2.0**80
+    maxima = torch.zeros(-(-vocab // anchored_again.WORDS), n)
+    for again in (None, torch.zeros(sums, *maxima.shape)):
+        yield record(
+            f"again {name} sums={again is not None}", "anchored_again_kernel",
+            anchored_again.anchored_again,
+            (*rows, numbers, maxima, again, None if again is None else e), anchored_again, **given,
+        )  # fmt: skip
+        folded = partial if again is None else again
+        yield record(
+            f"fold {name} again={again is not None}", "anchored_fold_kernel",
+            anchored_fold.anchored_fold,
+            (folded, None if again is None else maxima, labels, numbers, state, numbers, e),
+            anchored_fold, vocab=vocab, fused=True, **given,
+        )  # fmt: skip
+    yield record(
+        "target " + name, "anchored_target_kernel", anchored_target.anchored_target,
+        (*rows, numbers, numbers, numbers), anchored_target, factor=1.25,
     )  # fmt: skip
 
 
@@ -260,8 +265,35 @@ def resources(cubin: bytes) -> dict[str, int]:
         command = [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    counts = {name: len(re.findall(rf"\b{name}\.", text)) for name in ("HGMMA", "HMMA")}
+    units = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG")
+    counts = {name: len(re.findall(rf"\b{name}[. ]", text)) for name in units}
+    counts["epilogue"] = len(epilogue(text))
     return {name.lower(): int(value) for name, value in (found | counts).items()}
+
+
+def epilogue(sass: str) -> list[str]:
+    """What a thread runs from the last product's end to the next block, where no mask is needed.
+
+    Masks are apart: a branch leads around each group of them. Of Hopper's kernel alone.
+    """
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)
+    code = [(int(place, 16), text.strip()) for place, text in found]
+    place_of = {place: i for i, (place, _) in enumerate(code)}
+    waits = [i for i, (_, text) in enumerate(code) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in text]
+    path, i = [], waits[0] if waits else len(code)
+    while i < len(code):
+        place, text = code[i]
+        path.append(text)
+        branch = re.match(r"(@!?U?P\d+ )?BRA(?:\.\w+)? 0x([0-9a-f]+)", text)
+        to = int(branch[2], 16) if branch else place + 1
+        if to <= place or "EXIT" in text:
+            break
+        skipped = [text for other, text in code[i:] if other < to]
+        masks = any("FSEL" in text for text in skipped) and not any(
+            "MUFU" in text for text in skipped
+        )
+        i = place_of[to] if branch and branch[1] and masks else i + 1
+    return path
 
 
 def reduction_layouts(ttgir: str) -> list[str]:
@@ -275,8 +307,14 @@ def reduction_layouts(ttgir: str) -> list[str]:
 
 
 def report() -> Iterator[dict]:
+    seen: set[object] = set()
     for launch in launches():
-        for sm in launch.architectures:
+        architectures = launch.architectures
+        if "bias" in launch.name and launch.kernel not in seen and architectures == ARCHITECTURES:
+            # One launch of each kernel, of those that need most registers, is enough for these.
+            seen.add(launch.kernel)
+            architectures += OTHERS
+        for sm in architectures:
             target = GPUTarget("cuda", sm, 32)
             compiled = triton.compile(source_of(launch), target, launch.options)
             yield {

@@ -56,12 +56,13 @@ def test_the_same_sums_as_in_triton(factor, tmp_path):
     labels[30] = -100  # a label that is not in the tile
     expected, sums = torch.empty(5, -(-v // BLOCKS.v), n), torch.zeros(5, n)
     anchored.anchored_fwd(
-        x, words, labels, bias, origin, expected, None, 0, BLOCKS, 3,
-        scale=1.0, post=factor, softcap=False, stats=15, fold_cap=False,
+        x, words, labels, bias, origin * factor / math.log(2), expected, None, BLOCKS, 3,
+        factor=factor, stats=15,
     )  # fmt: skip
     given = [ctypes.c_void_p(t.data_ptr()) for t in (products, bias, origin, labels)]
     sizes = (ctypes.c_float(factor / math.log(2)), n, v, ctypes.c_void_p(sums.data_ptr()))
     ctypes.CDLL(str(library)).add_up(*given, *sizes)
-    torch.testing.assert_close(sums, expected.sum(1), rtol=1e-5, atol=1e-4)
-    assert torch.equal(sums[4], expected.sum(1)[4])
+    torch.testing.assert_close(sums[:4], expected[:4].sum(1), rtol=1e-5, atol=1e-4)
+    # One counts the words above the label, the other knows the highest.
+    assert torch.equal(sums[4] > 0, expected[4].amax(0) > 1e-5)
     assert sums[4].any() and not sums[4, :20].any()

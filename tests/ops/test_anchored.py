@@ -24,7 +24,13 @@ from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head, max_e
 
 triton = pytest.importorskip("triton")
 
-from fastpo.kernels import _blocks, anchored, anchored_fold, anchored_target  # noqa: E402
+from fastpo.kernels import (  # noqa: E402
+    _blocks,
+    anchored,
+    anchored_again,
+    anchored_fold,
+    anchored_target,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 reason = rows_triton.unavailable(torch.device(DEVICE))
@@ -40,200 +46,183 @@ PRODUCTS = [
     for name in ("anchored", "cutlass")
     if registry.unavailable(name, torch.device(DEVICE)) is None
 ]
-MAPS = {
-    "plain": R.LogitMap(),
-    "scaled": R.LogitMap(temperature=0.7, logit_scale=-1.3),
-    "softcap": R.LogitMap(temperature=1.6, softcap=5.0, logit_scale=-0.8),
-}
-# What the words of earlier tiles have left: it has to join the tile's own.
-START = torch.tensor([math.nan, 1.0, math.nan, -2.0, 0.5, 3.0, -math.inf]).unsqueeze(1)
+FACTORS = {"plain": 1.0, "scaled": -1.3 / 0.7}
 # The walk of the shipped blocks in small: several groups, several blocks a program.
 SMALL = {
     "pointers": _blocks.GemmBlocks(16, 64, 32, 2, 1, num_stages=2, num_warps=4, tma=False),
     "descriptors": _blocks.GemmBlocks(16, 64, 32, 2, 3, num_stages=2, num_warps=4, tma=True),
 }
+WORDS, ABOVE = 64, 2  # of a block of E, and rows of other tokens above those of a tile
 
 
 @dataclass
 class Tile:
-    """One tile of words and what the kernels make of it."""
+    """Rows, all words, and what the kernels make of them."""
 
     x: Tensor  # [n, H]
     words: Tensor  # [v, H]
     labels: Tensor  # [n]
     bias: Tensor | None  # [v]
-    logit_map: R.LogitMap
+    factor: float
     stored: int
 
     def logits(self) -> Tensor:
         z = self.x.double() @ self.words.double().t()
-        z = z if self.bias is None else z + self.bias.double()
-        if self.logit_map.softcap is None:
-            return z * self.logit_map.factor
-        return torch.tanh(z * self.logit_map.logit_scale / self.logit_map.softcap) * (
-            self.logit_map.cap
-        )
+        return (z if self.bias is None else z + self.bias.double()) * self.factor
 
-    def run(self, blocks: _blocks.GemmBlocks, fold_cap: bool = False, stats: int = 0) -> Tile:
+    def run(self, blocks: _blocks.GemmBlocks, stats: int = 0, words: int = WORDS) -> Tile:
         n, v = len(self.x), len(self.words)
-        scalars = rows_triton.map_scalars(self.logit_map)
-        self.target, self.origin = torch.empty(2, n)
-        own = self.words[self.labels.clamp(0, v - 1)]
+        rows = (self.x, self.words, self.labels, self.bias)
+        self.state = torch.empty(R.STATE, n)
+        origin, base, self.offset = torch.empty(3, n)
         anchored_target.anchored_target(
-            self.x, own, self.labels, self.bias, self.target, self.origin, vocab=v, **scalars
+            *rows, self.state[R.TARGET], origin, base, factor=self.factor
         )
+        count, height = -(-v // words), self.stored + ABOVE + 1
+        cells = torch.full((count * height * words,), 9.0)
+        e = anchored.Exponentials(cells, height, words, ABOVE, self.stored)
         self.partial = torch.empty(anchored.SUMS.value if stats else 1, -(-v // blocks.v), n)
-        self.e = torch.full((self.stored, v + 3), 9.0, dtype=torch.float32)
-        e, rows = self.e[:, :v], (self.x, self.words, self.labels, self.bias)
-        options = {**scalars, "stats": stats, "fold_cap": fold_cap}
-        anchored.anchored_fwd(*rows, self.origin, self.partial, e, 0, blocks, 3, **options)
-        self.state, self.total = START.repeat(1, n), torch.ones(n, self.x.shape[1])
-        self.anchors = torch.empty(self.stored)
-        anchored_fold.anchored_fold(
-            *rows, self.partial, self.origin, self.state, e, self.anchors, self.total, 0,
-            **options,
-        )  # fmt: skip
-        self.others = self.state[R.OTHERS]
-        assert (self.e[:, v:] == 9.0).all(), "wrote behind the tile"
-        self.e = e
+        given = {"factor": self.factor, "stats": stats}
+        anchored.anchored_fwd(*rows, base, self.partial, e, blocks, 3, **given)
+        given["largest"] = walk._LARGEST_SUM
+        fold = {**given, "vocab": v, "fused": True}
+        kept = (self.labels, origin, self.state, self.offset, e)
+        anchored_fold.anchored_fold(self.partial, None, *kept, **fold)
+        self.again = self.state[R.OTHERS] > walk._LARGEST_SUM
+        maxima = torch.empty(-(-v // anchored_again.WORDS), n)
+        again = torch.empty(len(self.partial), *maxima.shape)
+        others = self.state[R.OTHERS]
+        anchored_again.anchored_again(*rows, others, maxima, None, None, **given)
+        anchored_again.anchored_again(*rows, others, maxima, again, e, **given)
+        anchored_fold.anchored_fold(again, maxima, *kept, **fold)
+        e = cells.view(count, height, words).transpose(0, 1).reshape(height, -1)
+        assert (e[:ABOVE] == 9.0).all() and (e[-1] == 9.0).all(), "wrote to rows of others"
+        self.e = e[ABOVE:-1, :v]
         return self
 
+    def true_state(self) -> tuple[dict[int, Tensor], Tensor]:
+        """Beside the maximum that was found; and e, with the label's cell."""
+        z, label = self.logits(), self.labels.unsqueeze(1)
+        own = z.gather(1, label)
+        d = z - self.state[R.MAX].double().unsqueeze(1)
+        e = d.exp().scatter(1, label, 0.0)
+        beaten = (z.scatter(1, label, -math.inf) > own).any(1)
+        state = {
+            R.OTHERS: e.sum(1),
+            R.TARGET: own.squeeze(1),
+            R.MOMENT: (e * d).sum(1),
+            R.SQUARES: e.square().sum(1),
+            R.SUM: z.sum(1),
+            R.BEFORE: torch.where(beaten, math.inf, -math.inf).double(),
+        }
+        unit = self.offset.double().exp().unsqueeze(1)
+        return state, (e.scatter(1, label, -e.sum(1, keepdim=True)) / unit)[: self.stored]
 
-def make_tile(n: int, v: int, H: int, logit_map: R.LogitMap, dtype=torch.float32) -> Tile:
+
+BITS = {R.OTHERS: 0, R.TARGET: 0, R.MOMENT: 1, R.SQUARES: 2, R.SUM: 4, R.BEFORE: 8}
+
+
+def make_tile(n: int, v: int, H: int, factor: float, dtype=torch.float32) -> Tile:
     g = torch.Generator().manual_seed(0)
     x, words = torch.randn(n, H, generator=g), torch.randn(v, H, generator=g) * 0.4
     labels = torch.randint(0, v, (n,), generator=g)
     labels[-1] = v - 1
     bias = torch.randn(v, generator=g)
-    return Tile(x.to(dtype), words.to(dtype), labels, bias, logit_map, stored=n * 2 // 3)
+    return Tile(x.to(dtype), words.to(dtype), labels, bias, factor, stored=n * 2 // 3)
 
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("logit_map", MAPS)
+@pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("blocks", SMALL)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (50, 141, 40), (40, 64, 16)], ids=str)
-def test_exponentials_and_their_sums(shape, blocks, logit_map, dtype):
-    fold_cap = logit_map == "softcap"
-    tile = make_tile(*shape, MAPS[logit_map], dtype).run(SMALL[blocks], fold_cap)
-    z, label = tile.logits(), tile.labels.unsqueeze(1)
-    true_target = z.gather(1, label).squeeze(1)
-    assert max_error(tile.target, true_target) <= 1e-6 * (1 + true_target.abs().max())
-    origin = tile.origin.double().unsqueeze(1) * (MAPS[logit_map].cap or MAPS[logit_map].factor)
-    e = (z - origin).exp().scatter(1, label, 0.0)
-    torch.testing.assert_close(tile.others.double() - 1, e.sum(1), rtol=3e-6, atol=1e-6)
-    kept = e * MAPS[logit_map].cap_slope(z) if fold_cap else e
-    torch.testing.assert_close(tile.e.double(), kept[: tile.stored], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(tile.anchors.double(), origin[: tile.stored, 0], rtol=1e-6, atol=0)
-    assert (tile.total == 1).all(), "no row had to be computed again"
-
-
-def true_sums(tile: Tile, others: Tensor, moment: Tensor, squares: Tensor) -> dict[int, Tensor]:
-    """State of the rows after the tile, from what it was beside the origin of now."""
-    z, label = tile.logits(), tile.labels.unsqueeze(1)
-    own = z.gather(1, label)
-    d = z - tile.origin.double().unsqueeze(1) * (tile.logit_map.cap or tile.logit_map.factor)
-    e = d.exp().scatter(1, label, 0.0)
-    return {
-        R.OTHERS: others + e.sum(1),
-        R.MOMENT: moment + (e * d).sum(1),
-        R.SQUARES: squares + e.square().sum(1),
-        R.SUM: 3.0 + z.sum(1),
-        R.BEFORE: torch.where((z > own).any(1), math.inf, -math.inf).double(),
-    }
+def test_exponentials_and_their_sums(shape, blocks, factor, dtype):
+    tile = make_tile(*shape, FACTORS[factor], dtype).run(SMALL[blocks])
+    true, e = tile.true_state()
+    for row in (R.TARGET, R.OTHERS):
+        torch.testing.assert_close(tile.state[row].double(), true[row], rtol=1e-5, atol=1e-6)
+    assert torch.equal(tile.state[R.MAX], tile.state[R.TARGET]) and not tile.again.any()
+    torch.testing.assert_close(tile.e.double(), e, rtol=1e-5, atol=1e-6)
 
 
 @interpreted
 @pytest.mark.parametrize("stats", [1, 2, 4, 8, 15])
-@pytest.mark.parametrize("logit_map", MAPS)
+@pytest.mark.parametrize("factor", FACTORS)
 @pytest.mark.parametrize("blocks", SMALL)
-def test_statistics_in_passing(blocks, logit_map, stats):
-    tile = make_tile(50, 141, 40, MAPS[logit_map])
+def test_statistics_in_passing(blocks, factor, stats):
+    tile = make_tile(50, 141, 40, FACTORS[factor])
     best = tile.logits().argmax(1)
     tile.labels[:20] = best[:20]
     plain = replace(tile).run(SMALL[blocks])
     tile.run(SMALL[blocks], stats=stats)
-    assert torch.equal(tile.others, plain.others) and torch.equal(tile.e, plain.e)
-    for row, true in true_sums(tile, *torch.tensor([1.0, -2.0, 0.5])).items():
-        bit = {R.MOMENT: 1, R.SQUARES: 2, R.SUM: 4, R.BEFORE: 8}.get(row, stats)
-        if not stats & bit:
-            true = START[row].expand(50).double()
-        size = tile.logits().abs().sum(1).max() if row == R.SUM else 1.0
-        torch.testing.assert_close(tile.state[row].double(), true, rtol=5e-6, atol=2e-7 * size)
+    assert torch.equal(tile.state[R.OTHERS], plain.state[R.OTHERS])
+    assert torch.equal(tile.e, plain.e)
+    for row, true in tile.true_state()[0].items():
+        if BITS[row] & ~stats:
+            assert tile.state[row].isnan().all(), "written, though nobody asked"
+        else:
+            size = tile.logits().abs().sum(1).max() if row == R.SUM else 1.0
+            torch.testing.assert_close(tile.state[row].double(), true, rtol=1e-5, atol=2e-7 * size)
 
 
 @interpreted
-@pytest.mark.parametrize("logit_map", ["plain", "scaled"])
-def test_statistics_of_a_row_that_is_computed_again(logit_map):
-    tile = make_tile(40, 130, 24, MAPS[logit_map])
-    tile.x *= 0.1
-    tile.bias[7] -= 60.0 / MAPS[logit_map].factor
-    tile.labels[[3, 20]] = 7
+@pytest.mark.parametrize("factor", FACTORS)
+def test_rows_that_overflow_are_computed_again_and_no_others(monkeypatch, factor):
+    monkeypatch.setattr(anchored_again, "WORDS", 96)  # so that several programs share a row
+    tile = make_tile(70, 230, 24, FACTORS[factor])
+    before = replace(tile).run(SMALL["pointers"], stats=15)
+    for row in (3, 40, 69):  # rows that are stored, and one that is not
+        tile.x[row] *= 40
+        tile.labels[row] = tile.logits()[row].argmin()
     tile.run(SMALL["pointers"], stats=15)
-    # What stood beside the target stands beside the maximum now.
-    shift = tile.origin.double() * MAPS[logit_map].factor - tile.target
-    assert torch.equal(shift > 30, tile.labels == 7)
-    shrink = (-shift).exp()
-    true = true_sums(tile, shrink, shrink * (-2 - shift), shrink.square() * 0.5)
-    for row in (R.OTHERS, R.MOMENT, R.SQUARES, R.SUM):
-        size = tile.logits().abs().sum(1).max() if row == R.SUM else 1.0
-        torch.testing.assert_close(tile.state[row].double(), true[row], rtol=3e-5, atol=2e-6 * size)
+    assert tile.again.nonzero().squeeze(1).tolist() == [3, 40, 69]
+    others = ~tile.again
+    assert torch.equal(tile.state[:, others], before.state[:, others])
+    assert torch.equal(tile.e[others[:46]], before.e[others[:46]])
+    z = tile.logits()
+    torch.testing.assert_close(
+        tile.state[R.MAX, tile.again].double(), z.amax(1)[tile.again], rtol=1e-6, atol=0
+    )
+    # Logits of hundreds of nats have float32 roundings of hundreds of ulps of 1.
+    rtol = z.abs().max().item() * torch.finfo(torch.float32).eps * 2
+    true, e = tile.true_state()
+    for row, value in true.items():
+        atol = rtol * (len(tile.words) if row == R.SUM else 1)
+        torch.testing.assert_close(tile.state[row].double(), value, rtol=rtol, atol=atol)
+    torch.testing.assert_close(tile.e.double(), e, rtol=rtol, atol=1e-6)
 
 
 @interpreted
 @pytest.mark.parametrize("blocks", [_blocks.gemm_blocks(False), _blocks.gemm_blocks(True)], ids=str)
 def test_the_shipped_blocks(blocks):
-    tile = make_tile(130, 300, 72, MAPS["plain"]).run(blocks)
+    tile = make_tile(130, 300, 72, 1.0).run(blocks, words=planner.GRANULE)
     assert tile.partial.shape == (1, -(-300 // blocks.v), 130)
-    z = tile.logits()
-    others = (z - z.gather(1, tile.labels.unsqueeze(1))).exp().sum(1) - 1
-    torch.testing.assert_close(tile.others.double() - 1, others, rtol=3e-6, atol=1e-6)
-
-
-@interpreted
-@pytest.mark.parametrize("logit_map", ["plain", "scaled"])
-def test_a_row_that_overflows_is_computed_again_and_no_other(logit_map):
-    tile = make_tile(70, 130, 24, MAPS[logit_map])
-    before = replace(tile).run(SMALL["pointers"])
-    for row in (3, 40, 69):  # rows that are stored, and one that is not
-        tile.x[row] *= -1e3 * tile.words[tile.labels[row]].sign().sum().sign() + 3e3
-        z = tile.logits()[row]
-        tile.labels[row] = z.argmin()
-    tile.run(SMALL["pointers"])
-    again = torch.zeros(70, dtype=torch.bool).index_fill(0, torch.tensor([3, 40, 69]), True)
-    assert torch.equal((tile.total != 1).all(1), again)
-    assert torch.equal(tile.others[~again], before.others[~again])
-    assert torch.equal(tile.e[~again[:46]], before.e[~again[:46]])
-    z, factor = tile.logits(), MAPS[logit_map].factor
-    origin = tile.origin.double().unsqueeze(1) * factor
-    e = (z - origin).exp().scatter(1, tile.labels.unsqueeze(1), 0.0)
-    torch.testing.assert_close(origin[again, 0], z[again].amax(1), rtol=1e-5, atol=0)
-    # Logits of thousands of nats have float32 roundings of thousands of ulps of 1.
-    rtol = z.abs().max().item() * torch.finfo(torch.float32).eps * 2
-    torch.testing.assert_close(tile.others[again].double(), e.sum(1)[again], rtol=rtol, atol=1e-6)
-    torch.testing.assert_close(tile.e.double(), e[:46], rtol=rtol, atol=1e-6)
+    true, e = tile.true_state()
+    torch.testing.assert_close(tile.state[R.OTHERS].double(), true[R.OTHERS], rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(tile.e.double(), e, rtol=1e-5, atol=1e-6)
 
 
 @interpreted
 @pytest.mark.parametrize("outside", [-100, 200, 2**40])
 def test_a_label_outside_the_vocabulary_leaves_finite_exponentials(outside):
-    """An ignored row on a GPU: its target is NaN, and its stored zeros times 0 must stay 0."""
-    tile = make_tile(20, 200, 8, MAPS["plain"])
+    """An ignored row on a GPU: its target is NaN, and its stored numbers times 0 must stay 0."""
+    tile = make_tile(20, 200, 8, 1.0)
     tile.labels[4] = outside
     tile.run(SMALL["descriptors"])
-    assert tile.target.isnan().tolist() == [row == 4 for row in range(20)]
-    assert tile.e.isfinite().all() and tile.others.isfinite().all()
+    assert tile.state[R.TARGET].isnan().tolist() == [row == 4 for row in range(20)]
+    assert tile.e.isfinite().all() and tile.state[R.OTHERS].isfinite().all()
+    assert (tile.e[4] >= 0).all(), "no cell is a label's"
 
 
 def count_products(monkeypatch) -> list[str]:
-    """Which forward ran: a word for each tile."""
+    """Which forward ran: a word for each tile or block of rows."""
     ran: list[str] = []
-    fold, products = walk._Block.fold, fastpo.ops.walks.head.Head.products
+    fold, products = walk._fold, fastpo.ops.walks.head.Head.products
 
     def note(word, function):
         return lambda *args, **named: (ran.append(word), function(*args, **named))[1]
 
-    monkeypatch.setattr(walk._Block, "fold", note("anchored", fold))
+    monkeypatch.setattr(walk, "_fold", note("anchored", fold))
     monkeypatch.setattr(fastpo.ops.walks.head.Head, "products", note("classic", products))
     return ran
 
@@ -259,7 +248,7 @@ def test_selected_by_name_where_it_serves(monkeypatch, backend, dtype, outputs, 
 @interpreted
 @pytest.mark.parametrize("frozen", [True, False])
 def test_no_logits_tile_is_allocated(monkeypatch, frozen):
-    """The float32 tile of the classic forward never exists; a frozen head needs a tile of E."""
+    """The float32 tile of the classic forward never exists; a frozen head needs E of some rows."""
     made: list[int] = []
     empty = fastpo.ops.walks.head.Head.empty
 
@@ -268,18 +257,25 @@ def test_no_logits_tile_is_allocated(monkeypatch, frozen):
         return empty(self, *shape, dtype=dtype)
 
     monkeypatch.setattr(fastpo.ops.walks.head.Head, "empty", noted)
-    monkeypatch.setattr("fastpo.planner.tile_shape", lambda *_: planner.Tiles(32, 64))
+    monkeypatch.setattr("fastpo.planner.frozen_rows", lambda *_: 16)
     x = make_head(40, 300, 8)
     fastpo.linear_logps(x.hidden.requires_grad_(frozen), x.weight, x.labels, backend="anchored")
-    assert max(made) <= (32 * 64 if frozen else 40 * 8)
+    assert max(made) <= (16 * 512 if frozen else 40 * 8)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of rows, of E and of what is computed again."""
+    monkeypatch.setattr(planner, "tile_shape", lambda *_: planner.Tiles(8, 64))
+    monkeypatch.setattr(planner, "frozen_rows", lambda *_: 5)
+    monkeypatch.setattr(planner, "exponential_words", lambda _: 512)
+    monkeypatch.setattr(planner, "recomputed_words", lambda *_: 256)
 
 
 @interpreted
 @pytest.mark.parametrize("mode", ["frozen", "keep", "lean"])
-def test_overflow_in_the_middle_of_the_vocabulary(monkeypatch, mode):
-    """Rows move to another origin between tiles: what was summed and kept before moves along."""
-    monkeypatch.setattr("fastpo.planner.tile_shape", lambda *_: planner.Tiles(8, 48))
-    inputs = make_head(20, 200, 16, bias=True)
+def test_overflow_in_the_middle_of_the_vocabulary(small_blocks, mode):
+    inputs = make_head(20, 700, 16, bias=True)
     inputs.labels[:] = 3
     inputs.bias[:48] -= 60.0
     inputs.bias[100:104] += 90.0
@@ -317,8 +313,8 @@ def test_a_removed_label_has_log_probability_minus_infinity():
 
 def test_blocks_are_what_the_kernels_can_walk():
     for blocks in (_blocks.gemm_blocks(False), _blocks.gemm_blocks(True), _blocks.repair_blocks()):
-        # The tiles of the planner are multiples of 256 words: partial sums are cut alike.
-        assert 256 % blocks.v == 0 and blocks.h * 2 % 16 == 0
+        # Blocks of E are multiples of a granule, and no block of the product reaches beyond one.
+        assert planner.GRANULE % blocks.v == 0 and blocks.h * 2 % 16 == 0
 
 
 @pytest.mark.gpu

@@ -99,7 +99,11 @@ def check(inputs: HeadInputs, backend: str, mode: str, dtype, grads=("logps",), 
             assert_as_good_as_eager(name, value, *others, slack=slack)
     for name, value in fused_grads.items():
         assert value.dtype == dtype
-        assert_as_good_as_eager(name, value, eager_grads[name], truth_grads[name])
+        slack = 0.0
+        if backend in ("anchored", "cutlass") and dtype == torch.float32:
+            # Exponentials and their scales meet in the product, each with a rounding of its own.
+            slack = 2 * rounding(truth_grads[name], dtype)
+        assert_as_good_as_eager(name, value, eager_grads[name], truth_grads[name], slack=slack)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=list(OPTIONS))

@@ -24,12 +24,12 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def serves(x: Tensor, words: Tensor, bias: Tensor | None, softcap: bool) -> bool:
-    """No soft-cap in this epilogue; all rows, those of e too, start where blocks can be copied.
+def serves(x: Tensor, words: Tensor, bias: Tensor | None) -> bool:
+    """All rows, those of e too, start where blocks can be copied.
 
     The same whether e is wanted or not, so that all modes have the same bits.
     """
-    if softcap or x.dtype != torch.bfloat16 or words.dtype != torch.bfloat16:
+    if x.dtype != torch.bfloat16 or words.dtype != torch.bfloat16:
         return False
     starts = [t.data_ptr() for t in (x, words, bias) if t is not None]
     pitches = [t.stride(0) * t.itemsize for t in (x, words)] + [len(words) * x.itemsize]

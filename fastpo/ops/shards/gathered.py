@@ -74,6 +74,7 @@ class HeadOptions:
             # Where d weight is added to a gradient that is there, it needs no place.
             lends=weight.requires_grad and not self.accumulate,
             shard=self.shard,
+            anchors=True,
         )
 
 

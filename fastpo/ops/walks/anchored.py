@@ -2,142 +2,186 @@
 
 With z_y of the label known first, the product's epilogue takes exp(z_v - z_y) at once, so float32
 logits are neither written nor read. log p = -log1p(Σ exp(z_v - z_y)) over the others has no
-cancellation. What is kept and left in `state` has the classic meaning, with z_y in place of the
-running maximum, so the backward is the classic one. The other statistics are sums in the same
-epilogue, each only where it is asked for.
+cancellation. One launch covers the whole vocabulary, so all exponentials of a row are relative to
+one number, and what is stored of them is the operand of the products that follow: with E_y := minus
+the sum of the others in the label's cell and a scale r per row,
 
-The product is Triton's, or CUTLASS's where that was built in and serves the tile. Both are selected
-by name, `backend="anchored"`, `backend="cutlass"`, or by the table of _fastest.py.
+    d log p / d hidden = -r·(E·W)          d loss / d weight = Eᵀ·(-g·r·hidden)
+
+What is left in `state` has the classic meaning, with z_y in place of the running maximum. The other
+statistics are sums in the same epilogue, each only where it is asked for.
+
+The product is Triton's, or CUTLASS's where that was built in and serves the operands. Both are
+selected by name, `backend="anchored"`, `backend="cutlass"`, or by the table of fastest.py.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ... import planner
 from ..rows import anchored_cutlass as cutlass
 from ..rows import backend as R
-from ..rows.triton import map_scalars
-from .head import Head, HeadSpec, addmm_float32
+from .head import Head, mm_float32
+
+if TYPE_CHECKING:
+    from ...kernels.anchored import Exponentials
 
 LOG2_E = 1 / math.log(2)
 
-# float16 holds no exponential above 2**16; products of float32 belong to cuBLAS. The interpreter
-# knows float32 only, and a CPU has nothing else here.
-_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-
-
-def serves(spec: HeadSpec, device: torch.device, biased: bool) -> bool:
-    """The one place that chooses between this forward and the classic one."""
-    named = spec.backend in ("anchored", "cutlass")
-    if spec.shard is not None:
-        return False  # the label's word, and so its logit, is another process's
-    if biased and spec.logit_map.softcap is not None and spec.stats:
-        return False  # the epilogue would spill registers
-    return named and spec.compute_dtype == _DTYPES.get(device.type)
+# A sum above this is computed again. E goes into d weight beside rows that are as much smaller:
+# 2**-80 of a gradient is still far from the smallest float32.
+_LARGEST_SUM = 2.0**80
+# Where squares are summed, too: theirs may reach its square.
+_LARGEST_SUM_OF_SQUARES = 2.0**50
 
 
 def score_block(head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int, b: int) -> None:
-    block, K = _Block(head, state, a, b), head.plan.kept_tokens
-    split = min(max(K, a), b)
-    for i, v0, v1 in head.vocab_tiles():
-        if split > a:
-            stored = head.stored(kept, v0, v1)[a:split]
-            block.fold(v0, head.words(v0, v1), stored, anchors[i, a:split])
-        else:
-            block.fold(v0, head.words(v0, v1))
-    block.finish()
+    from ...kernels.anchored import Exponentials
+
+    plan, e = head.plan, None
+    split = min(max(plan.kept_tokens, a), b)
+    if split > a:
+        cells = head.kept_cells(kept)
+        e = Exponentials(cells, plan.kept_tokens, plan.block_words, a, split - a)
+    unit = _fold(head, state[:, a:b], a, b, head.words(0, plan.vocab), e)
+    anchors[0, a:split] = unit[: split - a]
 
 
-def frozen_block(head: Head, state: Tensor, a: int, b: int) -> Tensor:
-    """Σ over the others of p_v·dz/dx·W_v [b - a, H]: the second product, inside the forward."""
-    block = _Block(head, state, a, b)
-    total = torch.zeros(b - a, head.hidden.shape[1], dtype=torch.float32, device=head.device)
-    buffer = head.empty(head.tile_cells, dtype=head.gemm)
-    for _, v0, v1 in head.vocab_tiles():
-        words = head.words(v0, v1)
-        e = buffer[: (b - a) * (v1 - v0)].view(b - a, v1 - v0)
-        block.fold(v0, words, e, total=total)
-        addmm_float32(total, e, words)
-    block.finish()
-    return total.div_(block.mass_of_all())
+def frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) -> None:
+    """d logp / d hidden of rows a to b: the second product, inside the forward."""
+    from ...kernels.anchored import Exponentials
+
+    vocab, words = head.plan.vocab, head.words(0, head.plan.vocab)
+    width = planner.padded(vocab)
+    step = planner.frozen_rows(b - a, vocab, head.gemm.itemsize, head.device)
+    buffer = head.empty(min(step, b - a) * width, dtype=head.gemm)
+    total = head.empty(min(step, b - a), head.hidden.shape[1], dtype=torch.float32)
+    for c in range(a, b, step):
+        d = min(c + step, b)
+        rows = state[:, c:d]
+        unit = _fold(head, rows, c, d, words, Exponentials(buffer, d - c, width, 0, d - c))
+        e = buffer[: (d - c) * width].view(d - c, width)[:, :vocab]
+        weighted = mm_float32(e, words, total[: d - c])
+        direction[c:d] = weighted.mul_(unit.mul_(-head.spec.logit_map.factor).unsqueeze(1))
 
 
-class _Block:
-    """Rows a to b on their walk over the vocabulary; `state` holds what the words so far add up to.
+def _fold(
+    head: Head,
+    state: Tensor,  # [STATE, n], written
+    a: int,
+    b: int,
+    words: Tensor,  # [V, H]
+    e: Exponentials | None,  # written
+) -> Tensor:  # [n] the probability that one unit of `e` is
+    """What all words together say of rows a to b."""
+    from ...kernels.anchored_again import WORDS, anchored_again
+    from ...kernels.anchored_fold import anchored_fold
+    from ...kernels.anchored_target import anchored_target
 
-    origin: [n] what exponentials are taken beside, in units in which z = origin·post.
-    """
-
-    def __init__(self, head: Head, state: Tensor, a: int, b: int) -> None:
-        from ...kernels.anchored_target import anchored_target
-
-        self.head, self.state = head, state[:, a:b]
-        self.x, self.labels = _unit_columns(head.block(a, b)), head.labels[a:b]
-        self.origin = head.empty(b - a, dtype=torch.float32)
-        self.scalars = map_scalars(head.spec.logit_map)
-        # The clamp keeps a lookup inside the weight: the kernel looks at the label itself.
-        own = head.weight.index_select(0, self.labels.clamp(0, head.plan.vocab - 1)).to(head.gemm)
-        rows = (self.x, own, self.labels, head.bias)
-        target = self.state[R.TARGET]
-        anchored_target(*rows, target, self.origin, vocab=head.plan.vocab, **self.scalars)
-
-    def fold(
-        self,
-        first: int,
-        words: Tensor,  # [v, H]
-        e: Tensor | None = None,  # [stored, v], written: of the first rows
-        anchors: Tensor | None = None,  # [stored], written: what `e` is relative to, in nats
-        total: Tensor | None = None,  # [n, H], rescaled where the origin moves
-    ) -> None:
-        """One tile of words. For `total` the soft-cap's slope is multiplied into `e`."""
-        from ...kernels.anchored_fold import anchored_fold
-
-        words = _unit_columns(words)
-        stats = self.head.spec.stats
-        options = {**self.scalars, "stats": stats, "fold_cap": total is not None}
-        rows = (self.x, words, self.labels, self.head.bias)
-        partial = self._exponentials(rows, e, first, options)
-        anchored_fold(*rows, partial, self.origin, self.state, e, anchors, total, first, **options)
-
-    def _exponentials(
-        self, rows: tuple, e: Tensor | None, first: int, options: dict[str, Any]
-    ) -> Tensor:  # [sums, blocks of words, n]
-        """Sums over the others, block by block; `e` is written."""
-        from ...kernels.anchored import SUMS, anchored_fwd
-
-        x, words, labels, bias = rows
-        programs = _multiprocessors(self.head.device)
-        sums = SUMS.value if options["stats"] else 1
-        if self.head.spec.backend == "cutlass":
-            own = None if bias is None else bias[first : first + len(words)]
-            if cutlass.serves(x, words, own, options["softcap"]):
-                columns = (labels - first).clamp_(-1, len(words)).int()
-                slope = options["post"] * LOG2_E
-                own_rows = (x, words, columns, own, self.origin)
-                return cutlass.product(*own_rows, e, slope, sums, programs)
-        blocks = _gemm_blocks(x, words)
-        partial = self.head.empty(sums, -(-len(words) // blocks.v), len(x), dtype=torch.float32)
-        anchored_fwd(*rows, self.origin, partial, e, first, blocks, programs, **options)
-        return partial
-
-    def finish(self) -> None:
-        """The maximum's place in the state: z of the label, or of the origin a row moved to."""
-        m, others = self.state[R.MAX], self.state[R.OTHERS]
-        torch.mul(self.origin, self.scalars["post"], out=m)
-        # A NaN among the others shows in their sum alone, and no label is the best word beside it.
-        m.copy_(torch.where(others == others, m, others))
-
-    def mass_of_all(self) -> Tensor:
-        """Σ exp(z - origin·post) over all words [n, 1]."""
-        own = torch.exp(self.state[R.TARGET] - self.state[R.MAX])
-        return (self.state[R.OTHERS] + own).unsqueeze(1)
+    spec, n = head.spec, b - a
+    origin, base, offset = head.empty(3, n, dtype=torch.float32)
+    rows = Operands(unit_columns(head.block(a, b)), unit_columns(words), head.labels[a:b],
+                    head.bias, spec.logit_map.factor)  # fmt: skip
+    anchored_target(*rows.tensors, state[R.TARGET], origin, base, factor=rows.factor)
+    partial, fused = product(head, rows, origin, base, e, spec.stats)
+    assert partial is not None
+    squares = spec.stats & R.STATS["log_sum_sq_probs"]
+    given = {
+        "factor": rows.factor,
+        "stats": spec.stats,
+        "largest": _LARGEST_SUM_OF_SQUARES if squares else _LARGEST_SUM,
+    }
+    fold = (rows.labels, origin, state, offset, e)
+    anchored_fold(partial, None, *fold, vocab=len(words), fused=fused, **given)
+    maxima = head.empty(-(-len(words) // WORDS), n, dtype=torch.float32)
+    again = head.empty(len(partial), *maxima.shape, dtype=torch.float32)
+    others = state[R.OTHERS]
+    anchored_again(*rows.tensors, others, maxima, None, None, **given)
+    anchored_again(*rows.tensors, others, maxima, again, e, **given)
+    anchored_fold(again, maxima, *fold, vocab=len(words), fused=True, **given)
+    own = torch.exp(state[R.TARGET] - state[R.MAX])
+    return offset.exp_().div_(state[R.OTHERS] + own)
 
 
-def _unit_columns(x: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Operands:
+    """Of one product: all its rows and words. z = factor·(x·words + bias)."""
+
+    x: Tensor  # [n, H]
+    words: Tensor  # [v, H]
+    labels: Tensor  # [n] int64, outside [0, v) where the label is not among the words
+    bias: Tensor | None  # [v] float32
+    factor: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        return self.x, self.words, self.labels, self.bias
+
+
+def product(
+    head: Head,
+    rows: Operands,
+    origin: Tensor | None,  # [n] float32, products beside which exponentials are taken
+    base: Tensor,  # [n] float32, their exponents to the base of 2
+    e: Exponentials | None,
+    stats: int,
+    *,
+    sums: bool = True,  # whether any are wanted, and the origin known
+) -> tuple[Tensor | None, bool]:  # [sums, blocks of words, n], see anchored_fold's `fused`
+    """Exponentials beside the origin, 0 at the label, and their sums block by block."""
+    from ...kernels.anchored import SUMS, anchored_fwd
+
+    programs, count = _multiprocessors(head.device), SUMS.value if stats else 1
+    named = head.spec.backend == "cutlass" and origin is not None
+    if named and cutlass.serves(rows.x, rows.words, rows.bias):
+        assert origin is not None
+        return _cutlass_product(rows, origin, e, count, programs), False
+    blocks, partial = _gemm_blocks(rows.x, rows.words), None
+    if sums:
+        shape = (count, -(-len(rows.words) // blocks.v), len(rows.x))
+        partial = head.empty(*shape, dtype=torch.float32)
+    given = {"factor": rows.factor, "stats": stats}
+    anchored_fwd(*rows.tensors, base, partial, e, blocks, programs, **given)
+    return partial, True
+
+
+def _cutlass_product(
+    rows: Operands, origin: Tensor, e: Exponentials | None, sums: int, programs: int
+) -> Tensor:
+    """A launch for each block of E."""
+    vocab, slope, found = len(rows.words), rows.factor * LOG2_E, []
+    step = vocab if e is None else e.words
+    for v0 in range(0, vocab, step):
+        v1 = min(v0 + step, vocab)
+        columns = (rows.labels - v0).clamp_(-1, v1 - v0).int()
+        bias = None if rows.bias is None else rows.bias[v0:v1]
+        stored = None
+        if e is not None:
+            block = e.cells[e.rows * v0 :][: e.rows * step].view(e.rows, step)
+            stored = block[e.first : e.first + e.stored, : v1 - v0]
+        own = (rows.x, rows.words[v0:v1], columns, bias, origin)
+        found.append(cutlass.product(*own, stored, slope, sums, programs))
+    partial = found[0] if len(found) == 1 else torch.cat(found, 1)
+    if sums > 1:
+        # How many words are above the label becomes the distance of the highest.
+        partial[4].sub_(0.5).mul_(math.inf)
+    return partial
+
+
+def exponents_of(factor: float) -> float:
+    """What turns z into an exponent to the base of 2: log2 e, as rounded in the kernels' slope."""
+    slope = ctypes.c_float(factor * LOG2_E).value
+    return slope / factor if factor else LOG2_E
+
+
+def unit_columns(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 

@@ -5,12 +5,15 @@ So each slice of d weight is complete, and rounded once, when the walk leaves it
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ... import planner
 from ..rows import backend as R
+from .anchored import Operands, exponents_of, product, unit_columns
 from .head import Adapted, Forward, Head, HeadSpec, addmm_float32, place_of_dweight
 from .lending import Loan
 
@@ -43,7 +46,11 @@ def backward(
             head = Head(hidden, weight, bias, labels, spec)
             rows = row_grads(head, grads, saved)
             entropy_grad = grads["entropy"] is not None
-            walk = BackwardWalk(head, rows, saved, entropy_grad, needs, into)
+            walk: BackwardWalk
+            if head.anchored and not entropy_grad and grads["lse"] is None:
+                walk = ExponentialsWalk(head, rows, saved, entropy_grad, needs, into)
+            else:
+                walk = BackwardWalk(head, rows, saved, entropy_grad, needs, into)
             dhidden, dweight, dbias = walk.run(len(hidden))
         return dhidden, dweight if into is None else None, dbias
 
@@ -52,8 +59,7 @@ def row_grads(head: Head, grads: dict[str, Tensor | None], saved: Forward) -> Te
     """The numbers per row that the row kernel needs, [GRADS, n]."""
 
     def compact(x: Tensor | None) -> Tensor:
-        x = torch.zeros_like(saved.logps) if x is None else x.float()
-        return x if head.rows is None else x.index_select(0, head.rows)
+        return head.compact(torch.zeros_like(saved.logps) if x is None else x.float())
 
     logps, shift, log_mass = map(compact, (saved.logps, saved.maximum, saved.log_mass))
     g, g_entropy, g_lse = (compact(grads[name]) for name in ("logps", "entropy", "lse"))
@@ -93,26 +99,43 @@ class BackwardWalk:
         if needs[1] and into is None:
             self.dweight = self._dweight(V, trained)
         self.dbias = head.zeros(V) if needs[2] else None
-        self.in_place = n <= head.plan.tiles.tokens and head.weight.dtype == head.gemm
-        self._dx = head.empty(head.tile_cells, dtype=head.gemm)
+        self.in_place = len(self._blocks()) <= 1 and head.weight.dtype == head.gemm
+        self._dx = head.empty(self._cells(), dtype=head.gemm)
 
     def run(self, tokens: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         head = self.head
-        for i, v0, v1 in head.vocab_tiles():
+        for i, v0, v1 in self._tiles():
             words, slab = head.words(v0, v1), self._slab(v0, v1)
-            for a, b in head.token_blocks():
+            for a, b in self._blocks():
                 dx = self._dproducts(i, v0, v1, a, b, words)
                 if self.dhidden is not None:
                     addmm_float32(self.dhidden[a:b], dx, words)
                 if slab is not None:
-                    self._accumulate(slab, dx, head.block(a, b)[:, head.trained])
+                    self._accumulate(slab, dx, self._rows(a, b))
                 if self.dbias is not None:
-                    self.dbias[v0:v1] += dx.sum(0, dtype=torch.float32)
+                    self._add_bias(self.dbias[v0:v1], dx, a, b)
             if self.dweight is not None and slab is not None and not self.in_place:
                 self._round(self.dweight[v0:v1], slab)
         if self.dweight is not None and not len(head.hidden) and not self.adds:
             self.dweight.zero_()
         return self._dhidden(tokens), self.dweight, self.dbias
+
+    def _tiles(self) -> Iterable[tuple[int, int, int]]:
+        return self.head.vocab_tiles()
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        return list(self.head.token_blocks())
+
+    def _cells(self) -> int:
+        """Of the largest tile."""
+        return self.head.tile_cells
+
+    def _rows(self, a: int, b: int) -> Tensor:
+        """What d products are multiplied with for d weight."""
+        return self.head.block(a, b)[:, self.head.trained]
+
+    def _add_bias(self, dbias: Tensor, dx: Tensor, a: int, b: int) -> None:
+        dbias += dx.sum(0, dtype=torch.float32)
 
     def _dweight(self, vocab: int, trained: int) -> Tensor:
         head = self.head
@@ -147,8 +170,13 @@ class BackwardWalk:
         dx = self._dx[: (b - a) * (v1 - v0)].view(b - a, v1 - v0)
         split = min(max(K, a), b)
         if split > a:
-            stored = head.stored(self.saved.kept, v0, v1)[a:split]
-            self._turn(stored, self.saved.anchors[i, a:split], v0, a, split, dx[: split - a])
+            stored = head.stored(self.saved.kept, i, v0, v1)[a:split]
+            if head.anchored:
+                anchors = self.grads[R.SHIFT, a:split] + self.grads[R.LOG_MASS, a:split]
+                anchors += self.saved.anchors[0, a:split].log()
+            else:
+                anchors = self.saved.anchors[i, a:split]
+            self._turn(stored, anchors, v0, a, split, dx[: split - a])
         if split < b:
             tile = head.products(head.block(split, b), words)
             self._turn(tile, None, v0, split, b, dx[split - a :])
@@ -177,3 +205,96 @@ class BackwardWalk:
         if self.head.rows is None:
             return dhidden
         return dhidden.new_zeros(tokens, dhidden.shape[1]).index_copy_(0, self.head.rows, dhidden)
+
+
+class ExponentialsWalk(BackwardWalk):
+    """The walk of log-probabilities' gradients alone, after the forward of anchored.py.
+
+    d loss / d products is E times a number per row, with E as it was stored, so E goes into both
+    products and the numbers multiply hidden states before and d hidden after them. Tokens that were
+    not kept have p in its place, from the forward's product beside their log-sum-exp.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        grads: Tensor,
+        saved: Forward,
+        entropy_grad: bool,
+        needs: tuple[bool, bool, bool],
+        into: Tensor | None = None,
+    ) -> None:
+        super().__init__(head, grads, saved, entropy_grad, needs, into)
+        K = head.plan.kept_tokens
+        self.scale = grads[R.COMMON] * head.spec.logit_map.factor  # [n]
+        self.scale[:K] *= saved.anchors[0, :K]
+        if len(head.hidden) > K:
+            self._again = self._beside_log_mass(K)
+        if head.ignored is not None:
+            self.scale.masked_fill_(head.ignored, 0)
+        self._scale = self.scale.unsqueeze(1).to(head.gemm)
+        self._hidden = (head.hidden * self.scale.unsqueeze(1)).to(head.gemm)
+
+    def _beside_log_mass(self, K: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows from K on, what their exponents are relative to, and what the label's cell holds.
+
+        Exponentials are probabilities, but for the rounding of what they are relative to.
+        """
+        head = self.head
+        lse = self.grads[R.SHIFT, K:].double() + self.grads[R.LOG_MASS, K:]
+        lse *= exponents_of(head.spec.logit_map.factor)
+        base = lse.float()
+        unit = torch.exp2(base - lse).float()
+        self.scale[K:] *= unit
+        own = torch.expm1(head.compact(self.saved.logps)[K:]).div_(unit)  # -Σ over the others
+        return unit_columns(head.hidden[K:].to(head.gemm)), base, own
+
+    def _tiles(self) -> Iterable[tuple[int, int, int]]:
+        return self.head.vocab_tiles(self._width())
+
+    def _width(self) -> int:
+        plan = self.head.plan
+        again = len(self.head.hidden) - plan.kept_tokens
+        return planner.recomputed_words(again, plan.block_words)
+
+    def _blocks(self) -> list[tuple[int, int]]:
+        """The kept tokens, and all others."""
+        K, n = self.head.plan.kept_tokens, len(self.head.hidden)
+        return [(a, b) for a, b in ((0, min(K, n)), (K, n)) if a < b]
+
+    def _cells(self) -> int:
+        """One more: labels elsewhere go there, since picking them out would wait for the device."""
+        again = len(self.head.hidden) - self.head.plan.kept_tokens
+        return again * self._width() + 1
+
+    def _rows(self, a: int, b: int) -> Tensor:
+        return self._hidden[a:b]
+
+    def _add_bias(self, dbias: Tensor, dx: Tensor, a: int, b: int) -> None:
+        addmm_float32(dbias.unsqueeze(1), dx.t(), self._scale[a:b])
+
+    def _dproducts(self, i: int, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:
+        """E of one tile, which is d loss / d products but for a number per row."""
+        if a < self.head.plan.kept_tokens:
+            return self.head.stored(self.saved.kept, i, v0, v1)[a:b]
+        return self._probabilities(v0, v1, a, b, words)
+
+    def _probabilities(self, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:
+        from ...kernels.anchored import Exponentials
+
+        head, (x, base, own) = self.head, self._again
+        labels, width = head.labels[a:b] - v0, self._width()
+        bias = None if head.bias is None else head.bias[v0:v1]
+        rows = Operands(x, unit_columns(words), labels, bias, head.spec.logit_map.factor)
+        e = Exponentials(self._dx[:-1], b - a, width, 0, b - a)
+        product(head, rows, None, base, e, 0, sums=False)
+        inside = (labels >= 0) & (labels < v1 - v0)
+        start = torch.arange(b - a, device=labels.device) * width
+        cells = torch.where(inside, start + labels, len(self._dx) - 1)
+        self._dx.scatter_(0, cells, own.to(self._dx.dtype))
+        return self._dx[:-1].view(b - a, width)[:, : v1 - v0]
+
+    def _dhidden(self, tokens: int) -> Tensor | None:
+        if self.dhidden is not None:
+            self.dhidden.mul_(self.scale.unsqueeze(1))
+        return super()._dhidden(tokens)

@@ -69,7 +69,9 @@ class _Heads:
         self.maps, self.rule, self.first = spec.maps, spec.rule, self.heads[0]
         self.rows = registry.pair_kernels(spec.head.backend)
         vocab, hidden = self.first.weight.shape
-        budget = planner.default_budget(vocab, hidden) if spec.budget is None else spec.budget
+        budget = spec.budget
+        if budget is None:
+            budget = planner.default_budget(vocab, hidden, self.first.device)
         self.kept_tokens = min(len(self.first.hidden), budget // (_PAIR_BYTES * vocab))
 
     def words(self, v0: int, v1: int) -> list[Tensor]:

@@ -38,14 +38,12 @@ def forward(
         anchors = head.empty(*anchors_shape, dtype=torch.float32)
         frozen = head.plan.mode == "frozen"
         score_block, frozen_block = _score_block, _frozen_block
-        if anchored.serves(spec, head.device, bias is not None):
+        if head.anchored:
             score_block, frozen_block = anchored.score_block, anchored.frozen_block
         direction = head.empty(*(hidden.shape if frozen else (0, 0)), dtype=hidden.dtype)
-        weighted = head.hidden.new_empty(0)
         for a, b in head.token_blocks():
             if frozen:
-                weighted = frozen_block(head, state, a, b)
-                _write_direction(head, state[:, a:b], weighted, a, b, direction)
+                frozen_block(head, state, direction, a, b)
             else:
                 score_block(head, state, kept, anchors, a, b)
         return finish(head, state, len(labels))._replace(
@@ -85,7 +83,7 @@ def folded_tiles(
     for i, v0, v1 in head.vocab_tiles():
         tile = head.products(x, head.words(v0, v1))
         if split > a:
-            stored = head.stored(kept, v0, v1)[a:split]
+            stored = head.stored(kept, i, v0, v1)[a:split]
             _fold(head, tile[: split - a], v0, state, a, split, stored, anchors[i, a:split])
         if split < b:
             _fold(head, tile[split - a :], v0, state, split, b)
@@ -118,8 +116,8 @@ def _fold(
     )
 
 
-def _frozen_block(head: Head, state: Tensor, a: int, b: int) -> Tensor:
-    """Σ over the others of p_v·dz/dx·W_v [b - a, H]: the second product, inside the forward."""
+def _frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) -> None:
+    """d logp / d hidden of rows a to b: the second product, inside the forward."""
     x = head.block(a, b)
     total = torch.zeros(b - a, x.shape[1], dtype=torch.float32, device=head.device)
     anchor = head.empty(b - a, dtype=torch.float32)
@@ -137,7 +135,9 @@ def _frozen_block(head: Head, state: Tensor, a: int, b: int) -> Tensor:
         previous.copy_(anchor)
     block = state[:, a:b]
     head.merge(block)
-    return total.mul_(torch.exp(anchor - block[R.MAX] - _log_mass(block)).unsqueeze(1))
+    # Σ over the others of p_v·dz/dx·W_v
+    total.mul_(torch.exp(anchor - block[R.MAX] - _log_mass(block)).unsqueeze(1))
+    _write_direction(head, block, total, a, b, direction)
 
 
 def _write_direction(

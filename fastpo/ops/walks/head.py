@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from .vocab_shard import VocabShard
 
 
+# The interpreter multiplies float32 only.
+_ANCHORED_DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+
+
 @dataclass(frozen=True)
 class HeadSpec:
     """All that is not a tensor in one call of the head."""
@@ -33,6 +37,19 @@ class HeadSpec:
     # d weight may take the place of what is kept; then a second backward recomputes.
     lends: bool = False
     shard: VocabShard | None = None  # of which the weight holds the words
+    anchors: bool = False  # the walk may be that of anchored.py
+
+    def anchored(self, device: torch.device, weight: Tensor | Adapted) -> bool:
+        """Whether exponentials are taken beside each row's label, in the product's epilogue.
+
+        The one place that chooses between this walk and the classic one, which has float32, which
+        cuBLAS multiplies faster, float16, which holds no exponential above 2**16, soft-caps, whose
+        tanh is more than an epilogue can hide, and words that are not here as they are multiplied.
+        """
+        served = self.compute_dtype == _ANCHORED_DTYPES.get(device.type)
+        whole = isinstance(weight, Tensor) and self.shard is None
+        named = self.anchors and self.backend in ("anchored", "cutlass")
+        return named and served and whole and self.logit_map.softcap is None
 
     def plan(self, hidden: Tensor, weight: Tensor | Adapted) -> planner.Plan:
         return planner.make_plan(
@@ -40,11 +57,12 @@ class HeadSpec:
             weight.shape[0],
             weight.shape[1],
             compute_dtype=self.compute_dtype,
-            device_type=hidden.device.type,
+            device=hidden.device,
             hidden_grad=self.hidden_grad,
             head_grad=self.head_grad,
             budget=self.budget,
             dweight_bytes=_bytes(weight) if self.lends else 0,
+            anchored=self.anchored(hidden.device, weight),
         )
 
     def vocab(self, weight: Tensor | Adapted) -> int:
@@ -59,9 +77,10 @@ class HeadSpec:
 class Forward(NamedTuple):
     """Per-token results over all N rows, and what the backward wants; absent ones are empty.
 
-    kept: for each vocabulary tile a contiguous [kept_tokens, words] block, one after the other, the
-        last one where `kept` ends.
-    anchors: [vocabulary tiles, kept_tokens].  direction: [N, H] d logp / d hidden.
+    kept: exponentials of `plan.block_words` words each as a contiguous [kept_tokens, words] block,
+        one after the other, the last one where `kept` ends.
+    anchors: [blocks, kept_tokens] with z = log(kept) + anchor; of the anchored walk
+        [1, kept_tokens] with p = kept·anchor.  direction: [N, H] d logp / d hidden.
     """
 
     logps: Tensor
@@ -140,6 +159,7 @@ class Head:
         self.spec = spec
         self.kernels = registry.kernels(spec.backend)
         self.plan = spec.plan(hidden, weight)
+        self.anchored = spec.anchored(self.device, weight)
         self.gemm = planner.gemm_dtype(spec.compute_dtype, self.device.type)
         tiles = self.plan.tiles
         self.tile_cells = tiles.tokens * tiles.vocab
@@ -147,7 +167,8 @@ class Head:
         convert = hidden.dtype != self.gemm
         self._block = self.empty(tiles.tokens * convert, hidden.shape[1], dtype=self.gemm)
         convert = weight.dtype != self.gemm
-        self._words = self.empty(tiles.vocab * convert, hidden.shape[1], dtype=self.gemm)
+        words = self.plan.vocab if self.anchored else tiles.vocab
+        self._words = self.empty(words * convert, hidden.shape[1], dtype=self.gemm)
         self._converted: tuple[int, int] | None = None
 
     @cached_property
@@ -165,9 +186,12 @@ class Head:
         step = self.plan.tiles.tokens
         return ((a, min(a + step, len(self.hidden))) for a in range(0, len(self.hidden), step))
 
-    def vocab_tiles(self) -> Iterator[tuple[int, int, int]]:
-        step, vocab = self.plan.tiles.vocab, self.plan.vocab
-        return ((i, v, min(v + step, vocab)) for i, v in enumerate(range(0, vocab, step)))
+    def vocab_tiles(self, width: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """Block of `kept`, first word, the one after the last; no tile reaches beyond a block."""
+        vocab, block, step = self.plan.vocab, self.plan.block_words, width or self.plan.tiles.vocab
+        for i, first in enumerate(range(0, vocab, block)):
+            last = min(first + block, vocab)
+            yield from ((i, v, min(v + step, last)) for v in range(first, last, step))
 
     def block(self, a: int, b: int) -> Tensor:  # [b - a, H]
         if self.hidden.dtype == self.gemm:
@@ -183,11 +207,20 @@ class Head:
         words = self.weight[v0:v1]
         return words if words.dtype == self.gemm else self._words[: v1 - v0].copy_(words)
 
-    def stored(self, kept: Tensor, v0: int, v1: int) -> Tensor:  # [kept_tokens, v1 - v0]
-        """The block of one vocabulary tile in `kept`."""
-        K = self.plan.kept_tokens
-        start = (len(kept) - K * self.plan.vocab) // _ALIGNMENT * _ALIGNMENT
-        return kept[start + K * v0 : start + K * v1].view(K, v1 - v0)
+    def kept_cells(self, kept: Tensor) -> Tensor:
+        size = self.plan.kept_tokens * self.plan.row_words
+        return kept[(len(kept) - size) // _ALIGNMENT * _ALIGNMENT :][:size]
+
+    def stored(self, kept: Tensor, i: int, v0: int, v1: int) -> Tensor:  # [kept_tokens, v1 - v0]
+        """Words of the i-th block of `kept`."""
+        K, first = self.plan.kept_tokens, i * self.plan.block_words
+        words = min(self.plan.block_words, self.plan.row_words - first)
+        block = self.kept_cells(kept)[K * first : K * (first + words)].view(K, words)
+        return block[:, v0 - first : v1 - first]
+
+    def compact(self, x: Tensor) -> Tensor:
+        """A number per token, of the scored ones."""
+        return x if self.rows is None else x.index_select(0, self.rows)
 
     def merge(self, state: Tensor) -> None:
         """`state` of a block once all words of this process are folded."""
@@ -250,10 +283,15 @@ def kept_shapes(
     So the shapes are known without reading the labels; memory never written is never committed.
     """
     plan = spec.plan(hidden, weight)
-    size = plan.kept_tokens * plan.vocab
+    size, blocks = plan.kept_tokens * plan.row_words, -(-plan.vocab // plan.block_words)
+    anchored = spec.anchored(hidden.device, weight)
     if plan.shared_bytes:
-        size = max(size, -(-_bytes(weight) // spec.compute_dtype.itemsize)) + _ALIGNMENT
-    return size, (-(-plan.vocab // plan.tiles.vocab), plan.kept_tokens)
+        itemsize = spec.compute_dtype.itemsize
+        own, other = plan.kept_tokens * itemsize, -(-_bytes(weight) // plan.vocab)  # of one word
+        behind = plan.block_words if anchored else 0  # turned in place, a block is still an operand
+        size = -(-(max(own, other) * plan.row_words + min(own, other) * behind) // itemsize)
+        size += _ALIGNMENT
+    return size, (1 if anchored else blocks, plan.kept_tokens)
 
 
 def _bytes(weight: Tensor | Adapted) -> int:
@@ -264,8 +302,8 @@ def _bytes(weight: Tensor | Adapted) -> int:
 def place_of_dweight(kept: Tensor, weight: Tensor) -> Tensor:
     """[V, H] in the dtype of `weight` at the front of `kept`, if `kept_shapes` made it for both.
 
-    While the walk writes words [v0, v1) of it, blocks of later tiles are untouched: they lie as far
-    from the end of `kept`, or farther from its front.
+    While the walk writes words [v0, v1) of it, blocks of later words are untouched: they lie as far
+    from the end of `kept`, or farther from its front. In the anchored walk their own block is, too.
     """
     cells = -(-_bytes(weight) // kept.itemsize)
     # `.data`: for autograd `kept` has not changed. Who asks a second time must know (`Loan`).
