@@ -13,6 +13,7 @@ from .planner import Plan, plan
 
 if TYPE_CHECKING:
     from .integrations.attach import attach
+    from .integrations.sharing.backbone import shared_prompts
     from .integrations.trl.objectives.groups import GroupTrainer
     from .integrations.trl.patch import patch, patched, unpatch
     from .ops.vocab_parallel_logps import vocab_parallel_logps
@@ -39,6 +40,7 @@ __all__ = [
     "plan",
     "quantities",
     "sample_topk",
+    "shared_prompts",
     "unpatch",
     "vocab_parallel_logps",
 ]
@@ -49,6 +51,7 @@ _LAZY = {
     "attach": "fastpo.integrations.attach",
     "patch": "fastpo.integrations.trl.patch",
     "patched": "fastpo.integrations.trl.patch",
+    "shared_prompts": "fastpo.integrations.sharing.backbone",
     "unpatch": "fastpo.integrations.trl.patch",
     "vocab_parallel_logps": "fastpo.ops.vocab_parallel_logps",
 }

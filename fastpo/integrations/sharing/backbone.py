@@ -9,10 +9,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ...layout.cost import LayerCost, is_worth
 from ...layout.tree import Layout, layout_of
+from ..seams.calls import standing_in, unhidden
 from . import attention, probe, refusals
 from .attention import Refused
 
@@ -33,7 +36,7 @@ _PER_TOKEN = ("last_hidden_state", "hidden_states", "router_logits")
 
 @dataclass
 class Tokens:
-    """How many tokens the backbone was given and how many it computed."""
+    """How many tokens a backbone was given and how many it computed."""
 
     padded: int = 0
     computed: int = 0
@@ -44,23 +47,91 @@ class Tokens:
 
 
 @dataclass(eq=False)
-class Sharing:
-    """A backbone that packs its batches; `detach()` gives it back."""
+class Packer:
+    """Packs the batches of one backbone.
 
-    model: PreTrainedModel
+    share: False drops padding only. always: also where the cost model finds nothing to gain.
+    """
+
     share: bool = True
-    always: bool = False  # also where the cost model would not
+    always: bool = False
     tokens: Tokens = field(default_factory=Tokens)
-    active: bool = True
     probed: bool = False
-    own: Any = None
-    parameters: tuple[str, ...] = ()
 
-    def __post_init__(self) -> None:
-        self.parameters = tuple(inspect.signature(type(self.model).forward).parameters)[1:]
-        self.own = self.model.__dict__.get("forward")
-        setattr(self.model, _STATE, self)
-        self.model.forward = MethodType(_wrapped(type(self.model).forward), self.model)
+    def run(self, model: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`own(*args, **kwargs)`, the backbone's forward, on a packed row where that is right."""
+        kind: Any = type(model)
+        inputs = dict(zip(_parameters(kind), args, strict=False), **kwargs)
+        if torch.compiler.is_compiling() or inputs.get("input_ids") is None:
+            return own(*args, **kwargs)
+        try:
+            layout = self._layout(model, own, inputs)
+            if layout is not None:
+                return self.packed(own, inputs, layout)
+        except Refused as refused:
+            _say_once(type(model).__name__, str(refused))
+            self._count(inputs["input_ids"], None)
+        return own(*args, **kwargs)
+
+    def _layout(self, model: Any, own: Any, inputs: dict[str, Any]) -> Layout | None:
+        """Of this batch; None where it is cheaper as it is. Raises Refused."""
+        refusals.check_call(inputs)
+        if not self.probed:
+            refusals.check_model(model)
+            attention.install(model.config._attn_implementation)
+            probe.check(self, model, own)
+            self.probed = True
+        share = self.share and not refusals.drops(model)
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        try:
+            layout = layout_of(ids, mask, share=share, least=1 if self.always else _LEAST)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        worth = self.always or is_worth(layer_cost(model), layout)
+        self._count(ids, layout if worth else None)
+        return layout if worth else None
+
+    def _count(self, ids: Any, layout: Layout | None) -> None:
+        if isinstance(ids, Tensor):
+            self.tokens.padded += ids.numel()
+            self.tokens.computed += ids.numel() if layout is None else layout.size
+
+    def packed(self, own: Callable[..., Any], inputs: dict[str, Any], layout: Layout) -> Any:
+        """The same forward on [1, S], its output put back to [R, T]."""
+        ids = layout.pack(inputs["input_ids"])
+        row = {
+            "input_ids": ids,
+            "position_ids": layout.positions.unsqueeze(0),
+            # Without one transformers would look for sequences in the positions.
+            "attention_mask": torch.ones_like(ids),
+            "use_cache": False,
+        }
+        with attention.active(layout):
+            output = own(**{**inputs, **row})
+        for name in _PER_TOKEN:
+            value = getattr(output, name, None)
+            if value is not None:
+                output[name] = _put_back(value, layout)
+        return output
+
+
+@functools.cache
+def _parameters(kind: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+class Sharing:
+    """A model whose backbone packs its batches; `detach()` gives it back."""
+
+    def __init__(self, model: PreTrainedModel, packer: Packer) -> None:
+        self.model, self.packer, self.active = model, packer, True
+        self.own = model.__dict__.get("forward")
+        model.forward = MethodType(_wrapped(type(model).forward), model)
+        setattr(model, _STATE, self)
+
+    @property
+    def tokens(self) -> Tokens:
+        return self.packer.tokens
 
     def detach(self) -> None:
         """The backbone's own forward again, also under what was wrapped around it since."""
@@ -86,61 +157,9 @@ class Sharing:
     ) -> None:
         self.detach()
 
-    def run(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    def run(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
         own = functools.partial(type(model).forward, model) if self.own is None else self.own
-        inputs = dict(zip(self.parameters, args, strict=False), **kwargs)
-        if not self.active or "input_ids" not in inputs:
-            return own(*args, **kwargs)
-        try:
-            layout = self.layout(model, own, inputs)
-            if layout is not None:
-                return self.packed(own, inputs, layout)
-        except Refused as refused:
-            _say_once(type(model).__name__, str(refused))
-            self.count(inputs["input_ids"], None)
-        return own(*args, **kwargs)
-
-    def layout(self, model: Any, own: Any, inputs: dict[str, Any]) -> Layout | None:
-        """Of this batch; None where it is cheaper as it is. Raises Refused."""
-        refusals.check_call(inputs)
-        if not self.probed:
-            refusals.check_model(model)
-            attention.install(model.config._attn_implementation)
-            probe.check(self, model, own)
-            self.probed = True
-        share = self.share and not refusals.drops(model)
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-        try:
-            layout = layout_of(ids, mask, share=share, least=1 if self.always else _LEAST)
-        except ValueError as error:
-            raise Refused(str(error)) from error
-        worth = self.always or is_worth(layer_cost(model), layout)
-        self.count(ids, layout if worth else None)
-        return layout if worth else None
-
-    def count(self, ids: Any, layout: Layout | None) -> None:
-        if isinstance(ids, Tensor):
-            self.tokens.padded += ids.numel()
-            self.tokens.computed += ids.numel() if layout is None else layout.size
-
-    def packed(self, own: Callable[..., Any], inputs: dict[str, Any], layout: Layout) -> Any:
-        """The same forward on [1, S], its output put back to [R, T]."""
-        ids = layout.pack(inputs["input_ids"])
-        positions = layout.positions.unsqueeze(0)
-        # A mask of ones: without one transformers would look for sequences in the positions.
-        row = {
-            "input_ids": ids,
-            "position_ids": positions,
-            "attention_mask": torch.ones_like(ids),
-            "use_cache": False,
-        }
-        with attention.active(layout):
-            output = own(**{**inputs, **row})
-        for name in _PER_TOKEN:
-            value = getattr(output, name, None)
-            if value is not None:
-                output[name] = _put_back(value, layout)
-        return output
+        return self.packer.run(model, own, args, kwargs) if self.active else own(*args, **kwargs)
 
 
 def _put_back(value: Any, layout: Layout) -> Any:
@@ -156,7 +175,7 @@ def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(forward)
     def shared_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, _STATE).run(self, *args, **kwargs)
+        return getattr(self, _STATE).run(self, args, kwargs)
 
     return shared_forward
 
@@ -170,13 +189,21 @@ def layer_cost(model: nn.Module) -> LayerCost:
     """Of all layers but embeddings, in FLOPs; routed experts as if all were active."""
     config: Any = model.config
     config = config.get_text_config()
-    embeddings = {
-        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
-    }
-    weights = sum(p.numel() for p in model.parameters() if id(p) not in embeddings)
+    tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    weights = sum(p.numel() for p in model.parameters() if id(p) not in tables)
     heads = getattr(config, "num_attention_heads", 1)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     return LayerCost(2.0 * weights, 4.0 * heads * size * config.num_hidden_layers)
+
+
+def backbone_of(model: nn.Module) -> PreTrainedModel:
+    """What computes hidden states in a causal language model, perhaps one wrapped by PEFT."""
+    unwrap = getattr(model, "get_base_model", None)  # PEFT's
+    inner = model if unwrap is None else unwrap()
+    backbone = getattr(inner, "base_model", None)
+    if not isinstance(inner, PreTrainedModel) or not isinstance(backbone, PreTrainedModel):
+        raise ValueError(f"model: expected a transformers model, got {type(inner).__name__}")
+    return backbone
 
 
 def shared_prompts(model: nn.Module, *, share: bool = True, always: bool = False) -> Sharing:
@@ -184,7 +211,7 @@ def shared_prompts(model: nn.Module, *, share: bool = True, always: bool = False
 
     model: a transformers causal language model, its backbone, or one wrapped by PEFT. Rows of
         `input_ids` [R, T] that begin alike, whatever makes them so, share what they have in common.
-    share: False drops padding only.
+    share: False drops padding only, as active dropout does by itself.
     always: also where the cost model finds nothing to gain.
 
     Outputs keep their shapes; hidden states at pads, which nothing reads, are those of another
@@ -193,11 +220,24 @@ def shared_prompts(model: nn.Module, *, share: bool = True, always: bool = False
     `tokens.saved` is the share of tokens that was not computed. Raises ValueError for a model
     that is not transformers', or has a handle already.
     """
-    unwrap = getattr(model, "get_base_model", None)  # PEFT's
-    inner = model if unwrap is None else unwrap()
-    backbone = getattr(inner, "base_model", None)
-    if not isinstance(inner, PreTrainedModel) or not isinstance(backbone, PreTrainedModel):
-        raise ValueError(f"model: expected a transformers model, got {type(inner).__name__}")
+    backbone = backbone_of(model)
     if _STATE in vars(backbone):
         raise ValueError("model: expected one without shared prompts, got one with them")
-    return Sharing(backbone, share, always)
+    return Sharing(backbone, Packer(share, always))
+
+
+_packers: WeakKeyDictionary[PreTrainedModel, Packer] = WeakKeyDictionary()
+
+
+@contextmanager
+def packing(model: nn.Module, share: bool) -> Iterator[Packer]:
+    """`shared_prompts` for the calls of this thread, for the length of a block."""
+    backbone = backbone_of(model)
+    packer = _packers.setdefault(backbone, Packer(share))
+    packer.share, own = share, unhidden(backbone.forward)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return packer.run(backbone, own, args, kwargs)
+
+    with standing_in(backbone, "forward", forward):
+        yield packer

@@ -17,21 +17,21 @@ from .attention import Refused
 _LIMIT = 1e-3  # right models differ by 2e-6 in float32, wrong ones by 1e-2 and more
 
 
-def check(sharing: Any, model: Any, own: Any) -> None:
-    """Raises Refused where they differ; restores the random state and the training mode."""
-    training, device = model.training, next(model.parameters()).device
-    cpu = torch.random.get_rng_state()
+def check(packer: Any, model: Any, own: Any) -> None:
+    """Raises Refused where they differ; every module keeps its mode."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
-            _compare(sharing, own, device, model.config.get_text_config().vocab_size)
+            _compare(packer, own, next(model.parameters()).device, model.config)
     finally:
-        model.train(training)
-        torch.random.set_rng_state(cpu)
+        for module in training:
+            module.training = True
 
 
-def _compare(sharing: Any, own: Any, device: torch.device, vocab: int) -> None:
-    ids = (torch.arange(24, dtype=torch.int64).view(3, 8) * 7 + 3) % vocab
+def _compare(packer: Any, own: Any, device: torch.device, config: Any) -> None:
+    words = config.get_text_config().vocab_size
+    ids = (torch.arange(24, dtype=torch.int64).view(3, 8) * 7 + 3) % words
     ids[1, :4] = ids[0, :4]
     mask = torch.ones_like(ids)
     mask[2, :2] = 0
@@ -39,7 +39,7 @@ def _compare(sharing: Any, own: Any, device: torch.device, vocab: int) -> None:
     inputs = {"input_ids": ids, "attention_mask": mask}
     layout = layout_of(ids, mask, least=1)
     padded = _hidden(own(**inputs, use_cache=False), mask)
-    packed = _hidden(sharing.packed(own, inputs, layout), mask)
+    packed = _hidden(packer.packed(own, inputs, layout), mask)
     scale = padded.abs().max()
     limit = _LIMIT * scale
     if padded.dtype != torch.float32:

@@ -7,6 +7,8 @@ the fused head on a model.
 from __future__ import annotations
 
 import functools
+from contextlib import ExitStack
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -29,29 +31,45 @@ class _TunerLayer(Replacement):
 
 
 class _AddHead(Replacement):
-    """`add_fused_lm_head`: the model's calls then tell the head which adapter layer it has."""
+    """`add_fused_lm_head`: the model's calls then tell the head which adapter layer it has.
+
+    sharing: whether prompts are computed once, or only no padding; None: neither.
+    """
+
+    def __init__(self, original: Any, sharing: bool | None) -> None:
+        super().__init__(original)
+        self.sharing = sharing
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self.original(model, *args, **kwargs)
-        if not is_adapter(model.get_output_embeddings()):
+        adapter = is_adapter(model.get_output_embeddings())
+        if not adapter and self.sharing is None:
             return
-        fused = model.forward
+        from ..sharing.backbone import packing  # imports transformers
+
+        fused, sharing = model.forward, self.sharing
 
         @functools.wraps(fused)
         def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             if not fused_lm_head:
                 return fused(*args, **kwargs)
-            with adapted(self.get_output_embeddings()):
+            with ExitStack() as stack:
+                if adapter:
+                    stack.enter_context(adapted(self.get_output_embeddings()))
+                if sharing is not None:
+                    stack.enter_context(packing(self, sharing))
                 return fused(*args, fused_lm_head=True, **kwargs)
 
         model.forward = MethodType(forward, model)
 
 
-def replacements() -> dict[Seam, Make]:
+def replacements(sharing: bool | None) -> dict[Seam, Make]:
     made: dict[Seam, Make] = {}
     for name in _MODULES:
         module = f"trl.trainer.{name}_trainer"
         # Absent without PEFT.
         made[Seam(module, "BaseTunerLayer", (), _VERSIONS, optional=True)] = _TunerLayer
-        made[Seam(module, "add_fused_lm_head", _HEAD, _VERSIONS)] = _AddHead
+        made[Seam(module, "add_fused_lm_head", _HEAD, _VERSIONS)] = partial(
+            _AddHead, sharing=sharing
+        )
     return made

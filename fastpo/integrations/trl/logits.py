@@ -83,9 +83,11 @@ class Reader(Method):
 
     others: tuple[str, ...] = ()  # attributes of the trainer
 
-    def __init__(self, original: Any, options: HeadOptions = _OWN) -> None:
+    def __init__(
+        self, original: Any, options: HeadOptions = _OWN, sharing: bool | None = None
+    ) -> None:
         super().__init__(original)
-        self.options = options
+        self.options, self.sharing = options, sharing
 
     def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
         with self.lazy(trainer, model):
@@ -93,12 +95,17 @@ class Reader(Method):
 
     @contextmanager
     def lazy(self, trainer: Any, model: Any) -> Iterator[None]:
+        from ..sharing.backbone import packing  # imports transformers
+
         models = [model, *(getattr(trainer, name, None) for name in self.others)]
         with ExitStack() as stack:
             for one in models:
-                if one is not None:
-                    head = lazy_head(trainer, bare(trainer, one), self.options)
-                    stack.enter_context(head)
+                if one is None:
+                    continue
+                inner = bare(trainer, one)
+                stack.enter_context(lazy_head(trainer, inner, self.options))
+                if self.sharing is not None:
+                    stack.enter_context(packing(inner, self.sharing))
             yield
 
 
@@ -249,12 +256,14 @@ def seams(table: Iterable[Row], package: str = "trl.experimental.{}") -> dict[Se
     }
 
 
-def with_options(made: Mapping[Seam, Make], options: HeadOptions) -> dict[Seam, Make]:
-    """The same, readers with budget and backend."""
+def with_options(
+    made: Mapping[Seam, Make], options: HeadOptions, sharing: bool | None
+) -> dict[Seam, Make]:
+    """The same, readers with budget and backend, and whether they pack their batches."""
 
     def chosen(make: Any) -> Make:
         reads = isinstance(make, type) and issubclass(make, Reader)
-        return functools.partial(make, options=options) if reads else make
+        return functools.partial(make, options=options, sharing=sharing) if reads else make
 
     return {seam: chosen(make) for seam, make in made.items()}
 

@@ -23,6 +23,8 @@ def patch(
     budget: int | None = None,
     backend: str | None = None,
     accumulate: bool = False,
+    shared_prompts: bool = False,
+    padding_free: bool = False,
     objective: str | Objective | None = None,
     references: Mapping[str, Any] | None = None,
     reference_free: bool = False,
@@ -41,6 +43,8 @@ def patch(
     budget, backend: as in `fastpo.linear_logps`.
     accumulate: as in `fastpo.attach`, for trainers that use TRL's fused head on one device with
         gradient accumulation.
+    shared_prompts: the backbone computes every distinct token of a batch once, and no padding
+        (`fastpo.shared_prompts`). padding_free: no padding, but every row whole.
     objective: a key of `fastpo.objectives`, with `hyperparameters`, or a function of quantities
         (of `fastpo.objectives.compose`, for one), that DPOTrainer or KTOTrainer minimise instead of
         their own loss. What it needs beside two texts comes from dataset columns of the quantity's
@@ -65,7 +69,8 @@ def patch(
         alternatives,
     )
     own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
-    made = fitting(_all(setting, own))
+    sharing = True if shared_prompts else (False if padding_free else None)
+    made = fitting(_all(setting, own, sharing))
     if objective is not None:
         fitting(by_name.replacements(setting))  # raises where TRL has no seams for one
     now = {seam: make for seam, make in made.items() if seam.module == GATHER.module}
@@ -75,23 +80,25 @@ def patch(
     replace(now)
 
 
-def _all(setting: Setting, own: HeadOptions) -> dict[Seam, Make]:
+def _all(setting: Setting, own: HeadOptions, sharing: bool | None) -> dict[Seam, Make]:
     """What stands in, of every version: in TRL's utilities now, else when a script imports it."""
     made: dict[Seam, Make] = {
         HEAD: partial(FusedHead, own=own),
         COMPACT: Compact,
         **by_name.replacements(setting),
-        **adapter.replacements(),
+        **adapter.replacements(sharing),
         **light.replacements(),
         **trl_logits.replacements(),
         **distillation.replacements(own),
         **early.replacements(own),
         **early.heads(own),
     }
-    return trl_logits.with_options(made, HeadOptions(budget=own.budget, backend=own.backend))
+    return trl_logits.with_options(
+        made, HeadOptions(budget=own.budget, backend=own.backend), sharing
+    )
 
 
-SEAMS = tuple(_all(Setting(), HeadOptions()))
+SEAMS = tuple(_all(Setting(), HeadOptions(), None))
 
 
 def unpatch() -> None:
