@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastpo
+from fastpo import planner
 
 LLAMA = {"tokens": 4096, "vocab": 128_256, "hidden": 4096}
 
@@ -43,6 +44,32 @@ def test_default_budget_keeps_all_tokens_up_to_twice_the_hidden_size():
     assert fastpo.plan(2 * 4096, 128_256, 4096).kept_tokens == 2 * 4096
     assert fastpo.plan(2 * 4096 + 1, 128_256, 4096).kept_tokens == 2 * 4096
     assert fastpo.plan(4096, 128_256, 4096, dtype=torch.float32).mode == "keep"
+
+
+def test_default_budget_uses_a_large_gpu(monkeypatch):
+    monkeypatch.setattr(planner, "memory_of", lambda device: 80 * 2**30 * (device.type == "cuda"))
+    shape = {"tokens": 8192, "vocab": 151_936, "hidden": 896}
+    assert fastpo.plan(**shape).mode == "lean"
+    assert fastpo.plan(**shape, device="cuda").mode == "keep"
+    assert planner.default_budget(128_256, 4096, torch.device("cuda")) == 5 * 2**30
+
+
+@pytest.mark.parametrize("vocab", [1, 255, 32_768, 32_769, 50_257, 128_256, 151_936])
+def test_blocks_of_exponentials_are_alike_and_aligned(vocab):
+    words = planner.exponential_words(vocab)
+    blocks = -(-vocab // words)
+    assert words % planner.GRANULE == 0 and words <= 32_768
+    assert vocab <= blocks * words < vocab + blocks * planner.GRANULE
+
+
+@pytest.mark.parametrize("memory", [0, 24 * 2**30, 80 * 2**30])
+@pytest.mark.parametrize("tokens", [0, 1, 300, 8192])
+def test_rows_of_a_frozen_head(monkeypatch, tokens, memory):
+    monkeypatch.setattr(planner, "memory_of", lambda _: memory)
+    rows = planner.frozen_rows(tokens, 128_256, 2, torch.device("cuda"))
+    assert rows % 128 == 0 < rows
+    assert rows * 128_256 * 2 <= max(256 * 2**20, memory // 64)
+    assert planner.recomputed_words(tokens, 32_256) * tokens <= 2**27
 
 
 def test_kept_bytes_stay_within_the_budget():

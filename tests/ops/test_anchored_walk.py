@@ -1,0 +1,177 @@
+"""The walk around the anchored product: what it launches, keeps, lends and multiplies."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+import fastpo
+from fastpo import planner, reference
+from fastpo.ops.rows import triton as rows_triton
+from fastpo.ops.walks import head as walk
+from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head, rounding
+
+pytest.importorskip("triton")
+
+from fastpo.kernels import anchored, anchored_again, anchored_fold, anchored_target
+
+reason = rows_triton.unavailable(torch.device("cpu"))
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products are for the CPU"),
+    pytest.mark.skipif(reason is not None, reason=str(reason)),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+N, V, H = 24, 700, 16
+# name -> tokens kept; more than all of them is no bound
+MODES = {"frozen": 0, "keep": N, "lean": 0, "mixed": 10}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Several blocks of rows, of E and of what is computed again."""
+    monkeypatch.setattr(planner, "tile_shape", lambda *_: planner.Tiles(16, 128))
+    monkeypatch.setattr(planner, "frozen_rows", lambda *_: 7)
+    monkeypatch.setattr(planner, "exponential_words", lambda _: 256)
+    monkeypatch.setattr(planner, "recomputed_words", lambda *_: 256)
+
+
+def problem() -> HeadInputs:
+    inputs = make_head(N, V, H, bias=True, ignored=0.2)
+    inputs.labels[3] = 2
+    inputs.bias[2] -= 70.0  # far below the others: computed again
+    return inputs
+
+
+def run(inputs: HeadInputs, mode: str, grads: tuple[str, ...], fused: bool = True) -> dict:
+    if mode == "frozen":
+        inputs.weight.requires_grad_(False), inputs.bias.requires_grad_(False)
+    operands, given = (inputs.hidden, inputs.weight, inputs.labels), {"temperature": 0.9}
+    if fused:
+        budget = MODES[mode] * planner.exponential_words(V) * -(-V // planner.exponential_words(V))
+        stats = fastpo.linear_logps(
+            *operands, bias=inputs.bias, **given, outputs=("logps", *grads), budget=4 * budget,
+            backend="anchored",
+        )  # fmt: skip
+    else:
+        stats = reference.linear_logps(*operands, bias=inputs.bias, **given)
+    factor = torch.linspace(-1, 1, N).to(stats.logps)
+    loss = sum((getattr(stats, name) * factor.roll(i)).sum() for i, name in enumerate(grads))
+    leaves = inputs.leaves()
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+
+
+@pytest.mark.parametrize("grads", [("logps",), ("lse",), ("logps", "entropy", "lse")], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_over_several_blocks(small_blocks, mode, grads):
+    """By what was stored alone where it suffices, else by the row kernels from the same."""
+    truth = run(problem().like(torch.float64), mode, grads, fused=False)
+    eager = run(problem().like(torch.float32), mode, grads, fused=False)
+    fused = run(problem().like(torch.float32), mode, grads)
+    for name, value in fused.items():
+        slack = 2 * rounding(truth[name], torch.float32)
+        assert_as_good_as_eager(name, value, eager[name], truth[name], slack=slack)
+
+
+@pytest.fixture
+def launches(monkeypatch) -> Counter[str]:
+    """How often each kernel and each library product runs."""
+    found: Counter[str] = Counter()
+
+    def counted(owner, name, word):
+        function = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda *a, **k: (found.update([word]), function(*a, **k))[1]
+        )
+
+    for module, name in (
+        (anchored, "anchored_fwd"),
+        (anchored_fold, "anchored_fold"),
+        (anchored_again, "anchored_again"),
+        (anchored_target, "anchored_target"),
+        (rows_triton, "forward"),
+        (rows_triton, "backward"),
+    ):
+        counted(module, name, name)
+    counted(torch, "mm", "product")
+    counted(torch.Tensor, "addmm_", "product")
+    return found
+
+
+FORWARD = {"anchored_target": 1, "anchored_fwd": 1, "anchored_fold": 2, "anchored_again": 2}
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("mode", ["score", *MODES])
+def test_launches_of_one_call(launches, monkeypatch, mode, blocks):
+    """Whatever the vocabulary, one of each; a product of the backward for each block of E."""
+    monkeypatch.setattr(planner, "exponential_words", lambda _: {1: 768, 3: 256}[blocks])
+    inputs = make_head(N, V, H).like(torch.float32, grad=mode != "score")
+    inputs.weight.requires_grad_(mode in ("keep", "lean", "mixed"))
+    budget = MODES.get(mode, 0) * 768 * 4
+    logps = fastpo.linear_logps(
+        inputs.hidden, inputs.weight, inputs.labels, budget=budget, backend="anchored"
+    ).logps
+    products = {"product": 1} if mode == "frozen" else {}
+    assert launches == FORWARD | products
+    launches.clear()
+    if mode != "score":
+        logps.sum().backward()
+    again = blocks if mode in ("lean", "mixed") else 0
+    operands = {"keep": 1, "lean": 1, "mixed": 2}.get(mode, 0)
+    assert launches["product"] == 2 * blocks * operands
+    assert launches["anchored_fwd"] == again
+    assert launches["forward"] == launches["backward"] == 0, "a pass over rows"
+
+
+def losses(inputs: HeadInputs) -> tuple[torch.Tensor, ...]:
+    logps = fastpo.linear_logps(
+        inputs.hidden, inputs.weight, inputs.labels, budget=2**40, backend="anchored"
+    ).logps
+    return logps, (logps * torch.linspace(-1, 1, len(logps))).sum()
+
+
+@pytest.mark.parametrize("tokens", [13, 17])  # less and more than d weight
+def test_d_weight_among_what_was_kept(small_blocks, monkeypatch, tokens):
+    """One block behind the one that is read, with the same bits as apart."""
+    inputs = make_head(tokens, V, H).like(torch.float32)
+    leaves = (inputs.hidden, inputs.weight)
+    logps, loss = losses(inputs)
+    found = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert found[1].untyped_storage().nbytes() > found[1].nbytes
+    before = found[1].clone()
+    again = torch.autograd.grad(logps[0], leaves)  # from nothing that was kept
+    assert torch.equal(found[1], before) and again[1].isfinite().all()
+    monkeypatch.setattr(walk, "_bytes", lambda weight: 0)
+    apart = torch.autograd.grad(losses(inputs)[1], leaves)
+    assert apart[1].untyped_storage().nbytes() == apart[1].nbytes
+    assert all(torch.equal(*pair) for pair in zip(found, apart, strict=True))
+
+
+def test_all_modes_have_the_same_bits_where_rows_are_computed_again_too(small_blocks):
+    found = []
+    for mode in ("score", *MODES):
+        x = problem().like(torch.float32, grad=mode != "score")
+        x.weight.requires_grad_(mode in ("keep", "lean", "mixed"))
+        x.bias.requires_grad_(mode in ("keep", "lean", "mixed"))
+        budget = MODES.get(mode, 0) * 768 * 4
+        found.append(
+            fastpo.linear_logps(
+                x.hidden, x.weight, x.labels, bias=x.bias, budget=budget, backend="anchored"
+            ).logps
+        )
+    assert found[0].min() < -70 and all(torch.equal(x, found[0]) for x in found)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_a_row_has_the_same_bits_wherever_it_stands(rows):
+    x = make_head(40, V, H)
+    given = {"outputs": ("logps", "entropy", "lse"), "backend": "anchored"}
+    whole = fastpo.linear_logps(x.hidden, x.weight, x.labels, **given)
+    for first in (0, 5, 40 - rows):
+        part = slice(first, first + rows)
+        some = fastpo.linear_logps(x.hidden[part], x.weight, x.labels[part], **given)
+        assert torch.equal(some.logps, whole.logps[part])
+        assert torch.equal(some.entropy, whole.entropy[part])
+        assert torch.equal(some.lse, whole.lse[part])
