@@ -150,7 +150,8 @@ def make_plan(
     blocks = -(-vocab // block_words)
     row_words = blocks * block_words if anchored else vocab
     row_bytes = row_words * compute_dtype.itemsize
-    allowed = (default_budget(vocab, hidden, device) if budget is None else budget) // row_bytes
+    budget = default_budget(row_words, hidden, device) if budget is None else budget
+    allowed = budget // row_bytes
     kept = (tokens if tokens <= allowed else allowed) if head_grad else 0
     kept_bytes = kept * row_bytes
     # What is larger than d weight stays with it until the next step, what is smaller has its memory
@@ -215,10 +216,13 @@ def plan(
     train_hidden: bool = True,
     train_head: bool = True,
     budget: int | None = None,
+    backend: str | None = None,
 ) -> Plan:
     """What `linear_logps` would do with `tokens` scored tokens: mode, tiles, bytes, products.
 
-    budget: bytes that may be kept for the backward; None: `4·vocab·hidden`.
+    budget: bytes that may be kept for the backward; None: `4·vocab·hidden`, or a sixteenth of the
+        GPU's memory where that is more.
+    backend: "anchored" and "cutlass" cut a bfloat16 head on a GPU in their own way.
     Raises ValueError for a negative size or budget and for an unsupported dtype.
     """
     check_integer("tokens", tokens, "an integer >= 0", lambda x: x >= 0)
@@ -239,4 +243,6 @@ def plan(
         head_grad=train_head,
         budget=budget,
         dweight_bytes=vocab * hidden * dtype.itemsize,
+        anchored=backend in ("anchored", "cutlass")
+        and (torch.device(device).type, dtype) == ("cuda", torch.bfloat16),
     )

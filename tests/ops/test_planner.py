@@ -72,6 +72,17 @@ def test_rows_of_a_frozen_head(monkeypatch, tokens, memory):
     assert planner.recomputed_words(tokens, 32_256) * tokens <= 2**27
 
 
+@pytest.mark.parametrize("head", [True, False])
+def test_the_plan_of_an_anchored_head(head):
+    shape = {"tokens": 8192, "vocab": 50_257, "hidden": 4096, "device": "cuda", "train_head": head}
+    classic, plan = fastpo.plan(**shape), fastpo.plan(**shape, backend="anchored")
+    assert (plan.mode, plan.products) == (classic.mode, classic.products)
+    assert plan.row_words == 50_688 and plan.block_words == 25_344
+    assert plan.kept_bytes == (8192 * 50_688 * 2 if head else 0)
+    assert plan.workspace_bytes < classic.workspace_bytes  # no float32 logits
+    assert fastpo.plan(**shape, backend="anchored", dtype=torch.float16).row_words == 50_257
+
+
 def test_kept_bytes_stay_within_the_budget():
     plan = fastpo.plan(**LLAMA, budget=10**9)
     assert 0 < plan.kept_bytes <= 10**9

@@ -289,7 +289,7 @@ class ExponentialsWalk(BackwardWalk):
         e = Exponentials(self._dx[:-1], b - a, width, 0, b - a)
         product(head, rows, None, base, e, 0, sums=False)
         inside = (labels >= 0) & (labels < v1 - v0)
-        start = torch.arange(b - a, device=labels.device) * width
+        start = torch.arange(b - a, dtype=torch.int64, device=labels.device) * width
         cells = torch.where(inside, start + labels, len(self._dx) - 1)
         self._dx.scatter_(0, cells, own.to(self._dx.dtype))
         return self._dx[:-1].view(b - a, width)[:, : v1 - v0]
