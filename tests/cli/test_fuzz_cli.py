@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fastpo import cli
@@ -125,14 +125,12 @@ CONTENT = (
 )
 
 
-@settings(deadline=None)
 @given(CONTENT)
 def test_bench_plot(folder, content):
     (folder / "report.json").write_bytes(content)
     in_one_line("bench plot", *said(["bench", "plot", folder / "report.json"]))
 
 
-@settings(deadline=None)
 @given(CONTENT)
 def test_bench_readme(folder, content):
     (folder / "report.json").write_bytes(content)
@@ -141,14 +139,12 @@ def test_bench_readme(folder, content):
     in_one_line("bench readme", *said(["bench", "readme", page]))
 
 
-@settings(deadline=None)
 @given(RAW | st.text(st.sampled_from("<!-- bench: x end of\n>")).map(str.encode))
 def test_bench_readme_of_a_page(folder, content):
     (folder / "PAGE.md").write_bytes(content)
     in_one_line("bench readme", *said(["bench", "readme", folder / "PAGE.md"]))
 
 
-@settings(deadline=None)
 @given(CONTENT)
 def test_bench_choose(folder, content):
     table = folder / "fastest.json"
@@ -179,7 +175,6 @@ ROWS = st.lists(
 LINES = ROWS.map(lambda rows: b"\n".join(map(written, rows)))
 
 
-@settings(deadline=None)
 @given(RAW | LINES | st.tuples(LINES, RAW).map(b"\n".join), st.booleans())
 def test_demo_data(folder, content, truncate):
     (folder / "pairs.jsonl").write_bytes(content)
@@ -205,7 +200,6 @@ def model():
     }
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_demo_model(folder, model, data):
     place = folder / "model"
