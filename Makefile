@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format cuda bench gpu matrix clean
+.PHONY: setup demo test lint format cuda bench gpu gpu-wheels matrix clean
 
 setup: $(READY)
 
@@ -58,10 +58,19 @@ bench: $(READY)
 	$(BIN)/fastpo bench step
 	$(BIN)/fastpo bench readme
 
-# On a machine with a GPU and nothing of ours: `make gpu PART=1`, then PART=2; results in $$OUT.
+# On a machine with a GPU and nothing of ours: `make gpu PART=1`, then PART=2; results in $$OUT. Only
+# the folder build/gpu has to come along: wheels it may lack, and between the parts kept.tar.gz.
 PART := 1
 gpu:
-	PYTHON=$(PYTHON) bash benchmarks/gpu_session.sh $(PART)
+	PYTHON=$(PYTHON) WHEELS=$(wildcard build/gpu/wheels) KEPT=$(wildcard build/gpu/kept.tar.gz) \
+	  bash benchmarks/gpu_session.sh $(PART)
+
+GPU_PYTHON := 3.12
+gpu-wheels: $(READY)
+	$(BIN)/pip download -q -c constraints.txt --no-deps --only-binary=:all: --dest build/gpu/wheels \
+	  --implementation cp --python-version $(GPU_PYTHON) --platform manylinux_2_28_x86_64 \
+	  --platform manylinux2014_x86_64 nvidia-cutlass trl datasets dill multiprocess liger-kernel \
+	  cut-cross-entropy
 
 clean:
 	rm -rf $(VENV) build dist

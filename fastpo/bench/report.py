@@ -15,9 +15,12 @@ Report = dict[str, Any]
 
 
 def write(report: Report, path: Path) -> None:
+    """In one piece: an interrupt leaves the last one that was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    piece = path.with_name(f".{path.name}")
+    piece.write_text(text + "\n", encoding="utf-8")
+    piece.replace(path)
 
 
 def _finite(value: Any) -> Any:

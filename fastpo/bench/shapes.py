@@ -1,4 +1,4 @@
-"""Shapes of heads, by name: those of kernels.md, a long one, small ones, and two walks."""
+"""Shapes of heads, by name: those of models, a long one, small ones, and two walks."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ SETS: dict[str, tuple[Shape, ...]] = {
     "readme": (Shape(1024, 151_936, 896),),
     **{name.lower(): tuple(Shape(n, *head) for n in (4096, 8192)) for name, head in HEADS.items()},
     "h200": tuple(Shape(n, *head) for head in HEADS.values() for n in (4096, 8192)),
+    # What a lent GPU is asked, in this order: many tokens first, three hidden sizes.
+    "gpu": tuple(
+        Shape(n, *head)
+        for n in (8192, 4096)
+        for head in ((128_256, 4096), (151_936, 896), (128_256, 2048))
+    ),
     "long": (Shape(131_072, *HEADS["Llama-3-8B"]),),
     "small": (Shape(256, 32_768, 512), Shape(1024, 32_768, 512), Shape(1024, 49_152, 576)),
     "by-tokens": tuple(Shape(2**k, 32_768, 512) for k in range(6, 13)),

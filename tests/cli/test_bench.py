@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from fastpo import cli
-from fastpo.bench import head, machine, process, readme, report, shapes, step_fit, step_loop, sweep
+from fastpo.bench import head, machine, process, readme, report, shapes, sweep
 from fastpo.bench.check import judge
 from fastpo.bench.errors import BenchError
 from fastpo.bench.rivals import rival_variants
 from fastpo.bench.shapes import Shape
+from fastpo.bench.step import fit, loop
 from fastpo.bench.variants import CASES, Outcome, Variant, eager, own_variants, run
 
 ROOT = Path(__file__).parents[2]
@@ -235,7 +236,7 @@ def test_a_process_that_dies_is_said():
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 100, 1000])
 def test_the_largest_that_fits(limit):
-    found, tries = step_fit.largest(lambda n: n <= limit, 512)
+    found, tries = fit.largest(lambda n: n <= limit, 512)
     assert found <= limit
     assert found >= min(limit, 512) * 15 // 16
     assert tries < 20
@@ -260,8 +261,8 @@ def test_step_compares_and_searches(tmp_path, capsys):
 
 
 def test_a_step_through_a_missing_package_builds_no_model(monkeypatch, tmp_path):
-    monkeypatch.setattr("fastpo.bench.step_loop.find_spec", lambda name: None)
-    monkeypatch.setattr("fastpo.bench.step.alone", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr("fastpo.bench.step.loop.find_spec", lambda name: None)
+    monkeypatch.setattr("fastpo.bench.step.run.alone", lambda *_: pytest.fail("it was begun"))
     variants = ("--variants", "trl,trl + fastpo", "--device", "cpu", "--fit")
     code, made = bench("step", "--model", "tiny", *variants, out=tmp_path / "s.json")
     assert code == 0
@@ -272,7 +273,7 @@ def test_a_step_through_a_missing_package_builds_no_model(monkeypatch, tmp_path)
 
 def test_what_a_measurement_on_a_gpu_raises_is_raised(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    job = step_loop.Job("eager", "tiny", "cuda", "float32", 1, 8, 1, False, 1)
+    job = loop.Job("eager", "tiny", "cuda", "float32", 1, 8, 1, False, 1)
     with pytest.raises(RuntimeError, match="KeyError: 'cuda'"):
         process.alone(lambda job: {}[job.device], job)
 
@@ -436,6 +437,19 @@ def test_a_report_has_no_infinities(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["rows"] == [{"error": None}]
 
 
+def test_an_interrupted_report_is_the_last_whole_one(tmp_path, monkeypatch):
+    report.write({"what": "head", "rows": [1]}, tmp_path / "x.json")
+
+    def interrupted(path, text, **_):
+        path.open("w").write(text[:5])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        report.write({"what": "head", "rows": [1, 2]}, tmp_path / "x.json")
+    assert json.loads((tmp_path / "x.json").read_text())["rows"] == [1]
+
+
 def test_sweep_compares_tiles(tmp_path, capsys):
     small = ("--rows", "4", "--width", "32", "--repeats", "1")
     code, made = bench("sweep", *small, out=tmp_path / "w.json")
@@ -454,24 +468,3 @@ def test_a_sweep_is_kept_kernel_by_kernel_and_ends_in_time(monkeypatch):
     made = sweep.bench("cpu", **sizes, keep=lambda made: kept.append(len(made["rows"])))
     assert len(kept) == 1 and kept[0] == len(made["rows"])
     assert [each["kernel"] for each in made["left_out"]] == list(sweep.KERNELS)[1:]
-
-
-@pytest.mark.parametrize("part", ["1", "2"])
-def test_gpu_session_runs_through(part, tmp_path):
-    script = ROOT / "benchmarks" / "gpu_session.sh"
-    if not script.is_file():
-        pytest.skip("not a checkout")
-    given = {"OUT": str(tmp_path / "out"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        ["bash", str(script), part, "--dry-run"],
-        env=clean | given,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    wanted = {"1": {"head.json"}, "2": {"walks.json", "step_tiny.json", "sweep.json"}}[part]
-    names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert wanted | {f"part{part}.log"} <= names
-    assert len(names) <= 8

@@ -1,0 +1,244 @@
+"""Every mode of `linear_logps` on each backend against float64: is it right on this machine?
+
+One process a backend, side by side; a line as soon as a case is done, and the JSON with it. A case
+that takes the device with it costs only itself: a new process goes on behind it. Exit code: how
+many of the backends that are there are wrong.
+
+    python benchmarks/gpu_smoke.py triton anchored torch --out smoke.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Lock, Thread
+from typing import Any
+
+import torch
+
+import fastpo
+from fastpo import reference
+from fastpo.bench import report
+from fastpo.ops.rows import registry
+from fastpo.ops.walks.checks import OUTPUTS
+from fastpo.testing import HeadInputs, make_head, max_error, rounding
+
+Row = dict[str, Any]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# N, V, H: whole blocks, ragged ones, one row, many rows of few words, a model's head.
+SHAPES = {
+    "cuda": (
+        (300, 50_304, 512),
+        (300, 50_257, 500),
+        (1, 128_256, 896),
+        (9000, 8192, 128),
+        (257, 128_256, 4096),
+    ),
+    "cpu": ((9, 40, 12), (1, 33, 8)),
+}
+MODES = ("score", "frozen", "keep", "lean")
+# Twice the rule: among hundreds of cases eager is lucky in one, and nothing is drawn again. On tiny
+# problems it often is.
+FACTOR = {"cuda": 4.0, "cpu": 10.0}[DEVICE]
+# bf16 is wrong in Triton's interpreter itself; there these run in float32, which they are not for.
+INTERPRETED = ("triton", "anchored") if DEVICE == "cpu" else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    tokens: int
+    vocab: int
+    hidden: int
+    dtype: str
+    mode: str
+    bias: bool = False
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        extra = ["bias"] * self.bias
+        extra += [name if name == "outputs" else f"{name} {value}" for name, value in self.options]
+        sizes = f"N {self.tokens} V {self.vocab} H {self.hidden}"
+        return " ".join([sizes, self.dtype, self.mode, *extra])
+
+
+EXTRAS: tuple[dict[str, Any], ...] = (
+    {},
+    {"bias": True},
+    {"options": (("softcap", 30.0),)},
+    {"options": (("temperature", 0.7), ("logit_scale", -1.3))},
+    {"options": (("outputs", OUTPUTS),)},
+)
+
+
+def cases(backend: str) -> list[Case]:
+    """Plain ones first: what is wrong shows in the first seconds."""
+    kinds = [(shape, "bfloat16") for shape in SHAPES[DEVICE]]
+    kinds += [(SHAPES[DEVICE][0], dtype) for dtype in ("float16", "float32")]
+    if backend in INTERPRETED:
+        kinds = [(shape, "float32") for shape in SHAPES["cpu"]]
+    return [
+        Case(*shape, dtype, mode, **extra)
+        for extra, (shape, dtype), mode in itertools.product(EXTRAS, kinds, MODES)
+    ]
+
+
+def draw(case: Case) -> HeadInputs:
+    """One row far below the others, the last label the last word."""
+    sizes = (case.tokens, case.vocab, case.hidden)
+    x = make_head(*sizes, dtype=getattr(torch, case.dtype), device=DEVICE, bias=case.bias)
+    x.labels[-1] = case.vocab - 1
+    if case.tokens > 7:
+        x.hidden[7] *= 30
+    return x
+
+
+def run(case: Case, drawn: HeadInputs, backend: str | None) -> dict[str, torch.Tensor]:
+    """Statistics and gradients by name; backend None: the reference in the dtype of `drawn`."""
+    x = drawn.like(drawn.hidden.dtype, grad=case.mode != "score")
+    trained = case.mode in ("keep", "lean")
+    x.weight.requires_grad_(trained)
+    if x.bias is not None:
+        x.bias.requires_grad_(trained)
+    options = dict(case.options)
+    outputs = options.pop("outputs", ("logps",))
+    operands = (x.hidden, x.weight, x.labels)
+    if backend is None:
+        stats = reference.linear_logps(*operands, bias=x.bias, **options)
+    else:
+        options |= {"outputs": outputs, "budget": 0 if case.mode == "lean" else 2**60}
+        stats = fastpo.linear_logps(*operands, bias=x.bias, backend=backend, **options)
+    found = {name: getattr(stats, name) for name in outputs if name != "is_top1"}
+    leaves = x.leaves()
+    upstream = torch.linspace(-1, 1, case.tokens, device=DEVICE).to(found["logps"])
+    grads = torch.autograd.grad(found["logps"], list(leaves.values()), upstream) if leaves else ()
+    return {name: y.detach() for name, y in found.items()} | dict(zip(leaves, grads, strict=True))
+
+
+def check(case: Case, backend: str) -> dict[str, str]:
+    """What is further from float64 than it may be."""
+    drawn, complaints = draw(case), {}
+    fused = run(case, drawn, backend)
+    eager = run(case, drawn, None)
+    truth = run(case, drawn.like(torch.float64, grad=False), None)
+    for name, value in fused.items():
+        error, plain = max_error(value, truth[name]), max_error(eager[name], truth[name])
+        stored = backend in INTERPRETED and name not in OUTPUTS
+        slack = rounding(truth[name], torch.bfloat16 if stored else value.dtype)
+        if name not in ("logps", "lse") and backend in ("anchored", "cutlass"):
+            # Sums beside the label: what they cancel is as large as its distance.
+            slack += rounding(truth["logps"], torch.float32)
+        if not error <= FACTOR * plain + slack:
+            complaints[name] = f"error {error:.1e}, eager {plain:.1e}"
+    return complaints
+
+
+def work(backend: str, first: int) -> None:
+    """One JSON line for each case from `first` on."""
+    for i, case in enumerate(cases(backend)[first:], first):
+        start, row = time.perf_counter(), {"backend": backend, "index": i, "case": str(case)}
+        try:
+            complaints = check(case, backend)
+            row |= {"status": "wrong" if complaints else "ok"} | complaints
+        except Exception as error:  # shown, and the next case runs
+            line = (str(error).splitlines() or ["no reason given"])[0]
+            row |= {"status": "error", "reason": f"{type(error).__name__}: {line[:200]}"}
+        print(json.dumps(row | {"seconds": round(time.perf_counter() - start, 2)}), flush=True)
+        if DEVICE == "cuda" and "CUDA error" in row.get("reason", ""):
+            raise SystemExit(1)
+
+
+def rows_of(backend: str) -> Iterator[Row]:
+    """Rows of all cases, from one process after another where one dies."""
+    reason = registry.unavailable(backend, torch.device(DEVICE))
+    if reason is not None:
+        yield {"backend": backend, "status": "refused", "reason": reason}
+        return
+    done, deaths, wanted = 0, 0, cases(backend)
+    while done < len(wanted) and deaths < 3:
+        before = done
+        command = [sys.executable, __file__, "--worker", backend, "--first", str(done)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                yield (row := json.loads(line))
+                done, deaths = row["index"] + 1, 0
+        if done == before:  # its first case killed it, or it cannot even start
+            died = {"status": "died", "reason": f"exit code {worker.returncode}"}
+            yield {"backend": backend, "index": done, "case": str(wanted[done])} | died
+            done, deaths = done + 1, deaths + 1
+
+
+@dataclasses.dataclass
+class Record:
+    """All rows, on paper after each."""
+
+    path: Path | None
+    rows: list[Row]
+    lock: Lock = dataclasses.field(default_factory=Lock)
+
+    @classmethod
+    def of(cls, path: Path | None, backends: list[str]) -> Record:
+        """Rows of other backends that are there already stay."""
+        found = json.loads(path.read_text())["rows"] if path is not None and path.exists() else []
+        return cls(path, [row for row in found if row["backend"] not in backends])
+
+    def follow(self, backend: str) -> None:
+        for row in rows_of(backend):
+            with self.lock:
+                self.rows.append(row)
+                print(_line(row), flush=True)
+                self.write()
+
+    def write(self) -> None:
+        if self.path is not None:
+            passed = [name for name in registry.BACKENDS if self.passed(name)]
+            report.write({"what": "smoke", "passed": passed, "rows": self.rows}, self.path)
+
+    def passed(self, backend: str) -> bool:
+        statuses = {row["status"] for row in self.rows if row["backend"] == backend}
+        return statuses == {"ok"}
+
+
+def _line(row: Row) -> str:
+    named = ("status", "backend", "index", "case", "seconds")
+    start = " ".join(str(row[name]) for name in named[:-1] if name in row)
+    rest = ", ".join(f"{name}: {value}" for name, value in row.items() if name not in named)
+    return f"{start} {rest} {row.get('seconds', '-')} s"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("backends", nargs="*", metavar="BACKEND", help="default: all")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON; rows of others stay in it")
+    parser.add_argument("--worker", metavar="BACKEND", help=argparse.SUPPRESS)
+    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if DEVICE == "cpu":  # before the first import of triton: its decorator reads it
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if options.worker:
+        work(options.worker, options.first)
+        return 0
+    backends = options.backends or list(registry.BACKENDS)
+    record = Record.of(options.out, backends)
+    # Daemons: an interrupt ends the run, and what is done is written.
+    threads = [Thread(target=record.follow, args=(name,), daemon=True) for name in backends]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    there = {row["backend"] for row in record.rows if row["status"] != "refused"}
+    wrong = [name for name in backends if name in there and not record.passed(name)]
+    print(f"wrong: {', '.join(wrong) or 'none'}")
+    return len(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

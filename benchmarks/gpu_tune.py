@@ -1,0 +1,154 @@
+"""Which blocks the anchored product should have: compiled by many processes, timed by one in turns.
+
+Every candidate stands in for `kernels/_blocks.py` while it runs, and is judged against float64
+before it is timed. The JSON is written after each head.
+
+    python benchmarks/gpu_tune.py --out tune.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import statistics
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastpo
+from fastpo.bench import machine, report
+from fastpo.bench.check import judge
+from fastpo.bench.variants import Result
+from fastpo.ops.rows import registry
+from fastpo.testing import HeadInputs, make_head
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}[DEVICE]
+GROUPS, HALVINGS = {"cuda": ((8, 16, 24), (2, 3, 4)), "cpu": ((8, 16), (2,))}[DEVICE]
+# N, V, H; and sizes for which the same kernels are compiled.
+HEADS = {
+    "cuda": ((8192, 151_936, 896), (8192, 128_256, 2048), (8192, 128_256, 4096)),
+    "cpu": ((16, 96, 16),),
+}[DEVICE]
+SMALL = {"cuda": (256, 8192), "cpu": (16, 48)}[DEVICE]
+JUDGED = 64  # tokens
+MODES = ("score", "keep")
+
+Candidate = tuple[str, str, dict[str, int]]  # name, backend, what is another in GemmBlocks
+
+
+def candidates() -> list[Candidate]:
+    found: list[Candidate] = [("as shipped", "anchored", {})]
+    for group, halvings in itertools.product(GROUPS, HALVINGS):
+        changes = {"group": group, "halvings": halvings}
+        found.append((f"group {group}, halvings {halvings}", "anchored", changes))
+    found.append(("cutlass", "cutlass", {}))
+    return [each for each in found if registry.unavailable(each[1], torch.device(DEVICE)) is None]
+
+
+@contextmanager
+def standing_in(changes: dict[str, int]) -> Iterator[None]:
+    from fastpo.kernels import _blocks
+
+    original = _blocks.gemm_blocks
+    _blocks.gemm_blocks = lambda tma: original(tma)._replace(**changes)
+    try:
+        yield
+    finally:
+        _blocks.gemm_blocks = original
+
+
+def forward(x: HeadInputs, candidate: Candidate, mode: str) -> Tensor:
+    """Log-probabilities; in `keep` the exponentials are stored, too."""
+    _, backend, changes = candidate
+    x.hidden.requires_grad_(mode == "keep")
+    x.weight.requires_grad_(mode == "keep")
+    with standing_in(changes):
+        stats = fastpo.linear_logps(x.hidden, x.weight, x.labels, budget=2**62, backend=backend)
+    assert stats.logps is not None
+    return stats.logps.detach()
+
+
+def compile_one(work: tuple[Candidate, int]) -> str | None:
+    """Into Triton's cache; why it cannot be, where it cannot."""
+    candidate, hidden = work
+    try:
+        for mode in MODES:
+            forward(make_head(*SMALL, hidden, dtype=DTYPE, device=DEVICE), candidate, mode)
+    except Exception as error:  # of Triton's compiler, as a rule
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+    return None
+
+
+def compiled(processes: int) -> list[Candidate]:
+    """The candidates that the device can have; all heads take the same kernels."""
+    work = [(candidate, HEADS[0][2]) for candidate in candidates()]
+    if processes == 1:
+        answers = list(map(compile_one, work))
+    else:
+        with multiprocessing.get_context("spawn").Pool(processes) as pool:
+            answers = pool.map(compile_one, work, chunksize=1)
+    refused = {each[0]: why for (each, _), why in zip(work, answers, strict=True) if why}
+    for name, why in refused.items():
+        print(f"{name}: {why}", flush=True)
+    return [each for each in candidates() if each[0] not in refused]
+
+
+def complaint(x: HeadInputs, candidate: Candidate) -> str | None:
+    few = HeadInputs(x.hidden.detach()[:JUDGED], x.weight.detach(), x.labels[:JUDGED])
+    judged = judge(few, torch.ones(len(few.labels), device=DEVICE))
+    return judged.complaint(judged.errors(Result(forward(few, candidate, "score"), {})), DTYPE)
+
+
+def one_head(shape: tuple[int, int, int], found: list[Candidate], repeats: int) -> list[Any]:
+    x = make_head(*shape, dtype=DTYPE, device=DEVICE)
+    watch, rows = machine.stopwatch(DEVICE), []
+    right = []
+    for candidate in found:
+        why = complaint(x, candidate)
+        if why is None:
+            right.append(candidate)
+        else:
+            rows.append({"shape": shape, "variant": candidate[0], "status": "wrong", "reason": why})
+    runs: dict[tuple[str, str], list[float]] = {}
+    for turn in range(repeats + 1):  # the first warms up
+        for candidate, mode in itertools.product(right, MODES):
+            took, _ = watch(partial(forward, x, candidate, mode))
+            runs.setdefault((candidate[0], mode), []).extend([took.ms] * bool(turn))
+    for (name, mode), times in runs.items():
+        row = {"shape": shape, "variant": name, "mode": mode, "status": "ok"}
+        rows.append(row | {"median_ms": statistics.median(times), "runs_ms": times})
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="turns; default: 7")
+    parser.add_argument("--processes", type=int, default=12, metavar="N", help="that compile")
+    options = parser.parse_args()
+    if DEVICE == "cpu":  # before the first import of triton: its decorator reads it
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    made: dict[str, Any] = machine.facts(DEVICE) | {"what": "tune", "rows": []}
+    found = compiled(options.processes)
+    for shape in HEADS:
+        rows = one_head(shape, found, options.repeats)
+        made["rows"] += rows
+        for row in rows:
+            said = row.get("reason") or f"{row['mode']:<6}{row['median_ms']:>9.3f} ms"
+            print(f"{row['shape']} {row['variant']:<24}{said}", flush=True)
+        if options.out is not None:
+            report.write(made, options.out)
+    return int(any(row["status"] == "wrong" for row in made["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
