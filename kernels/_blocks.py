@@ -37,24 +37,25 @@ class GemmBlocks(NamedTuple):
     tma: bool  # persistent, loaded through descriptors
 
 
-def gemm_blocks(tma: bool) -> GemmBlocks:
+def gemm_blocks(tma: bool, crowded: bool = False) -> GemmBlocks:
     """For the product with exponentials in its epilogue. No GPU timing has chosen these yet.
 
-    Depends on nothing else, because `v` is how partial sums are cut: see `row_blocks`.
+    crowded: statistics are summed of products with a bias. Depends on nothing else, because `v` is
+    how partial sums are cut, and parts of columns the order of their sums: see `row_blocks`.
     """
     if tma:
-        # sm_90: 179 registers, at most 245 with a soft-cap and a bias, 255 with all statistics; no
-        # spills. Shared memory 200,736 B of 232,448: a fifth stage of 49,152 does not fit. Parts of
-        # 16 columns: of 32 all statistics would spill, and of 8 a row of E would be half a sector.
-        return GemmBlocks(128, 256, 64, 8, 4, num_stages=4, num_warps=8, tma=True)
-    # sm_80: 126 registers, 128 when E is stored, so two programs share a multiprocessor and one's
-    # epilogue runs beside the other's products; 142 with a soft-cap, 238 with all statistics, at
-    # most 255 where rows start anywhere. No spills; 49,152 B of 166,912.
+        # sm_90: 170 registers, 238 when E is stored, at most 255 with statistics; no spills. Shared
+        # memory 200,736 B of 232,448: a fifth stage of 49,152 does not fit. Parts of 16 columns: of
+        # 8 a row of E is half a sector, but with a bias and statistics 16 spill. A cell takes 4.8
+        # instructions, 10 where E is stored, 8.3 and 13.4 with what TRL's trainers ask for.
+        return GemmBlocks(128, 256, 64, 8, 5 if crowded else 4, num_stages=4, num_warps=8, tma=True)
+    # At most 254 registers (sm_100, all statistics of products with a bias); no spills; 49,152 B of
+    # shared memory, 65,552 on sm_100.
     return GemmBlocks(128, 128, 32, 8, 2, num_stages=4, num_warps=8, tma=False)
 
 
 def repair_blocks() -> GemmBlocks:
     """For rows that are computed again: rare, and beside sums that want many small programs."""
-    # 128 registers, 168 with all statistics, at most 255 where rows start anywhere; no spills;
-    # 12,288 B of shared memory. (64 x 64, or 64 of the hidden size, spills on sm_80.)
+    # At most 204 registers where rows start at multiples of 16 bytes; no spills; 12,304 B of shared
+    # memory.
     return GemmBlocks(64, 32, 32, 1, 0, num_stages=2, num_warps=4, tma=False)

@@ -171,7 +171,7 @@ def anchored_launches(
         if tma and hidden * dtype.itemsize % 16:
             continue  # what a descriptor cannot load, the other kernel does
         prefix, kernel = ("descriptors ", "_tma") if tma else ("pointers ", "")
-        blocks = _blocks.gemm_blocks(tma)
+        blocks = _blocks.gemm_blocks(tma, biased and stats != 0)
         partial = torch.zeros(sums, -(-vocab // blocks.v), n)
         found = record(
             prefix + name, f"anchored_fwd{kernel}_kernel", anchored.anchored_fwd,
@@ -288,11 +288,11 @@ def epilogue(sass: str) -> list[str]:
         to = int(branch[2], 16) if branch else place + 1
         if to <= place or "EXIT" in text:
             break
-        skipped = [text for other, text in code[i:] if other < to]
-        masks = any("FSEL" in text for text in skipped) and not any(
-            "MUFU" in text for text in skipped
-        )
-        i = place_of[to] if branch and branch[1] and masks else i + 1
+        i += 1
+        if branch and branch[1] and to in place_of:
+            skipped = " ".join(text for _, text in code[i : place_of[to]])
+            if "FSEL" in skipped and "MUFU" not in skipped:
+                i = place_of[to]
     return path
 
 

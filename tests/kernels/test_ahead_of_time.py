@@ -18,6 +18,9 @@ KERNELS += ["pair softmaxes", "pair values", "pair gradients"]
 # Bytes one program may have.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
+# Bytes a thread spills: ptxas keeps these to 80 registers on consumer Blackwell.
+SPILLS = {("pair softmaxes", 120): 40}
+
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
@@ -36,7 +39,7 @@ def test_fits_the_gpu(compiled, kernel, sm):
     found = [x for x in compiled if x["sm"] == sm and x["name"].startswith(kernel)]
     assert found or (kernel == "descriptors" and sm != 90)
     for x in found:
-        assert x["stack"] == x["local"] == 0, f"spills registers: {x}"
+        assert x["local"] == 0 and x["stack"] <= SPILLS.get((kernel, sm), 0), f"spills: {x}"
         assert x["shared"] <= SHARED_MEMORY[sm], x
 
 

@@ -143,7 +143,8 @@ def product(
     if named and cutlass.serves(rows.x, rows.words, rows.bias):
         assert origin is not None
         return _cutlass_product(rows, origin, e, count, programs), False
-    blocks, partial = _gemm_blocks(rows.x, rows.words), None
+    crowded = rows.bias is not None and stats != 0
+    blocks, partial = _gemm_blocks(rows.x, rows.words, crowded), None
     if sums:
         shape = (count, -(-len(rows.words) // blocks.v), len(rows.x))
         partial = head.empty(*shape, dtype=torch.float32)
@@ -185,11 +186,11 @@ def unit_columns(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _gemm_blocks(x: Tensor, words: Tensor):  # type: ignore[no-untyped-def]  # kernels are untyped
+def _gemm_blocks(x: Tensor, words: Tensor, crowded: bool):  # type: ignore[no-untyped-def]  # kernels are untyped
     from ...kernels._blocks import gemm_blocks
 
     aligned = all(t.data_ptr() % 16 == 0 == t.stride(0) * t.itemsize % 16 for t in (x, words))
-    return gemm_blocks(tma=aligned and _is_hopper(x.device))
+    return gemm_blocks(aligned and _is_hopper(x.device), crowded)
 
 
 def _is_hopper(device: torch.device) -> bool:
