@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +31,24 @@ class Row:
     @property
     def length(self) -> int:
         return self.shared + self.owned
+
+
+class Sequences(NamedTuple):
+    """The rows as kernels of variable length take them: where each begins and ends, the longest."""
+
+    queries: Tensor  # [rows + 1] int32
+    keys: Tensor  # [rows + 1] int32
+    longest_queries: int
+    longest_keys: int
+
+
+class Tree(NamedTuple):
+    """For each packed token; q sees k when segment[k] <= segment[q] < end[k], and what the rule of
+    its layer says of their depths."""
+
+    segment: Tensor  # [S] int32: the row that owns it
+    end: Tensor  # [S] int32: the first row behind it that it is not in
+    depth: Tensor  # [S] int32: its place in its row
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +86,33 @@ class Layout:
             end += row.length
         return Copies.of(runs, self.size, end, self.tokens.device)
 
+    @cached_property
+    def sequences(self) -> Sequences:
+        both = (
+            torch.tensor([0, *accumulate(numbers)], dtype=torch.int32)
+            for numbers in (self.owned, self.lengths)
+        )
+        queries, keys = (x.to(self.tokens.device, non_blocking=True) for x in both)
+        return Sequences(queries, keys, max(self.owned), max(self.lengths))
+
+    @cached_property
+    def tree(self) -> Tree:
+        end = torch.full((self.size,), len(self.rows), dtype=torch.int32)
+        for number, (before, row) in enumerate(pairwise(self.rows), 1):
+            for run in before.path:
+                kept = min(max(row.shared - run.target, 0), run.length)
+                end[run.source + kept : run.source + run.length] = number
+        numbers = torch.arange(len(self.rows), dtype=torch.int32)
+        segment = numbers.repeat_interleave(torch.tensor(self.owned))
+        depth = torch.cat([torch.arange(r.shared, r.length, dtype=torch.int32) for r in self.rows])
+        return Tree(*(x.to(self.tokens.device, non_blocking=True) for x in (segment, end, depth)))
+
+    @cached_property
+    def columns(self) -> int:
+        """How many of the padded run's columns hold tokens, counted from the first on."""
+        width = self.shape[1]
+        return max(min(run.target % width + run.length, width) for run in self.places.runs)
+
     def pack(self, x: Tensor) -> Tensor:  # [R, T] -> [1, S]
         return x.flatten().index_select(0, self.tokens).unsqueeze(0)
 
@@ -83,7 +130,8 @@ def layout_of(
 ) -> Layout:
     """The layout of a batch, on its device; ids and mask are read on the host.
 
-    share: False for packing alone. least: fewer common tokens are not shared. Raises ValueError for shapes, and for a mask with holes or an empty row.
+    share: False for packing alone. least: fewer common tokens are not shared. Raises ValueError for
+    shapes, and for a mask with holes or an empty row.
     """
     device, (height, width) = ids.device, _shape(ids, mask)
     ids = ids.cpu()

@@ -65,6 +65,35 @@ def test_rows_spell_their_tokens(rows, share, least):
     assert all(row.shared == 0 or row.shared >= least for row in layout.rows)
 
 
+@given(ROWS, st.booleans())
+def test_the_tree_says_who_sees_whom(rows, share):
+    """A token of a row sees those before it on the row's path, and no others."""
+    ids, mask = padded(rows)
+    layout = layout_of(ids, mask, share=share, least=1)
+    segment, end, depth = layout.tree
+    expected = torch.zeros(layout.size, layout.size, dtype=torch.bool)
+    for row in layout.rows:
+        path = torch.cat([torch.arange(r.source, r.source + r.length) for r in row.path])
+        for at in range(row.shared, row.length):
+            expected[path[at], path[: at + 1]] = True
+    inside = (segment <= segment[:, None]) & (segment[:, None] < end)
+    assert torch.equal(inside & (depth <= depth[:, None]), expected)
+
+
+@given(ROWS)
+def test_sequences_of_variable_length(rows):
+    layout = layout_of(*padded(rows), least=1)
+    queries, keys, longest_queries, longest_keys = layout.sequences
+    assert queries.dtype == keys.dtype == torch.int32
+    assert queries.diff().tolist() == layout.owned and queries[0] == keys[0] == 0
+    assert keys.diff().tolist() == layout.lengths and min(layout.owned) > 0
+    assert (longest_queries, longest_keys) == (max(layout.owned), max(layout.lengths))
+    assert layout.columns == max(column + len(tokens) for column, tokens in rows)
+    ids, mask = padded(rows)
+    wide = torch.nn.functional.pad(ids, (0, 3)), torch.nn.functional.pad(mask, (0, 3))
+    assert layout_of(*wide, least=1).columns == layout.columns
+
+
 @given(ROWS)
 def test_back_where_they_were(rows):
     ids, mask = padded(rows)

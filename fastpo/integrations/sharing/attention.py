@@ -9,31 +9,36 @@ sinks and grouped heads stay with the model's own functions.
 
 from __future__ import annotations
 
-import sys
+import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import masking_utils, modeling_utils
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ...layout.tree import Layout
+from ..seams.seam import Seam
+from .packed import Flash, Packed, Rows, Sdpa
+
+# Models serve "eager" themselves, each file its own function, as the default of this lookup.
+_EAGER = Seam(
+    "transformers.modeling_utils",
+    "AttentionInterface.get_interface",
+    ("attn_implementation", "default"),
+    ("5",),
+)
+# What a mask function is asked by, besides what is passed through.
+_ASKED = {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "attention_mask"}
 
 
 class Refused(Exception):
     """This call runs as it did before, and why."""
-
-
-@dataclass(frozen=True, eq=False)
-class RowMasks:
-    """In place of a mask: the layout, and a mask for each of its rows, or None where causal."""
-
-    layout: Layout
-    masks: tuple[Any, ...]
 
 
 _active: ContextVar[Layout | None] = ContextVar("fastpo_layout", default=None)
@@ -41,7 +46,7 @@ _active: ContextVar[Layout | None] = ContextVar("fastpo_layout", default=None)
 
 @contextmanager
 def active(layout: Layout) -> Iterator[None]:
-    """Masks asked for in this block are masks of the layout's rows."""
+    """Masks asked for in this block are those of the layout's rows."""
     token = _active.set(layout)
     try:
         yield
@@ -50,25 +55,29 @@ def active(layout: Layout) -> Iterator[None]:
 
 
 class _Mask:
-    """A mask function of transformers, or all of a layout's rows' masks."""
+    """A mask function of transformers, or how all of a layout's rows attend."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        layout = _active.get()
+        # A compiler cannot read the variable, and no layout is active in what it compiles.
+        layout = None if torch.compiler.is_compiling() else _active.get()
         if layout is None:
             return self.original(*args, **kwargs)
         if args or kwargs.get("use_vmap") or kwargs.get("q_length") != layout.size:
             raise Refused("a mask rule of its own")
-        found: dict[tuple[int, int], Any] = {}
-        for row in layout.rows:
-            key = row.shared, row.owned
-            if key not in found:
-                found[key] = self._row(*key, kwargs)
-        return RowMasks(layout, tuple(found[row.shared, row.owned] for row in layout.rows))
+        if self.original is masking_utils.flash_attention_mask:
+            return Flash(layout)
+        rule = kwargs.get("mask_function", masking_utils.causal_mask_function)
+        if self.original is masking_utils.flex_attention_mask:
+            return self._ask(kwargs, 0, layout.size, mask_function=_in_tree(layout, rule))
+        row = functools.partial(self._ask, kwargs)
+        if self.original is masking_utils.sdpa_mask:
+            return Sdpa(layout, row, rule=rule, size=kwargs.get("local_size"))
+        return Rows(layout, row)
 
-    def _row(self, shared: int, owned: int, kwargs: dict[str, Any]) -> Any:
+    def _ask(self, kwargs: dict[str, Any], shared: int, owned: int, **changes: Any) -> Any:
         row = {
             "batch_size": 1,
             "q_length": owned,
@@ -77,16 +86,23 @@ class _Mask:
             "kv_offset": 0,
             "attention_mask": None,
         }
-        mask = self.original(**{**kwargs, **row})
-        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-            # Attention would convert it in every layer, and keep each copy for the backward.
-            floats = torch.zeros(mask.shape, dtype=kwargs["dtype"], device=mask.device)
-            mask = floats.masked_fill_(~mask, torch.finfo(kwargs["dtype"]).min)
-        return mask
+        return self.original(**{**kwargs, **row, **changes})
+
+
+def _in_tree(layout: Layout, rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The layer's rule between tokens of one row."""
+    segment, end, depth = layout.tree
+
+    def sees(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        inside = (segment[k] <= segment[q]) & (segment[q] < end[k])
+        seen: Tensor = inside & rule(batch, head, depth[q], depth[k])
+        return seen
+
+    return sees
 
 
 class _Attention:
-    """An attention function of transformers, row by row where the mask slot says so."""
+    """An attention function of transformers, or what the mask slot says instead."""
 
     def __init__(self, original: Callable[..., Any]) -> None:
         self.original = original
@@ -94,39 +110,73 @@ class _Attention:
     def __call__(
         self,
         module: torch.nn.Module,
-        query: Tensor,  # [1, heads, S, D]
-        key: Tensor,  # [1, key heads, S, D]
-        value: Tensor,  # [1, key heads, S, D']
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
         attention_mask: Any,
         *args: Any,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        if not isinstance(attention_mask, RowMasks):
-            return self.original(module, query, key, value, attention_mask, *args, **kwargs)
-        layout = attention_mask.layout
-        keys, values = (layout.keys(x, 2).split(layout.lengths, 2) for x in (key, value))
-        rows = zip(query.split(layout.owned, 2), keys, values, attention_mask.masks, strict=True)
-        found = [self.original(module, *row, *args, **kwargs)[0] for row in rows]
-        return torch.cat(found, 1), None
-
-
-def _eager(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Each model file has its own."""
-    return sys.modules[type(module).__module__].eager_attention_forward(module, *args, **kwargs)
+    ) -> Any:
+        if isinstance(attention_mask, Packed):
+            return attention_mask.attend(self.original, module, query, key, value, *args, **kwargs)
+        return self.original(module, query, key, value, attention_mask, *args, **kwargs)
 
 
 def install(implementation: str) -> None:
-    """Hooks in both registries, which pass on whatever no layout of ours is in; they stay: a
-    checkpoint may run layers again at any time."""
-    masks, attentions = AttentionMaskInterface._global_mapping, AttentionInterface._global_mapping
-    if implementation not in masks:
+    """Hooks that pass on whatever no layout of ours is in; they stay: a checkpoint may run layers
+    again at any time."""
+    mask: Any = AttentionMaskInterface._global_mapping.get(implementation)
+    if mask is None:
         raise Refused(f"attention {implementation!r}")
-    mask: Any = masks[implementation]
     if not isinstance(mask, _Mask):
+        missing = _ASKED - set(inspect.signature(mask).parameters)
+        if missing:
+            raise Refused(f"a mask function that does not take {', '.join(sorted(missing))}")
         AttentionMaskInterface.register(implementation, _Mask(mask))
-    original = attentions.get(implementation, _eager)
-    if not isinstance(original, _Attention):
-        AttentionInterface.register(implementation, _Attention(original))
+    if implementation == "eager":
+        _serve_eager()
+        return
+    attention = AttentionInterface._global_mapping[implementation]
+    if not isinstance(attention, _Attention):
+        AttentionInterface.register(implementation, _Attention(attention))
+
+
+def _serve_eager() -> None:
+    get = _EAGER.read()
+    if hasattr(get, "hidden"):
+        return
+
+    @functools.wraps(get)
+    def get_interface(self: Any, attn_implementation: str, default: Callable[..., Any]) -> Any:
+        found = get(self, attn_implementation, default)
+        if (
+            found is default
+            and attn_implementation == "eager"
+            and not torch.compiler.is_compiling()
+        ):
+            return _hooked(default)
+        return found
+
+    get_interface.hidden = get  # type: ignore[attr-defined]
+    _EAGER.write(get_interface)
+
+
+_hooked = functools.cache(_Attention)
+
+
+def stands(implementation: str) -> bool:
+    """Are the hooks what models find in the registries? Others may have registered since, or
+    hold a function of their own."""
+    masks, attentions = (
+        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS,
+        modeling_utils.ALL_ATTENTION_FUNCTIONS,
+    )
+    found = attentions.get_interface(implementation, _nothing)
+    return isinstance(masks.get(implementation), _Mask) and isinstance(found, _Attention)
+
+
+def _nothing() -> None:
+    """In place of a model file's own function."""
 
 
 def restore() -> None:
@@ -134,7 +184,7 @@ def restore() -> None:
     for interface in (AttentionMaskInterface, AttentionInterface):
         for name, function in list(interface._global_mapping.items()):
             if isinstance(function, _Mask | _Attention):
-                if function.original is _eager:
-                    del interface._global_mapping[name]
-                else:
-                    interface.register(name, function.original)
+                interface.register(name, function.original)
+    hidden = getattr(_EAGER.current(), "hidden", None)
+    if hidden is not None:
+        _EAGER.write(hidden)

@@ -56,40 +56,59 @@ class Packer:
     share: bool = True
     always: bool = False
     tokens: Tokens = field(default_factory=Tokens)
-    probed: bool = False
+    # By what the model has been looked at as: why it is left alone, or None.
+    known: dict[Any, str | None] = field(default_factory=dict)
 
     def run(self, model: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`own(*args, **kwargs)`, the backbone's forward, on a packed row where that is right."""
+        if torch.compiler.is_compiling():
+            _say_compiled(type(model).__name__)
+            return own(*args, **kwargs)
         kind: Any = type(model)
         inputs = dict(zip(_parameters(kind), args, strict=False), **kwargs)
-        if torch.compiler.is_compiling() or inputs.get("input_ids") is None:
-            return own(*args, **kwargs)
         try:
             layout = self._layout(model, own, inputs)
             if layout is not None:
                 return self.packed(own, inputs, layout)
         except Refused as refused:
-            _say_once(type(model).__name__, str(refused))
-            self._count(inputs["input_ids"], None)
+            _say_once(kind.__name__, str(refused))
+            self._count(inputs.get("input_ids"), None)
         return own(*args, **kwargs)
 
     def _layout(self, model: Any, own: Any, inputs: dict[str, Any]) -> Layout | None:
         """Of this batch; None where it is cheaper as it is. Raises Refused."""
+        # The model first: every process of a sharded one probes it at its first call.
+        self._check(model, own)
         refusals.check_call(inputs)
-        if not self.probed:
-            refusals.check_model(model)
-            attention.install(model.config._attn_implementation)
-            probe.check(self, model, own)
-            self.probed = True
         share = self.share and not refusals.drops(model)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         try:
             layout = layout_of(ids, mask, share=share, least=1 if self.always else _LEAST)
         except ValueError as error:
             raise Refused(str(error)) from error
+        refusals.check_rotation(model, layout)
         worth = self.always or is_worth(layer_cost(model), layout)
         self._count(ids, layout if worth else None)
         return layout if worth else None
+
+    def _check(self, model: Any, own: Any) -> None:
+        weight, implementation = next(model.parameters()), model.config._attn_implementation
+        key = implementation, weight.dtype, weight.device.type
+        if key not in self.known:
+            try:
+                refusals.check_model(model)
+                attention.install(implementation)
+                probe.check(self, model, own)
+                self.known[key] = None
+            except Refused as refused:
+                self.known[key] = str(refused)
+        why = self.known[key]
+        if why is not None:
+            raise Refused(why)
+        if not attention.stands(implementation):
+            raise Refused(f"attention {implementation!r} of somebody else's")
+        if refusals.compiled(model):
+            raise Refused("layers that are compiled")
 
     def _count(self, ids: Any, layout: Layout | None) -> None:
         if isinstance(ids, Tensor):
@@ -183,6 +202,12 @@ def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _say_once(model: str, why: str) -> None:
     _log.warning("fastpo: %s keeps its padded batch: %s", model, why)
+
+
+# While a compiler traces the call.
+@torch.compiler.assume_constant_result
+def _say_compiled(model: str) -> None:
+    _say_once(model, "it is compiled")
 
 
 def layer_cost(model: nn.Module) -> LayerCost:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import modeling_utils
 
+from ...layout.tree import Layout
 from .attention import Refused
 
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
+# Options of a config that draw noise in a backbone; heads that classify have some, too.
+_NOISE = re.compile("^(?!classifier|summary).*(drop|jitter)")
 # What a call may bring besides ids and mask, with the values that change nothing here.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "position_ids": (),  # compared with the columns
-    "use_cache": (None, False),
-    "past_key_values": (None,),
-    "output_attentions": (None, False),
-    "return_dict": (None, True),
-    "inputs_embeds": (None,),
+    "use_cache": (False,),
+    "past_key_values": (),
+    "output_attentions": (False,),
+    "return_dict": (True,),
+    "inputs_embeds": (),
 }
 
 
 def check_model(model: Any) -> None:
     """Raises Refused for a backbone whose layers need neighbours in a row to be neighbours."""
     config = model.config.get_text_config()
+    if model.get_output_embeddings() is not None:
+        raise Refused("its head is not on a backbone of its own")
     if getattr(model, "_is_stateful", False):
         raise Refused("a state along the row")
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
@@ -31,8 +39,21 @@ def check_model(model: Any) -> None:
         raise Refused(f"layers of {', '.join(sorted(kinds))}")
     if not getattr(model, "_supports_attention_backend", False):
         raise Refused("attention that is not looked up in transformers' registry")
-    if getattr(config, "is_causal", True) is False or getattr(config, "is_encoder_decoder", False):
+    if any(_registry(module) is not None for module in model.modules()):
+        raise Refused("attention that is looked up in a registry of its own")
+    if getattr(config, "is_causal", True) is False:
         raise Refused("attention that is not causal")
+    if getattr(config, "is_encoder_decoder", False) or getattr(
+        config, "add_cross_attention", False
+    ):
+        raise Refused("attention to another sequence")
+
+
+def _registry(module: nn.Module) -> Any:
+    """Where its file looks attention functions up, if not where all others do."""
+    file = sys.modules.get(type(module).__module__)
+    found = getattr(file, "ALL_ATTENTION_FUNCTIONS", None)
+    return None if found is modeling_utils.ALL_ATTENTION_FUNCTIONS else found
 
 
 def check_call(inputs: dict[str, Any]) -> None:
@@ -61,11 +82,35 @@ def _check_positions(positions: Tensor, ids: Tensor) -> None:
         raise Refused("position_ids that are not the columns")
 
 
+def check_rotation(model: Any, layout: Layout) -> None:
+    """Raises Refused where angles depend on the longest row, and only pads make it that long."""
+    last, width = layout.columns, layout.shape[1]
+    if last == width:
+        return
+    config = model.config.get_text_config()
+    given = getattr(config, "rope_parameters", None) or {}
+    for rope in (given, *(x for x in given.values() if isinstance(x, dict))):
+        kind = str(rope.get("rope_type"))
+        lengths = (
+            rope.get("original_max_position_embeddings"),
+            getattr(config, "max_position_embeddings", None),
+        )
+        limit = min((x for x in lengths if x is not None), default=width + 1)
+        # longrope has two tables; the angles of dynamic scaling go on changing beyond the limit.
+        if width >= limit and ("dynamic" in kind or (kind == "longrope" and last <= limit)):
+            raise Refused(f"pads beyond the {limit} tokens at which its rope changes")
+
+
 def drops(model: nn.Module) -> bool:
-    """Is any dropout active? Tokens that are computed once would be dropped together."""
+    """Is any noise drawn? Tokens that are computed once would be dropped together."""
     if not model.training:
         return False
-    config = getattr(model, "config", None)
-    rates = [getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")]
-    rates += [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    config: Any = model.config
+    noises = {k: v for k, v in vars(config.get_text_config()).items() if _NOISE.search(k)}
+    rates = [*noises.values(), *(x.p for x in model.modules() if isinstance(x, nn.Dropout))]
     return any(rate for rate in rates if isinstance(rate, float))
+
+
+def compiled(model: nn.Module) -> bool:
+    """Is a part of it? It would be compiled again for every layout."""
+    return any(module._compiled_call_impl is not None for module in model.modules())

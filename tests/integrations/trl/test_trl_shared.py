@@ -30,7 +30,7 @@ def layouts(monkeypatch):
     monkeypatch.setattr(backbone, "is_worth", lambda *_: True)
 
     def noted(self, own, inputs, layout):
-        if self.probed:
+        if self.known:
             seen.append(layout)
         return packed(self, own, inputs, layout)
 
