@@ -166,14 +166,27 @@ def _add_step(kinds: argparse._SubParsersAction) -> None:
     add(
         "--model",
         metavar="NAME",
-        help="tiny, small, qwen2.5-0.5b, qwen2.5-1.5b, llama-3-8b-lora; "
-        "default: small on a CPU, qwen2.5-0.5b on a GPU",
+        help="tiny, small, medium, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, llama-3-8b-lora; "
+        "default: small on a CPU, with --shared-prompts medium, qwen2.5-0.5b on a GPU",
     )
     add("--lengths", nargs="+", type=int, metavar="T", help="tokens of a row; default: 256")
-    add("--pairs", type=int, default=4, metavar="B", help="per step; default: 4")
+    add("--pairs", type=int, metavar="B", help="per step; default: 4, with --shared-prompts 8")
     add("--steps", type=int, metavar="N", help="timed ones; default: 3 on a CPU, 10 on a GPU")
     add("--rounds", type=int, metavar="N", help="turns of all variants; default: 2, on a GPU 1")
-    add("--variants", metavar="A,B", help="of eager, fastpo, trl, trl + fastpo; default: all")
+    add(
+        "--shared-prompts",
+        nargs="*",
+        metavar="P:C[,equal][,K]",
+        help="what prompts computed once save: size of prompt to completion, lengths that differ "
+        "or are equal, rows of one prompt (2; 1 shares none); default: a sweep of them",
+    )
+    add(
+        "--variants",
+        metavar="A,B",
+        help="of eager, fastpo, trl, trl + fastpo; with --shared-prompts also of fastpo and "
+        "trl + fastpo each with + padding-free or + shared prompts; default: all",
+    )
+    add("--cpu-time", action="store_true", help="of the process, where others use the CPU, too")
     add("--checkpointing", action="store_true", help="recompute the layers in the backward")
     add("--fit", nargs="*", choices=("length", "pairs"), help="what to search; default: both")
     add("--memory-limit", type=int, metavar="MIB", help="default: 1536 on a CPU, all of a GPU")
@@ -182,28 +195,34 @@ def _add_step(kinds: argparse._SubParsersAction) -> None:
 
 
 def _step(options: argparse.Namespace) -> int:
-    from . import step_loop
-    from .step import StepOptions, bench
+    from .step import loop
+    from .step.batches import SWEEP, Texts
+    from .step.run import StepOptions, bench
 
     device, dtype = _device(options)
-    gpu = device == "cuda"
-    names = options.variants.split(",") if options.variants else step_loop.VARIANTS
+    gpu, shared = device == "cuda", options.shared_prompts is not None
+    default = loop.SHARING if shared else loop.VARIANTS
+    names = options.variants.split(",") if options.variants else default
+    pairs = (8 if shared else 4) if options.pairs is None else options.pairs
     wanted = StepOptions(
-        model=options.model or ("qwen2.5-0.5b" if gpu else "small"),
+        model=options.model or ("qwen2.5-0.5b" if gpu else "medium" if shared else "small"),
         lengths=tuple(_at_least("lengths", n, 2) for n in options.lengths or (256,)),
         device=device,
         dtype=dtype,
-        pairs=_at_least("pairs", options.pairs, 1),
+        pairs=_at_least("pairs", pairs, 1),
         steps=_at_least("steps", options.steps or (10 if gpu else 3), 1),
         rounds=_at_least("rounds", options.rounds or (1 if gpu else 2), 1),
         variants=tuple(name.strip() for name in names),
+        texts=tuple(map(Texts.parse, options.shared_prompts or SWEEP)) if shared else (Texts(),),
+        shared=shared,
+        clock="process" if options.cpu_time else "wall",
         checkpointing=options.checkpointing,
         fit=("length", "pairs") if options.fit is None else tuple(options.fit),
         memory_limit=options.memory_limit or (None if gpu else 1536),
         most=_at_least("most", options.most, 128),
         time_limit=options.time_limit,
     )
-    path = _out(options, device, "step")
+    path = _out(options, device, "shared" if shared else "step")
     made = bench(wanted, _say, _keep(path, {"arguments": _plain(options)}))
     if path is not None:
         print(f"\n{path}")

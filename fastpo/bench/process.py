@@ -69,7 +69,7 @@ def _context() -> Any:
     if sys.platform != "linux" or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastpo.bench.head", "fastpo.bench.step"])
+    context.set_forkserver_preload(["fastpo.bench.head", "fastpo.bench.step.run"])
     return context
 
 

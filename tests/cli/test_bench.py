@@ -17,7 +17,7 @@ from fastpo.bench.check import judge
 from fastpo.bench.errors import BenchError
 from fastpo.bench.rivals import rival_variants
 from fastpo.bench.shapes import Shape
-from fastpo.bench.step import fit, loop
+from fastpo.bench.step import batches, fit, loop
 from fastpo.bench.variants import CASES, Outcome, Variant, eager, own_variants, run
 
 ROOT = Path(__file__).parents[2]
@@ -273,7 +273,7 @@ def test_a_step_through_a_missing_package_builds_no_model(monkeypatch, tmp_path)
 
 def test_what_a_measurement_on_a_gpu_raises_is_raised(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    job = loop.Job("eager", "tiny", "cuda", "float32", 1, 8, 1, False, 1)
+    job = loop.Job("eager", "tiny", "cuda", "float32", 1, 8, 1, False, 1, batches.Texts(), "wall")
     with pytest.raises(RuntimeError, match="KeyError: 'cuda'"):
         process.alone(lambda job: {}[job.device], job)
 
@@ -286,7 +286,7 @@ def test_what_a_measurement_on_a_gpu_raises_is_raised(monkeypatch):
         (["head", "--repeats", "0"], "--repeats: expected an integer >= 1, got 0"),
         (["head", "--threads", "0"], "--threads: expected an integer >= 1, got 0"),
         (["step", "--model", "nothing"], "--model: expected one of tiny, small, "),
-        (["step", "--variants", "nothing"], "--variants: expected some of eager, fastpo, trl"),
+        (["step", "--variants", "nothing"], "--variants: expected some of eager, fastpo, fastpo + pad"),
         (["plot", "no.json"], "no.json: No such file or directory"),
         (["readme", "no.md"], "no.md: No such file or directory"),
     ],

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
 import fastpo
 from fastpo.testing import assert_as_good_as_eager
 
-from . import step_model
-from .step_model import Models
+from . import architectures
+from .architectures import Models
+from .batches import Batch, Texts, batch
 
 BETA = 0.1
 _RATE = 1e-5
@@ -41,6 +44,8 @@ class Job:
     steps: int
     checkpointing: bool
     threads: int
+    texts: Texts
+    clock: str  # "wall", or "process": its own time on a CPU
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -49,38 +54,52 @@ class Job:
         return kind
 
 
-# [2·pairs] summed log-probabilities of a model for ids and labels
-Score = Callable[[PreTrainedModel, Tensor, Tensor], Tensor]
+# [2·pairs, T - 1] log-probabilities of a model
+Score = Callable[[PreTrainedModel, Batch], Tensor]
 
 
-def eager_tokens(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
-    """[B, T - 1] as a trainer without a fused head has them: logits, float32, log-softmax."""
-    logits = model(input_ids=ids).logits[:, :-1].float()
-    words = labels[:, 1:]
+def eager_tokens(model: PreTrainedModel, of: Batch) -> Tensor:
+    """As a trainer without a fused head has them: logits, float32, log-softmax."""
+    logits = model(input_ids=of.ids, attention_mask=of.mask).logits[:, :-1].float()
+    words = of.labels[:, 1:]
     own = torch.log_softmax(logits, -1).gather(-1, words.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     return own.masked_fill(words < 0, 0)
 
 
-def fused_tokens(model: PreTrainedModel, ids: Tensor, labels: Tensor) -> Tensor:
-    """[B, T - 1] through `fastpo.attach`."""
-    logps = model(input_ids=ids, labels=labels).logps
+def fused_tokens(model: PreTrainedModel, of: Batch) -> Tensor:
+    """Through `fastpo.attach`."""
+    logps = model(input_ids=of.ids, attention_mask=of.mask, labels=of.labels).logps
     assert isinstance(logps, Tensor)
     return logps
 
 
 @contextmanager
-def attached(models: Models) -> Iterator[None]:
-    copied = nullcontext() if models.copied is None else fastpo.attach(models.copied)
-    with fastpo.attach(models.policy), copied:
+def attached(models: Models, share: bool | None = None) -> Iterator[None]:
+    """share: prompts, too; False: packed without padding, but whole."""
+    with ExitStack() as stack:
+        for model in (models.policy, models.copied):
+            if model is not None:
+                stack.enter_context(fastpo.attach(model))
+                if share is not None:
+                    stack.enter_context(fastpo.shared_prompts(model, share=share))
         yield
 
 
 BARE: dict[str, tuple[Score, Callable[[Models], Any]]] = {
     "eager": (eager_tokens, lambda _: nullcontext()),
     "fastpo": (fused_tokens, attached),
+    "fastpo + padding-free": (fused_tokens, partial(attached, share=False)),
+    "fastpo + shared prompts": (fused_tokens, partial(attached, share=True)),
 }
-THROUGH_TRL = {"trl": False, "trl + fastpo": True}
-VARIANTS = (*BARE, *THROUGH_TRL)
+# Options of `fastpo.patched`, where it is on.
+THROUGH_TRL: dict[str, dict[str, bool] | None] = {
+    "trl": None,
+    "trl + fastpo": {},
+    "trl + fastpo + padding-free": {"padding_free": True},
+    "trl + fastpo + shared prompts": {"shared_prompts": True},
+}
+VARIANTS = ("eager", "fastpo", "trl", "trl + fastpo")
+SHARING = (*BARE, *THROUGH_TRL)
 
 
 def missing(job: Job) -> str | None:
@@ -91,25 +110,33 @@ def missing(job: Job) -> str | None:
     return next((name for name in needed if find_spec(name) is None), None)
 
 
+class Step(NamedTuple):
+    """The loss, and the norm of all gradients."""
+
+    loss: float
+    norm: float
+
+
 @contextmanager
-def bare_loop(job: Job, models: Models) -> Iterator[Callable[[int, int], float]]:
-    """A function that takes a whole step of (pairs, length) and returns its loss."""
+def bare_loop(job: Job, models: Models) -> Iterator[Callable[[int, int], Step]]:
+    """A function that takes a whole step of (pairs, length)."""
     score, around = BARE[job.variant]
     trained = [p for p in models.policy.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=_RATE, weight_decay=0.0)
     vocab = models.policy.config.vocab_size
 
-    def step(pairs: int, length: int) -> float:
-        ids, labels = step_model.batch(pairs, length, vocab, job.device)
+    def step(pairs: int, length: int) -> Step:
+        of = batch(job.texts, pairs, length, vocab, job.device)
         with models.as_reference() as reference:
-            before = score(reference, ids, labels).sum(1)
-        ratio = score(models.policy, ids, labels).sum(1) - before
+            before = score(reference, of).sum(1)
+        ratio = score(models.policy, of).sum(1) - before
         chosen, rejected = ratio.chunk(2)
         loss = -functional.logsigmoid(BETA * (chosen - rejected)).mean()
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        norm = nn.utils.clip_grad_norm_(trained, math.inf)  # as transformers' Trainer does
         optimiser.step()
-        return loss.item()
+        return Step(loss.item(), norm.item())
 
     with around(models):
         yield step
@@ -119,22 +146,22 @@ def bare_loop(job: Job, models: Models) -> Iterator[Callable[[int, int], float]]
 def check(job: Job, models: Models) -> None:
     """AssertionError unless the log-probabilities of the policy keep the project's rule."""
     model = models.policy
-    ids, labels = step_model.batch(1, 2 * _CHECKED, model.config.vocab_size, job.device)
-    eager = eager_tokens(model, ids, labels)
-    hidden = model.get_decoder()(input_ids=ids).last_hidden_state[:, :-1]
+    of = batch(Texts(), 1, 2 * _CHECKED, model.config.vocab_size, job.device)
+    eager = eager_tokens(model, of)
+    hidden = model.get_decoder()(input_ids=of.ids).last_hidden_state[:, :-1]
     head = model.get_output_embeddings()
-    assert isinstance(head, torch.nn.Linear)
+    assert isinstance(head, nn.Linear)
     log_p = torch.log_softmax(hidden.double() @ head.weight.double().t(), -1)
-    words = labels[:, 1:]
+    words = of.labels[:, 1:]
     truth = log_p.gather(-1, words.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     with attached(models):
-        fused = fused_tokens(model, ids, labels)
+        fused = fused_tokens(model, of)
     assert_as_good_as_eager("logps", fused, eager, truth.masked_fill(words < 0, 0))
 
 
 def models_of(job: Job) -> Models:
-    return step_model.build(
-        step_model.architecture(job.model),
+    return architectures.build(
+        architectures.architecture(job.model),
         job.device,
         job.torch_dtype,
         checkpointing=job.checkpointing,
@@ -142,21 +169,23 @@ def models_of(job: Job) -> Models:
     )
 
 
-def trl_losses(job: Job, seconds: list[float], begin: Callable[[], None]) -> list[float]:
-    """Losses of a DPOTrainer's steps on the same batch; appends the seconds of each to `seconds`.
+def trl_steps(job: Job, seconds: list[float], begin: Callable[[], None]) -> list[Step]:
+    """A DPOTrainer's steps on the same batch; appends the seconds of each to `seconds`.
 
     begin: called before the first step, after all that is loaded once.
     """
     from transformers import PrinterCallback
 
     _hush()
-    patched = THROUGH_TRL[job.variant]
-    with tempfile.TemporaryDirectory() as folder, fastpo.patched() if patched else nullcontext():
+    options = THROUGH_TRL[job.variant]
+    patched = nullcontext() if options is None else fastpo.patched(**options)
+    with tempfile.TemporaryDirectory() as folder, patched:
         trainer = _trainer(job, models_of(job), folder)
         trainer.add_callback(_clock(job, seconds, begin))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        return [Step(log["loss"], log["grad_norm"]) for log in logs]
 
 
 def _hush() -> None:
@@ -179,9 +208,9 @@ def _trainer(job: Job, models: Models, folder: str) -> Any:
 
     rows = embedded_pairs().train
     vocab = models.policy.config.vocab_size
-    ids, labels = step_model.batch(job.pairs, job.length, vocab, "cpu")
-    fixed = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    fixed["completion_mask"] = (labels >= 0).long()
+    of = batch(job.texts, job.pairs, job.length, vocab, "cpu")
+    fixed = {"input_ids": of.ids, "attention_mask": of.mask}
+    fixed["completion_mask"] = (of.labels >= 0).long()
     extra: dict[str, Any] = {"ref_model": models.copied}
     if models.copied is None:
         from peft import LoraConfig
@@ -232,15 +261,15 @@ def _clock(job: Job, seconds: list[float], begin: Callable[[], None]) -> Any:
             begin()
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = now(job.device)
+            self.start = now(job)
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(now(job.device) - self.start)
+            seconds.append(now(job) - self.start)
 
     return Clock()
 
 
-def now(device: str) -> float:
-    if device == "cuda":
+def now(job: Job) -> float:
+    if job.device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter()
+    return time.process_time() if job.clock == "process" else time.perf_counter()

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from . import machine, step_loop
-from .process import Died, alone, fresh
-from .step_loop import Job
-from .step_model import Models
+from .. import machine
+from ..process import Died, alone, fresh
+from . import loop
+from .architectures import Models
+from .loop import Job
 
 # What a search begins with: tokens of a row, or pairs. It ends at a sixteenth of what fits.
 UNITS = {"length": 128, "pairs": 1}
@@ -71,8 +72,8 @@ def _fits_alone(job: Job, of: str, units: int, limit_mib: int) -> bool:
 
 def total_mib(job: Job) -> float:
     torch.set_num_threads(job.threads)
-    models = step_loop.models_of(job)
-    with step_loop.bare_loop(job, models) as step:
+    models = loop.models_of(job)
+    with loop.bare_loop(job, models) as step:
         peak = machine.Peak(job.device)
         step(job.pairs, job.length)
     return peak.total_mib()
@@ -81,7 +82,7 @@ def total_mib(job: Job) -> float:
 def _search_on_gpu(job: Job, of: str, limit_mib: int, most: int) -> tuple[int, int]:
     """One model for all tries; what does not fit is what torch's allocator refuses."""
     with _allocator_limited_to(limit_mib):
-        return _search_with(step_loop.models_of(job), job, of, most)
+        return _search_with(loop.models_of(job), job, of, most)
 
 
 @contextmanager
@@ -96,7 +97,7 @@ def _allocator_limited_to(limit_mib: int) -> Iterator[None]:
 
 
 def _search_with(models: Models, job: Job, of: str, most: int) -> tuple[int, int]:
-    with step_loop.bare_loop(job, models) as step:
+    with loop.bare_loop(job, models) as step:
 
         def fits(units: int) -> bool:
             try:

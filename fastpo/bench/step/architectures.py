@@ -1,4 +1,4 @@
-"""Real architectures with random weights, and the batch they are trained on."""
+"""Real architectures with random weights."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +27,10 @@ class Architecture:
     lora: bool = False
 
 
-def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int) -> Any:
-    return Qwen2Config(
+def _config(
+    kind: Any, hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int, tied: bool
+) -> Any:
+    return kind(
         hidden_size=hidden,
         intermediate_size=inner,
         num_hidden_layers=layers,
@@ -35,7 +38,7 @@ def _qwen2(hidden: int, inner: int, layers: int, heads: int, kv: int, vocab: int
         num_key_value_heads=kv,
         vocab_size=vocab,
         max_position_embeddings=_POSITIONS,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
 
 
@@ -43,25 +46,15 @@ def architecture(name: str) -> Architecture:
     return Architecture(name, MODELS[name](), lora=name.endswith("-lora"))
 
 
-def _llama_3_8b() -> Any:
-    return LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14_336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128_256,
-        max_position_embeddings=_POSITIONS,
-        tie_word_embeddings=False,
-    )
-
-
+_qwen2, _llama = (partial(_config, kind, tied=True) for kind in (Qwen2Config, LlamaConfig))
 MODELS = {
-    "tiny": lambda: _qwen2(32, 64, 1, 2, 1, 512),
-    "small": lambda: _qwen2(128, 384, 4, 4, 2, 32_768),
-    "qwen2.5-0.5b": lambda: _qwen2(896, 4864, 24, 14, 2, 151_936),
-    "qwen2.5-1.5b": lambda: _qwen2(1536, 8960, 28, 12, 2, 151_936),
-    "llama-3-8b-lora": _llama_3_8b,
+    "tiny": partial(_qwen2, 32, 64, 1, 2, 1, 512),
+    "small": partial(_qwen2, 128, 384, 4, 4, 2, 32_768),
+    "medium": partial(_llama, 512, 1536, 4, 8, 4, 32_000),
+    "smollm2-135m": partial(_llama, 576, 1536, 30, 9, 3, 49_152),
+    "qwen2.5-0.5b": partial(_qwen2, 896, 4864, 24, 14, 2, 151_936),
+    "qwen2.5-1.5b": partial(_qwen2, 1536, 8960, 28, 12, 2, 151_936),
+    "llama-3-8b-lora": partial(_llama, 4096, 14_336, 32, 32, 8, 128_256, tied=False),
 }
 
 
@@ -123,12 +116,3 @@ def _adapt(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if name in ADAPTED and isinstance(child, nn.Linear):
                 setattr(parent, name, LowRank(child))
-
-
-def batch(pairs: int, length: int, vocab: int, device: str) -> tuple[Tensor, Tensor]:
-    """ids and labels [2·pairs, length]: chosen rows first, the first half of each is the prompt."""
-    g = torch.Generator().manual_seed(pairs * length)
-    ids = torch.randint(vocab, (2 * pairs, length), generator=g)
-    labels = ids.clone()
-    labels[:, : length // 2] = -100
-    return ids.to(device), labels.to(device)

@@ -1,0 +1,1 @@
+"""Whole DPO steps, with and without fastpo."""
