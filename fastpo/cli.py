@@ -101,13 +101,15 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _add_run(commands: argparse._SubParsersAction) -> None:
+    from .integrations.run import USAGE
+
     # Only for the help: `main` hands the arguments on before argparse sees them.
     commands.add_parser(
         "run",
         help="run a script or module with TRL patched",
-        usage="fastpo run (script.py | folder | archive | - | -m module) [arguments]",
+        usage=USAGE,
         description="What `python script.py arguments` would do, with fastpo under TRL's head, in "
-        "processes of multiprocessing, too.",
+        "processes of multiprocessing, too. --shared-prompts, --padding-free: as in fastpo.patch.",
     )
 
 

@@ -29,6 +29,7 @@ from .heads import linear_head, logit_map, stored_weight, tensor_parallel
 from .seams import hooks
 from .seams.calls import standing_in, unhidden
 from .seams.seam import Seam
+from .sharing import backbone
 
 LOSS = Seam(
     "transformers.loss.loss_utils",
@@ -57,6 +58,7 @@ def attach(
     budget: int | None = None,
     backend: str | None = None,
     accumulate: bool = False,
+    shared_prompts: bool = False,
 ) -> Attached:
     """Called with labels, `model` returns its loss and per-token log-probabilities, and no logits.
 
@@ -67,6 +69,7 @@ def attach(
     accumulate: while gradients are accumulated, d weight of the head is added to `weight.grad` as
         it is computed instead of being handed to autograd: no second [V, H], one rounding less.
         Not for a head whose gradient others wait for, as DDP and hooks do.
+    shared_prompts: `fastpo.shared_prompts` for this model, with labels or without.
 
     The loss is the one the model's own forward returns. Without labels the model is what it was,
     also to other threads meanwhile, and so is its state_dict. Returns a handle: `detach()` gives
@@ -90,15 +93,17 @@ def attach(
     softcap, logit_scale = logit_map(base.config)
     values = temperature, softcap, logit_scale, outputs, budget, backend, accumulate
     options = HeadOptions(*values, name="attach")
-    return Attached(base, options)
+    return Attached(base, options, backbone.shared_prompts(base) if shared_prompts else None)
 
 
 class Attached:
     """A fastpo head on a model; `detach()` takes it off."""
 
-    def __init__(self, model: PreTrainedModel, options: HeadOptions) -> None:
+    def __init__(
+        self, model: PreTrainedModel, options: HeadOptions, sharing: backbone.Sharing | None
+    ) -> None:
         predictions.watch(self)
-        self.model, self.options = model, options
+        self.model, self.options, self.sharing = model, options, sharing
         self.active = True
         self.known: Any = None  # the treatment of logits that a probe has shown
         self.own_loss = LOSS.read()
@@ -118,6 +123,8 @@ class Attached:
         """The model's own forward again, also under what was wrapped around it since."""
         self.active = False
         predictions.unwatch(self)
+        if self.sharing is not None:
+            self.sharing.detach()
         forward = self.model.__dict__.get("forward")
         on_top = getattr(forward, "__func__", None) is _wrapped(type(self.model).forward)
         if not on_top or self.model.__dict__.get(_STATE) is not self:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import builtins
 import io
+import itertools
 import os
 import runpy
 import sys
@@ -24,7 +25,12 @@ from typing import Any
 from .seams import imports
 from .seams.seam import Replacement, Seam, replace_when_imported
 
-_USAGE = "usage: fastpo run (script.py | folder | archive | - | -m module) [arguments]"
+_WHAT = "(script.py | folder | archive | - | -m module) [arguments]"
+USAGE = f"fastpo run [--shared-prompts] [--padding-free] {_WHAT}"
+# Before what is run: options of fastpo.patch.
+_OPTIONS = {"--shared-prompts": "shared_prompts", "--padding-free": "padding_free"}
+
+Options = dict[str, Any]  # of fastpo.patch
 
 # For a module, a folder or an archive Python itself calls this.
 _as_main = runpy._run_module_as_main  # type: ignore[attr-defined]
@@ -35,22 +41,26 @@ def run_script(argv: Sequence[str]) -> int:
 
     Returns the exit code for the shell. What the script raises passes through, SystemExit too.
     """
-    match list(argv):
+    arguments = list(argv)
+    given = [*itertools.takewhile(_OPTIONS.__contains__, arguments)]
+    options, argv = {_OPTIONS[name]: True for name in given}, arguments[len(given) :]
+    match argv:
         case ["-m", module, *rest]:
             # Until the module is found, -m stands where its file will.
-            return _run(partial(_as_main, module), ["-m", *rest], os.getcwd())
+            return _run(partial(_as_main, module), ["-m", *rest], os.getcwd(), options)
         case ["-", *_]:
             source = sys.stdin.buffer.read()
-            return _run(partial(_execute, source, "<stdin>", BuiltinImporter), argv, "")
+            return _run(partial(_execute, source, "<stdin>", BuiltinImporter), argv, "", options)
         case [target, *_] if not target.startswith("-"):
-            return _run_file(target, argv)
-    return _refuse(f"expected a script or -m and a module, got {list(argv)!r}")
+            return _run_file(target, argv, options)
+    return _refuse(f"expected a script or -m and a module, got {arguments!r}")
 
 
-def _run_file(target: str, argv: Sequence[str]) -> int:
+def _run_file(target: str, argv: Sequence[str], options: Options) -> int:
     file = os.path.join(os.getcwd(), target)  # `..` stays in it, as Python leaves it there
     if get_importer(file) is not None:
-        return _run(partial(_as_main, "__main__", alter_argv=False), argv, file, importable=True)
+        start = partial(_as_main, "__main__", alter_argv=False)
+        return _run(start, argv, file, options, importable=True)
     try:
         with io.open_code(file) as opened:
             source = opened.read()
@@ -58,17 +68,22 @@ def _run_file(target: str, argv: Sequence[str]) -> int:
         return _refuse(f"script: expected a file, got {target!r} ({error.strerror})")
     kind = SourcelessFileLoader if file.endswith(".pyc") else SourceFileLoader
     start = partial(_execute, source, file, kind("__main__", file))
-    return _run(start, argv, os.path.dirname(os.path.realpath(file)))
+    return _run(start, argv, os.path.dirname(os.path.realpath(file)), options)
 
 
 def _refuse(why: str) -> int:
     """The code is Python's own for a file it cannot open."""
-    print(f"fastpo run: {why}\n{_USAGE}", file=sys.stderr)
+    print(f"fastpo run: {why}\nusage: {USAGE}", file=sys.stderr)
     return 2
 
 
 def _run(
-    start: Callable[[], None], argv: Sequence[str], place: str, *, importable: bool = False
+    start: Callable[[], None],
+    argv: Sequence[str],
+    place: str,
+    options: Options,
+    *,
+    importable: bool = False,
 ) -> int:
     """place: what Python puts first on `sys.path`, under -P and -I only if it is `importable`."""
     sys.argv = list(argv)
@@ -77,7 +92,7 @@ def _run(
         del sys.path[0]  # it was for the program that has run up to now
     if importable or not safe:
         sys.path.insert(0, place)
-    _patch_with_children()
+    _patch_with_children(options)
     _clear_main()
     try:
         start()
@@ -120,33 +135,40 @@ def _hide_own_frames(error: BaseException) -> None:
     sys.excepthook = once
 
 
-def _patch_with_children() -> None:
+def _patch_with_children(options: Options) -> None:
     """At the import of TRL, before which the script may set what TRL's imports read."""
-    replace_when_imported({_CHILDREN: _Carrying})
+    replace_when_imported({_CHILDREN: partial(_Carrying, options=options)})
     if "trl" in sys.modules:
-        _patch()
+        _patch(options)
     else:
-        imports.after("trl", _patch)
+        imports.after("trl", partial(_patch, options))
 
 
-def _patch() -> None:
+def _patch(options: Options) -> None:
     from .trl.patch import patch
 
-    patch()
+    patch(**options)
 
 
 class _Carried:
     """Patches the process that unpickles it."""
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return _patch_with_children, ()
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __reduce__(self) -> tuple[Callable[[Options], None], tuple[Options]]:
+        return _patch_with_children, (self.options,)
 
 
 class _Carrying(Replacement):
     """What a process of `multiprocessing` that is not a fork reads before it imports the script."""
 
+    def __init__(self, original: Any, options: Options) -> None:
+        super().__init__(original)
+        self.options = options
+
     def __call__(self, name: str) -> dict[str, Any]:
-        return {**self.original(name), "fastpo": _Carried()}
+        return {**self.original(name), "fastpo": _Carried(self.options)}
 
 
 _CHILDREN = Seam(

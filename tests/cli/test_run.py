@@ -222,7 +222,9 @@ def test_nothing_to_run(argv, message, capsys):
     assert run_script(argv) == 2
     said = capsys.readouterr().err
     assert f"fastpo run: {message}\n" in said
-    assert "usage: fastpo run (script.py | folder | archive | - | -m module) [arguments]" in said
+    options = "[--shared-prompts] [--padding-free]"
+    what = "(script.py | folder | archive | - | -m module) [arguments]"
+    assert f"usage: fastpo run {options} {what}" in said
 
 
 PATCHED = """
@@ -261,3 +263,35 @@ def test_trl_is_patched_to_the_end_and_in_children(tmp_path):
     assert dict(line.split() for line in said.splitlines()) == dict.fromkeys(
         ("script", "fork", "spawn", "forkserver", "thread"), "fastpo"
     )
+
+
+SHARING = """
+import multiprocessing, sys
+from functools import partial
+
+import trl.trainer.dpo_trainer as dpo
+
+def sharing():
+    return str(dpo.add_fused_lm_head.sharing)
+
+if __name__ == "__main__":
+    print("script", sharing(), *sys.argv[1:])
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        print("child", pool.apply(sharing))
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "target", "shared"),
+    [
+        (["--padding-free"], ["script.py"], "False"),
+        (["--padding-free", "--shared-prompts"], ["-m", "script"], "True"),
+    ],
+)
+def test_options_of_the_patch(options, target, shared, tmp_path):
+    pytest.importorskip("trl")
+    (tmp_path / "script.py").write_text(SHARING)
+    command = [sys.executable, *FASTPO, *options, *target, "--padding-free"]
+    code, said, errors = outcome(command, tmp_path)
+    assert code == 0, errors
+    assert said.splitlines() == [f"script {shared} --padding-free", f"child {shared}"]
