@@ -15,6 +15,7 @@ from .linear_logps import linear_logps
 from .rows import backend as R
 from .rows import registry
 from .rows.pair.backend import KINDS, Rule
+from .rows.torch import logits
 from .walks import divergence as walk
 from .walks.checks import (
     check_flag,
@@ -193,8 +194,7 @@ def linear_topk_divergence(
 
     Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
     """
-    everything = (hidden, weight, bias, teacher_ids, teacher_logps, mask)
-    check_plain("linear_topk_divergence", everything)
+    check_plain("linear_topk_divergence", (hidden, weight, bias, teacher_ids, teacher_logps, mask))
     labels = _labels(hidden, mask)
     check_tensors(hidden, weight, labels, bias)
     rule = _rule(kind, beta, 0.5)
@@ -215,14 +215,17 @@ def linear_topk_divergence(
         backend=backend,
     ).lse
     assert lse is not None
+    if mask is not None:
+        # What is left out may hold anything, and NaN times a gradient of 0 is NaN.
+        hidden, teacher_logps = (
+            x.masked_fill(~mask.unsqueeze(-1), 0) for x in (hidden, teacher_logps)
+        )
     x = picked_products(
         hidden.reshape(-1, hidden.shape[-1]), weight, teacher_ids.reshape(-1, teacher_ids.shape[-1])
     ).view(teacher_ids.shape)
     if bias is not None:
         x = x + bias.float()[teacher_ids]
-    z = x * (logit_scale / temperature)
-    if softcap is not None:
-        z = torch.tanh(x * (logit_scale / softcap)) * (softcap / temperature)
+    z = logits(x, 0, None, R.LogitMap(temperature, softcap, logit_scale))
     student, teacher = z - lse.unsqueeze(-1), teacher_logps.detach().float()
     if tail:
         student, teacher = _with_rest(student), _with_rest(teacher)
