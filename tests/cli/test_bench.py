@@ -286,7 +286,7 @@ def test_what_a_measurement_on_a_gpu_raises_is_raised(monkeypatch):
         (["head", "--repeats", "0"], "--repeats: expected an integer >= 1, got 0"),
         (["head", "--threads", "0"], "--threads: expected an integer >= 1, got 0"),
         (["step", "--model", "nothing"], "--model: expected one of tiny, small, "),
-        (["step", "--variants", "nothing"], "--variants: expected some of eager, fastpo, fastpo + pad"),
+        (["step", "--variants", "nothing"], "--variants: expected some of eager, fastpo, fast"),
         (["plot", "no.json"], "no.json: No such file or directory"),
         (["readme", "no.md"], "no.md: No such file or directory"),
     ],
