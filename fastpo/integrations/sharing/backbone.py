@@ -69,10 +69,12 @@ class Packer:
         try:
             layout = self._layout(model, own, inputs)
             if layout is not None:
-                return self.packed(own, inputs, layout)
+                output = self.packed(own, inputs, layout)
+                self._count(inputs["input_ids"], layout)
+                return output
         except Refused as refused:
             _say_once(kind.__name__, str(refused))
-            self._count(inputs.get("input_ids"), None)
+        self._count(inputs.get("input_ids"), None)
         return own(*args, **kwargs)
 
     def _layout(self, model: Any, own: Any, inputs: dict[str, Any]) -> Layout | None:
@@ -87,9 +89,7 @@ class Packer:
         except ValueError as error:
             raise Refused(str(error)) from error
         refusals.check_rotation(model, layout)
-        worth = self.always or is_worth(layer_cost(model), layout)
-        self._count(ids, layout if worth else None)
-        return layout if worth else None
+        return layout if self.always or is_worth(layer_cost(model), layout) else None
 
     def _check(self, model: Any, own: Any) -> None:
         weight, implementation = next(model.parameters()), model.config._attn_implementation

@@ -37,23 +37,22 @@ def check_model(model: Any) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS
     if kinds:
         raise Refused(f"layers of {', '.join(sorted(kinds))}")
-    if not getattr(model, "_supports_attention_backend", False):
+    registries = _registries(model)
+    if not registries:
         raise Refused("attention that is not looked up in transformers' registry")
-    if any(_registry(module) is not None for module in model.modules()):
+    if any(found is not modeling_utils.ALL_ATTENTION_FUNCTIONS for found in registries):
         raise Refused("attention that is looked up in a registry of its own")
     if getattr(config, "is_causal", True) is False:
         raise Refused("attention that is not causal")
-    if getattr(config, "is_encoder_decoder", False) or getattr(
-        config, "add_cross_attention", False
-    ):
+    if any(getattr(config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
         raise Refused("attention to another sequence")
 
 
-def _registry(module: nn.Module) -> Any:
-    """Where its file looks attention functions up, if not where all others do."""
-    file = sys.modules.get(type(module).__module__)
-    found = getattr(file, "ALL_ATTENTION_FUNCTIONS", None)
-    return None if found is modeling_utils.ALL_ATTENTION_FUNCTIONS else found
+def _registries(model: nn.Module) -> list[Any]:
+    """Where the files of its layers look attention functions up."""
+    files = {type(module).__module__ for module in model.modules()} & sys.modules.keys()
+    found = (getattr(sys.modules[file], "ALL_ATTENTION_FUNCTIONS", None) for file in files)
+    return [registry for registry in found if registry is not None]
 
 
 def check_call(inputs: dict[str, Any]) -> None:

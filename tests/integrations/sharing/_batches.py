@@ -34,6 +34,13 @@ def left():
     return ids * mask, mask
 
 
+def both():
+    """Pads on the right, and on the left of the last two rows."""
+    ids, mask = right()
+    ids[R - 2 :], mask[R - 2 :] = (x[R - 2 :] for x in left())
+    return ids, mask
+
+
 def identical():
     ids, mask = _pairs()
     ids[1] = ids[5] = ids[0]

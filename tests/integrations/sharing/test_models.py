@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import _architectures
 import _batches
 import torch
 from _batches import BATCHES, model_of, run
@@ -44,6 +45,22 @@ def test_loss_logits_and_gradients(name, implementation, kind):
     *found, handle = run(model, batch, True)
     assert_same(found, run(model, batch, False)[:3])
     assert handle.tokens.saved > 0 or kind == "one_token_prompt"
+
+
+@pytest.mark.parametrize("name", _architectures.RIGHT)
+def test_architectures(name):
+    def model():
+        return _architectures.model(*_architectures.RIGHT[name])
+
+    *found, handle = run(model, _batches.both(), True)
+    assert_same(found, run(model, _batches.both(), False)[:3])
+    assert handle.tokens.saved > 0.3
+
+
+def test_text_of_a_model_for_pictures():
+    *found, handle = run(_architectures.llava, _batches.right(), True)
+    assert_same(found, run(_architectures.llava, _batches.right(), False)[:3])
+    assert handle.tokens.saved > 0.3
 
 
 @pytest.mark.parametrize("window", [3, 8])

@@ -1,0 +1,308 @@
+"""What is left as it was, each by its reason: the table of docs/shared-prompts.md, row by row."""
+
+from __future__ import annotations
+
+import functools
+
+import _tiny as tiny
+import pytest
+
+pytest.importorskip("transformers")
+
+import _architectures
+import _batches
+import torch
+from _tiny import one_thread  # noqa: F401
+from transformers import DynamicCache, masking_utils, modeling_utils
+
+from fastpo.integrations.sharing import attention, backbone
+from fastpo.integrations.sharing.backbone import backbone_of, shared_prompts
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    backbone._say_once.cache_clear()
+    yield
+    attention.restore()
+
+
+def values(output):
+    """Of a backbone, whatever it is given back in."""
+    return (output if isinstance(output, tuple) else tuple(output.values()))[0]
+
+
+def assert_as_before(make, call, why, caplog, before=lambda model: None):
+    """Twice: the same bits, every token computed, one line in the log. `before`: what befalls it
+    after it has been shared."""
+    expected = values(backbone_of(make())(**call()))
+    model = backbone_of(make())
+    with shared_prompts(model, always=True) as handle:
+        before(model)
+        handle.tokens.computed = handle.tokens.padded = 0
+        for _ in range(2):
+            torch.testing.assert_close(values(model(**call())), expected, rtol=0, atol=0)
+        assert handle.tokens.saved == 0
+    said = [
+        record.message for record in caplog.records if "keeps its padded batch" in record.message
+    ]
+    assert len(said) == 1 and why in said[0], said
+
+
+def plain():
+    ids, mask = _batches.right()
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("name", _architectures.REFUSED)
+def test_models(name, caplog):
+    prefix, changes, why = _architectures.REFUSED[name]
+
+    def call():
+        ids, mask = _batches.left()
+        return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+
+    assert_as_before(lambda: _architectures.model(prefix, changes), call, why, caplog)
+
+
+def test_a_model_without_a_backbone_of_its_own(caplog):
+    def make():
+        return _architectures.model(
+            "Llama4Text", _architectures.MOE | {"intermediate_size_mlp": 48}
+        )
+
+    assert_as_before(make, plain, "its head is not on a backbone of its own", caplog)
+
+
+def llama():
+    return tiny.model("llama")
+
+
+def cached():
+    """A cache that holds what came before."""
+    cache = DynamicCache(config=llama().config)
+    for layer in range(2):
+        cache.update(torch.ones(6, 2, 3, 8), torch.ones(6, 2, 3, 8), layer)
+    return cache
+
+
+def holes(mask):
+    return mask.clone().index_fill_(1, torch.tensor([4]), 0)
+
+
+def emptied(mask):
+    return mask.clone().index_fill_(0, torch.tensor([4]), 0)
+
+
+def embedded():
+    call = plain()
+    return {
+        "inputs_embeds": llama().model.embed_tokens(call.pop("input_ids")).detach(),
+        **call,
+    }
+
+
+def ids():
+    return _batches.right()[0]
+
+
+CALLS = {
+    "embeddings": (embedded, "no input_ids of shape (R, T)"),
+    "cache": (
+        lambda: {"input_ids": ids(), "past_key_values": cached()},
+        "past_key_values is given",
+    ),
+    "use_cache": (lambda: {**plain(), "use_cache": True}, "use_cache is given"),
+    "4-D mask": (
+        lambda: {"input_ids": ids(), "attention_mask": torch.zeros(6, 1, 24, 24)},
+        "an attention_mask of another shape than input_ids",
+    ),
+    "holes": (
+        lambda: {"input_ids": ids(), "attention_mask": holes(plain()["attention_mask"])},
+        "one run of tokens in every row, got holes or an empty row",
+    ),
+    "empty row": (
+        lambda: {"input_ids": ids(), "attention_mask": emptied(plain()["attention_mask"])},
+        "one run of tokens in every row, got holes or an empty row",
+    ),
+    "positions": (
+        lambda: {**plain(), "position_ids": torch.arange(24).expand(6, 24) + 1},
+        "position_ids that are not the columns",
+    ),
+    "cu_seqlens": (lambda: {**plain(), "cu_seq_lens_q": [0, 24]}, "cu_seq_lens_q is given"),
+    "attentions": (lambda: {**plain(), "output_attentions": True}, "output_attentions is given"),
+    "tensor": (
+        lambda: {**plain(), "token_type_ids": torch.zeros(6, 24)},
+        "token_type_ids is given",
+    ),
+    "tuple": (lambda: {**plain(), "return_dict": False}, "return_dict is given"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls(name, caplog):
+    call, why = CALLS[name]
+    assert_as_before(llama, call, why, caplog)
+
+
+def test_positions_that_are_the_columns_are_no_reason():
+    model, call = llama().model, {**plain(), "position_ids": torch.arange(24).expand(6, 24)}
+    with shared_prompts(model, always=True) as handle:
+        model(**call)
+        assert handle.tokens.saved > 0.3
+
+
+@pytest.mark.parametrize("name", ["longrope", "dynamic_ntk"])
+def test_pads_beyond_the_length_at_which_a_rope_changes(name, caplog):
+    """Rows of 14 tokens, padded to 24; it changes at 16."""
+
+    def call():
+        inputs = plain()
+        inputs["attention_mask"][:, 14:] = 0
+        return inputs
+
+    make = lambda: _architectures.model(*_architectures.RIGHT[name])  # noqa: E731
+    assert_as_before(make, call, "pads beyond the 16 tokens at which its rope changes", caplog)
+
+
+def replaced_mask(model):
+    model(**plain())
+    own = masking_utils.AttentionMaskInterface._global_mapping["sdpa"].original
+    masking_utils.AttentionMaskInterface.register("sdpa", own)
+
+
+def replaced_attention(model):
+    model(**plain())
+    own = modeling_utils.AttentionInterface._global_mapping["sdpa"].original
+    modeling_utils.AttentionInterface.register("sdpa", own)
+
+
+def local_mask(model):
+    model(**plain())
+    masking_utils.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = masking_utils.sdpa_mask
+
+
+def local_attention(model):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    model(**plain())
+    modeling_utils.ALL_ATTENTION_FUNCTIONS["sdpa"] = sdpa_attention_forward
+
+
+@pytest.fixture
+def local():
+    yield
+    for registry in (
+        masking_utils.ALL_MASK_ATTENTION_FUNCTIONS,
+        modeling_utils.ALL_ATTENTION_FUNCTIONS,
+    ):
+        registry._local_mapping.clear()
+
+
+@pytest.mark.parametrize("befall", [replaced_mask, replaced_attention, local_mask, local_attention])
+def test_hooks_that_others_have_replaced(befall, local, caplog):
+    assert_as_before(llama, plain, "attention 'sdpa' of somebody else's", caplog, befall)
+
+
+def test_an_implementation_that_is_not_in_the_registry(caplog):
+    def make():
+        model = llama()
+        model.config._attn_implementation = "fastpo_test"
+        return model
+
+    modeling_utils.AttentionInterface.register(
+        "fastpo_test", modeling_utils.AttentionInterface._global_mapping["sdpa"]
+    )
+    try:
+        assert_as_before(make, plain, "attention 'fastpo_test'", caplog)
+    finally:
+        del modeling_utils.AttentionInterface._global_mapping["fastpo_test"]
+
+
+def test_another_implementation_is_looked_at_anew():
+    model = llama()
+    with shared_prompts(model.model, always=True) as handle:
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            found = model.model(**plain()).last_hidden_state
+            expected = tiny.model("llama").model(**plain()).last_hidden_state
+            real = plain()["attention_mask"] != 0
+            torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
+        assert len(handle.packer.known) == 2
+
+
+def test_a_mask_rule_of_its_own(caplog, monkeypatch):
+    """Which transformers has evaluated by vmap; here it comes behind the probe."""
+    own = masking_utils.create_causal_mask
+
+    def with_a_rule(model):
+        model(**plain())
+        rule = masking_utils.causal_mask_function
+        changed = functools.partial(own, and_mask_function=rule)
+        monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", changed)
+
+    assert_as_before(llama, plain, "a mask rule of its own", caplog, with_a_rule)
+
+
+def test_a_compiled_model(caplog):
+    expected = llama().model(**plain()).last_hidden_state
+    model = llama().model
+    with shared_prompts(model, always=True) as handle:
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(compiled(**plain()).last_hidden_state, expected)
+        assert handle.tokens.computed == 0
+    said = [record for record in caplog.records if "it is compiled" in record.message]
+    assert len(said) == 1
+
+
+def test_compiled_layers(caplog):
+    def compile_one(model):
+        model.layers[0].compile(backend="eager")
+
+    assert_as_before(llama, plain, "layers that are compiled", caplog, compile_one)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_hooks_do_not_keep_others_from_compiling(implementation):
+    attention.install(implementation)
+    model = llama().model
+    model.set_attn_implementation(implementation)
+    expected = model(**plain()).last_hidden_state
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**plain()).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("PromptTuning", "no input_ids of shape (R, T)"),
+        ("PrefixTuning", "an attention_mask of another shape than input_ids"),
+    ],
+)
+def test_virtual_tokens_of_peft(kind, why, caplog):
+    peft = pytest.importorskip("peft")
+
+    def model():
+        torch.manual_seed(0)
+        config = getattr(peft, f"{kind}Config")(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        return peft.get_peft_model(llama(), config).eval()
+
+    expected = model()(**plain()).logits
+    shared = model()
+    with shared_prompts(shared, always=True) as handle:
+        torch.testing.assert_close(shared(**plain()).logits, expected, rtol=0, atol=0)
+        assert handle.tokens.saved == 0
+    assert why in caplog.text
+
+
+def test_a_model_is_probed_once(monkeypatch):
+    probes, check = [], backbone.probe.check
+    monkeypatch.setattr(backbone.probe, "check", lambda *a: probes.append(a) or check(*a))
+    for name in ("llama", "opt"):
+        right = name == "llama"
+        model = llama() if right else _architectures.model(*_architectures.REFUSED[name][:2])
+        with shared_prompts(model.model, always=True) as handle:
+            for _ in range(3):
+                model.model(**plain())
+            assert bool(handle.tokens.saved) == right
+    assert len(probes) == 2
