@@ -73,9 +73,8 @@ def tile_shape(tokens: int, vocab: int, device_type: str) -> Tiles:
     else:
         # 256 MiB: d hidden is read and written once per tile of 8,192 words, 733/8192 of a product.
         token_cap, elements, granule = 8192, 64 * 2**20, 256
-    block = max(1, min(tokens, token_cap))
-    width = max(granule, elements // block // granule * granule)
-    return Tiles(block, min(vocab, width))
+    width = elements // token_cap // granule * granule
+    return Tiles(max(1, min(tokens, token_cap)), min(vocab, width))
 
 
 def gemm_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:

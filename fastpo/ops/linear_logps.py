@@ -56,6 +56,10 @@ def linear_logps(
     Statistics come from float32 logits; gradients are summed in float32 and rounded once. Inside
     autocast the products run in its dtype (on a CPU in float32 in any case).
 
+    A token's log-probability, entropy and log-sum-exp have the same bits wherever its row stands,
+    whatever the other rows are, with and without gradient: on a CPU on every backend, on a GPU on
+    "anchored" and "cutlass". On the others there cuBLAS chooses a kernel by the number of rows.
+
     ignore_index: rows with this label give 0 and receive no gradient. None: every row is scored,
         which on a GPU saves masking the hidden states.
     outputs: names of the `TokenStats` fields to compute.

@@ -125,6 +125,10 @@ class Adapted:
         return torch.cat((parts[0], parts[1].to(self.dtype)), 1)
 
 
+# A library's product of fewer rows than its kernel takes at once, or of a rest of them, rounds in
+# another order: a token's bits would depend on how many there are.
+ROWS = 16
+
 # Blocks of kept probabilities start at multiples of so many cells, as they would in a buffer of
 # their own.
 _ALIGNMENT = 64
@@ -235,7 +239,14 @@ class Head:
     def products(self, x: Tensor, words: Tensor) -> Tensor:
         """x·wordsᵀ in float32, in the one buffer all tiles share."""
         tile = self._tile[: len(x) * len(words)].view(len(x), len(words))
-        return mm_float32(x, words.t(), tile)
+        whole = len(x) // ROWS * ROWS if self.device.type == "cpu" else len(x)
+        if whole:
+            mm_float32(x[:whole], words.t(), tile[:whole])
+        if whole < len(x):
+            rest = x.new_zeros(ROWS, x.shape[1])
+            rest[: len(x) - whole] = x[whole:]
+            tile[whole:] = torch.mm(rest, words.t())[: len(x) - whole]
+        return tile
 
 
 def scored_rows(labels: Tensor, ignore_index: int | None) -> Tensor | None:
