@@ -3,20 +3,19 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import objectives, quantities
-from .ops.linear_divergence import DivergenceStats, linear_divergence, linear_topk_divergence
-from .ops.linear_logps import TokenStats, linear_logps
-from .ops.linear_topk import TokenSample, TopK, linear_topk, sample_topk
-from .ops.mixed_linear_logps import mixed_linear_logps
-from .ops.multi_head import multi_head_logps
-from .planner import Plan, plan
-
 if TYPE_CHECKING:
+    from . import objectives, quantities
     from .integrations.attach import attach
     from .integrations.sharing.backbone import shared_prompts
     from .integrations.trl.objectives.groups import GroupTrainer
     from .integrations.trl.patch import patch, patched, unpatch
+    from .ops.linear_divergence import DivergenceStats, linear_divergence, linear_topk_divergence
+    from .ops.linear_logps import TokenStats, linear_logps
+    from .ops.linear_topk import TokenSample, TopK, linear_topk, sample_topk
+    from .ops.mixed_linear_logps import mixed_linear_logps
+    from .ops.multi_head import multi_head_logps
     from .ops.vocab_parallel_logps import vocab_parallel_logps
+    from .planner import Plan, plan
 
 __version__ = "0.1.0"
 
@@ -45,19 +44,37 @@ __all__ = [
     "vocab_parallel_logps",
 ]
 
-# Read when asked for: `import fastpo` imports neither transformers, TRL nor torch.distributed.
-_LAZY = {
-    "GroupTrainer": "fastpo.integrations.trl.objectives.groups",
-    "attach": "fastpo.integrations.attach",
-    "patch": "fastpo.integrations.trl.patch",
-    "patched": "fastpo.integrations.trl.patch",
-    "shared_prompts": "fastpo.integrations.sharing.backbone",
-    "unpatch": "fastpo.integrations.trl.patch",
-    "vocab_parallel_logps": "fastpo.ops.vocab_parallel_logps",
+# Read when asked for: `import fastpo` imports none of torch, transformers and TRL, so that
+# `fastpo run` starts as Python does, before a script has set what their imports read.
+_HOMES = {
+    "fastpo.integrations.attach": ("attach",),
+    "fastpo.integrations.sharing.backbone": ("shared_prompts",),
+    "fastpo.integrations.trl.objectives.groups": ("GroupTrainer",),
+    "fastpo.integrations.trl.patch": ("patch", "patched", "unpatch"),
+    "fastpo.ops.linear_divergence": (
+        "DivergenceStats",
+        "linear_divergence",
+        "linear_topk_divergence",
+    ),
+    "fastpo.ops.linear_logps": ("TokenStats", "linear_logps"),
+    "fastpo.ops.linear_topk": ("TokenSample", "TopK", "linear_topk", "sample_topk"),
+    "fastpo.ops.mixed_linear_logps": ("mixed_linear_logps",),
+    "fastpo.ops.multi_head": ("multi_head_logps",),
+    "fastpo.ops.vocab_parallel_logps": ("vocab_parallel_logps",),
+    "fastpo.planner": ("Plan", "plan"),
 }
+_MODULES = ("objectives", "ops", "planner", "quantities", "reference", "testing")
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    value = globals()[name] = getattr(import_module(_HOME_OF[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,6 +20,7 @@ def report(hidden: int = 4096, status: str = "ok", **products: float) -> dict:
     rows = [
         {
             "variant": f"fastpo {backend}{' keep' if case == 'trainable' else ''}",
+            "own": True,
             "case": case,
             "status": status if (backend, case) == ("cutlass", "frozen") else "ok",
             "tokens": tokens,
@@ -32,8 +33,21 @@ def report(hidden: int = 4096, status: str = "ok", **products: float) -> dict:
         for tokens in (512, 1024)
     ]
     rows.append({**rows[0], "variant": "eager", "products": 0.1})
-    return {"what": "head", "device_type": "cuda", "device": "A GPU", "dtype": "bfloat16"} | {
-        "rows": rows
+    size = {"tokens": 1024, "vocab": 1000, "hidden": hidden}
+    floor = dict.fromkeys(("score", "frozen", "trainable"), 1.0)
+    return {
+        "what": "head",
+        "created": "2026-01-01",
+        "device_type": "cuda",
+        "device": "A GPU",
+        "capability": "9.0",
+        "dtype": "bfloat16",
+        "threads": 1,
+        "load_average": None,
+        "versions": dict.fromkeys(("torch", "trl", "liger_kernel")),
+        "backend": "triton",
+        "shapes": [size | {"floor_ms": floor}],
+        "rows": rows,
     }
 
 
