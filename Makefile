@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format cuda bench gpu gpu-wheels matrix clean
+.PHONY: setup demo test lint format cuda bench figures gpu gpu-wheels matrix clean
 
 setup: $(READY)
 
@@ -53,7 +53,14 @@ cuda: $(READY)
 	FASTPO_CUTLASS=$(CURDIR)/$(NVCC)/cutlass_library/source/include \
 	  $(BIN)/python -m pytest -q -n auto tests/kernels/test_cuda_build.py
 
+# Each run stays in .benchmarks under its commit; COMPARE=0001 shows what became of that run's cases.
+COMPARE :=
 bench: $(READY)
+	$(BIN)/python -m pytest -q benchmarks --benchmark-autosave --benchmark-json=build/bench.json \
+	  --benchmark-columns=min,median,rounds $(COMPARE:%=--benchmark-compare=%)
+
+# The figures of the README: all heads in turns, whole steps.
+figures: $(READY)
 	$(BIN)/fastpo bench head
 	$(BIN)/fastpo bench step
 	$(BIN)/fastpo bench readme

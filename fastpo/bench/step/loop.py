@@ -176,11 +176,11 @@ def trl_steps(job: Job, seconds: list[float], begin: Callable[[], None]) -> list
     """
     from transformers import PrinterCallback
 
-    _hush()
+    hush()
     options = THROUGH_TRL[job.variant]
     patched = nullcontext() if options is None else fastpo.patched(**options)
     with tempfile.TemporaryDirectory() as folder, patched:
-        trainer = _trainer(job, models_of(job), folder)
+        trainer = trainer_of(job, models_of(job), folder)
         trainer.add_callback(_clock(job, seconds, begin))
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -188,7 +188,7 @@ def trl_steps(job: Job, seconds: list[float], begin: Callable[[], None]) -> list
         return [Step(log["loss"], log["grad_norm"]) for log in logs]
 
 
-def _hush() -> None:
+def hush() -> None:
     """A benchmark's own process: what libraries say about their progress is in nobody's way."""
     import datasets
     import transformers
@@ -198,7 +198,7 @@ def _hush() -> None:
     warnings.simplefilter("ignore", FutureWarning)
 
 
-def _trainer(job: Job, models: Models, folder: str) -> Any:
+def trainer_of(job: Job, models: Models, folder: str) -> Any:
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     from datasets import Dataset
     from trl import DPOTrainer

@@ -1,14 +1,16 @@
-"""The smoke run of a GPU: what it does with a case that takes its process along."""
+"""The scripts of benchmarks/: a smoke run's dying cases, the clock of `make bench`."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_smoke.py"
+SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 WORKER = """
 import json, os, sys
 backend, first = sys.argv[2], int(sys.argv[4])
@@ -20,12 +22,17 @@ for i in range(first, {cases}):
 """
 
 
+def script(name: str, monkeypatch):
+    if not SCRIPTS.is_dir():
+        pytest.skip("not a checkout")
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module(name)
+
+
 @pytest.fixture
 def smoke(monkeypatch):
-    if not SCRIPT.is_file():
-        pytest.skip("not a checkout")
-    monkeypatch.syspath_prepend(SCRIPT.parent)
-    return importlib.import_module(SCRIPT.stem)
+    return script("gpu_smoke", monkeypatch)
 
 
 def followed(smoke, monkeypatch, folder, deadly, backends=("torch",)):
@@ -65,3 +72,32 @@ def test_what_is_not_there_is_refused(smoke, monkeypatch, tmp_path):
     monkeypatch.setattr(smoke.registry, "unavailable", lambda *_: "built without it")
     made = followed(smoke, monkeypatch, tmp_path, deadly=())
     assert made["rows"] == [{"backend": "torch", "status": "refused", "reason": "built without it"}]
+
+
+def test_a_moment_on_a_gpu_begins_behind_a_head_start(monkeypatch):
+    """Milliseconds of the device: 5 of a head start, 7 of work."""
+    now = 0.0
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = None
+
+        def record(self):
+            self.at = now
+
+        def synchronize(self):
+            assert self.at is not None
+
+        def elapsed_time(self, later):
+            return later.at - self.at
+
+    def sleep(cycles):
+        nonlocal now
+        now += 5.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    moment = script("conftest", monkeypatch).Moment
+    start = moment()
+    now += 7.0
+    assert moment() - start == pytest.approx(7e-3)
