@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastpo.ops.rows import cuda, registry
+from fastpo.ops.rows import architecture, cuda, registry
 
 GPU = torch.device("cuda", 0)
 
@@ -38,3 +38,9 @@ def test_a_gpu_that_is_not_there_is_said(capability, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="backend 'cuda': no CUDA device is there"):
         registry.choose("cuda", GPU)
+
+
+def test_only_code_for_hopper_is_hoppers_own(capability):
+    found = architecture.is_hopper(GPU)
+    assert found == (capability == (9, 0))
+    assert not architecture.is_hopper(torch.device("cpu"))

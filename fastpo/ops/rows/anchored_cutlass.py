@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .architecture import is_hopper
 from .native import compiled
 
 _C, _MISSING = compiled()
@@ -19,7 +20,7 @@ def unavailable(device: torch.device) -> str | None:
         return _MISSING
     if not _C.has_cutlass:
         return "fastpo._C was built without CUTLASS; see csrc/cuda/cuda.cmake"
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+    if not is_hopper(device):
         return f"runs on devices of compute capability 9.0, got {device}"
     return None
 

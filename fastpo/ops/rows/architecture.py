@@ -19,3 +19,10 @@ def too_old(device: torch.device) -> str | None:
     if (major, minor) >= _LEAST:
         return None
     return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether code for sm_90a runs there, which runs nowhere else."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0)

@@ -28,6 +28,7 @@ from torch import Tensor
 from ... import planner
 from ..rows import anchored_cutlass as cutlass
 from ..rows import backend as R
+from ..rows.architecture import is_hopper
 from .head import Head, mm_float32
 
 if TYPE_CHECKING:
@@ -190,13 +191,7 @@ def _gemm_blocks(x: Tensor, words: Tensor, crowded: bool):  # type: ignore[no-un
     from ...kernels._blocks import gemm_blocks
 
     aligned = all(t.data_ptr() % 16 == 0 == t.stride(0) * t.itemsize % 16 for t in (x, words))
-    return gemm_blocks(aligned and _is_hopper(x.device), crowded)
-
-
-def _is_hopper(device: torch.device) -> bool:
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device)[0] == 9
+    return gemm_blocks(aligned and is_hopper(x.device), crowded)
 
 
 def _multiprocessors(device: torch.device) -> int:
