@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType, TracebackType
@@ -146,6 +146,9 @@ class Sharing:
         self.model, self.packer, self.active = model, packer, True
         self.own = model.__dict__.get("forward")
         model.forward = MethodType(_wrapped(type(model).forward), model)
+        model._replicate_for_data_parallel = MethodType(  # type: ignore[method-assign]
+            _replicate_for_data_parallel, model
+        )
         setattr(model, _STATE, self)
 
     @property
@@ -163,6 +166,7 @@ class Sharing:
             del self.model.forward
         else:
             self.model.forward = self.own
+        del self.model._replicate_for_data_parallel
         delattr(self.model, _STATE)
 
     def __enter__(self) -> Sharing:
@@ -179,6 +183,18 @@ class Sharing:
     def run(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
         own = functools.partial(type(model).forward, model) if self.own is None else self.own
         return self.packer.run(model, own, args, kwargs) if self.active else own(*args, **kwargs)
+
+
+# Bound methods are pickled by their names: PyTorch's own.
+def _replicate_for_data_parallel(self: PreTrainedModel) -> PreTrainedModel:
+    """nn.DataParallel copies what an instance holds: its replicas are as they were before us."""
+    replica = type(self)._replicate_for_data_parallel(self)
+    for name in ("forward", "_replicate_for_data_parallel", _STATE):
+        del replica.__dict__[name]
+    own = getattr(self, _STATE).own
+    if own is not None:
+        replica.forward = own
+    return replica
 
 
 def _put_back(value: Any, layout: Layout) -> Any:
@@ -252,6 +268,17 @@ def shared_prompts(model: nn.Module, *, share: bool = True, always: bool = False
 
 
 _packers: WeakKeyDictionary[PreTrainedModel, Packer] = WeakKeyDictionary()
+
+
+def take_tokens(models: Iterable[nn.Module]) -> Tokens:
+    """Of all backbones in these models under `packing`, since they were last taken."""
+    taken = Tokens()
+    for packer in (_packers.get(x) for model in models for x in model.modules()):  # type: ignore[call-overload]
+        if packer is not None:
+            taken.padded += packer.tokens.padded
+            taken.computed += packer.tokens.computed
+            packer.tokens = Tokens()
+    return taken
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...ops.shards.gathered import HeadOptions
 from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
-from . import adapter, distillation, early, light
+from . import adapter, distillation, early, light, shared
 from . import logits as trl_logits
 from .head import COMPACT, GATHER, HEAD, Compact, FusedHead
 from .objectives import by_name
@@ -25,6 +25,7 @@ def patch(
     accumulate: bool = False,
     shared_prompts: bool = False,
     padding_free: bool = False,
+    whole_groups: bool = False,
     objective: str | Objective | None = None,
     references: Mapping[str, Any] | None = None,
     reference_free: bool = False,
@@ -44,7 +45,10 @@ def patch(
     accumulate: as in `fastpo.attach`, for trainers that use TRL's fused head on one device with
         gradient accumulation.
     shared_prompts: the backbone computes every distinct token of a batch once, and no padding
-        (`fastpo.shared_prompts`). padding_free: no padding, but every row whole.
+        (`fastpo.shared_prompts`). padding_free: no padding, but every row whole. How much was
+        saved is in the trainers' log as "fastpo/tokens_saved".
+    whole_groups: GRPOTrainer and RLOOTrainer shuffle prompts, each with all its completions, and
+        not completions one by one, so that those in a batch have a prompt to share.
     objective: a key of `fastpo.objectives`, with `hyperparameters`, or a function of quantities
         (of `fastpo.objectives.compose`, for one), that DPOTrainer or KTOTrainer minimise instead of
         their own loss. What it needs beside two texts comes from dataset columns of the quantity's
@@ -70,17 +74,21 @@ def patch(
     )
     own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
     sharing = True if shared_prompts else (False if padding_free else None)
-    made = fitting(_all(setting, own, sharing))
+    shared.check(sharing, whole_groups)
+    made = fitting(_all(setting, own, sharing, whole_groups))
     if objective is not None:
         fitting(by_name.replacements(setting))  # raises where TRL has no seams for one
     now = {seam: make for seam, make in made.items() if seam.module == GATHER.module}
     for seam in (GATHER, *now):
         seam.read()  # nothing is changed before all are known to fit
+    restore(*_ADDED)  # by a call before this one, perhaps
     replace_when_imported({seam: make for seam, make in made.items() if seam not in now})
     replace(now)
 
 
-def _all(setting: Setting, own: HeadOptions, sharing: bool | None) -> dict[Seam, Make]:
+def _all(
+    setting: Setting, own: HeadOptions, sharing: bool | None, whole_groups: bool
+) -> dict[Seam, Make]:
     """What stands in, of every version: in TRL's utilities now, else when a script imports it."""
     made: dict[Seam, Make] = {
         HEAD: partial(FusedHead, own=own),
@@ -92,13 +100,15 @@ def _all(setting: Setting, own: HeadOptions, sharing: bool | None) -> dict[Seam,
         **distillation.replacements(own),
         **early.replacements(own),
         **early.heads(own),
+        **shared.replacements(sharing, whole_groups),
     }
     return trl_logits.with_options(
         made, HeadOptions(budget=own.budget, backend=own.backend), sharing
     )
 
 
-SEAMS = tuple(_all(Setting(), HeadOptions(), None))
+_ADDED = tuple(shared.replacements(True, True))
+SEAMS = tuple(_all(Setting(), HeadOptions(), True, True))
 
 
 def unpatch() -> None:

@@ -84,6 +84,12 @@ def test_gradient_checkpointing(reentrant):
     assert_same(found, run(model_of("llama", "sdpa"), _batches.right(), False)[:3])
 
 
+def test_offloaded_activations():
+    with torch.autograd.graph.save_on_cpu():
+        *found, _ = run(model_of("llama", "sdpa"), _batches.right(), True)
+    assert_same(found, run(model_of("llama", "sdpa"), _batches.right(), False)[:3])
+
+
 def test_bfloat16_is_as_exact_as_padded():
     batch = _batches.right()
     truth = run(model_of("llama", "sdpa"), batch, False, torch.float64)

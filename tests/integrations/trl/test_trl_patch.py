@@ -54,13 +54,14 @@ def test_every_seam_is_given_back():
     own = held()
     assert len(own) > 20
     assert not any(isinstance(value, Replacement) for value in own.values())
+    all_of_them = {"shared_prompts": True, "whole_groups": True}
     for _ in range(2):
-        fastpo.patch()
+        fastpo.patch(**all_of_them)
         for seam, value in own.items():
             assert isinstance(seam.current(), Replacement), seam
             assert seam.current().original is value, seam
     outer = {seam: seam.current() for seam in own}
-    with fastpo.patched(), fastpo.patched(budget=7):
+    with fastpo.patched(**all_of_them), fastpo.patched(budget=7, **all_of_them):
         assert all(seam.current().original is value for seam, value in own.items())
         assert HEAD.current().own.budget == 7
     assert_held(outer)

@@ -77,6 +77,8 @@ CASES = {
     "grpo": Case("GRPO", {"beta": 0.1}),
     "rloo": Case("RLOO"),
 }
+# Means over all positions, those of pads, too, in CPO and ORPO.
+PADS = ("logits/chosen", "logits/rejected")
 READERS = ("cpo", "cpo_moe", "cpo_lora", "orpo", "tpo", "a2po", "online_dpo", "sft_smoothed", "gkd")
 
 
@@ -88,9 +90,13 @@ def assert_trains_the_same(make, layouts, **options):
         with patched:
             runs.append(_trainers.train(make()))
         assert bool(layouts) == shared
+    for name in PADS:
+        assert all(name in log for log in runs[0][0]) == all(name in log for log in runs[1][0])
+    saved = [log.pop("fastpo/tokens_saved", None) for log in runs[1][0]]
+    assert all(0 < x < 1 for x in saved[:-1]) and saved[-1] is None  # of the whole run: timings
     for logs, _ in runs:
-        for log in logs:  # means over all positions, those of pads, too
-            for name in ("logits/chosen", "logits/rejected"):
+        for log in logs:
+            for name in PADS:
                 log.pop(name, None)
     _trainers.assert_same(runs[1], runs[0])
 
@@ -130,6 +136,117 @@ def test_metrics_of_logits_are_those_of_scored_tokens_in_dpo(tmp_path, layouts):
         with fastpo.patched(shared_prompts=shared):
             logs.append(_trainers.train(CASES["dpo"].build(tmp_path))[0][0])
     assert logs[1]["logits/chosen"] == pytest.approx(logs[0]["logits/chosen"], rel=1e-4)
+
+
+def test_tokens_are_counted_from_log_to_log(tmp_path, layouts):
+    with fastpo.patched(shared_prompts=True):
+        trainer = CASES["dpo"].build(tmp_path)
+        trainer.args.logging_steps, trainer.args.max_steps = 2, 4
+        trainer.eval_dataset = trainer.train_dataset
+        logs, _ = _trainers.train(trainer)
+        saved = [log["fastpo/tokens_saved"] for log in logs[:2]]
+        sizes = [(layout.size, layout.shape[0] * layout.shape[1]) for layout in layouts]
+        half = len(sizes) // 2  # policy and reference, two steps each
+        for part, found in zip((sizes[:half], sizes[half:]), saved, strict=True):
+            assert found == pytest.approx(1 - sum(x for x, _ in part) / sum(y for _, y in part))
+        assert trainer.evaluate()["eval_loss"] > 0
+        assert 0 < trainer.state.log_history[-1]["eval_fastpo/tokens_saved"] < 1
+    with fastpo.patched():
+        assert not any(
+            "fastpo" in name for name in _trainers.train(CASES["dpo"].build(tmp_path))[0][0]
+        )
+
+
+@pytest.mark.parametrize("prefix", ["GRPO", "RLOO"])
+def test_groups_stay_together(prefix, tmp_path, layouts):
+    """Every batch holds one prompt, and the step is that of completions shuffled one by one."""
+    runs, prompts = [], []
+    settings = {"num_generations": 2, "gradient_accumulation_steps": 3, "max_steps": 1}
+    settings |= {"max_completion_length": 4, "beta": 0.1}
+    for whole in (False, True):
+        layouts.clear()
+        with fastpo.patched(shared_prompts=True, whole_groups=whole):
+            trainer = _trainers.build(
+                prefix,
+                tmp_path,
+                _trainers.saved(tmp_path),
+                tiny.prompts(),
+                settings,
+                reward_funcs=_trainers.reward,
+            )
+            runs.append(_trainers.train(trainer))
+        prompts.append([sum(not row.shared for row in layout.rows) for layout in layouts])
+    for logs, _ in runs:
+        logs[0].pop("fastpo/tokens_saved")
+    _trainers.assert_same(runs[1], runs[0])
+    assert set(prompts[1]) == {1} and 2 in prompts[0]
+
+
+def test_whole_groups_are_of_shared_prompts():
+    with pytest.raises(ValueError, match="whole_groups: expected shared_prompts=True with it"):
+        fastpo.patch(whole_groups=True)
+
+
+def test_everything_of_a_group_moves_with_it():
+    rows = {
+        "prompt_ids": torch.tensor([[1], [1], [2], [3], [3], [3]]),
+        "nothing": None,
+        "number": torch.tensor(3.0),
+        "texts": list("aabccc"),
+        "numbers": torch.arange(6),
+    }
+    with fastpo.patched(shared_prompts=True, whole_groups=True):
+        from trl.trainer import grpo_trainer
+
+        torch.manual_seed(1)
+        found = grpo_trainer.shuffle_sequence_dict(rows)
+    assert found["nothing"] is None and found["number"] == 3
+    order = found["numbers"].tolist()
+    assert order != sorted(order) and [x for x in order if x < 2] == [0, 1]
+    assert "".join(found["texts"]) == "".join(rows["texts"][i] for i in order)
+    assert found["prompt_ids"].equal(rows["prompt_ids"][order])
+    assert [x for x in order if x > 2] == [3, 4, 5]
+
+
+def test_a_second_patch_replaces_the_first():
+    import transformers
+
+    own = vars(transformers.Trainer)["log"]
+    with fastpo.patched(shared_prompts=True, whole_groups=True):
+        assert vars(transformers.Trainer)["log"] is not own
+        fastpo.patch()
+        assert vars(transformers.Trainer)["log"] is own
+    assert vars(transformers.Trainer)["log"] is own
+
+
+def test_an_adapter_for_the_reference(tmp_path, layouts):
+    """A trained adapter goes on: TRL keeps its first state as the adapter "ref"."""
+    peft = pytest.importorskip("peft")
+
+    def make():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(tiny.model(), _trainers.lora(init_lora_weights=False))
+        return _trainers.build("DPO", tmp_path, model, tiny.preferences(), {})
+
+    assert "ref" in make().model.peft_config
+    assert_trains_the_same(make, layouts, shared_prompts=True)
+
+
+def test_evaluation_between_steps(tmp_path, layouts):
+    def make():
+        trainer = CASES["dpo"].build(tmp_path)
+        trainer.args.eval_strategy, trainer.args.eval_steps = "steps", 2
+        trainer.eval_dataset = trainer.train_dataset
+        return trainer
+
+    runs = []
+    for shared in (False, True):
+        with fastpo.patched(shared_prompts=shared):
+            logs, parameters = _trainers.train(make())
+        keys = [{k: v for k, v in log.items() if "fastpo" not in k} for log in logs]
+        runs.append((keys, parameters))
+    assert any("eval_loss" in log for log in runs[1][0])
+    _trainers.assert_same(*reversed(runs))
 
 
 def test_without_the_patch_nothing_is_packed(tmp_path, layouts):
