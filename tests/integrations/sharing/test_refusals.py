@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import re
+from pathlib import Path
 
 import _tiny as tiny
 import pytest
@@ -306,3 +309,68 @@ def test_a_model_is_probed_once(monkeypatch):
                 model.model(**plain())
             assert bool(handle.tokens.saved) == right
     assert len(probes) == 2
+
+
+class Odd:
+    """A registered implementation of somebody's, with parameters of its own."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def __enter__(self):
+        own = modeling_utils.AttentionInterface._global_mapping["sdpa"]
+        modeling_utils.AttentionInterface.register(self.name, own)
+
+        def mask(batch_size, q_length, kv_length, q_offset, attention_mask, **_):
+            return None
+
+        masking_utils.AttentionMaskInterface.register(self.name, mask)
+
+    def __exit__(self, *_):
+        del modeling_utils.AttentionInterface._global_mapping[self.name]
+        del masking_utils.AttentionMaskInterface._global_mapping[self.name]
+
+
+def test_a_mask_function_of_other_parameters(caplog):
+    def make():
+        model = llama()
+        model.config._attn_implementation = "fastpo_odd"
+        return model
+
+    with Odd("fastpo_odd"):
+        assert_as_before(make, plain, "a mask function that does not take kv_offset", caplog)
+
+
+def test_a_model_that_fails_when_packed(caplog, monkeypatch):
+    """It looks at its mask itself."""
+    own = masking_utils.create_causal_mask
+
+    def looked_at(*args, **kwargs):
+        mask = own(*args, **kwargs)
+        assert mask is None or mask.ndim == 4, "four dimensions"
+        return mask
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", looked_at)
+    assert_as_before(llama, plain, "it fails when packed: AttributeError", caplog)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "flex_attention"])
+def test_what_mask_functions_of_transformers_take(name):
+    mask = masking_utils.AttentionMaskInterface._global_mapping[name]
+    assert set(inspect.signature(mask).parameters) >= attention._ASKED
+
+
+def test_the_table_of_the_docs_is_whole():
+    """Every reason in the source has a row, up to what is filled in."""
+    source = Path(backbone.__file__).parent
+    table = (Path(__file__).parents[3] / "docs" / "shared-prompts.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(source.glob("*.py")))
+    reasons = re.findall(r"Refused\(\s*f?\"([^\"{]*)({?)", text)
+    assert len(reasons) >= 18
+    missing = [start for start, filled in reasons if not any(map(row_of(start, filled), cells))]
+    assert not missing
+
+
+def row_of(start, filled):
+    return lambda cell: cell.startswith(start) or (filled and start in cell)
