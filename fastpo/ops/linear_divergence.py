@@ -190,7 +190,7 @@ def linear_topk_divergence(
 
     kind: "forward_kl", "reverse_kl" or "jsd" as in `linear_divergence`. Without `tail` both sides
     are renormalised over the K words, as in `fastpo.objectives.get("topk_kl")`. One walk over the
-    vocabulary for the student's log-sum-exp; its K words are multiplied by themselves.
+    vocabulary for the student's best word of the K; all K are multiplied by themselves.
 
     Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
     """
@@ -202,19 +202,6 @@ def linear_topk_divergence(
     if rule.kind not in ("forward_kl", "reverse_kl", "jsd"):
         raise ValueError(f"kind: expected forward_kl, reverse_kl or jsd, got {kind!r}")
     _check_lists(hidden, weight, teacher_ids, teacher_logps)
-    lse = linear_logps(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        outputs=("lse",),
-        budget=budget,
-        backend=backend,
-    ).lse
-    assert lse is not None
     if mask is not None:
         # What is left out may hold anything, and NaN times a gradient of 0 is NaN.
         hidden, teacher_logps = (
@@ -226,7 +213,23 @@ def linear_topk_divergence(
     if bias is not None:
         x = x + bias.float()[teacher_ids]
     z = logits(x, 0, None, R.LogitMap(temperature, softcap, logit_scale))
-    student, teacher = z - lse.unsqueeze(-1), teacher_logps.detach().float()
+    # Beside the best of them: z - lse would round at the size of the logits, where p is near 1.
+    best = z.detach().argmax(-1, keepdim=True)
+    words = teacher_ids.gather(-1, best).squeeze(-1)
+    logps = linear_logps(
+        hidden,
+        weight,
+        words if mask is None else torch.where(mask, words, _LEFT_OUT),
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        budget=budget,
+        backend=backend,
+    ).logps
+    assert logps is not None
+    student = logps.unsqueeze(-1) + (z - z.gather(-1, best))
+    teacher = teacher_logps.detach().float()
     if tail:
         student, teacher = _with_rest(student), _with_rest(teacher)
     else:

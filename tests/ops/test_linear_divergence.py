@@ -314,6 +314,54 @@ def test_best_words_with_a_mask():
     assert not torch.autograd.grad(found.sum(), h)[0][:5].any()
 
 
+def test_masked_rows_may_hold_anything_beside_a_list():
+    h, w, _, th, tw, _ = sides()
+    best = torch.topk((th @ tw.t()).log_softmax(-1), 7, dim=-1)
+    mask = torch.arange(13) > 4
+    h, listed = (x.detach().clone() for x in (h, best.values))
+    h[:5], listed[:5] = float("nan"), float("nan")
+    found = fastpo.linear_topk_divergence(
+        h.requires_grad_(), w, best.indices, listed, kind="forward_kl", mask=mask
+    )
+    dh, dw = torch.autograd.grad(found.sum(), [h, w])
+    assert not found[:5].any() and not dh[:5].any()
+    assert dh.isfinite().all() and dw.isfinite().all()
+
+
+def test_the_words_of_a_list_are_multiplied_in_float32_inside_autocast():
+    h, w, _, th, tw, _ = (x.detach() for x in sides())
+    best = torch.topk((th @ tw.t()).log_softmax(-1), 7, dim=-1)
+    given = (h, w, best.indices, best.values)
+    expected = fastpo.linear_topk_divergence(*given, kind="jsd")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fastpo.linear_topk_divergence(*given, kind="jsd"), expected)
+
+
+def test_what_a_list_leaves_out_of_a_peaked_student():
+    """p is so near 1 that logits of a hundred, rounded, hide 1 - p."""
+    h, w, b, th, tw, _ = sides()
+    h = (h * 8).detach().requires_grad_()
+    best = torch.topk((th @ tw.t()).log_softmax(-1), 3, dim=-1)
+    ids, listed = best.indices.clone(), best.values.detach()
+    ids[:, 0] = (h @ w.t() + b).argmax(-1)
+    results = []
+    for dtype in (None, torch.float32, torch.float64):
+        hd, wd, bd = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (h, w, b))
+        if dtype is None:
+            found = fastpo.linear_topk_divergence(hd, wd, ids, listed, kind="forward_kl", bias=bd)
+        else:
+            student = (hd @ wd.t() + bd).log_softmax(-1).gather(-1, ids)
+            teacher = listed.to(dtype)
+            rest = [x.logsumexp(-1).clamp_max(-1e-6) for x in (student, teacher)]
+            s, t = (torch.log(-torch.expm1(x)) for x in rest)
+            found = (teacher.exp() * (teacher - student)).sum(-1) + t.exp() * (t - s)
+        grads = torch.autograd.grad(found.sum(), [hd, wd, bd])
+        results.append([found, *grads])
+    assert (results[-1][0] > 10).any()
+    for name, fused, eager, truth in zip(("value", "dh", "dw", "db"), *results, strict=True):
+        assert_as_good_as_eager(name, fused, eager, truth)
+
+
 ERRORS = [
     ({"budget": -1}, r"budget: expected bytes >= 0 or None, got -1"),
     ({"kind": "kl"}, r"kind: expected one of forward_kl, .*, tvd, got 'kl'"),

@@ -184,7 +184,8 @@ def exponents_of(factor: float) -> float:
 
 
 def unit_columns(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
+    """As a kernel reads it: it knows no stride of columns, and no negated view."""
+    return (x if x.stride(1) == 1 else x.contiguous()).resolve_neg()
 
 
 def _gemm_blocks(x: Tensor, words: Tensor, crowded: bool):  # type: ignore[no-untyped-def]  # kernels are untyped

@@ -158,7 +158,8 @@ class Head:
         if spec.shard is not None:
             labels = labels - spec.shard.first  # outside [0, rows of the weight) it is no word here
         self.hidden, self.weight, self.labels = hidden, weight, labels.contiguous()
-        self.bias = None if bias is None else bias.float().contiguous()
+        # Kernels read memory, where a negated view has the other sign.
+        self.bias = None if bias is None else bias.float().contiguous().resolve_neg()
         self.trained = weight.trained if isinstance(weight, Adapted) else slice(None)
         self.spec = spec
         self.kernels = registry.kernels(spec.backend)

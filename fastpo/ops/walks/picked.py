@@ -33,9 +33,10 @@ class _Picked(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, ids)
         out = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
-        for part in _chunks(ids, hidden.shape[1]):
-            words = weight[ids[part]].float()  # [n, K, H]
-            out[part] = (words @ hidden[part].float().unsqueeze(-1)).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in _chunks(ids, hidden.shape[1]):
+                words = weight[ids[part]].float()  # [n, K, H]
+                out[part] = (words @ hidden[part].float().unsqueeze(-1)).squeeze(-1)
         return out
 
     @staticmethod
