@@ -58,6 +58,7 @@ class Packer:
     tokens: Tokens = field(default_factory=Tokens)
     # By what the model has been looked at as: why it is left alone, or None.
     known: dict[Any, str | None] = field(default_factory=dict)
+    cost: LayerCost | None = None
 
     def run(self, model: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`own(*args, **kwargs)`, the backbone's forward, on a packed row where that is right."""
@@ -79,8 +80,9 @@ class Packer:
 
     def _layout(self, model: Any, own: Any, inputs: dict[str, Any]) -> Layout | None:
         """Of this batch; None where it is cheaper as it is. Raises Refused."""
-        # The model first: every process of a sharded one probes it at its first call.
-        self._check(model, own)
+        refusals.check_config(model.config, inputs)
+        # Before the batch: every process of a sharded model probes it at its first call.
+        self._check(model, own, inputs)
         refusals.check_call(inputs)
         share = self.share and not refusals.drops(model)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -89,16 +91,20 @@ class Packer:
         except ValueError as error:
             raise Refused(str(error)) from error
         refusals.check_rotation(model, layout)
-        return layout if self.always or is_worth(layer_cost(model), layout) else None
+        self.cost = self.cost or layer_cost(model)
+        return layout if self.always or is_worth(self.cost, layout) else None
 
-    def _check(self, model: Any, own: Any) -> None:
+    def _check(self, model: Any, own: Any, inputs: dict[str, Any]) -> None:
         weight, implementation = next(model.parameters()), model.config._attn_implementation
-        key = implementation, weight.dtype, weight.device.type
+        # Weights that are offloaded are on no device between calls.
+        given = (x.device for x in inputs.values() if isinstance(x, Tensor))
+        device = next(given, weight.device)
+        key = implementation, weight.dtype, device.type
         if key not in self.known:
             try:
                 refusals.check_model(model)
                 attention.install(implementation)
-                probe.check(self, model, own)
+                probe.check(self, model, own, device)
                 self.known[key] = None
             except Refused as refused:
                 self.known[key] = str(refused)
@@ -227,14 +233,14 @@ def _say_compiled(model: str) -> None:
 
 
 def layer_cost(model: nn.Module) -> LayerCost:
-    """Of all layers but embeddings, in FLOPs; routed experts as if all were active."""
+    """Of all layers but embeddings, in FLOPs: routed experts as if all were active, and heads that
+    are together as wide as hidden states."""
     config: Any = model.config
     config = config.get_text_config()
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    weights = sum(p.numel() for p in model.parameters() if id(p) not in tables)
-    heads = getattr(config, "num_attention_heads", 1)
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return LayerCost(2.0 * weights, 4.0 * heads * size * config.num_hidden_layers)
+    parameters = (p for p in model.parameters() if id(p) not in tables)
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3's are empty
+    return LayerCost(2.0 * weights, 4.0 * config.hidden_size * config.num_hidden_layers)
 
 
 def backbone_of(model: nn.Module) -> PreTrainedModel:

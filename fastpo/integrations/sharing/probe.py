@@ -17,13 +17,17 @@ from .attention import Refused
 _LIMIT = 1e-3  # right models differ by 2e-6 in float32, wrong ones by 1e-2 and more
 
 
-def check(packer: Any, model: Any, own: Any) -> None:
+def check(packer: Any, model: Any, own: Any, device: torch.device) -> None:
     """Raises Refused where they differ; every module keeps its mode."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
-            _compare(packer, own, next(model.parameters()).device, model.config)
+            _compare(packer, own, device, model.config)
+    except Refused:
+        raise
+    except Exception as error:  # of a model that looks at its mask, its ids or their shape itself
+        raise Refused(f"it fails in the probe: {type(error).__name__}: {error}") from error
     finally:
         for module in training:
             module.training = True
@@ -39,12 +43,7 @@ def _compare(packer: Any, own: Any, device: torch.device, config: Any) -> None:
     inputs = {"input_ids": ids, "attention_mask": mask}
     layout = layout_of(ids, mask, least=1)
     padded = _hidden(own(**inputs, use_cache=False), mask)
-    try:
-        packed = _hidden(packer.packed(own, inputs, layout), mask)
-    except Refused:
-        raise
-    except Exception as error:  # of a model that looks at its mask or at its inputs' shapes
-        raise Refused(f"it fails when packed: {type(error).__name__}: {error}") from error
+    packed = _hidden(packer.packed(own, inputs, layout), mask)
     scale = padded.abs().max()
     limit = _LIMIT * scale
     if padded.dtype != torch.float32:

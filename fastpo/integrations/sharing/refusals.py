@@ -44,6 +44,8 @@ def check_model(model: Any) -> None:
         raise Refused("attention that is looked up in a registry of its own")
     if getattr(config, "is_causal", True) is False:
         raise Refused("attention that is not causal")
+    if _splits_rows():
+        raise Refused("rows that are split between processes")
     if any(getattr(config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
         raise Refused("attention to another sequence")
 
@@ -53,6 +55,22 @@ def _registries(model: nn.Module) -> list[Any]:
     files = {type(module).__module__ for module in model.modules()} & sys.modules.keys()
     found = (getattr(sys.modules[file], "ALL_ATTENTION_FUNCTIONS", None) for file in files)
     return [registry for registry in found if registry is not None]
+
+
+def _splits_rows() -> bool:
+    """Does each process hold a part of every row?"""
+    state = sys.modules.get("accelerate.state")
+    if state is None or not state.is_initialized():
+        return False
+    parallelism = state.AcceleratorState().parallelism_config
+    return parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled)
+
+
+def check_config(config: Any, inputs: dict[str, Any]) -> None:
+    """Raises Refused for what it asks of every call that does not say otherwise."""
+    for name, default in (("output_attentions", False), ("return_dict", True)):
+        if inputs.get(name) is None and getattr(config, name, default) is not default:
+            raise Refused(f"{name} is set in its config")
 
 
 def check_call(inputs: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -88,6 +89,21 @@ def test_offloaded_activations():
     with torch.autograd.graph.save_on_cpu():
         *found, _ = run(model_of("llama", "sdpa"), _batches.right(), True)
     assert_same(found, run(model_of("llama", "sdpa"), _batches.right(), False)[:3])
+
+
+def test_hidden_states_of_every_layer():
+    (ids, mask), found = _batches.both(), []
+    for shared in (False, True):
+        model = model_of("mixtral", "sdpa")().eval()
+        with shared_prompts(model, always=True) if shared else contextlib.nullcontext():
+            inputs = {"input_ids": ids, "attention_mask": mask, "output_hidden_states": True}
+            found.append(model(**inputs, output_router_logits=True))
+    assert type(found[0]) is type(found[1])
+    for own, ours in zip(found[0].hidden_states, found[1].hidden_states, strict=True):
+        torch.testing.assert_close(ours[mask != 0], own[mask != 0], rtol=1e-4, atol=1e-4)
+    for own, ours in zip(found[0].router_logits, found[1].router_logits, strict=True):
+        real = mask.flatten() != 0
+        torch.testing.assert_close(ours[real], own[real], rtol=1e-4, atol=1e-4)
 
 
 def test_bfloat16_is_as_exact_as_padded():

@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import _tiny as tiny
 import pytest
@@ -145,6 +146,28 @@ CALLS = {
 def test_calls(name, caplog):
     call, why = CALLS[name]
     assert_as_before(llama, call, why, caplog)
+
+
+@pytest.mark.parametrize(("name", "value"), [("output_attentions", True), ("return_dict", False)])
+def test_configs(name, value, caplog):
+    def make():
+        model = tiny.model("llama")
+        model.set_attn_implementation("eager")
+        setattr(model.config, name, value)
+        return model
+
+    assert_as_before(make, plain, f"{name} is set in its config", caplog)
+
+
+@pytest.mark.parametrize("kind", ["cp_enabled", "sp_enabled"])
+def test_rows_in_parts(kind, caplog, monkeypatch):
+    state = pytest.importorskip("accelerate.state")
+    parallelism = SimpleNamespace(**{"cp_enabled": False, "sp_enabled": False, kind: True})
+    monkeypatch.setattr(state, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        state, "AcceleratorState", lambda: SimpleNamespace(parallelism_config=parallelism)
+    )
+    assert_as_before(llama, plain, "rows that are split between processes", caplog)
 
 
 def test_positions_that_are_the_columns_are_no_reason():
@@ -341,7 +364,7 @@ def test_a_mask_function_of_other_parameters(caplog):
         assert_as_before(make, plain, "a mask function that does not take kv_offset", caplog)
 
 
-def test_a_model_that_fails_when_packed(caplog, monkeypatch):
+def test_a_model_that_fails_in_the_probe(caplog, monkeypatch):
     """It looks at its mask itself."""
     own = masking_utils.create_causal_mask
 
@@ -351,7 +374,7 @@ def test_a_model_that_fails_when_packed(caplog, monkeypatch):
         return mask
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", looked_at)
-    assert_as_before(llama, plain, "it fails when packed: AttributeError", caplog)
+    assert_as_before(llama, plain, "it fails in the probe: AttributeError", caplog)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flash_attention_2", "flex_attention"])

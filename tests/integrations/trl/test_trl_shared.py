@@ -13,6 +13,7 @@ pytest.importorskip("datasets")
 
 import _tiny as tiny
 import _trainers
+import test_group_trainer
 import test_trl_distillation
 import test_trl_experimental
 import torch
@@ -111,6 +112,53 @@ def test_on_the_fused_head(name, tmp_path, layouts):
 def test_where_logits_are_read(name, tmp_path, layouts):
     home = test_trl_distillation if name == "gkd" else test_trl_experimental
     assert_trains_the_same(lambda: home.trainer(name, tmp_path), layouts, shared_prompts=True)
+
+
+def earlier():
+    return {"history": [tiny.model(seed=2), tiny.model(seed=3)]}
+
+
+# The objective's options, whether each row has a third text, and calls of backbones in a step.
+OBJECTIVES = {
+    "simpo": ({}, False, 1),
+    "vpo": ({}, True, 2),
+    "mrpo": ({"references": earlier}, False, 3),
+}
+
+
+@pytest.mark.parametrize("key", OBJECTIVES)
+def test_objectives_by_name(key, tmp_path, layouts):
+    given, third, expected = OBJECTIVES[key]
+    data = tiny.preferences()
+    if third:
+        texts = [[{"role": "assistant", "content": text}] for text in tiny.GOOD[::-1]]
+        data = data.add_column("third", texts)
+    runs, calls = [], []
+    for shared in (False, True):
+        layouts.clear()
+        options = {name: make() for name, make in given.items()}
+        with fastpo.patched(objective=key, shared_prompts=shared, **options):
+            path = _trainers.saved(tmp_path)
+            logs, parameters = _trainers.train(_trainers.build("DPO", tmp_path, path, data, {}))
+        calls.append(len(layouts))
+        kept = [{k: v for k, v in log.items() if "fastpo" not in k} for log in logs]
+        runs.append((kept, parameters))
+    _trainers.assert_same(*reversed(runs))
+    assert calls == [0, 3 * expected]
+
+
+def test_groups_of_completions(tmp_path, layouts):
+    """Groups of 3, 1 and 2."""
+    runs = []
+    for shared in (False, True):
+        layouts.clear()
+        with fastpo.patched(shared_prompts=shared):
+            logs, parameters = _trainers.train(test_group_trainer.trainer(tmp_path, "infonca"))
+        kept = [{k: v for k, v in log.items() if "fastpo" not in k} for log in logs]
+        runs.append((kept, parameters))
+        assert bool(layouts) == shared
+    _trainers.assert_same(*reversed(runs))
+    assert max(len(layout.rows) for layout in layouts) >= 3
 
 
 def test_padding_alone_can_go(tmp_path, layouts):

@@ -61,7 +61,8 @@ class ObjectiveTrainer:
     def _frozen(self, model: Any) -> Any:
         """A further reference model, with TRL's fused head, on this process's device."""
         trainer: Any = self
-        from trl.trainer.utils import add_fused_lm_head
+        # Under the trainer's name for it, where ours may stand, which shares prompts.
+        from trl.trainer.dpo_trainer import add_fused_lm_head
 
         add_fused_lm_head(model.requires_grad_(False).eval())
         return trainer.accelerator.prepare_model(model, evaluation_mode=True)
