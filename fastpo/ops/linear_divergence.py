@@ -202,33 +202,16 @@ def linear_topk_divergence(
     if rule.kind not in ("forward_kl", "reverse_kl", "jsd"):
         raise ValueError(f"kind: expected forward_kl, reverse_kl or jsd, got {kind!r}")
     _check_lists(hidden, weight, teacher_ids, teacher_logps)
+    check_options(temperature, softcap, logit_scale, ("logps",), budget)
     if mask is not None:
         # What is left out may hold anything, and NaN times a gradient of 0 is NaN.
         hidden, teacher_logps = (
             x.masked_fill(~mask.unsqueeze(-1), 0) for x in (hidden, teacher_logps)
         )
-    x = picked_products(
-        hidden.reshape(-1, hidden.shape[-1]), weight, teacher_ids.reshape(-1, teacher_ids.shape[-1])
-    ).view(teacher_ids.shape)
-    if bias is not None:
-        x = x + bias.float()[teacher_ids]
-    z = logits(x, 0, None, R.LogitMap(temperature, softcap, logit_scale))
-    # Beside the best of them: z - lse would round at the size of the logits, where p is near 1.
-    best = z.detach().argmax(-1, keepdim=True)
-    words = teacher_ids.gather(-1, best).squeeze(-1)
-    logps = linear_logps(
-        hidden,
-        weight,
-        words if mask is None else torch.where(mask, words, _LEFT_OUT),
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        budget=budget,
-        backend=backend,
-    ).logps
-    assert logps is not None
-    student = logps.unsqueeze(-1) + (z - z.gather(-1, best))
+    logit_map = R.LogitMap(float(temperature), softcap and float(softcap), float(logit_scale))
+    student = _listed_logps(
+        hidden, weight, bias, teacher_ids, labels, logit_map, budget=budget, backend=backend
+    )
     teacher = teacher_logps.detach().float()
     if tail:
         student, teacher = _with_rest(student), _with_rest(teacher)
@@ -236,6 +219,31 @@ def linear_topk_divergence(
         student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
     found = rule.terms(student, teacher)[0].sum(-1)
     return found if mask is None else torch.where(mask, found, 0.0)
+
+
+def _listed_logps(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    ids: Tensor,  # [..., K]
+    labels: Tensor,  # [...], _LEFT_OUT where a token is
+    logit_map: R.LogitMap,
+    **options: Any,
+) -> Tensor:  # [..., K] float32
+    """Of each token's own words, from the logit of the best of them.
+
+    z - lse would round at the size of the logits, where p is near 1, and its gradient would cancel.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1]), weight, ids.reshape(-1, ids.shape[-1])
+    x = picked_products(*rows).view(ids.shape)
+    if bias is not None:
+        x = x + bias.float()[ids]
+    z = logits(x, 0, None, logit_map)
+    best = z.detach().argmax(-1, keepdim=True)
+    words = torch.where(labels == _LEFT_OUT, labels, ids.gather(-1, best).squeeze(-1))
+    logps = linear_logps(hidden, weight, words, bias=bias, **vars(logit_map), **options).logps
+    assert logps is not None
+    return logps.unsqueeze(-1) + (z - z.gather(-1, best))
 
 
 def _with_rest(logps: Tensor) -> Tensor:
@@ -290,7 +298,8 @@ def _check_teacher(
 
 def _check_lists(hidden: Tensor, weight: Tensor, ids: Tensor, logps: Tensor) -> None:
     check_whole(teacher_ids=ids, teacher_logps=logps)
-    if ids.dtype != torch.int64 or ids.dim() != hidden.dim() or ids.shape[:-1] != hidden.shape[:-1]:
+    alike = ids.dim() == hidden.dim() and ids.shape[:-1] == hidden.shape[:-1]
+    if ids.dtype != torch.int64 or not alike or ids.shape[-1] < 1:
         expected = (*shape_of(hidden)[:-1], "K")
         raise ValueError(
             f"teacher_ids: expected int64 of shape {expected}, got {ids.dtype} of {shape_of(ids)}"

@@ -188,6 +188,8 @@ class Size:
             unit *= (1 + self.logits) * self.height
         if call.name not in ("linear_divergence", "mixed_linear_logps"):
             unit += torch.finfo(dtype).eps / 2
+        if call.name == "linear_topk_divergence":
+            unit += torch.finfo(leaves[name].dtype).eps / 2  # it has two gradients to add up
         return total * largest * slope(call) * unit
 
 
