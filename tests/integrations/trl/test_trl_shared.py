@@ -44,11 +44,13 @@ def layouts(monkeypatch):
 class Case:
     prefix: str
     changes: dict[str, Any] = field(default_factory=dict)
-    lora: bool = False
+    lora: dict[str, Any] | None = None
     model: str = "llama"
 
     def build(self, folder):
-        given: dict[str, Any] = {"peft_config": _trainers.lora()} if self.lora else {}
+        given: dict[str, Any] = {}
+        if self.lora is not None:
+            given["peft_config"] = _trainers.lora(**self.lora)
         changes = dict(self.changes)
         if self.prefix in ("GRPO", "RLOO"):
             given["reward_funcs"] = _trainers.reward
@@ -60,7 +62,8 @@ class Case:
 
 CASES = {
     "dpo": Case("DPO"),
-    "dpo_lora": Case("DPO", lora=True),
+    "dpo_lora": Case("DPO", lora={}),
+    "dpo_dora": Case("DPO", lora={"use_dora": True}),
     "dpo_precomputed": Case("DPO", {"precompute_ref_log_probs": True}),
     "dpo_checkpointed": Case("DPO", {"gradient_checkpointing": True}),
     "dpo_reentrant": Case(
