@@ -41,6 +41,8 @@ class Copies:
         return cls(merged, size, index.to(device, non_blocking=True))
 
     def __call__(self, x: Tensor, dim: int) -> Tensor:
+        if self.runs == (Run(0, 0, self.size),) and len(self.index) == self.size:
+            return x  # every place is its own
         found: Tensor = _Gather.apply(x, self, dim)
         return found
 

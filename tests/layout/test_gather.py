@@ -52,3 +52,12 @@ def test_sixteen_addends_are_rounded_once():
     truth = g.double().view(16, 3, 4).sum(0)
     assert torch.equal(*found)
     assert (found[0].double() - truth).abs().max() <= rounding(truth, torch.bfloat16)
+
+
+def test_where_everything_stays_nothing_is_copied():
+    whole = Copies.of([Run(0, 0, 2), Run(2, 2, 3)], 5, 5, torch.device("cpu"))
+    x = torch.randn(5, 2)
+    assert whole(x, 0) is x
+    fewer = Copies.of([Run(0, 0, 4)], 5, 4, torch.device("cpu"))
+    more = Copies.of([Run(0, 0, 5)], 5, 6, torch.device("cpu"))
+    assert fewer(x, 0).shape == (4, 2) and more(x, 0).shape == (6, 2)

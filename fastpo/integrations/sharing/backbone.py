@@ -95,7 +95,8 @@ class Packer:
         return layout if self.always or is_worth(self.cost, layout) else None
 
     def _check(self, model: Any, own: Any, inputs: dict[str, Any]) -> None:
-        weight, implementation = next(model.parameters()), model.config._attn_implementation
+        weight = next(model.parameters())
+        implementation = model.config.get_text_config()._attn_implementation
         # Weights that are offloaded are on no device between calls.
         given = (x.device for x in inputs.values() if isinstance(x, Tensor))
         device = next(given, weight.device)

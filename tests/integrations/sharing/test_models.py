@@ -64,6 +64,32 @@ def test_text_of_a_model_for_pictures():
     assert handle.tokens.saved > 0.3
 
 
+def test_text_has_an_implementation_of_its_own():
+    def model():
+        made = _architectures.llava()
+        made.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
+        return made
+
+    *found, handle = run(model, _batches.right(), True)
+    assert_same(found, run(model, _batches.right(), False)[:3])
+    assert handle.tokens.saved > 0.3
+    assert [key[0] for key in handle.packer.known] == ["eager"]
+
+
+def test_what_is_not_worth_it_runs_as_before():
+    """Pairs whose prompts are most of them are packed; rows with nothing in common are not."""
+    prompts = torch.arange(3, 51).expand(4, 48)
+    pairs = torch.cat((prompts, torch.randint(60, 300, (4, 16))), 1)
+    apart = torch.randint(60, 300, (4, 64))
+    model = model_of("llama", "sdpa")().eval()
+    for ids, packed in ((pairs, True), (apart, False)):
+        expected = model(input_ids=ids).logits
+        with shared_prompts(model) as handle:
+            found = model(input_ids=ids).logits
+        assert (handle.tokens.saved > 0.4) == packed
+        torch.testing.assert_close(found, expected, **({} if packed else {"rtol": 0, "atol": 0}))
+
+
 @pytest.mark.parametrize("window", [3, 8])
 def test_windows_shorter_than_prompts(window):
     model = model_of("mistral", "sdpa", sliding_window=window)
