@@ -15,7 +15,7 @@ from .report import Report, read, where
 CASES = {"score": "no gradient", "frozen": "frozen head", "trainable": "trained head"}
 FLOOR = "#8a8a8a"
 # Of fastpo's backends darker and lighter, the others apart from them and from each other.
-_OWN = (FASTPO, "#3fa7c4", "#8fd0e0", "#0a4f63")
+_OWN = (FASTPO, "#3fa7c4", "#8fd0e0", "#0a4f63", "#2f6f5e", "#7dbb9b")
 _OTHERS = (
     "#e0a04a",
     "#b5533c",
@@ -40,9 +40,10 @@ def draw(path: Path, folder: Path) -> Path:
 
     # A dollar sign in a name would begin a formula.
     report = json.loads(json.dumps(read(path)).replace("$", r"\\$"))
-    pictures = {"head": _head, "step": _step}
+    pictures = {"head": _head, "step": _step, "shared": _shared}
     if report["what"] not in pictures:
-        raise BenchError(f"{path}: expected a report of head or step, got {report['what']}")
+        kinds = ", ".join(pictures)
+        raise BenchError(f"{path}: expected a report of {kinds}, got {report['what']}")
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{path.stem}.png"
     with pyplot.rc_context(STYLE):
@@ -189,20 +190,52 @@ def _step(report: Report, pyplot: Any) -> Any:
         panel.set_title(f"{report['model']['name']}, {rows[0]['pairs']} pairs")
         panel.set_ylabel(label)
     axes[0].legend(fontsize=8)
-    for panel, of, title in (
-        (axes[2], "length", "longest context"),
-        (axes[3], "pairs", "biggest batch"),
-    ):
+    _fits(axes[2:], report, palette)
+    return figure
+
+
+def _shared(report: Report, pyplot: Any) -> Any:
+    """Bars of every variant for each kind of batch."""
+    rows = [row for row in report["rows"] if row.get("status") == "ok"]
+    if not rows:
+        raise BenchError("expected a report with times, got one without")
+    palette = colours([*rows, *report["fits"]])
+    panels = [["median_s"] * 2, ["extra_mib"] * 2, ["length", "pairs"]]
+    figure, axes = pyplot.subplot_mosaic(panels, figsize=(14, 11))
+    _groups(axes["median_s"], rows, "median_s", palette)
+    axes["median_s"].set_ylabel("time of a step, s")
+    axes["median_s"].set_title(f"{report['model']['name']}, prompt : completion, pairs × length")
+    _groups(axes["extra_mib"], rows, "extra_mib", palette)
+    axes["extra_mib"].set_ylabel("memory of a step, MiB")
+    _fits([axes["length"], axes["pairs"]], report, palette)
+    _legend(figure, palette, 11)
+    return figure
+
+
+def _groups(panel: Any, rows: Rows, key: str, palette: dict[str, str]) -> None:
+    """A group of bars for each kind of batch, a bar for each variant."""
+    names = [f"{row['texts']}\n{row['pairs']} × {row['length']}" for row in rows]
+    cases = list(dict.fromkeys(names))
+    width = 0.85 / len(palette)
+    for name, row in zip(names, rows, strict=True):
+        at = cases.index(name) + (list(palette).index(row["variant"]) + 0.5) * width - 0.425
+        panel.bar(at, row[key], width, color=palette[row["variant"]])
+    panel.set_xticks(range(len(cases)), cases, fontsize=8)
+    panel.grid(axis="y")
+    panel.set_axisbelow(True)
+
+
+def _fits(panels: Any, report: Report, palette: dict[str, str]) -> None:
+    """Two panels: the longest context, the biggest batch."""
+    titles = {"length": "longest context", "pairs": "biggest batch"}
+    for panel, (of, title) in zip(panels, titles.items(), strict=True):
         fits = [fit for fit in report["fits"] if fit["of"] == of]
         if not fits:
             panel.set_axis_off()
         panel.set_title(f"{title}, {fits[0]['limit_mib']:,} MiB" if fits else "")
-        panel.bar(
-            [fit["variant"] for fit in fits],
-            [fit["largest"] for fit in fits],
-            color=[palette[fit["variant"]] for fit in fits],
-        )
         for x, fit in enumerate(fits):
             more = "+" if fit["at_limit"] else ""
+            panel.bar(x, fit["largest"], color=palette[fit["variant"]])
             panel.text(x, fit["largest"], f"{fit['largest']:,}{more}", ha="center", va="bottom")
-    return figure
+        names = [fit["variant"].replace(" + ", "\n+ ") for fit in fits]
+        panel.set_xticks(range(len(names)), names)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BenchError
-from .report import Report, read
+from .report import Report, read, token_counts
 from .shapes import Shape
 
 _BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end of bench -->)", re.DOTALL)
@@ -53,7 +53,13 @@ def rewrite(path: Path, *, write: bool) -> list[str]:
 
 
 def render(report: Report, name: str) -> str:
-    parts = {"head": _head, "step": _step, "primitives": _primitives, "trainers": _trainers}
+    parts = {
+        "head": _head,
+        "step": _step,
+        "shared": _shared,
+        "primitives": _primitives,
+        "trainers": _trainers,
+    }
     if report["what"] not in parts:
         raise BenchError(f"{name}: expected a report of {', '.join(parts)}, got {report['what']}")
     try:
@@ -67,7 +73,7 @@ def _source(report: Report, name: str) -> str:
     versions = report["versions"]
     used = ", ".join(f"{k} {versions[k]}" for k in ("torch", "trl", "liger_kernel") if versions[k])
     busy = ""
-    if report["what"] in ("head", "step") and _busy(report):
+    if report["what"] in ("head", "step", "shared") and _busy(report):
         busy = (
             f"; no times, because other work ran beside it (load {report['load_average'][0]:.1f})"
         )
@@ -77,13 +83,15 @@ def _source(report: Report, name: str) -> str:
 def _busy(report: Report) -> bool:
     """A time on a shared CPU says nothing: the same variant took 3 s and 17 s in one run."""
     load = report["load_average"]
-    return report["device_type"] == "cpu" and load is not None and load[0] > _MOST_LOAD
+    shared = report["device_type"] == "cpu" and report.get("clock") != "process"
+    return shared and load is not None and load[0] > _MOST_LOAD
 
 
 def _machine(report: Report) -> str:
     if report["device_type"] == "cuda":
         return f"on one {report['device']}"
-    return f"on {report['threads']} cores of an {report['device']} ({report['capability']})"
+    cores = "one core" if report["threads"] == 1 else f"{report['threads']} cores"
+    return f"on {cores} of an {report['device']} ({report['capability']})"
 
 
 def _head(report: Report) -> Iterator[str]:
@@ -143,18 +151,63 @@ def _step(report: Report) -> Iterator[str]:
             times = f" {row['median_s']:.2f} s | {row['tokens_per_s']:,.0f} |" if timed else ""
             size = f"{row['pairs']} × {row['length']:,}"
             yield f"| {row['variant']} | {size} |{times} {row['extra_mib']:,.0f} MiB |"
+    yield from _fits(report)
+
+
+def _fits(report: Report) -> Iterator[str]:
     if report["fits"]:
         yield ""
     for of, what in {"length": "Longest context", "pairs": "Biggest batch"}.items():
         fits = [fit for fit in report["fits"] if fit["of"] == of]
         if fits:
             found = ", ".join(f"{f['variant']} {f['largest']:,}{_more(f)}" for f in fits)
-            yield f"{what} under {fits[0]['limit_mib']:,} MiB: {found}."
+            other = "pairs" if of == "length" else "length"
+            at = f" at {fits[0]['texts']}, {other} {fits[0][other]}," if "texts" in fits[0] else ""
+            yield f"{what}{at} under {fits[0]['limit_mib']:,} MiB: {found}."
 
 
 def _more(fit: dict[str, Any]) -> str:
     unit = " tokens" if fit["of"] == "length" else " pairs"
     return unit + (" or more" if fit["at_limit"] else "")
+
+
+def _shared(report: Report) -> Iterator[str]:
+    """A row for each kind of batch, a column for each variant: against fastpo that shares none."""
+    model, timed = report["model"], not _busy(report)
+    size = model["parameters"] / 1e6
+    how = " Layers are recomputed in the backward." if report["checkpointing"] else ""
+    clock = ", CPU time" if report["clock"] == "process" else ""
+    yield (
+        f"A DPO step of `{model['name']}` ({size:,.0f} M parameters), {report['dtype']}, "
+        f"{_machine(report)}{clock}, and its memory.{how}"
+    )
+    yield ""
+    names = list(dict.fromkeys(row["variant"] for row in report["rows"]))
+    yield f"| prompt : completion | tokens | {' | '.join(names)} |"
+    yield "| --- | --- |" + " --- |" * len(names)
+    cases: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+    for row in report["rows"]:
+        case = cases.setdefault((row["texts"], row["pairs"], row["length"]), {})
+        case[row["variant"]] = row
+    for (texts, pairs, length), rows in cases.items():
+        cells = " | ".join(_shared_cell(rows, name, timed) for name in names)
+        tokens = token_counts(next(iter(rows.values())))
+        yield f"| {texts}, {pairs} × {length:,} | {tokens} | {cells} |"
+    yield from _fits(report)
+
+
+def _shared_cell(rows: dict[str, dict[str, Any]], name: str, timed: bool) -> str:
+    row = rows.get(name, {})
+    if row.get("status") != "ok":
+        return "–"
+    memory = f"{row['extra_mib']:,.0f} MiB"
+    if not timed:
+        return memory
+    padded = rows.get(name[: name.find("fastpo") + len("fastpo")], {})
+    faster = ""
+    if "fastpo +" in name and "median_s" in padded:
+        faster = f" ({padded['median_s'] / row['median_s']:.2f}×)"
+    return f"{row['median_s']:.2f} s{faster}, {memory}"
 
 
 _PRIMITIVES = {

@@ -94,13 +94,18 @@ def _head_line(row: dict[str, Any]) -> str:
 
 
 def step_table(report: Report) -> str:
+    wide = max(map(len, ("variant", *(row["variant"] for row in report["rows"])))) + 2
     head = (
-        f"{'variant':<16}{'pairs':>6}{'length':>8}{'step s':>10}{'tokens/s':>11}"
+        f"{'variant':<{wide}}{'pairs':>6}{'length':>8}{'step s':>10}{'tokens/s':>11}"
         f"{'extra MiB':>11}{'total MiB':>11}{'loss':>10}"
     )
     lines = ["", f"{where(report)}, {report['model']['name']}, {report['dtype']}", head]
+    texts = None
     for row in report["rows"]:
-        start = f"{row['variant']:<16}{row['pairs']:>6}{row['length']:>8}"
+        if report["what"] == "shared" and row["texts"] != texts:
+            texts = row["texts"]
+            lines.append(f"{texts}: {token_counts(row)} tokens")
+        start = f"{row['variant']:<{wide}}{row['pairs']:>6}{row['length']:>8}"
         if row["status"] != "ok":
             lines.append(f"{start} {row['status']}: {row['reason']}")
             continue
@@ -113,10 +118,15 @@ def step_table(report: Report) -> str:
         bound = " or more" if fit["at_limit"] else ""
         other = "length" if fit["of"] == "pairs" else "pairs"
         lines.append(
-            f"{fit['variant']:<16} {what} under {fit['limit_mib']:,} MiB at {other} "
+            f"{fit['variant']:<{wide}}{what} under {fit['limit_mib']:,} MiB at {other} "
             f"{fit[other]}: {fit['largest']:,}{bound}"
         )
     return "\n".join(lines)
+
+
+def token_counts(row: dict[str, Any]) -> str:
+    """Of the padded batch, without its pads, and with every distinct one once."""
+    return " → ".join(f"{n:,}" for n in dict.fromkeys(row["tokens"]))
 
 
 def sweep_table(report: Report) -> str:

@@ -59,6 +59,10 @@ def _step_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"variant": TEXT, "pairs": COUNT, "length": COUNT} | dict.fromkeys(timed, NUMBER)
 
 
+def _shared_row(row: dict[str, Any]) -> dict[str, Any]:
+    return _step_row(row) | {"texts": TEXT, "tokens": [COUNT]}
+
+
 _SIZE: dict[str, Any] = {"tokens": COUNT, "vocab": COUNT, "hidden": COUNT}
 _FLOOR = dict.fromkeys(("score", "frozen", "trainable"), POSITIVE)
 _FIT = {"of": TEXT, "variant": TEXT, "limit_mib": NUMBER, "largest": NUMBER, "at_limit": FLAG}
@@ -75,6 +79,9 @@ WHATS: dict[str, dict[str, Any]] = {
     | {"backend": TEXT, "shapes": [_SIZE | {"floor_ms": _FLOOR}], "rows": [_head_row]},
     "step": _MACHINE
     | {"model": {"name": TEXT, "parameters": NUMBER}, "rows": [_step_row], "fits": [_FIT]},
+    "shared": _MACHINE
+    | {"model": {"name": TEXT, "parameters": NUMBER}, "clock": TEXT, "checkpointing": FLAG}
+    | {"rows": [_shared_row], "fits": [_FIT]},
     "sweep": {},  # neither drawn nor in a table
     "primitives": _MACHINE
     | {**dict.fromkeys("NVHk", COUNT), "logits_mib": NUMBER, "rows": [_PRIMITIVE]},

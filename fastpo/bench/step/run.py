@@ -10,7 +10,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -121,7 +121,8 @@ def bench(options: StepOptions, say: Say, keep: Callable[[dict[str, Any]], None]
                 report["left_out"].append({"variant": variant, "fit": of})
                 continue
             job = options.job(variant, options.texts[0], options.lengths[0])
-            report["fits"].append(search(job, of, options.memory_limit, options.most))
+            found = search(job, of, options.memory_limit, options.most)
+            report["fits"].append(found | ({"texts": str(job.texts)} if options.shared else {}))
             keep(report)
     report["seconds"] = round(time.monotonic() - began, 1)
     keep(report)
@@ -143,8 +144,8 @@ def _new_row(job: Job) -> Row:
     """tokens: of the padded batch, without its pads, and each distinct one once."""
     of = batch(job.texts, job.pairs, job.length, _WORDS, "cpu")
     tokens = [of.ids.numel(), int(of.mask.sum()), layout_of(of.ids, of.mask).size]
-    about = {"variant": job.variant, "pairs": job.pairs, "length": job.length}
-    return about | asdict(job.texts) | {"tokens": tokens}
+    about: Row = {"variant": job.variant, "pairs": job.pairs, "length": job.length}
+    return about | {"texts": str(job.texts), "tokens": tokens}
 
 
 def _measure_into(row: Row, job: Job) -> None:
