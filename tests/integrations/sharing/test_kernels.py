@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -146,6 +148,22 @@ def test_torchs_kernel(name, varlen):
     assert_same(found, expected(name, batch))
     assert set(varlen) <= {(-1, 0), (3, 0)} and len(varlen) >= 2
     assert ((3, 0) in varlen) == (name != "llama")
+
+
+def test_torchs_kernel_takes_what_it_is_given():
+    kernel = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
+    if packed._varlen_attn() is None:
+        pytest.skip("no windows or grouped heads in this torch")
+    assert packed._varlen_attn() is kernel
+    given = inspect.signature(kernel).bind(
+        *"qkv",
+        *layout_of(_batches.right()[0]).sequences,
+        scale=1.0,
+        window_size=(-1, 0),
+        enable_gqa=True,
+    )
+    names = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert [*given.arguments][:7] == names
 
 
 def test_torchs_kernel_knows_no_chunks():

@@ -283,7 +283,7 @@ def test_a_compiled_model(caplog):
 
 def test_compiled_layers(caplog):
     def compile_one(model):
-        model.layers[0].compile(backend="eager")
+        model.layers[0].mlp.compile(backend="eager")
 
     assert_as_before(llama, plain, "layers that are compiled", caplog, compile_one)
 
