@@ -1,14 +1,15 @@
 """The prefix tree of a batch, found by content.
 
-Sorted by first column and tokens, neighbours share what begins alike; a row owns what follows its
-longest common prefix with its predecessor. Packed in that order, which is the tree's preorder, the
-queries of a row are the tokens it owns and its keys the whole row. Shared prompts, groups of
-completions, edits that differ late, identical rows and, where nothing is shared, plain packing
-without padding are all this.
+Sorted by first column and tokens, neighbours share what begins alike. Of those that do the longest
+comes first, then what branches off it, from its end on: a preorder of the tree, in which a row owns
+what follows its longest common prefix with its predecessor. The queries of a row are the tokens it
+owns and its keys the whole row. Shared prompts, groups of completions, edits that differ late, rows
+that begin others and, where nothing is shared, plain packing without padding are all this.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -141,23 +142,28 @@ def layout_of(
     if share:
         keys = torch.cat((first.unsqueeze(1), cells), 1)
         distinct, which = torch.unique(keys, dim=0, return_inverse=True)  # sorted
-        shared = _common(distinct, least)
         firsts = torch.full((len(distinct),), height, dtype=torch.int64)
         chosen = firsts.scatter_reduce(0, which, torch.arange(height, dtype=torch.int64), "amin")
+        lengths = length[chosen].tolist()
+        order = _preorder(_common(distinct, least), lengths)
     else:
         chosen = which = torch.arange(height, dtype=torch.int64)
-        shared = [0] * height
-    rows = _rows(shared, length[chosen].tolist())
-    starts = zip(chosen.tolist(), first[chosen].tolist(), rows, strict=True)
+        lengths = length.tolist()
+        order = [(row, 0) for row in range(height)]
+    rows = _rows((shared, lengths[u]) for u, shared in order)
+    starts = [int(chosen[u] * width + first[chosen[u]]) for u, _ in order]
     tokens = [
-        torch.arange(row.owned, dtype=torch.int64) + (r * width + column + row.shared)
-        for r, column, row in starts
+        torch.arange(row.owned, dtype=torch.int64) + (start + row.shared)
+        for start, row in zip(starts, rows, strict=True)
     ]
     packed = torch.cat(tokens).to(device, non_blocking=True)
+    paths = {u: row.path for (u, _), row in zip(order, rows, strict=True)}
+    for u in reversed(range(len(lengths))):
+        paths.setdefault(u, paths.get(u + 1, ()))  # what begins another begins the next
     runs = [
         Run(run.source, r * width + column + run.target, run.length)
         for r, (u, column) in enumerate(zip(which.tolist(), first.tolist(), strict=True))
-        for run in rows[u].path
+        for run in _cut(paths[u], lengths[u])
     ]
     return Layout((height, width), rows, packed, Copies.of(runs, len(packed), ids.numel(), device))
 
@@ -189,16 +195,39 @@ def _common(distinct: Tensor, least: int) -> list[int]:
     return [0, *shared.tolist()]
 
 
-def _rows(shared: list[int], lengths: list[int]) -> tuple[Row, ...]:
+def _preorder(shared: list[int], lengths: list[int]) -> list[tuple[int, int]]:
+    """Sorted rows in the order of their tree, and what each shares with the one before.
+
+    A row that another begins with is not there: it owns nothing. The longest branch comes first:
+    what leaves it needs a mask as large as it is long, the first does not.
+    """
+    found: list[tuple[int, int]] = []
+    branches = [(0, 0, len(lengths))]  # tokens before it, its rows
+    while branches:
+        before, low, high = branches.pop()
+        if high - low == 1:
+            found += [(low, before)] if lengths[low] > before else []
+            continue
+        fork = min(shared[low + 1 : high])
+        ends = [low, *(i for i in range(low + 1, high) if shared[i] == fork), high]
+        *others, longest = sorted(pairwise(ends), key=lambda rows: max(lengths[slice(*rows)]))
+        branches += [*((fork, *rows) for rows in others), (before, *longest)]
+    return found
+
+
+def _rows(order: Iterable[tuple[int, int]]) -> tuple[Row, ...]:
+    """Of what each shares with the one before, and its length."""
     rows: list[Row] = []
-    path: list[Run] = []
+    path: tuple[Run, ...] = ()
     end = 0
-    for common, length in zip(shared, lengths, strict=True):
-        path = [run for run in path if run.target < common]
-        if path:
-            last = path.pop()
-            path.append(Run(last.source, last.target, common - last.target))
-        path.append(Run(end, common, length - common))
-        rows.append(Row(common, length - common, tuple(path)))
+    for common, length in order:
+        path = (*_cut(path, common), Run(end, common, length - common))
+        rows.append(Row(common, length - common, path))
         end += length - common
     return tuple(rows)
+
+
+def _cut(path: Iterable[Run], length: int) -> Iterator[Run]:
+    for run in path:
+        if run.target < length:
+            yield Run(run.source, run.target, min(run.length, length - run.target))

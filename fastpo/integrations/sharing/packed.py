@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import masking_utils
 
-from ...layout.tree import Layout
+from ...layout.tree import Layout, Row
 
 Function = Callable[..., Any]
 _WIDEST = 256  # head size of flash kernels
@@ -60,21 +60,23 @@ class Rows(Packed):
     ) -> tuple[Tensor, None]:
         layout = self.layout
         keys, values = (layout.keys(x, 2).split(layout.lengths, 2) for x in (key, value))
-        masks = [self._masked(row.shared, row.owned, query.dtype) for row in layout.rows]
+        masks = [self._masked(row, query.dtype) for row in layout.rows]
         rows = zip(query.split(layout.owned, 2), keys, values, masks, strict=True)
         return torch.cat([attention(module, *row, *args, **kwargs)[0] for row in rows], 1), None
 
-    def _masked(self, shared: int, owned: int, dtype: torch.dtype) -> Any:
-        """Once for all rows of these lengths, and for all layers."""
-        key = shared, owned, dtype
+    def _masked(self, row: Row, dtype: torch.dtype) -> Any:
+        """Part of the mask of the row that owns most behind as many: one for all layers."""
+        key = row.shared, dtype
         if key not in self.made:
-            mask = self.mask(shared, owned)
+            most = max(r.owned for r in self.layout.rows if r.shared == row.shared)
+            mask = self.mask(row.shared, most)
             if isinstance(mask, Tensor) and mask.dtype == torch.bool:
                 # Attention would convert it in every layer, and keep each copy for the backward.
                 floats = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
                 mask = floats.masked_fill_(~mask, torch.finfo(dtype).min)
             self.made[key] = mask
-        return self.made[key]
+        mask = self.made[key]
+        return mask if mask is None else mask[..., : row.owned, : row.length]
 
 
 @dataclass(frozen=True, eq=False)
