@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .linear_logps import TokenStats
 from .shards.gathered import HeadOptions, score, whole
 from .shards.tokens import Tokens, count
-from .walks.checks import check_flag, check_integer, check_kind, check_tensors, given
+from .walks.checks import check_flag, check_integer, check_kind, check_tensors, given, shape_of
 from .walks.derivatives import check_plain
 from .walks.vocab_shard import VocabShard
 
@@ -146,6 +146,8 @@ def _part(
         return of_dtensor(weight, bias)
     if isinstance(bias, DTensor):
         raise ValueError("bias: expected a plain tensor beside a plain weight, got a DTensor")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape (words, H), got {shape_of(weight)}")
     first, vocab = check_integer("first", first), check_integer("vocab", vocab)
     if not 0 <= first <= vocab - len(weight):
         raise ValueError(

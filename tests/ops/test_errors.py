@@ -36,6 +36,8 @@ TABLE = [
         r"hidden: expected dtype float32, .*float64",
     ),
     ({"weight": torch.zeros(V, H, dtype=torch.int32)}, r"weight: expected dtype float32, .*int32"),
+    ({"weight": torch.zeros(V, H).to_sparse()}, r"weight: .* dense tensor, got a torch.sparse_coo"),
+    ({"labels": torch.nested.nested_tensor([torch.zeros(3)])}, r"labels: .*, got a nested one"),
     ({"hidden": torch.tensor(0.0)}, r"hidden: expected shape \(\.\.\., H\), got \(\)"),
     ({"bias": torch.zeros(V + 1)}, r"bias: expected shape \(10,\), got \(11,\)"),
     ({"bias": torch.zeros(V, dtype=torch.float64)}, r"bias: expected dtype float32"),

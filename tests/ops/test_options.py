@@ -41,7 +41,7 @@ WRONG = {
     **{(name, "True or False"): ("yes", 1, None, TENSOR) for name in FLAGS},
     ("outputs", "a tuple of "): [None, "logps", {"logps"}, ("logps", []), TENSOR, ("what",), ()],
     ("kind", "one of forward_kl"): [None, 1, ["jsd"], TENSOR],
-    ("backend", ""): [1, ["cpu"], True, TENSOR],
+    ("backend", ""): [1, ["cpu"], True, TENSOR, np.ones(2)],
 }
 FUNCTIONS = {name: getattr(fastpo, name) for name in PRIMITIVES if name != "fastpo"}
 FUNCTIONS["fastpo"] = HeadOptions

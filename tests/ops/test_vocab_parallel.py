@@ -268,5 +268,7 @@ def test_wrong_dtensors(mesh):
     bias = distribute_tensor(inputs.bias.detach(), mesh, [Shard(0)])
     with pytest.raises(ValueError, match="bias: expected a plain tensor beside a plain weight"):
         call(inputs.hidden, inputs.weight, inputs.labels, first=0, vocab=VOCAB, bias=bias)
+    with pytest.raises(ValueError, match=r"weight: expected shape \(words, H\), got \(\)"):
+        call(inputs.hidden, inputs.weight[0, 0], inputs.labels, first=0, vocab=VOCAB)
     with pytest.raises(ValueError, match="hidden: expected a whole tensor, got DTensor"):
         call(distribute_tensor(inputs.hidden.detach(), mesh, [Shard(0)]), *given[1:], inputs.labels)

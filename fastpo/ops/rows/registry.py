@@ -55,7 +55,7 @@ def choose(backend: str | None, device: torch.device) -> str:
         for name in preference.get(device.type, ("torch",)):
             if unavailable(name, device) is None:
                 return name
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     reason = unavailable(backend, device)
     if reason is not None:

@@ -59,6 +59,9 @@ def check_kind(**tensors: Any) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {tensor!r}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            kind = "nested one" if tensor.is_nested else f"{tensor.layout} one"
+            raise ValueError(f"{name}: expected a dense tensor, got a {kind}")
 
 
 def check_whole(**tensors: Tensor) -> None:
