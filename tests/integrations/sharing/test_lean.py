@@ -1,0 +1,92 @@
+"""Packed rows at the extremes: no memory of tokens squared, masks once, nothing kept behind."""
+
+from __future__ import annotations
+
+import gc
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from _batches import model_of
+from _tiny import Widest, one_thread  # noqa: F401
+
+from fastpo.integrations.sharing import attention
+from fastpo.integrations.sharing.backbone import shared_prompts
+
+
+@pytest.fixture(autouse=True)
+def registries():
+    yield
+    attention.restore()
+
+
+def through(model, ids, mask):
+    """Forward and backward of the backbone; how many numbers it returned."""
+    hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    (hidden * mask.unsqueeze(-1)).sum().backward()
+    model.zero_grad()
+    return hidden.numel()
+
+
+def beginning_alike(lengths, common, last=0):
+    """Rows of these lengths; `last`: the first word of what follows in the first row."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 300, (len(lengths), max(lengths)), generator=generator)
+    ids[:, :common] = ids[0, :common]
+    ids[0, common] = last
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("last", [2, 301])
+def test_a_row_of_8000_tokens_beside_seven_of_100(last):
+    """Nothing is larger than the hidden states it was asked for, wherever the long row sorts."""
+    model = model_of("llama", "sdpa", max_position_embeddings=8192)()
+    ids, mask = beginning_alike([8000] + [100] * 7, 60, last)
+    with shared_prompts(model) as handle:
+        model(input_ids=ids[:, :90], attention_mask=mask[:, :90])  # the probe
+        with Widest() as widest:
+            hidden = through(model, ids, mask)
+        assert handle.tokens.saved > 0.8
+    assert widest.elements <= hidden
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_64_completions_of_a_prompt_have_two_masks(implementation, monkeypatch):
+    """That of the longest row, if any, and one whose parts all others take in all layers."""
+    asked, ask = [], attention._Mask._ask
+
+    def noted(self, kwargs, shared, owned, **changes):
+        asked.append((shared, owned))
+        return ask(self, kwargs, shared, owned, **changes)
+
+    model = model_of("llama", implementation)()
+    ids, mask = beginning_alike([128 - i for i in range(64)], 60)
+    ids[:, 60] = torch.arange(100, 164)
+    with shared_prompts(model) as handle:
+        model(input_ids=ids[:2], attention_mask=mask[:2])  # the probe
+        monkeypatch.setattr(attention._Mask, "_ask", noted)
+        through(model, ids, mask)
+        assert handle.tokens.saved > 0.5
+    assert sorted(asked) == [(0, 128), (60, 67)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_flat_over_200_batches():
+    model = model_of("llama", "sdpa")()
+    generator = torch.Generator().manual_seed(1)
+    seen = []
+    with shared_prompts(model, always=True):
+        for _ in range(200):
+            rows, common = torch.randint(2, 9, (2,), generator=generator).tolist()
+            lengths = torch.randint(common + 1, 100, (rows,), generator=generator).tolist()
+            through(model, *beginning_alike(lengths, common))
+            gc.collect(0)
+            status = Path("/proc/self/status").read_text()
+            seen.append(int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]))
+    assert max(seen) - seen[20] < 2048  # seen: 130
