@@ -35,10 +35,10 @@ _LOG_LINES = 12
 
 @dataclass(frozen=True)
 class Job:
-    """One training run. kind: "warmup" or "train"; patched: with fastpo under TRL's head."""
+    """One training run. kind: "warmup" or "train"; patch: options of fastpo's, None: TRL alone."""
 
     kind: str
-    patched: bool
+    patch: dict[str, Any] | None
     model: str  # folder to start from
     tokenizer: str  # folder
     rows: str  # JSON file: {"train": [...], "held_out": [...]}

@@ -1,13 +1,13 @@
-"""The picture of a demo run: both loss curves, reward accuracy, time and memory."""
+"""The picture of a demo run: loss curves, reward accuracy, time and memory."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-FASTPO, TRL = "#0b6e8a", "#e0a04a"
-COLOURS = {"fastpo": FASTPO, "trl": TRL}
-TITLES = {"fastpo": "with fastpo", "trl": "without"}
+FASTPO, SHARED, TRL = "#0b6e8a", "#3fa7c4", "#e0a04a"
+COLOURS = {"fastpo": FASTPO, "shared": SHARED, "trl": TRL}
+TITLES = {"fastpo": "with fastpo", "shared": "+ shared prompts", "trl": "without"}
 INK = "#2b2b2b"
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -35,7 +35,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
 
     with pyplot.rc_context(STYLE):
         figure, axes = pyplot.subplots(
-            1, 4, figsize=(14, 4.4), gridspec_kw={"width_ratios": [3.2, 3.2, 1.35, 1.35]}
+            1, 4, figsize=(15, 4.4), gridspec_kw={"width_ratios": [3.2, 3.2, 1.7, 1.7]}
         )
         _loss(axes[0], figures)
         _accuracy(axes[1], figures)
@@ -43,10 +43,9 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         seconds = {n: v["median_step_seconds"] or 0.0 for n, v in figures["variants"].items()}
         memory = {n: v["memory_bytes"]["increase"] / 2**20 for n, v in figures["variants"].items()}
         axes[2].set_title("Time per step")
-        faster = factor(comparison["times_faster"], "faster", "slower")
-        _bars(axes[2], seconds, "{:.2f} s", faster)
+        _bars(axes[2], seconds, "{:.2f} s", best(comparison, "times_faster", "faster", "slower"))
         axes[3].set_title("Memory of training")
-        less = factor(comparison["times_less_memory"], "less", "more")
+        less = best(comparison, "times_less_memory", "less", "more")
         _bars(axes[3], memory, "{:,.0f} MiB", less)
         figure.suptitle(_headline(figures), x=0.012, ha="left", fontsize=10, color="#5c5c5c")
         figure.tight_layout(rect=(0, 0, 1, 0.97), w_pad=2.5)
@@ -65,28 +64,27 @@ def _headline(figures: dict[str, Any]) -> str:
 
 
 def _loss(axes: Any, figures: dict[str, Any]) -> None:
-    """TRL's curve is broad and behind, so that both can be seen where they are one."""
-    widths = {"trl": 6.0, "fastpo": 1.6}
+    """TRL's curve is broad and behind, so that all can be seen where they are one."""
+    widths = {"trl": 7.0, "fastpo": 3.0, "shared": 1.0}
     for name, width in widths.items():
         loss = figures["variants"][name]["loss"]
         steps = range(1, len(loss) + 1)
         marker = "o" if len(loss) == 1 else None
         axes.plot(steps, loss, color=COLOURS[name], lw=width, label=TITLES[name], marker=marker)
-    difference = figures["comparison"]["largest_loss_difference"]
-    words = "not finite" if difference is None else f"{difference:.1e}"
+    words = difference(figures["comparison"])
     axes.set_title("Training loss")
     _whole_steps(axes)
     axes.grid(axis="y")
     handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], title=f"largest difference {words}")
+    axes.legend(handles[::-1], labels[::-1], title=words)
 
 
 def _accuracy(axes: Any, figures: dict[str, Any]) -> None:
-    fastpo, trl = figures["variants"]["fastpo"], figures["variants"]["trl"]
-    ring = {"mfc": "none", "mec": TRL, "mew": 4, "ms": 13}
-    without = trl["held_out"]
-    label = f"held-out, {TITLES['trl']}"
-    axes.plot(without["step"][1:], without["reward_accuracy"][1:], "o", label=label, **ring)
+    fastpo = figures["variants"]["fastpo"]
+    for name, size in {"trl": 17, "shared": 11}.items():
+        ring = {"mfc": "none", "mec": COLOURS[name], "mew": 3, "ms": size}
+        end, label = figures["variants"][name]["held_out"], f"held-out, {TITLES[name]}"
+        axes.plot(end["step"][1:], end["reward_accuracy"][1:], "o", label=label, **ring)
     if "reward_accuracy" in fastpo:
         batches = fastpo["reward_accuracy"]
         steps, label = range(2, len(batches) + 1), "training batch"
@@ -116,14 +114,25 @@ def factor(ratio: float | None, better: str, worse: str) -> str:
     return f"{ratio:.1f}x {better}" if ratio >= 1 else f"{1 / ratio:.1f}x {worse}"
 
 
+def best(comparison: dict[str, Any], of: str, better: str, worse: str) -> str:
+    """With fastpo, and with shared prompts: "3.1x, 3.8x faster"."""
+    words = [factor(comparison[name][of], better, worse) for name in ("fastpo", "shared")]
+    number, _, kind = words[0].partition(" ")
+    return ", ".join([number if words[1].endswith(kind) else words[0], *filter(None, words[1:])])
+
+
+def difference(comparison: dict[str, Any]) -> str:
+    found = [comparison[name]["largest_loss_difference"] for name in ("fastpo", "shared")]
+    return f"largest difference {'not finite' if None in found else f'{max(found):.1e}'}"
+
+
 def _bars(axes: Any, values: dict[str, float], text: str, note: str) -> None:
-    names = ("fastpo", "trl")
-    heights = [values[name] for name in names]
-    axes.bar([0, 1], heights, width=0.62, color=[COLOURS[name] for name in names])
+    heights = [values[name] for name in COLOURS]
+    axes.bar(range(3), heights, width=0.62, color=list(COLOURS.values()))
     top = max(heights) or 1.0
     for x, height in enumerate(heights):
         axes.text(x, height + 0.02 * top, text.format(height), ha="center", fontsize=9)
-    axes.set_xticks([0, 1], ["with", "without"])
+    axes.set_xticks(range(3), ["with", "+ shared\nprompts", "without"], fontsize=9)
     axes.tick_params(axis="x", length=0)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)

@@ -18,7 +18,7 @@ from fastpo import __version__
 from . import plot
 from .objective import Objective
 from .options import Options
-from .plot import TITLES, factor
+from .plot import TITLES
 from .prepare import Fitted
 
 Events = list[dict[str, Any]]
@@ -45,7 +45,7 @@ def opening(options: Options, fitted: Fitted, objective: Objective) -> str:
     new = f"new Llama, {shape.layers} layers of {shape.hidden}, {shape.vocab:,} words"
     lines.append(f"model      {options.model or new}")
     lines.append(f"objective  {objective.title}")
-    lines.append(f"training   {options.steps} steps of {options.pairs_per_step} pairs, twice")
+    lines.append(f"training   {options.steps} steps of {options.pairs_per_step} pairs, three times")
     return "\n".join(lines)
 
 
@@ -65,7 +65,7 @@ def collect(
         "data": _data(fitted),
         "model": {"parameters": facts["parameters"], "start": str(options.model or "built")},
         "variants": variants,
-        "comparison": compare(variants["fastpo"], variants["trl"]),
+        "comparison": {n: compare(variants[n], variants["trl"]) for n in ("fastpo", "shared")},
     }
     if "warmup" in runs:
         figures["warmup"] = variant(runs["warmup"])
@@ -83,6 +83,7 @@ def variant(events: Events) -> dict[str, Any]:
         "step_seconds": seconds[1:],
         "median_step_seconds": median(seconds[1:]) if len(seconds) > 1 else None,
         "memory_bytes": facts["memory"],
+        "tokens_saved": facts["tokens_saved"],
     }
     if steps[-1]["accuracy"] is not None:
         figures["reward_accuracy"] = [event["accuracy"] for event in steps]
@@ -138,24 +139,25 @@ def write(figures: dict[str, Any], folder: Path) -> None:
 
 def closing(figures: dict[str, Any], out: Path) -> str:
     """The table and where everything lies."""
-    fastpo, trl = figures["variants"]["fastpo"], figures["variants"]["trl"]
+    runs = [figures["variants"][name] for name in TITLES]
     comparison = figures["comparison"]
-    rows: list[tuple[str, ...]] = [("", TITLES["fastpo"], TITLES["trl"], "")]
-    faster = factor(comparison["times_faster"], "faster", "slower")
-    rows.append(("median step", _seconds(fastpo), _seconds(trl), faster))
-    kind = fastpo["memory_bytes"]["kind"]
-    less = factor(comparison["times_less_memory"], "less", "more")
-    rows.append((f"memory of training ({kind})", _bytes(fastpo), _bytes(trl), less))
-    difference = comparison["largest_loss_difference"]
-    words = "not finite" if difference is None else f"largest difference {difference:.1e}"
-    rows.append(("loss, last step", *(f"{v['loss'][-1]:.6f}" for v in (fastpo, trl)), words))
-    last = [f"{v['held_out']['reward_accuracy'][-1]:.1%}" for v in (fastpo, trl)]
-    rows.append(("held-out reward accuracy", *last, "from 50.0% (all ties)"))
-    held_out = fastpo["held_out"]
+    rows: list[tuple[str, ...]] = [("", *TITLES.values(), "")]
+    faster = plot.best(comparison, "times_faster", "faster", "slower")
+    rows.append(("median step", *map(_seconds, runs), faster))
+    kind = runs[0]["memory_bytes"]["kind"]
+    less = plot.best(comparison, "times_less_memory", "less", "more")
+    rows.append((f"memory of training ({kind})", *map(_bytes, runs), less))
+    computed = [f"{1 - run['tokens_saved']:.0%}" for run in runs]
+    rows.append(("tokens through the layers", *computed, "of a padded batch"))
+    last = [f"{run['loss'][-1]:.6f}" for run in runs]
+    rows.append(("loss, last step", *last, plot.difference(comparison)))
+    ends = [f"{run['held_out']['reward_accuracy'][-1]:.1%}" for run in runs]
+    rows.append(("held-out reward accuracy", *ends, "from 50.0% (all ties)"))
+    held_out = figures["variants"]["fastpo"]["held_out"]
     if "prefers_chosen_after" in held_out:
         after, before = held_out["prefers_chosen_after"], held_out["prefers_chosen_before"]
-        rows.append(("held-out chosen is likelier", f"{after:.1%}", "", f"from {before:.1%}"))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        rows.append(("held-out chosen is likelier", f"{after:.1%}", "", "", f"from {before:.1%}"))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["", *(_line(row, widths) for row in rows), ""]
     for name, what in {
         "model": "trained model",

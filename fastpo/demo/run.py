@@ -1,4 +1,4 @@
-"""The demo from end to end: prepare, warm up, train with and without the patch, report."""
+"""The demo from end to end: prepare, warm up, train with and without the patches, report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,14 @@ from .jobs import Job
 from .objective import Objective, choose
 from .options import Options
 
-VARIANTS = {"fastpo": True, "trl": False}
-# The curves are one: TRL's is only checked at its end, an evaluation there costs many steps.
-EVALUATIONS = {"fastpo": 4, "trl": 1}
+# Options of `fastpo.patched`.
+VARIANTS: dict[str, dict[str, Any] | None] = {
+    "fastpo": {},
+    "shared": {"shared_prompts": True},
+    "trl": None,
+}
+# The curves are one: others are only checked at their end, an evaluation of TRL costs many steps.
+EVALUATIONS = {"fastpo": 4, "shared": 1, "trl": 1}
 WARMUP_RATE = 3e-3
 
 Say = Callable[[str], None]
@@ -59,7 +64,7 @@ def run_demo(options: Options, say: Say = print) -> dict[str, Any]:
 def _train(
     options: Options, fitted: prepare.Fitted, objective: Objective, stage: prepare.Stage
 ) -> dict[str, list[dict[str, Any]]]:
-    """The events of every training by name: "warmup" if there is one, "fastpo", "trl"."""
+    """The events of every training by name: "warmup" if there is one, then `VARIANTS`."""
     job = _job(options, fitted, stage)
     runs = {}
     if options.model is None:
@@ -67,11 +72,11 @@ def _train(
         if options.warm_up:
             warm = _warm_up_job(job, options.warm_up)
             runs["warmup"] = list(_watch(warm, "SFT warm-up"))
-    for name, patched in VARIANTS.items():
-        out = str(stage.result / "model") if patched else None
+    for name, patch in VARIANTS.items():
+        out = str(stage.result / "model") if name == "fastpo" else None
         run = replace(
             job,
-            patched=patched,
+            patch=patch,
             out=out,
             objective=asdict(objective),
             evaluations=EVALUATIONS[name],
@@ -81,11 +86,11 @@ def _train(
 
 
 def _job(options: Options, fitted: prepare.Fitted, stage: prepare.Stage) -> Job:
-    """What both variants are told."""
+    """What all variants are told."""
     held_out, most = len(fitted.pairs.held_out), options.pairs_per_step
     return Job(
         kind="train",
-        patched=True,
+        patch={},
         model=str(options.model.absolute() if options.model else stage.start),
         tokenizer=str(stage.tokenizer),
         rows=str(stage.rows),
@@ -116,7 +121,7 @@ def _warm_up_job(job: Job, steps: int) -> Job:
 def _watch(job: Job, title: str) -> Iterator[dict[str, Any]]:
     """The job's events, with a progress bar."""
     pace = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(total=job.steps, desc=f"{title:<11}", unit="step", mininterval=pace) as bar:
+    with tqdm(total=job.steps, desc=f"{title:<16}", unit="step", mininterval=pace) as bar:
         for event in jobs.run(job, title.replace(" ", "-")):
             if "device" in event:
                 bar.reset()  # what went before was importing, not training

@@ -1,4 +1,4 @@
-"""The two trainings of the demo, as a user of TRL would write them; runs inside a worker."""
+"""The trainings of the demo, as a user of TRL would write them; runs inside a worker."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .memory import PeakMemory
 from .objective import Objective
 
 Emit = Callable[..., None]
+_SAVED = "fastpo/tokens_saved"  # logged where prompts are shared
 
 
 def device() -> str:
@@ -124,6 +125,7 @@ class Recorder(TrainerCallback):
         self.emit = emit
         self.evaluate_after = evaluate_after
         self.memory = PeakMemory(device())
+        self.saved: list[float] = []
         self.seconds = self.begun = 0.0
 
     def on_train_begin(self, *_: Any, **about: Any) -> None:
@@ -144,6 +146,7 @@ class Recorder(TrainerCallback):
             step = state.global_step
             # In the first step the policy is the reference, and TRL counts all those ties as 0.
             accuracy = logs.get("rewards/accuracies") if step > 1 else None
+            self.saved += [logs[_SAVED]] if _SAVED in logs else []
             self.emit(step=step, loss=logs["loss"], accuracy=accuracy, seconds=self.seconds)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **about: Any) -> None:
@@ -156,7 +159,8 @@ class Recorder(TrainerCallback):
         )
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        self.emit(memory=self.memory.result())
+        saved = sum(self.saved) / len(self.saved) if self.saved else 0.0
+        self.emit(memory=self.memory.result(), tokens_saved=saved)
 
     def _now(self) -> float:
         if device() == "cuda":
@@ -165,7 +169,7 @@ class Recorder(TrainerCallback):
 
 
 def _head(job: Job) -> contextlib.AbstractContextManager[Any]:
-    return fastpo.patched() if job.patched else contextlib.nullcontext()
+    return contextlib.nullcontext() if job.patch is None else fastpo.patched(**job.patch)
 
 
 def _rows(job: Job) -> dict[str, list[dict]]:

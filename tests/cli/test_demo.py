@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastpo.demo import data, jobs, make_data, objective, prepare
+from fastpo.demo import data, jobs, make_data, objective, plot, prepare
 from fastpo.demo.errors import DemoError, DemoFailure
 from fastpo.demo.options import Options, Shape
 from fastpo.demo.tokenizer import encode, texts_of, train_tokenizer
@@ -317,6 +318,24 @@ def test_from_end_to_end(tmp_path):
         run_demo(replace(options, steps=1))
 
 
+def test_figures_are_compared_with_trls():
+    compared = {
+        "fastpo": {"times_faster": 3.14, "largest_loss_difference": 1e-6},
+        "shared": {"times_faster": 4.0, "largest_loss_difference": 2e-6},
+    }
+
+    def best(shared):
+        changed = compared | {"shared": {"times_faster": shared}}
+        return plot.best(changed, "times_faster", "faster", "slower")
+
+    assert best(4.0) == "3.1x, 4.0x faster"
+    assert best(0.5) == "3.1x faster, 2.0x slower"
+    assert best(None) == "3.1x faster"
+    assert plot.difference(compared) == "largest difference 2.0e-06"
+    compared["shared"]["largest_loss_difference"] = None
+    assert plot.difference(compared) == "largest difference not finite"
+
+
 def check_report(report, figures, said):
     assert report == json.loads(json.dumps(figures))
     assert report["data"]["train_pairs"] + report["data"]["held_out_pairs"] == 14
@@ -324,12 +343,17 @@ def check_report(report, figures, said):
     assert {"cpu", "cores", "device"} <= set(report["machine"])
     assert report["versions"]["torch"]
     assert len(report["warmup"]["loss"]) == 1
-    for run in report["variants"].values():
+    assert set(report["variants"]) == {"fastpo", "shared", "trl"}
+    for name, run in report["variants"].items():
         assert len(run["loss"]) == 2
+        assert (run["tokens_saved"] > 0) == (name == "shared")
         assert run["median_step_seconds"] > 0
         assert run["memory_bytes"]["increase"] >= 0
         assert run["held_out"]["step"][-1] == 2
-    assert report["comparison"]["largest_loss_difference"] < 1e-4
+    for name in ("fastpo", "shared"):
+        assert report["comparison"][name]["largest_loss_difference"] < 1e-4
     assert "rows over 64 tokens" in said[0]
+    saved = report["variants"]["shared"]["tokens_saved"]
+    assert f"through the layers 100% {1 - saved:.0%} 100%" in re.sub(r"\s+", " ", said[1])
     assert "largest difference" in said[1]
     assert str(Path("out") / "plot.png") in said[1]
