@@ -18,7 +18,7 @@ from .architectures import Models
 from .loop import Job
 
 # What a search begins with: tokens of a row, or pairs. It ends at a sixteenth of what fits.
-UNITS = {"length": 128, "pairs": 1}
+UNITS = {"length": 32, "pairs": 1}
 _SHARE = 16
 
 
