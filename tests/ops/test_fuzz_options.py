@@ -53,7 +53,6 @@ TENSORS = st.builds(
 STRANGE = st.sampled_from(
     [
         torch.zeros(7, 8).to_sparse(),
-        torch.zeros(V, 8).to_sparse_csr(),
         torch.nested.nested_tensor([torch.zeros(3, 8), torch.zeros(4, 8)]),
         torch.zeros(7, 8).to_mkldnn(),
     ]

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from _fuzz_calls import Call, Named, Problem, Size, fused, laid, slow
 from _fuzz_draws import NAMES, Way, calls, ways
 from _primitives import PRIMITIVES
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -41,6 +41,14 @@ def group():
 @given(data=st.data())
 def test_as_its_twin(name, data):
     judge(call := data.draw(calls(name)), data.draw(ways(call)))
+
+
+# Seconds each.
+@settings(max_examples=max(2, settings.default.max_examples // 1000))
+@given(data=st.data())
+def test_compiled(data):
+    call = data.draw(st.sampled_from(NAMES).flatmap(calls))
+    judge(call, replace(data.draw(ways(call)), mode="grad", route="compiled"))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "anchored"])
@@ -154,6 +162,9 @@ def forward_of(way: Way) -> Iterator[None]:
 def through(way: Way, function: Callable[[], Named]) -> Named:
     if way.route == "checkpoint" and way.mode == "grad":
         return checkpoint(function, use_reentrant=False)
+    if way.route == "compiled":
+        torch.compiler.reset()
+        return torch.compile(function, backend="aot_eager")()
     return function()
 
 

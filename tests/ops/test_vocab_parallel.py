@@ -272,3 +272,14 @@ def test_wrong_dtensors(mesh):
         call(inputs.hidden, inputs.weight[0, 0], inputs.labels, first=0, vocab=VOCAB)
     with pytest.raises(ValueError, match="hidden: expected a whole tensor, got DTensor"):
         call(distribute_tensor(inputs.hidden.detach(), mesh, [Shard(0)]), *given[1:], inputs.labels)
+
+
+def test_own_tokens_are_counted_outside_a_compiled_graph(mesh):
+    inputs = problem(torch.float32)
+    given = {"first": 0, "vocab": VOCAB, "own_tokens": True}
+
+    def logps() -> torch.Tensor:
+        operands = inputs.hidden, inputs.weight, inputs.labels
+        return fastpo.vocab_parallel_logps(*operands, **given).logps
+
+    assert torch.equal(torch.compile(logps, backend="eager")(), logps())

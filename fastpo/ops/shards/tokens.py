@@ -46,6 +46,8 @@ class Tokens:
         return rows
 
 
+# Not for a compiler, as the head between: how many tokens others have is no constant.
+@torch.compiler.disable
 def count(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tokens:
     """Waits for the device."""
     counts = all_gather(torch.tensor(n, dtype=torch.int64, device=device), group)
