@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .tree import Layout
+from .tree import Layout, Row
 
 # Below it packing is not worth its gathers; above, sharing beside packing.
 WORTH = 0.97
@@ -23,12 +23,20 @@ class LayerCost:
         return rows * width * self.token + (pairs / 2 if full else pairs) * self.pair
 
     def packed(self, layout: Layout) -> float:
-        # A row with a prefix has a mask, which all its pairs go through.
-        pairs = sum(
-            row.owned * row.length if row.shared else row.owned * row.owned / 2
+        pairs = sum(map(_pairs, layout.rows))
+        return layout.size * self.token + pairs * self.pair
+
+    def loses(self, layout: Layout) -> bool:
+        """Would a row that shares little cost less if it shared nothing?"""
+        return any(
+            (_pairs(row) - row.length**2 / 2) * self.pair > row.shared * self.token
             for row in layout.rows
         )
-        return layout.size * self.token + pairs * self.pair
+
+
+def _pairs(row: Row) -> float:
+    """A row that shares has a mask, which all its pairs go through."""
+    return row.owned * row.length if row.shared else row.owned**2 / 2
 
 
 def is_worth(cost: LayerCost, layout: Layout) -> bool:

@@ -148,6 +148,16 @@ def test_errors(ids, mask, message):
         layout_of(ids, mask)
 
 
+def test_a_short_beginning_in_common_may_lose():
+    """Its tokens against the mask that a row of 100 needs then."""
+    ids = torch.arange(200).view(2, 100)
+    ids[:, :20] = 3
+    layout = layout_of(ids)
+    assert layout.rows[1].shared == 20 and not LayerCost(token=200.0, pair=1.0).loses(layout)
+    assert LayerCost(token=100.0, pair=1.0).loses(layout)  # 80 · 100 - 100² / 2 = 3000 pairs
+    assert not LayerCost(token=100.0, pair=1.0).loses(layout_of(ids, share=False))
+
+
 def test_what_packing_is_worth():
     """Half of the tokens: yes. One of a hundred: no."""
     cost = LayerCost(token=100.0, pair=0.01)

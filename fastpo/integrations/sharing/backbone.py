@@ -92,6 +92,8 @@ class Packer:
             raise Refused(str(error)) from error
         refusals.check_rotation(model, layout)
         self.cost = self.cost or layer_cost(model)
+        if not self.always and self.cost.loses(layout):
+            layout = min(layout, layout_of(ids, mask, share=False), key=self.cost.packed)
         return layout if self.always or is_worth(self.cost, layout) else None
 
     def _check(self, model: Any, own: Any, inputs: dict[str, Any]) -> None:

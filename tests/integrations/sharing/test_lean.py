@@ -76,6 +76,15 @@ def test_64_completions_of_a_prompt_have_two_masks(implementation, monkeypatch):
     assert sorted(asked) == [(0, 128), (60, 67)]
 
 
+def test_little_in_common_of_long_rows_is_not_shared():
+    """Masks of 400 tokens squared would cost more than 16 tokens of layers this small."""
+    model = model_of("llama", "sdpa", max_position_embeddings=512)()
+    ids, mask = beginning_alike([400, 300, 350, 320], 16)
+    with shared_prompts(model) as handle:
+        model(input_ids=ids, attention_mask=mask)
+    assert handle.tokens.computed == mask.sum()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_flat_over_200_batches():
     model = model_of("llama", "sdpa")()
