@@ -168,7 +168,7 @@ class Size:
 
     @property
     def values(self) -> float:
-        return torch.finfo(torch.float32).eps * (1 + self.logits) * self.height
+        return 4 * torch.finfo(torch.float32).eps * (1 + self.logits) * self.height
 
     def gradient(self, name: str, factors: Named, dtype: torch.dtype) -> float:
         """factors: of the loss.  dtype: of the products; probabilities are kept in it."""

@@ -230,6 +230,20 @@ def test_bias_of_minus_infinity_removes_a_word(backend, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("mode", ["frozen", "keep", "lean"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_label_that_a_bias_of_minus_infinity_removes(backend, mode):
+    """Its log-probability is -inf; its gradient is that of eager, and a number."""
+    inputs = make_head(7, 60, 8, bias=True, device=DEVICE)
+    inputs.bias[20:] = float("-inf")
+    inputs.labels[2] = 40
+    stats, grads = run(inputs.like(torch.float32), backend, mode, ("logps",))
+    truth, truth_grads = run_reference(inputs.like(torch.float64), ("logps",))
+    assert stats.logps.isneginf()[2] and truth.logps.isneginf()[2]
+    for name, grad in grads.items():
+        torch.testing.assert_close(grad.double(), truth_grads[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_tie_with_an_earlier_word_is_not_top1(backend):
     hidden, weight = torch.ones(3, 1, device=DEVICE), torch.zeros(200, 1, device=DEVICE)

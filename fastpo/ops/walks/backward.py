@@ -68,7 +68,8 @@ def row_grads(head: Head, grads: dict[str, Tensor | None], saved: Forward) -> Te
     target = compact(saved.target)
     # d loss / d z_v = p_v·(common - g_entropy·log p_v), and at the label + g
     common = g_lse - g - g_entropy * entropy
-    at_label = -g * torch.expm1(logps) + logps.exp() * (g_lse - g_entropy * (logps + entropy))
+    log_p = logps.clamp_min(R.LOG_FLOOR)  # 0·(-inf) for a label whose bias is -inf would be NaN
+    at_label = -g * torch.expm1(logps) + logps.exp() * (g_lse - g_entropy * (log_p + entropy))
     at_label = at_label * logit_map.cap_slope(target) * logit_map.factor
     rows = torch.stack((shift, log_mass, common, g_entropy, at_label))
     if head.ignored is not None:
