@@ -1,4 +1,5 @@
-// The three row kernels of fastpo/ops/rows/pair/backend.py over raw pointers: two heads, the same words.
+// The three row kernels of fastpo/ops/rows/pair/backend.py over raw pointers: two heads, the same
+// words.
 //
 // Tiles, strides and n == 0 are as in rows.h; state, constants, factors and sums are [fields, n].
 // Side 0 is the student, side 1 the teacher.
