@@ -26,6 +26,8 @@ from ._registry import NonNegative, OneOf, Positive, objective
 
 NumGroups = Annotated[int | None, NonNegative]
 
+_FAR = 1e30  # within float32, and with room for sums
+
 
 def _log_target(scores: Tensor, groups: Tensor, count: int, alpha: float) -> Tensor:
     """[N] log softmax(S/α) in the group. Differences first: α may be 1e-4, S/α loses digits."""
@@ -93,7 +95,8 @@ def swepo(
     """
     count = group_count(groups, num_groups)
     deviation = group_center(scores, groups, count)
-    strengths = beta * logratios + alpha * deviation.abs() ** power
+    # |deviation|**power leaves float32, and the difference of two infinities is NaN.
+    strengths = beta * logratios + (alpha * deviation.abs() ** power).clamp(max=_FAR)
 
     def total(members: Tensor) -> Tensor:
         return group_logsumexp(torch.where(members, strengths, -math.inf), groups, count)

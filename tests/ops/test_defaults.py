@@ -18,11 +18,12 @@ CASES = [
 
 @pytest.fixture
 def defaults():
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    dtype = torch.get_default_dtype()
 
     def change(to: torch.dtype | None = None) -> None:
         torch.set_default_dtype(dtype if to is None else to)
-        torch.set_default_device(device if to is None else "meta")
+        # A device by name, were it the CPU, would stay as a mode around every later call.
+        torch.set_default_device(None if to is None else "meta")
 
     yield change
     change()

@@ -142,7 +142,8 @@ SHAPES = [(0, 5, 8, 3), (1, 1, 1, 1), (1, 2, 3), (5, 70, 16, 9, 4), (3, 4097, 7,
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes(backend, shape):
-    check(*shape, backend=backend, draws=8, last_label=True)
+    # A maximum over few tokens: eager is lucky in some draws, and all must outnumber them.
+    check(*shape, backend=backend, draws=48, last_label=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
