@@ -199,3 +199,9 @@ def test_functions_are_not_long() -> None:
 def length(function: ast.FunctionDef) -> int:
     first = function.body[ast.get_docstring(function) is not None :]
     return (function.end_lineno or 0) - first[0].lineno + 1 if first else 0
+
+
+def test_no_two_files_of_tests_share_a_name():
+    """pytest imports them by it, and collects nothing from the second one."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
