@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format cuda bench figures gpu gpu-wheels matrix clean
+.PHONY: setup demo test fuzz lint format cuda bench figures gpu gpu-wheels matrix clean
 
 setup: $(READY)
 
@@ -20,6 +20,14 @@ demo: $(READY)
 # A file stays in one worker: its costly fixtures are built once.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
+
+# Drawn anew each time: EXAMPLES of every target; SEED=<as printed> draws the same again.
+EXAMPLES := 1000
+SEED := $(shell date +%s)
+fuzz: $(READY)
+	@echo "SEED=$(SEED) EXAMPLES=$(EXAMPLES)"
+	HYPOTHESIS_PROFILE=fuzz FUZZ_EXAMPLES=$(EXAMPLES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto \
+	  --hypothesis-seed=$(SEED) $(shell find tests -name 'test_fuzz_*.py')
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -72,9 +72,11 @@ def waiting() -> dict[str, Action]:
 
 
 def restore(actions: dict[str, Action]) -> None:
-    """Waits for exactly these modules again, but not for those imported meanwhile."""
+    """Waits for exactly these modules again, and does at once what those imported meanwhile miss."""
     for module in waiting():
         forget(module)
     for module, action in actions.items():
-        if module not in sys.modules:
+        if module in sys.modules:
+            action()
+        else:
             after(module, action)

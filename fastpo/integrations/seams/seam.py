@@ -193,9 +193,9 @@ def kept(*seams: Seam) -> Iterator[None]:
     try:
         yield
     finally:
-        imports.restore(waiting)
         for seam in seams:
             if seam not in before:
                 seam.restore()
             elif seam.current() is not before[seam]:
                 seam.write(before[seam])
+        imports.restore(waiting)

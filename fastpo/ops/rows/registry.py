@@ -48,15 +48,18 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     return reason
 
 
+def check(backend: str | None) -> None:
+    if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def choose(backend: str | None, device: torch.device) -> str:
     """The named backend, or the best that serves the device."""
+    check(backend)
     if backend is None:
-        preference = {"cuda": ("triton", "cuda", "torch"), "cpu": ("cpu", "torch")}
-        for name in preference.get(device.type, ("torch",)):
-            if unavailable(name, device) is None:
-                return name
-    if not isinstance(backend, str) or backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        preference = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
+        served = (x for x in preference.get(device.type, ()) if unavailable(x, device) is None)
+        return next(served, "torch")
     reason = unavailable(backend, device)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r}: {reason}")

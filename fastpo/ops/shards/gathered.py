@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Partial
 
 from ..linear_logps import TokenStats
 from ..rows import backend as R
-from ..rows import fastest
+from ..rows import fastest, registry
 from ..walks import forward as driver
 from ..walks.checks import OUTPUTS, check_flag, check_options, check_tensors, compute_dtype
 from ..walks.derivatives import check_plain, first_derivatives
@@ -51,6 +51,7 @@ class HeadOptions:
 
     def __post_init__(self) -> None:
         check_flag("accumulate", self.accumulate)
+        registry.check(self.backend)
         check_options(
             self.temperature,
             self.softcap,
