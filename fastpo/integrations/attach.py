@@ -12,7 +12,6 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import field, fields, make_dataclass, replace
-from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from .adapter import is_adapter, operands
 from .heads import linear_head, logit_map, stored_weight, tensor_parallel
 from .seams import hooks
 from .seams.calls import standing_in, unhidden
+from .seams.handle import Handle, attached
 from .seams.seam import Seam
 from .sharing import backbone
 
@@ -45,9 +45,6 @@ LOSS = Seam(
     ),
     ("5",),
 )
-
-# The attribute of a model that holds its handle.
-_STATE = "_fastpo"
 
 
 def attach(
@@ -86,7 +83,7 @@ def attach(
     base = model if unwrap is None else unwrap()
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model, got {type(base).__name__}")
-    if _STATE in vars(base) and vars(base)[_STATE].active:
+    if attached(base):
         raise ValueError(f"model: expected one without a fastpo head, got {type(base).__name__}")
     _check_loss_function(base, LOSS.read())
     linear_head(base)
@@ -96,60 +93,27 @@ def attach(
     return Attached(base, options, backbone.shared_prompts(base) if shared_prompts else None)
 
 
-class Attached:
+class Attached(Handle):
     """A fastpo head on a model; `detach()` takes it off."""
 
     def __init__(
         self, model: PreTrainedModel, options: HeadOptions, sharing: backbone.Sharing | None
     ) -> None:
         predictions.watch(self)
-        self.model, self.options, self.sharing = model, options, sharing
-        self.active = True
+        self.options, self.sharing = options, sharing
         self.known: Any = None  # the treatment of logits that a probe has shown
         self.own_loss = LOSS.read()
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        # An instance may carry a forward of its own, accelerate's for one.
-        self.own = model.__dict__.get("forward")
-        below = model.__dict__.get(_STATE)
-        if below is not None:  # detached under such a wrapper, where our forward still stands
-            self.own = below.own
-        else:
-            model.forward = MethodType(_wrapped(type(model).forward), model)
-            replicate = MethodType(_replicate_for_data_parallel, model)
-            model._replicate_for_data_parallel = replicate  # type: ignore[method-assign]
-        setattr(model, _STATE, self)
+        super().__init__(model)
 
     def detach(self) -> None:
-        """The model's own forward again, also under what was wrapped around it since."""
-        self.active = False
         predictions.unwatch(self)
         if self.sharing is not None:
             self.sharing.detach()
-        forward = self.model.__dict__.get("forward")
-        on_top = getattr(forward, "__func__", None) is _wrapped(type(self.model).forward)
-        if not on_top or self.model.__dict__.get(_STATE) is not self:
-            return
-        if self.own is None:
-            del self.model.forward
-        else:
-            self.model.forward = self.own
-        del self.model._replicate_for_data_parallel
-        delattr(self.model, _STATE)
+        super().detach()
 
-    def __enter__(self) -> Attached:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.detach()
-
-    def run(self, model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        below = MethodType(type(model).forward, model) if self.own is None else self.own
-        own = _moved(below, self.model, model)
+    def run(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
+        own = self.below(model)
         inputs = dict(zip(self.parameters, args, strict=False), **kwargs)
         labels = inputs.get("labels")
         if labels is None:
@@ -158,37 +122,6 @@ class Attached:
             return own(*args, **kwargs)
         predictions.check()
         return _Call(self, model).run(own, {**inputs, "labels": labels})
-
-
-@functools.cache
-def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the signature: `generate` and `Trainer` read their keywords from it.
-
-    Everything is looked up on the instance, so that a deep copy has a head of its own.
-    """
-
-    @functools.wraps(forward)
-    def fused_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        attached = vars(self).get(_STATE)
-        # Detached since this was read from the model, perhaps by another thread.
-        if attached is None:
-            return forward(self, *args, **kwargs)
-        return attached.run(self, *args, **kwargs)
-
-    return fused_forward
-
-
-# Bound methods are pickled by their names: PyTorch's own.
-def _replicate_for_data_parallel(self: PreTrainedModel) -> PreTrainedModel:
-    """nn.DataParallel copies what an instance holds, in which our forward is the original's."""
-    replica = type(self)._replicate_for_data_parallel(self)
-    replica.forward = _moved(self.forward, self, replica)
-    return replica
-
-
-def _moved(method: Any, original: PreTrainedModel, replica: PreTrainedModel) -> Any:
-    own = isinstance(method, MethodType) and method.__self__ is original
-    return MethodType(method.__func__, replica) if own else method
 
 
 class _Call:

@@ -72,7 +72,7 @@ def waiting() -> dict[str, Action]:
 
 
 def restore(actions: dict[str, Action]) -> None:
-    """Waits for exactly these modules again, and does at once what those imported meanwhile miss."""
+    """Waits for exactly these modules again, and acts now on those imported meanwhile."""
     for module in waiting():
         forget(module)
     for module, action in actions.items():

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MethodType, TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,11 +22,11 @@ from transformers import PreTrainedModel
 from ...layout.cost import LayerCost, is_worth
 from ...layout.tree import Layout, layout_of
 from ..seams.calls import standing_in, unhidden
+from ..seams.handle import OURS, Handle, attached
 from . import attention, probe, refusals
 from .attention import Refused
 
 _log = logging.getLogger(__name__)
-_STATE = "_fastpo_sharing"
 # Common tokens below it cost a row its causal attention without a mask.
 _LEAST = 16
 # Fields of a backbone's output with a row for every token.
@@ -148,62 +147,27 @@ def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 
-class Sharing:
+class Sharing(Handle):
     """A model whose backbone packs its batches; `detach()` gives it back."""
 
     def __init__(self, model: PreTrainedModel, packer: Packer) -> None:
-        self.model, self.packer, self.active = model, packer, True
-        self.own = model.__dict__.get("forward")
-        model.forward = MethodType(_wrapped(type(model).forward), model)
-        model._replicate_for_data_parallel = MethodType(  # type: ignore[method-assign]
-            _replicate_for_data_parallel, model
-        )
-        setattr(model, _STATE, self)
+        self.packer = packer
+        super().__init__(model)
 
     @property
     def tokens(self) -> Tokens:
         return self.packer.tokens
 
-    def detach(self) -> None:
-        """The backbone's own forward again, also under what was wrapped around it since."""
-        self.active = False
-        forward = self.model.__dict__.get("forward")
-        on_top = getattr(forward, "__func__", None) is _wrapped(type(self.model).forward)
-        if not on_top or self.model.__dict__.get(_STATE) is not self:
-            return
-        if self.own is None:
-            del self.model.forward
-        else:
-            self.model.forward = self.own
-        del self.model._replicate_for_data_parallel
-        delattr(self.model, _STATE)
-
-    def __enter__(self) -> Sharing:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.detach()
-
     def run(self, model: PreTrainedModel, args: Any, kwargs: Any) -> Any:
-        own = functools.partial(type(model).forward, model) if self.own is None else self.own
+        own = self.below(model)
         return self.packer.run(model, own, args, kwargs) if self.active else own(*args, **kwargs)
 
-
-# Bound methods are pickled by their names: PyTorch's own.
-def _replicate_for_data_parallel(self: PreTrainedModel) -> PreTrainedModel:
-    """nn.DataParallel copies what an instance holds: its replicas are as they were before us."""
-    replica = type(self)._replicate_for_data_parallel(self)
-    for name in ("forward", "_replicate_for_data_parallel", _STATE):
-        del replica.__dict__[name]
-    own = getattr(self, _STATE).own
-    if own is not None:
-        replica.forward = own
-    return replica
+    def prepare(self, replica: Any) -> None:
+        """Replicas run side by side, as they did before."""
+        for name in OURS:
+            del vars(replica)[name]
+        if self.own is not None:
+            replica.forward = self.own
 
 
 def _put_back(value: Any, layout: Layout) -> Any:
@@ -211,17 +175,6 @@ def _put_back(value: Any, layout: Layout) -> Any:
         return type(value)(_put_back(x, layout) for x in value)
     back = layout.put_back(value)
     return back if value.ndim == 3 else back.flatten(0, 1)  # of routers, [R·T, experts]
-
-
-@functools.cache
-def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the signature, which others read keywords from."""
-
-    @functools.wraps(forward)
-    def shared_forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, _STATE).run(self, args, kwargs)
-
-    return shared_forward
 
 
 @functools.cache
@@ -271,7 +224,7 @@ def shared_prompts(model: nn.Module, *, share: bool = True, always: bool = False
     that is not transformers', or has a handle already.
     """
     backbone = backbone_of(model)
-    if _STATE in vars(backbone):
+    if attached(backbone):
         raise ValueError("model: expected one without shared prompts, got one with them")
     return Sharing(backbone, Packer(share, always))
 

@@ -1,4 +1,4 @@
-"""Any order of patching, giving back, importing and subclassing: what stands is what was said last."""
+"""Any order of patching, giving back, importing, subclassing: what was said last stands."""
 
 from __future__ import annotations
 

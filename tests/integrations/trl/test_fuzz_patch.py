@@ -6,8 +6,9 @@ import contextlib
 
 import pytest
 
-trl = pytest.importorskip("trl")
+pytest.importorskip("trl")
 
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
 

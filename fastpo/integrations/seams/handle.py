@@ -1,0 +1,99 @@
+"""A forward of ours on one model, for as long as its handle says."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import MethodType, TracebackType
+from typing import Any
+
+from torch import nn
+
+STATE = "_fastpo"  # the attribute of a model that holds its handle
+OURS = ("forward", "_replicate_for_data_parallel", STATE)
+
+
+class Handle:
+    """A model that calls `run` in place of its forward; `detach()` gives it back.
+
+    Whose handle it is, is looked up on the instance at call time: a deep copy has one of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.active = model, True
+        below = vars(model).get(STATE)
+        if below is not None:  # detached under somebody's wrapper, where our forward still stands
+            self.own = below.own
+        else:
+            # An instance may carry a forward of its own, accelerate's for one.
+            self.own = vars(model).get("forward")
+            owner: Any = model  # methods of an instance are nothing mypy knows
+            owner.forward = MethodType(_wrapped(type(model).forward), model)
+            owner._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, model)
+        setattr(model, STATE, self)
+
+    def run(self, model: Any, args: Any, kwargs: Any) -> Any:
+        """model: the handle's own, or a replica of it."""
+        raise NotImplementedError
+
+    def below(self, model: nn.Module) -> Callable[..., Any]:
+        """The forward without ours."""
+        own = MethodType(type(model).forward, model) if self.own is None else self.own
+        return _moved(own, self.model, model)
+
+    def prepare(self, replica: Any) -> None:
+        """nn.DataParallel has copied what the model holds, in which our forward is the model's."""
+        replica.forward = _moved(self.model.forward, self.model, replica)
+
+    def detach(self) -> None:
+        """The model's own forward again, also under what was wrapped around it since."""
+        self.active = False
+        forward = vars(self.model).get("forward")
+        on_top = getattr(forward, "__func__", None) is _wrapped(type(self.model).forward)
+        if not on_top or vars(self.model).get(STATE) is not self:
+            return
+        for name in OURS:
+            delattr(self.model, name)
+        if self.own is not None:
+            self.model.forward = self.own
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def attached(model: nn.Module) -> bool:
+    held = vars(model).get(STATE)
+    return held is not None and held.active
+
+
+@functools.cache
+def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the signature: `generate` and `Trainer` read their keywords from it."""
+
+    @functools.wraps(forward)
+    def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        handle = vars(self).get(STATE)
+        # Detached since this was read from the model, perhaps by another thread.
+        return forward(self, *args, **kwargs) if handle is None else handle.run(self, args, kwargs)
+
+    return fused_forward
+
+
+# Bound methods are pickled by their names: PyTorch's own.
+def _replicate_for_data_parallel(self: Any) -> Any:
+    replica = type(self)._replicate_for_data_parallel(self)
+    vars(self)[STATE].prepare(replica)
+    return replica
+
+
+def _moved(method: Any, original: Any, replica: Any) -> Any:
+    own = isinstance(method, MethodType) and method.__self__ is original
+    return MethodType(method.__func__, replica) if own else method
