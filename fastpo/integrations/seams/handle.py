@@ -38,8 +38,9 @@ class Handle:
 
     def below(self, model: nn.Module) -> Callable[..., Any]:
         """The forward without ours."""
-        own = MethodType(type(model).forward, model) if self.own is None else self.own
-        return _moved(own, self.model, model)
+        if self.own is None:
+            return functools.partial(type(model).forward, model)  # a compiler traces no new method
+        return self.own if model is self.model else _moved(self.own, self.model, model)
 
     def prepare(self, replica: Any) -> None:
         """nn.DataParallel has copied what the model holds, in which our forward is the model's."""

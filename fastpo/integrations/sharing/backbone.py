@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,10 +22,10 @@ from ...layout.cost import LayerCost, is_worth
 from ...layout.tree import Layout, layout_of
 from ..seams.calls import standing_in, unhidden
 from ..seams.handle import OURS, Handle, attached
+from ..seams.saying import say_once
 from . import attention, probe, refusals
 from .attention import Refused
 
-_log = logging.getLogger(__name__)
 # Common tokens below it cost a row its causal attention without a mask.
 _LEAST = 16
 # Fields of a backbone's output with a row for every token.
@@ -73,7 +72,7 @@ class Packer:
                 self._count(inputs["input_ids"], layout)
                 return output
         except Refused as refused:
-            _say_once(kind.__name__, str(refused))
+            say_once(f"{kind.__name__} keeps its padded batch", str(refused))
         self._count(inputs.get("input_ids"), None)
         return own(*args, **kwargs)
 
@@ -177,15 +176,10 @@ def _put_back(value: Any, layout: Layout) -> Any:
     return back if value.ndim == 3 else back.flatten(0, 1)  # of routers, [R·T, experts]
 
 
-@functools.cache
-def _say_once(model: str, why: str) -> None:
-    _log.warning("fastpo: %s keeps its padded batch: %s", model, why)
-
-
 # While a compiler traces the call.
 @torch.compiler.assume_constant_result
 def _say_compiled(model: str) -> None:
-    _say_once(model, "it is compiled")
+    say_once(f"{model} keeps its padded batch", "it is compiled")
 
 
 def layer_cost(model: nn.Module) -> LayerCost:

@@ -20,9 +20,10 @@ from ...ops.linear_divergence import linear_divergence
 from ...ops.shards.gathered import HeadOptions
 from ..lazy.logits import promises
 from ..lazy.promise import Promise
+from ..seams.saying import say_once
 from ..seams.seam import Make, Replacement, Seam
 from .gold import Sorted
-from .head import Compact, say_once, unserved
+from .head import Compact, unserved
 from .logits import LOSS, Reader
 
 _VERSIONS = ("1.16",)

@@ -6,9 +6,7 @@ What these versions compute in chunks runs through the same head as the fused he
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
 from functools import partial
 from typing import Any
 
@@ -17,8 +15,9 @@ from torch import Tensor
 
 from ...ops.shards.gathered import HeadOptions, score
 from ..lazy.logits import promise_of
+from ..seams.saying import say_once
 from ..seams.seam import Make, Method, Replacement, Seam
-from .head import GATHER, FusedHead, say_once, unserved
+from .head import GATHER, FusedHead, unserved
 from .logits import (
     LOSS,
     SELECT,
@@ -33,8 +32,6 @@ from .logits import (
 from .objectives.by_name import ARGUMENTS as INIT
 from .objectives.by_name import VERSIONS as OBJECTIVES
 from .objectives.trainers import PairTrainer, SingleTrainer
-
-_log = logging.getLogger(__name__)
 
 
 class _TwoOutputs(FusedHead):
@@ -173,13 +170,8 @@ class _OwnLoss(Method):
     """The fused losses of 1.13's `use_liger_kernel`, which never build all logits."""
 
     def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        _say_once(type(trainer).__name__)
+        say_once(f"{type(trainer).__name__} keeps its own fused loss", "use_liger_kernel is True")
         return self.original(trainer, *args, **kwargs)
-
-
-@functools.cache
-def _say_once(trainer: str) -> None:
-    _log.warning("fastpo: %s keeps its own fused loss: use_liger_kernel is True", trainer)
 
 
 class _NoObjectives(Method):

@@ -7,8 +7,6 @@ module at every call. DPO, KTO, SFT, GRPO and RLOO scripts and their metrics sta
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,9 +19,9 @@ from torch import Tensor
 from ...ops.shards.gathered import HeadOptions, score
 from ...ops.walks.checks import DTYPES
 from ..adapter import operands
+from ..seams.saying import say_once
 from ..seams.seam import Replacement, Seam
 
-_log = logging.getLogger(__name__)
 _MODULE = "trl.trainer.utils"
 _VERSIONS = ("1.15", "1.16")
 HEAD = Seam(
@@ -126,11 +124,6 @@ def light_passes() -> Iterator[None]:
         yield
     finally:
         _light.reset(token)
-
-
-@functools.cache
-def say_once(what: str, why: str) -> None:
-    _log.warning("fastpo: %s: %s", what, why)
 
 
 def unserved(**tensors: Tensor | None) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -25,9 +24,9 @@ from ..lazy import ddp
 from ..lazy.logits import LazyLogits, lazy_logits, promise_of
 from ..lazy.promise import Promise
 from ..seams.calls import standing_in, unhidden
+from ..seams.saying import say_once
 from ..seams.seam import Make, Method, Replacement, Seam
 
-_log = logging.getLogger(__name__)
 _OWN = HeadOptions()
 
 
@@ -38,7 +37,7 @@ def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator
         head: Any = linear_head(model)
         parts = _readable(trainer, head)
     except RuntimeError as error:
-        _say_once(type(trainer).__name__, str(error))
+        say_once(f"{type(trainer).__name__} keeps its full logits", str(error))
         yield
         return
     own, sharded = unhidden(head.forward), isinstance(parts[0], DTensor)
@@ -71,11 +70,6 @@ def _readable(trainer: Any, head: Any) -> tuple[Tensor, Tensor | None]:
     if isinstance(head.weight, DTensor) and is_adapter(head):
         raise RuntimeError("lm_head.weight: expected no adapter on a shard, got one")
     return head.weight, head.bias
-
-
-@functools.cache
-def _say_once(trainer: str, why: str) -> None:
-    _log.warning("fastpo: %s keeps its full logits: %s", trainer, why)
 
 
 class Reader(Method):

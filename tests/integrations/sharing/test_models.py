@@ -16,7 +16,8 @@ from _batches import BATCHES, model_of, run
 from _tiny import one_thread  # noqa: F401
 from torch import nn
 
-from fastpo.integrations.sharing import attention, backbone, probe
+from fastpo.integrations.seams.saying import say_once
+from fastpo.integrations.sharing import attention, probe
 from fastpo.integrations.sharing.backbone import shared_prompts
 
 NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi", "mixtral",
@@ -199,7 +200,7 @@ def test_the_comparison_can_fail(broken, monkeypatch):
 
 @pytest.mark.parametrize("broken", [without_masks, restarted_positions, shifted_start])
 def test_the_probe_sees_it(broken, monkeypatch, caplog):
-    backbone._say_once.cache_clear()
+    say_once.cache_clear()
     broken(monkeypatch)
     model, batch = model_of("llama", "sdpa"), _batches.right()
     *found, handle = run(model, batch, True)

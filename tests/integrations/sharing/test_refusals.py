@@ -19,13 +19,14 @@ import torch
 from _tiny import one_thread  # noqa: F401
 from transformers import DynamicCache, masking_utils, modeling_utils
 
+from fastpo.integrations.seams.saying import say_once
 from fastpo.integrations.sharing import attention, backbone
 from fastpo.integrations.sharing.backbone import backbone_of, shared_prompts
 
 
 @pytest.fixture(autouse=True)
 def fresh():
-    backbone._say_once.cache_clear()
+    say_once.cache_clear()
     yield
     attention.restore()
 

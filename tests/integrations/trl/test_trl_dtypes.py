@@ -18,7 +18,7 @@ from _tiny import one_thread  # noqa: F401
 from trl.trainer import distillation_trainer
 
 import fastpo
-from fastpo.integrations.trl import head, logits
+from fastpo.integrations.seams.saying import say_once
 from fastpo.integrations.trl.objectives.columns import PAIRS, Carry
 
 SAMPLED = {"max_completion_length": 4}
@@ -77,8 +77,7 @@ def left_to_trl(name):
 def test_float64_models_train_the_same(name, tmp_path, monkeypatch, caplog):
     """On TRL's own head; a word says so once."""
     calls = tiny.count_calls(monkeypatch)
-    for say_once in (head.say_once, logits._say_once):
-        say_once.cache_clear()
+    say_once.cache_clear()
     own = run(name, tmp_path)
     with fastpo.patched():
         ours = run(name, tmp_path)

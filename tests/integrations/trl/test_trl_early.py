@@ -23,8 +23,7 @@ from _tiny import one_thread  # noqa: F401
 
 import fastpo
 from fastpo.integrations.lazy import cell
-from fastpo.integrations.trl import early
-from fastpo.integrations.trl import logits as trl_logits
+from fastpo.integrations.seams.saying import say_once
 from fastpo.testing import HeadInputs
 
 VERSION = metadata.version("trl").rpartition(".")[0]
@@ -169,7 +168,7 @@ def test_the_chunked_loss(shifted, ignored, items):
 @pytest.mark.parametrize("prefix", ["DPO", "KTO"])
 def test_liger_losses_are_left_alone_and_it_is_said_once(prefix, tmp_path, monkeypatch, caplog):
     pytest.importorskip("liger_kernel")
-    early._say_once.cache_clear()
+    say_once.cache_clear()
     calls, path = tiny.count_calls(monkeypatch), _trainers.saved(tmp_path, "phi")
     with caplog.at_level(logging.WARNING, "fastpo"), fastpo.patched():
         _trainers.train(built(prefix, tmp_path, path, {"use_liger_kernel": True}))
@@ -180,7 +179,7 @@ def test_liger_losses_are_left_alone_and_it_is_said_once(prefix, tmp_path, monke
 
 def test_a_head_in_another_precision_is_left_alone(tmp_path, monkeypatch, caplog):
     """`cast_lm_head_to_fp32` gives the head a forward of its own."""
-    trl_logits._say_once.cache_clear()
+    say_once.cache_clear()
     path, runs = _trainers.saved(tmp_path), []
     changes = {**SAMPLED, "cast_lm_head_to_fp32": True}
     calls = tiny.count_calls(monkeypatch)

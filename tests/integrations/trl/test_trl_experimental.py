@@ -18,7 +18,7 @@ from _tiny import one_thread  # noqa: F401
 import fastpo
 from fastpo import planner
 from fastpo.integrations.lazy import cell
-from fastpo.integrations.trl import logits as trl_logits
+from fastpo.integrations.seams.saying import say_once
 
 
 def gold():
@@ -125,7 +125,7 @@ def test_a_head_fastpo_does_not_know_stays_itself(tmp_path, caplog):
         def forward(self, x):
             return super().forward(x) + 1
 
-    trl_logits._say_once.cache_clear()
+    say_once.cache_clear()
     with fastpo.patched():
         built = trainer("cpo", tmp_path)
         built.model.lm_head.__class__ = Own

@@ -23,6 +23,7 @@ from trl.trainer import distillation_trainer
 
 import fastpo
 from fastpo.integrations.lazy.logits import LazyLogits
+from fastpo.integrations.seams.saying import say_once
 from fastpo.integrations.trl import logits as trl_logits
 from fastpo.integrations.trl.head import HeadCall
 from fastpo.ops.shards.gathered import HeadOptions
@@ -168,7 +169,7 @@ def process(rank, names, folder, sharded):
         if name not in OURS_ALONE:
             runs[name, "own"] = train(name, folder, sharded)
         calls.clear()
-        trl_logits._say_once.cache_clear()
+        say_once.cache_clear()
         with fastpo.patched(**OURS_ALONE.get(name, {})):
             runs[name, "ours"] = train(name, folder, sharded)
         runs[name, "calls"], runs[name, "warnings"] = len(calls), list(warnings)
@@ -270,7 +271,7 @@ def test_logits_of_heads_that_cannot_be_read_later_are_left_alone(caplog, monkey
         accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     )
     model, hidden = tiny.model("llama"), torch.randn(2, 3, 32)
-    trl_logits._say_once.cache_clear()
+    say_once.cache_clear()
     with trl_logits.lazy_head(trainer, model):
         assert isinstance(model.lm_head(hidden), torch.Tensor)
     assert "got a shard of FSDP1" in caplog.text
