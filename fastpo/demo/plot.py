@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,11 @@ STYLE: dict[Any, Any] = {
     "grid.color": "#ececec",
     "legend.frameon": False,
 }
+
+
+def available() -> bool:
+    """matplotlib is not among what the trainings need."""
+    return find_spec("matplotlib") is not None
 
 
 def draw(figures: dict[str, Any], path: Path) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 1024
-_NEEDED = ("trl", "peft", "datasets", "accelerate", "matplotlib")
+_NEEDED = ("trl", "peft", "datasets", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Fitted:
 def check_packages() -> None:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
-        raise DemoError(f"needs {', '.join(missing)}: pip install 'fastpo[trl,bench]'")
+        raise DemoError(f"needs {', '.join(missing)}: pip install 'fastpo[trl]'")
 
 
 def check_out(options: Options) -> None:

@@ -27,6 +27,7 @@ CPU_NOTE = (
     "On a CPU TRL's head runs as plain torch operations over all positions, prompts and padding "
     "too;\non a GPU it is a Triton kernel, and the difference is smaller than here."
 )
+NO_PICTURE = "none without matplotlib: pip install 'fastpo[bench]'"
 BUILT_NOTE = (
     "Shared prompts spare the layers; of this small model's step the head is most. In a deep model "
     "the\nlayers are: fastpo bench step --shared-prompts"
@@ -135,10 +136,11 @@ def machine(facts: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(figures: dict[str, Any], folder: Path) -> None:
-    """report.json and plot.png; a number that is not finite becomes null."""
+    """report.json and, with matplotlib, plot.png; a number that is not finite becomes null."""
     text = json.dumps(_finite(figures), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
-    plot.draw(figures, folder / "plot.png")
+    if plot.available():
+        plot.draw(figures, folder / "plot.png")
 
 
 def closing(figures: dict[str, Any], out: Path) -> str:
@@ -163,12 +165,13 @@ def closing(figures: dict[str, Any], out: Path) -> str:
         rows.append(("held-out chosen is likelier", f"{after:.1%}", "", "", f"from {before:.1%}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["", *(_line(row, widths) for row in rows), ""]
-    for name, what in {
-        "model": "trained model",
-        "report.json": "figures",
-        "plot.png": "plot",
+    picture = out / "plot.png" if plot.available() else NO_PICTURE
+    for what, where in {
+        "trained model": out / "model",
+        "figures": out / "report.json",
+        "plot": picture,
     }.items():
-        lines.append(f"{what:<14} {out / name}")
+        lines.append(f"{what:<14} {where}")
     lines.append(f"{'total':<14} {figures['seconds']:.0f} s")
     lines += ["", CPU_NOTE] if figures["machine"]["device"] == "cpu" else []
     lines += ["", BUILT_NOTE] if figures["model"]["start"] == "built" else []

@@ -3,13 +3,14 @@
 import json
 import math
 import re
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fastpo.demo import data, jobs, make_data, objective, plot, prepare
+from fastpo.demo import data, jobs, make_data, objective, plot, prepare, report
 from fastpo.demo.errors import DemoError, DemoFailure
 from fastpo.demo.options import Options, Shape
 from fastpo.demo.tokenizer import encode, texts_of, train_tokenizer
@@ -286,7 +287,7 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path, monkeypatch):
     assert (out / "mine").read_text() == "x"
 
 
-def test_from_end_to_end(tmp_path):
+def test_from_end_to_end(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from fastpo.demo.run import run_demo
@@ -314,8 +315,20 @@ def test_from_end_to_end(tmp_path):
     assert model(**ids).logits.isfinite().all()
     check_report(json.loads((out / "report.json").read_text()), figures, said)
     assert (out / "plot.png").read_bytes().startswith(b"\x89PNG")
+    check_without_matplotlib(figures, tmp_path / "plain", monkeypatch)
     with pytest.raises(DemoError, match="not empty"):
         run_demo(replace(options, steps=1))
+
+
+def check_without_matplotlib(figures, folder, monkeypatch):
+    """All but the picture, and how to get it."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    prepare.check_packages()
+    folder.mkdir()
+    report.write(figures, folder)
+    assert [path.name for path in folder.iterdir()] == ["report.json"]
+    (line,) = (x for x in report.closing(figures, folder).splitlines() if x.startswith("plot "))
+    assert line.endswith("none without matplotlib: pip install 'fastpo[bench]'")
 
 
 def test_figures_are_compared_with_trls():
