@@ -9,8 +9,8 @@ would on a GPU, and so does a copy from the host inside a guard against waiting.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,21 +135,35 @@ def _pretend() -> None:
 _pretend()
 
 
-def _on_pretended_gpu(function: Any, *args: Any) -> Any:
-    with _OnMeta():  # as above
-        return function(*args)
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Tensors of the GPU made here have none."""
+    with _NoHostCopies(), _OnMeta():
+        yield
+
+
+def run_operators(inside: Callable[[], AbstractContextManager[None]]) -> None:
+    """On meta tensors operators run their own code, not the shapes that stand in for it.
+
+    `inside`, because PyTorch leaves a mode where it calls an operator.
+    """
+
+    def run(function: Any, *args: Any) -> Any:
+        with inside():
+            return function(*args)
+
+    for operator in torch._library.custom_ops.OPDEFS.values():
+        if operator._namespace == "fastpo":
+            operator._abstract_fn = partial(run, operator._init_fn)
 
 
 def pytest_collection_finish() -> None:
-    """On meta tensors operators run their own code, not the shapes that stand in for it."""
-    for operator in torch._library.custom_ops.OPDEFS.values():
-        if operator._namespace == "fastpo":
-            operator._abstract_fn = partial(_on_pretended_gpu, operator._init_fn)
+    run_operators(without_values)
 
 
 @pytest.fixture(autouse=True)
 def tensors_without_values() -> Iterator[None]:
-    with _NoHostCopies(), _OnMeta():
+    with without_values():
         yield
     _guard("default")
 

@@ -21,6 +21,7 @@ FAIL = {
     "numbers": "torch.tensor((1.0, 2.0), device='cuda')",
     "new_numbers": "torch.zeros(3, device='cuda').new_tensor([1.0])",
     "index": "torch.zeros(3, device='cuda')[torch.tensor([1, 2])]",
+    "copy_in_an_operator": "torch.ops.fastpo.copies(torch.zeros(3, device='cuda'))",
     "two_devices": "torch.zeros(3, device='cuda') + torch.zeros(3)",
     "value_for_the_library": "check.judge(head, torch.ones(4, device='cuda'))",
 }
@@ -30,6 +31,15 @@ PASS = {
     "value": "torch.zeros(3, device='cuda').tolist()",
     "primitive": "fastpo.linear_logps(head.hidden, head.weight, head.labels)",
 }
+OPERATOR = """
+@torch.library.custom_op("fastpo::copies", mutates_args=())
+def copies(x: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(x)).to(x.device)
+
+@copies.register_fake
+def _(x):
+    return torch.empty_like(x)
+"""
 PROBE = """
 def test_{}():
     head = make_head(4, 9, 8, device="cuda")
@@ -42,7 +52,7 @@ def test_it_refuses_what_a_gpu_refuses(tmp_path):
     imports = "import torch, fastpo\nfrom fastpo.bench import check\n"
     imports += "from fastpo.testing import make_head\n"
     probes = [PROBE.format(*each) for each in (FAIL | PASS).items()]
-    (tmp_path / "test_probes.py").write_text(imports + "".join(probes))
+    (tmp_path / "test_probes.py").write_text(imports + OPERATOR + "".join(probes))
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "pytest", "-p", "_pretended_gpu", "-p", "no:cacheprovider"]
     done = subprocess.run(
