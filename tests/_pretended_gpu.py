@@ -76,6 +76,10 @@ class _NoHostCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        with self:  # inside an operator `to` arrives whole
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         if _guarded and func in _COPIES:
             tensors = [x for x in tree_leaves((args, result)) if isinstance(x, torch.Tensor)]
