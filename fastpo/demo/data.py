@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -38,6 +38,12 @@ class Pairs:
     @property
     def conversational(self) -> bool:
         return is_conversational(self.train[0])
+
+    def evaluated_on(self, most: int) -> Pairs:
+        """With at most that many held-out rows, from all over them."""
+        count = min(most, len(self.held_out))
+        some = [self.held_out[i * len(self.held_out) // count] for i in range(count)]
+        return replace(self, held_out=some)
 
     def without(self, dropped: Iterable[Row]) -> Pairs:
         """The same split with those rows left out."""

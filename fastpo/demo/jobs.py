@@ -35,7 +35,10 @@ _LOG_LINES = 12
 
 @dataclass(frozen=True)
 class Job:
-    """One training run. kind: "warmup" or "train"; patch: options of fastpo's, None: TRL alone."""
+    """One process. patch: options of fastpo's, None: TRL alone.
+
+    kind: "warmup", "train", or "answer" as the models in `model` and `out` do.
+    """
 
     kind: str
     patch: dict[str, Any] | None
@@ -51,7 +54,11 @@ class Job:
     learning_rate: float
     max_length: int
     seed: int
+    lora: bool = False
     objective: dict[str, Any] | None = None
+
+    def read_rows(self) -> dict[str, list[dict[str, Any]]]:
+        return json.loads(Path(self.rows).read_text(encoding="utf-8"))
 
 
 def _environment() -> dict[str, str]:

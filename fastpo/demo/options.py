@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from .data import HELD_OUT_MAX
 from .errors import DemoError
 
 WARMUP_STEPS = 160
@@ -26,7 +27,10 @@ class Options:
     """One run of the demo. None: chosen by what is given, see the properties.
 
     data: a JSONL file in TRL's preference format; None: the embedded pairs.
-    model: a folder of `save_pretrained`; None: a small model, built and warmed up on the data.
+    model: a folder of `save_pretrained`, or "smollm2"; None: a small model, built and warmed up on
+        the data.
+    lora: train an adapter and merge it in the end; else all weights.
+    eval_rows: most held-out pairs to evaluate on.
     """
 
     data: Path | None = None
@@ -39,6 +43,8 @@ class Options:
     max_length: int | None = None
     truncate: bool = False
     warmup_steps: int | None = None
+    lora: bool = False
+    eval_rows: int | None = None
     seed: int = 0
     out: Path = Path("fastpo-demo")
     overwrite: bool = False
@@ -46,6 +52,7 @@ class Options:
 
     def __post_init__(self) -> None:
         least = {"steps": 1, "batch_size": 1, "max_length": 8, "warmup_steps": 0, "seed": 0}
+        least |= {"eval_rows": 1}
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
@@ -72,9 +79,15 @@ class Options:
         return self.batch_size or (8 if self.data is None else 4)
 
     @property
+    def most_held_out(self) -> int:
+        """A model worth its name takes minutes over what the built one is asked in seconds."""
+        return self.eval_rows or (HELD_OUT_MAX if self.model is None else 16)
+
+    @property
     def rate(self) -> float:
         """The built model is small and new; one that was trained before would be torn apart."""
-        return self.learning_rate or (1e-3 if self.model is None else 5e-6)
+        given = 1e-4 if self.lora else 5e-6
+        return self.learning_rate or (1e-3 if self.model is None else given)
 
 
 def _flag(name: str) -> str:

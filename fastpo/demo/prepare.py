@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import smollm2
 from .data import Pairs, Row, embedded_pairs, load_pairs
 from .errors import DemoError, foreign
 from .options import Options, Shape
@@ -91,7 +93,16 @@ def check_out(options: Options) -> None:
 
 
 def read_pairs(options: Options) -> Pairs:
-    return embedded_pairs() if options.data is None else load_pairs(options.data, options.seed)
+    data = options.data
+    pairs = embedded_pairs() if data is None else load_pairs(data, options.seed)
+    return pairs.evaluated_on(options.most_held_out)
+
+
+def find_model(options: Options, say: Callable[[str], None]) -> Options:
+    """With the folder of a model that is named; a folder here of that name is it."""
+    if options.model != smollm2.NAME or smollm2.NAME.exists():
+        return options
+    return replace(options, model=smollm2.converted(say))
 
 
 def model_config(options: Options) -> Any:

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 from typing import Any
 
 from fastpo import __version__
@@ -22,7 +23,7 @@ from .plot import TITLES
 from .prepare import Fitted
 
 Events = list[dict[str, Any]]
-PACKAGES = ("torch", "transformers", "trl", "datasets", "accelerate", "tokenizers", "numpy")
+PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "tokenizers", "numpy")
 CPU_NOTE = (
     "On a CPU TRL's head runs as plain torch operations over all positions, prompts and padding "
     "too;\non a GPU it is a Triton kernel, and the difference is smaller than here."
@@ -58,9 +59,9 @@ def collect(
     options: Options, fitted: Fitted, objective: Objective, runs: dict[str, Events]
 ) -> dict[str, Any]:
     """All figures, as they go into report.json."""
-    variants = {name: variant(events) for name, events in runs.items() if name != "warmup"}
+    variants = {name: variant(runs[name]) for name in TITLES}
     facts = _merged(runs["fastpo"])
-    figures = {
+    figures: dict[str, Any] = {
         "fastpo": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
@@ -74,6 +75,8 @@ def collect(
     }
     if "warmup" in runs:
         figures["warmup"] = variant(runs["warmup"])
+    if "answers" in runs:
+        figures["answers"] = runs["answers"]
     return figures
 
 
@@ -165,6 +168,8 @@ def closing(figures: dict[str, Any], out: Path) -> str:
         rows.append(("held-out chosen is likelier", f"{after:.1%}", "", "", f"from {before:.1%}"))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     lines = ["", *(_line(row, widths) for row in rows), ""]
+    for answer in figures.get("answers", ()):
+        lines += [*(paragraph(answer, part) for part in ("prompt", "before", "after")), ""]
     picture = out / "plot.png" if plot.available() else NO_PICTURE
     for what, where in {
         "trained model": out / "model",
@@ -182,6 +187,12 @@ def _line(row: tuple[str, ...], widths: list[int]) -> str:
     name, *cells, note = row
     middle = "   ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True))
     return f"{name:<{widths[0]}}   {middle}   {note}".rstrip()
+
+
+def paragraph(answer: dict[str, str], part: str) -> str:
+    """One paragraph: whatever a model says, it does not move the cursor."""
+    text = "".join(c if c.isprintable() else " " for c in answer[part])
+    return fill(text, 100, initial_indent=f"{part:<9}", subsequent_indent=9 * " ")
 
 
 def _seconds(run: dict[str, Any]) -> str:
@@ -207,7 +218,8 @@ def _data(fitted: Fitted) -> dict[str, Any]:
 
 def _merged(events: Events) -> dict[str, Any]:
     """What is said once in a run; steps and evaluations aside."""
-    rest = (event for event in events if "step" not in event and "evaluated" not in event)
+    often = {"step", "evaluated", "evaluating"}
+    rest = (event for event in events if not often & event.keys())
     return {key: value for event in rest for key, value in event.items()}
 
 

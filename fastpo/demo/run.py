@@ -26,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
 # The curves are one: others are only checked at their end, an evaluation of TRL costs many steps.
 EVALUATIONS = {"fastpo": 4, "shared": 1, "trl": 1}
 WARMUP_RATE = 3e-3
+ANSWERS = 3
 
 Say = Callable[[str], None]
 
@@ -41,6 +42,7 @@ def run_demo(options: Options, say: Say = print) -> dict[str, Any]:
     prepare.check_out(options)
     objective = choose(options.objective, options.beta)
     pairs = prepare.read_pairs(options)
+    options = prepare.find_model(options, say)
     config = None if options.model is None else prepare.model_config(options)
     tokenizer = prepare.make_tokenizer(options, pairs, config)
     fitted = prepare.fit(options, pairs, tokenizer, config)
@@ -64,14 +66,14 @@ def run_demo(options: Options, say: Say = print) -> dict[str, Any]:
 def _train(
     options: Options, fitted: prepare.Fitted, objective: Objective, stage: prepare.Stage
 ) -> dict[str, list[dict[str, Any]]]:
-    """The events of every training by name: "warmup" if there is one, then `VARIANTS`."""
+    """Events by name: "warmup" if there is one, `VARIANTS`, "answers" of a model that was given."""
     job = _job(options, fitted, stage)
     runs = {}
     if options.model is None:
         prepare.build_model(options.shape, options.seed, fitted.max_length, stage)
         if options.warm_up:
             warm = _warm_up_job(job, options.warm_up)
-            runs["warmup"] = list(_watch(warm, "SFT warm-up"))
+            runs["warmup"] = list(watch(warm, "SFT warm-up"))
     for name, patch in VARIANTS.items():
         out = str(stage.result / "model") if name == "fastpo" else None
         run = replace(
@@ -81,7 +83,11 @@ def _train(
             objective=asdict(objective),
             evaluations=EVALUATIONS[name],
         )
-        runs[name] = list(_watch(run, report.TITLES[name]))
+        runs[name] = list(watch(run, report.TITLES[name]))
+    if options.model is not None:
+        asked = min(ANSWERS, len(fitted.pairs.held_out))
+        last = replace(job, kind="answer", out=str(stage.result / "model"), steps=asked)
+        runs["answers"] = list(watch(last, "answers"))
     return runs
 
 
@@ -104,6 +110,7 @@ def _job(options: Options, fitted: prepare.Fitted, stage: prepare.Stage) -> Job:
         learning_rate=options.rate,
         max_length=fitted.max_length,
         seed=options.seed,
+        lora=options.lora,
     )
 
 
@@ -118,10 +125,13 @@ def _warm_up_job(job: Job, steps: int) -> Job:
     )
 
 
-def _watch(job: Job, title: str) -> Iterator[dict[str, Any]]:
+def watch(job: Job, title: str) -> Iterator[dict[str, Any]]:
     """The job's events, with a progress bar."""
     pace = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(total=job.steps, desc=f"{title:<16}", unit="step", mininterval=pace) as bar:
+    shown: dict[str, str] = {}
+    drawn = -pace
+    unit = "prompt" if job.kind == "answer" else "step"
+    with tqdm(total=job.steps, desc=f"{title:<16}", unit=unit, mininterval=pace) as bar:
         for event in jobs.run(job, title.replace(" ", "-")):
             if "device" in event:
                 bar.reset()  # what went before was importing, not training
@@ -129,8 +139,15 @@ def _watch(job: Job, title: str) -> Iterator[dict[str, Any]]:
                 shown = {"loss": f"{event['loss']:.3f}"}
                 if event["accuracy"] is not None:
                     shown["reward accuracy"] = f"{event['accuracy']:.0%}"
+            if "evaluating" in event:
+                done = f"{event['evaluating']}/{event['of']}"
+                bar.set_postfix(shown | {"held-out batch": done}, refresh=False)
+                if time.monotonic() - drawn >= pace:  # no step is done: tqdm would wait for one
+                    bar.refresh()
+                    drawn = time.monotonic()
+            else:
                 bar.set_postfix(shown, refresh=False)
-                bar.update()
+            bar.update("step" in event or "after" in event)
             yield event
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
@@ -58,7 +58,7 @@ def warm_up(job: Job, emit: Emit) -> None:
     """SFT on all answers, good and bad: the model learns both manners and prefers neither."""
     rows = [
         {"prompt": row["prompt"], "completion": row[side]}
-        for row in _rows(job)["train"]
+        for row in job.read_rows()["train"]
         for side in ("chosen", "rejected")
     ]
     with _head(job):
@@ -75,7 +75,7 @@ def warm_up(job: Job, emit: Emit) -> None:
 
 def prefer(job: Job, emit: Emit) -> None:
     """Preference optimisation of the policy against its own start, evaluated on held-out pairs."""
-    rows = _rows(job)
+    rows = job.read_rows()
     chosen = Objective(**(job.objective or {}))
     own = chosen.loss_type is None
     setting = Setting(chosen.key, chosen.hyperparameters) if own else Setting()
@@ -86,13 +86,14 @@ def prefer(job: Job, emit: Emit) -> None:
             train_dataset=Dataset.from_list(rows["train"]),
             eval_dataset=Dataset.from_list(rows["held_out"]),
             processing_class=AutoTokenizer.from_pretrained(job.tokenizer),
+            peft_config=_adapter() if job.lora else None,
             callbacks=[Recorder(emit, schedule(job))],
         )
         if job.out is not None:
-            emit(prefers_chosen_before=preference(trainer))
+            emit(prefers_chosen_before=preference(trainer, emit))
         trainer.train()
         if job.out is not None:
-            emit(prefers_chosen_after=preference(trainer))
+            emit(prefers_chosen_after=preference(trainer, emit))
     _save(trainer, job)
 
 
@@ -103,18 +104,20 @@ def schedule(job: Job) -> frozenset[int]:
 
 
 @torch.no_grad()
-def preference(trainer: DPOTrainer) -> float:
+def preference(trainer: DPOTrainer, emit: Emit) -> float:
     """Share of held-out pairs whose chosen answer is the likelier one per token."""
     model: Any = trainer.model
     model.eval()
-    wins = []
-    for batch in trainer.get_eval_dataloader():
+    wins: list[torch.Tensor] = []
+    loader = trainer.get_eval_dataloader()
+    for batch in loader:
         mask = batch["completion_mask"]
         labels = batch["input_ids"].masked_fill(mask == 0, -100)
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
         logps = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
         chosen, rejected = (logps.sum(1) / mask[:, 1:].sum(1).clamp(min=1)).chunk(2)
         wins.append((chosen > rejected).float())
+        emit(evaluating=len(wins), of=len(loader))
     return torch.cat(wins).mean().item()
 
 
@@ -126,6 +129,7 @@ class Recorder(TrainerCallback):
         self.evaluate_after = evaluate_after
         self.memory = PeakMemory(device())
         self.saved: list[float] = []
+        self.predicted = 0  # batches of the evaluation that is running
         self.seconds = self.begun = 0.0
 
     def on_train_begin(self, *_: Any, **about: Any) -> None:
@@ -149,7 +153,12 @@ class Recorder(TrainerCallback):
             self.saved += [logs[_SAVED]] if _SAVED in logs else []
             self.emit(step=step, loss=logs["loss"], accuracy=accuracy, seconds=self.seconds)
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        self.predicted += 1
+        self.emit(evaluating=self.predicted, of=len(about["eval_dataloader"]))
+
     def on_evaluate(self, args: Any, state: Any, control: Any, **about: Any) -> None:
+        self.predicted = 0
         metrics = about["metrics"]
         self.emit(
             evaluated=state.global_step,
@@ -172,11 +181,13 @@ def _head(job: Job) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext() if job.patch is None else fastpo.patched(**job.patch)
 
 
-def _rows(job: Job) -> dict[str, list[dict]]:
-    return json.loads(Path(job.rows).read_text(encoding="utf-8"))
+def _adapter() -> LoraConfig:
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
 def _save(trainer: Any, job: Job) -> None:
+    """A whole model: an adapter alone would point to a folder that may go."""
     if job.out is not None:
-        trainer.model.save_pretrained(job.out)
+        model = trainer.model.merge_and_unload() if job.lora else trainer.model
+        model.save_pretrained(job.out)
         trainer.processing_class.save_pretrained(job.out)

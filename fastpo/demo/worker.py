@@ -24,9 +24,10 @@ def main() -> int:
 
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     try:
-        from . import train
+        from . import answers, train
 
-        (train.warm_up if job.kind == "warmup" else train.prefer)(job, emit)
+        kinds = {"warmup": train.warm_up, "train": train.prefer, "answer": answers.answer}
+        kinds[job.kind](job, emit)
     except Exception as error:
         traceback.print_exc()
         emit(error=f"{type(error).__name__}: {error}")
