@@ -125,9 +125,15 @@ def record(
     finally:
         setattr(module, kernel, original)
     ((args, named),) = found
-    values = dict(zip(original.arg_names, args, strict=False))
-    values |= {key: named.pop(key) for key in original.arg_names[len(args) :]}
-    return Launch(name, original, values, named)
+    return bound(name, original, args, named)
+
+
+def bound(name: str, kernel: triton.JITFunction, args: tuple, named: dict[str, object]) -> Launch:
+    """A launch with all the kernel's parameters by name, apart from the compiler's options."""
+    options = dict(named)
+    values = dict(zip(kernel.arg_names, args, strict=False))
+    values |= {key: options.pop(key) for key in kernel.arg_names[len(args) :]}
+    return Launch(name, kernel, values, options)
 
 
 def launches() -> Iterator[Launch]:
@@ -257,13 +263,17 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack, local memory and matrix instructions, as Triton's wheel reads them."""
+def disassembled(cubin: bytes) -> str:
+    """Resources and machine code, as Triton's wheel reads them."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def resources(text: str) -> dict[str, int]:
+    """Registers, stack, local memory and matrix instructions."""
     found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
     units = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG")
     counts = {name: len(re.findall(rf"\b{name}[. ]", text)) for name in units}
@@ -271,20 +281,38 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name.lower(): int(value) for name, value in (found | counts).items()}
 
 
+def instructions(sass: str) -> list[tuple[int, str]]:
+    """Each with its address."""
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)
+    return [(int(place, 16), text.strip()) for place, text in found]
+
+
+_BRANCH = re.compile(r"(@!?U?P\d+ )?BRA(?:\.\w+)? 0x([0-9a-f]+)")
+
+
+def loops(sass: str) -> list[list[str]]:
+    """The bodies of loops that end, in the order of the code."""
+    code, found = instructions(sass), []
+    for place, text in code:
+        branch = _BRANCH.match(text)
+        if branch and int(branch[2], 16) < place:
+            found.append([text for at, text in code if int(branch[2], 16) <= at <= place])
+    return found
+
+
 def epilogue(sass: str) -> list[str]:
     """What a thread runs from the last product's end to the next block, where no mask is needed.
 
     Masks are apart: a branch leads around each group of them. Of Hopper's kernel alone.
     """
-    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)
-    code = [(int(place, 16), text.strip()) for place, text in found]
+    code = instructions(sass)
     place_of = {place: i for i, (place, _) in enumerate(code)}
     waits = [i for i, (_, text) in enumerate(code) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in text]
     path, i = [], waits[0] if waits else len(code)
     while i < len(code):
         place, text = code[i]
         path.append(text)
-        branch = re.match(r"(@!?U?P\d+ )?BRA(?:\.\w+)? 0x([0-9a-f]+)", text)
+        branch = _BRANCH.match(text)
         to = int(branch[2], 16) if branch else place + 1
         if to <= place or "EXIT" in text:
             break
@@ -321,7 +349,7 @@ def report() -> Iterator[dict]:
                 "name": launch.name,
                 "sm": sm,
                 "shared": compiled.metadata.shared,
-                **resources(compiled.asm["cubin"]),
+                **resources(disassembled(compiled.asm["cubin"])),
                 "reductions": reduction_layouts(compiled.asm["ttgir"]),
             }
 

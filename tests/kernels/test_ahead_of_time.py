@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+PREDICTED = Path(__file__).parents[2] / "benchmarks" / "results" / "h100_predicted.json"
 KERNELS = ["forward", "backward", "pointers", "descriptors", "again", "fold", "target"]
 KERNELS += ["pair softmaxes", "pair values", "pair gradients"]
 # Bytes one program may have.
@@ -60,6 +61,21 @@ def test_instructions_per_cell_of_the_epilogue(compiled, stats, kept, instructio
     (found,) = [x for x in compiled if x["name"] == name]
     assert found["utmaldg"] >= 2 and found["hgmma"] == 4, "one k-step, unrolled"
     assert 3 < found["epilogue"] / 128 <= instructions
+
+
+@pytest.mark.skipif(not PREDICTED.is_file(), reason="not a checkout")
+@pytest.mark.parametrize(
+    ("case", "stats", "kept"), [("score", 0, "no"), ("statistics", 13, "no"), ("keep", 0, "bf16")]
+)
+def test_what_is_predicted_is_of_these_kernels(compiled, case, stats, kept):
+    name = f"descriptors 512x128256x4096 bf16 stats={stats} kept={kept}"
+    (found,) = [x for x in compiled if x["name"] == name]
+    rows = json.loads(PREDICTED.read_text(encoding="utf-8"))["rows"]
+    (row,) = [x for x in rows if (x["hidden"], x["case"], x["backend"]) == (4096, case, "anchored")]
+    counted = row["kernels"]["anchored_fwd_tma"]
+    now = (found["epilogue"] / 128, found["reg"], found["stack"])
+    then = (counted["instructions_per_cell"], counted["registers"], counted["spilled_bytes"])
+    assert now == pytest.approx(then), "run: python benchmarks/predict.py"
 
 
 def test_a_row_is_summed_in_the_same_order_whatever_is_kept(compiled):
