@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 REAL := $(VENV)/real
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo demo-real test fuzz lint format cuda bench figures gpu gpu-wheels matrix clean
+.PHONY: setup demo demo-real test fuzz lint format triton cuda bench figures gpu gpu-wheels matrix clean
 
 setup: $(READY)
 
@@ -61,6 +61,12 @@ matrix: $(READY)
 	  PYTHONPATH=build/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
 	    tests/integrations/trl tests/integrations/attach/test_adapter.py; \
 	done
+
+# The gate of the kernels once more, with the Triton that torch 2.11 brings.
+TRITON := 3.6.0
+triton: $(READY)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest -q tests/kernels/test_ahead_of_time.py
 
 # csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit.
 NVCC := build/nvcc
