@@ -30,7 +30,7 @@ def converted(say: Callable[[str], None]) -> Path:
     folder = cache() / f"{NAME}-{distribution(PACKAGE).version}"
     if not folder.is_dir():
         say(f"converting {PACKAGE}'s model to {folder}, once")
-        keep(*read(_file()), folder)
+        keep(*read(file()), folder)
     return folder
 
 
@@ -48,25 +48,26 @@ def cache() -> Path:
     return (given if given.is_absolute() else Path.home() / ".cache") / "fastpo"
 
 
-def _file() -> Path:
+def file() -> Path:
+    """The package's GGUF file."""
     package = distribution(PACKAGE)
-    for file in package.files or ():
-        if file.suffix == ".gguf":
-            return Path(str(package.locate_file(file)))
+    for path in package.files or ():
+        if path.suffix == ".gguf":
+            return Path(str(package.locate_file(path)))
     raise DemoError(f"--model {NAME}: expected a GGUF file in {PACKAGE}, got none: {_HOW}")
 
 
-def read(file: Path) -> tuple[Any, Any]:
+def read(path: Path) -> tuple[Any, Any]:
     """Model, in float32 with nothing lost, and tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # of the one shard it writes
-    source: dict[str, Any] = {"gguf_file": file.name}
-    with foreign(f"--model {NAME}: {file}: expected a model that transformers loads, got"):
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, **source)
-        loaded = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
+    source: dict[str, Any] = {"gguf_file": path.name}
+    with foreign(f"--model {NAME}: {path}: expected a model that transformers loads, got"):
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **source)
+        loaded = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
         # The loaded one stays quantised by its configuration, and cannot be saved.
         settings = loaded.config.to_dict()
         del settings["quantization_config"]
