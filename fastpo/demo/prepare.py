@@ -93,9 +93,7 @@ def check_out(options: Options) -> None:
 
 
 def read_pairs(options: Options) -> Pairs:
-    data = options.data
-    pairs = embedded_pairs() if data is None else load_pairs(data, options.seed)
-    return pairs.evaluated_on(options.most_held_out)
+    return embedded_pairs() if options.data is None else load_pairs(options.data, options.seed)
 
 
 def find_model(options: Options, say: Callable[[str], None]) -> Options:
@@ -174,6 +172,7 @@ def fit(options: Options, pairs: Pairs, tokenizer: Any, config: Any) -> Fitted:
         if prompt >= max_length:
             dropped.append(row)
     kept = pairs.without(dropped) if dropped else pairs
+    kept = kept.evaluated_on(options.most_held_out)
     return Fitted(kept, max_length, longest, truncated, len(dropped))
 
 

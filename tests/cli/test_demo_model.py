@@ -106,11 +106,18 @@ def test_few_held_out_pairs_from_all_over_them():
     pairs = data.Pairs("x.jsonl", rows[:2], rows[2:], {})
     assert [row["prompt"] for row in pairs.evaluated_on(3).held_out] == ["2", "4", "7"]
     assert pairs.evaluated_on(99) == pairs
-    assert len(prepare.read_pairs(Options(eval_rows=5)).held_out) == 5
-    assert len(prepare.read_pairs(Options()).held_out) == 64
-    assert len(prepare.read_pairs(Options(model=Path("x"))).held_out) == 16
+    assert Options().most_held_out == data.HELD_OUT_MAX > Options(model=Path("x")).most_held_out
     with pytest.raises(DemoError, match="--eval-rows: expected an integer >= 1, got 0"):
         Options(eval_rows=0)
+
+
+def test_of_those_that_fit(tmp_path):
+    """The first that is held out has a prompt that leaves no room for an answer."""
+    rows = [{"prompt": "xyz " * n, "chosen": "a", "rejected": "b"} for n in (1, 99, 2, 3)]
+    pairs = data.Pairs("x.jsonl", rows[:1], rows[1:], {id(row): "row" for row in rows})
+    options = Options(max_length=64, truncate=True, eval_rows=1)
+    fitted = prepare.fit(options, pairs, tiny.tokenizer(), None)
+    assert (fitted.pairs.held_out, fitted.dropped) == ([rows[2]], 1)
 
 
 @pytest.fixture
