@@ -57,7 +57,7 @@ def anchored_fold_kernel(
     labels_ptr,  # [n] int64
     origin_ptr,  # [n] float32, where there are no maxima
     state_ptr,  # [7, n] float32, written: beside origin·factor in place of the maximum
-    offset_ptr,  # [n] float32, written: E is relative to origin·factor plus this
+    offset_ptr,  # [n] float32, written: E, of rows not stored MAX, is at origin·factor plus this
     e_ptr,  # see Exponentials, the label's cells are written, or None
     n,
     vocab,
@@ -97,7 +97,8 @@ def anchored_fold_kernel(
     # A NaN among the others shows in their sum alone, and no label is the best word beside it.
     maximum = tl.where(mass == mass, origin * factor, mass)
     tl.store(state_ptr + MAX * stride_state + m, maximum, mask=rows)
-    tl.store(offset_ptr + m, -own * LN_2, mask=rows)
+    offset = tl.where(m < stored, -own * LN_2, -tl.fma(origin, factor, -maximum))
+    tl.store(offset_ptr + m, offset, mask=rows)
     for i in tl.static_range(1, SUMS):
         if (WANTED >> i) & 1:
             part_ptr = partial_ptr + i * stride_sum
@@ -129,7 +130,7 @@ def anchored_fold(
     labels: Tensor,  # [n] int64
     origin: Tensor,  # [n] float32
     state: Tensor,  # [7, n] float32, written but TARGET: see rows_fwd, with origin·factor as MAX
-    offset: Tensor,  # [n] float32, written
+    offset: Tensor,  # [n] float32, written: what E or, of rows not stored, MAX is relative to
     e: Exponentials | None,  # the label's cells are written: minus the sum of the others
     *,
     vocab: int,

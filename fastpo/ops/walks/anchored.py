@@ -52,7 +52,8 @@ def score_block(head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int
         cells = head.kept_cells(kept)
         e = Exponentials(cells, plan.kept_tokens, plan.block_words, a, split - a)
     unit = _fold(head, state[:, a:b], a, b, head.words(0, plan.vocab), e)
-    anchors[0, a:split] = unit[: split - a]
+    if anchors.numel():
+        anchors[0, a:b] = unit
 
 
 def frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) -> None:
@@ -80,7 +81,7 @@ def _fold(
     b: int,
     words: Tensor,  # [V, H]
     e: Exponentials | None,  # written
-) -> Tensor:  # [n] the probability that one unit of `e` is
+) -> Tensor:  # [n] the probability that one unit of `e` is, exp(z - MAX) of rows not stored
     """What all words together say of rows a to b."""
     from ...kernels.anchored_again import WORDS, anchored_again
     from ...kernels.anchored_fold import anchored_fold
@@ -178,8 +179,8 @@ def _cutlass_product(
 
 
 def exponents_of(factor: float) -> float:
-    """What turns z into an exponent to the base of 2: log2 e, as rounded in the kernels' slope."""
-    slope = ctypes.c_float(factor * LOG2_E).value
+    """What turns MAX into an exponent to the base of 2: log2 e, but for the kernels' roundings."""
+    slope, factor = (ctypes.c_float(x).value for x in (factor * LOG2_E, factor))
     return slope / factor if factor else LOG2_E
 
 

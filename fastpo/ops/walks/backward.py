@@ -242,8 +242,12 @@ class ExponentialsWalk(BackwardWalk):
         Exponentials are probabilities, but for the rounding of what they are relative to.
         """
         head = self.head
-        lse = self.grads[R.SHIFT, K:].double() + self.grads[R.LOG_MASS, K:]
-        lse *= exponents_of(head.spec.logit_map.factor)
+        # From the mass itself: where all of it is one word's, exp of a rounded logarithm is not 1.
+        share = self.saved.anchors[0, K : len(head.hidden)].double()
+        shift = self.grads[R.SHIFT, K:].double()
+        lse = shift * exponents_of(head.spec.logit_map.factor) - share.log2()
+        if head.ignored is not None:
+            lse.masked_fill_(head.ignored[K:], float("inf"))
         base = lse.float()
         unit = torch.exp2(base - lse).float()
         self.scale[K:] *= unit

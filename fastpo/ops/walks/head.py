@@ -79,8 +79,9 @@ class Forward(NamedTuple):
 
     kept: exponentials of `plan.block_words` words each as a contiguous [kept_tokens, words] block,
         one after the other, the last one where `kept` ends.
-    anchors: [blocks, kept_tokens] with z = log(kept) + anchor; of the anchored walk
-        [1, kept_tokens] with p = kept·anchor.  direction: [N, H] d logp / d hidden.
+    anchors: [blocks, kept_tokens] with z = log(kept) + anchor; of the anchored walk [1, N] with
+        p = kept·anchor, or p = exp(z - maximum)·anchor of rows not kept.
+    direction: [N, H] d logp / d hidden.
     """
 
     logps: Tensor
@@ -303,7 +304,8 @@ def kept_shapes(
         behind = plan.block_words if anchored else 0  # turned in place, a block is still an operand
         size = -(-(max(own, other) * plan.row_words + min(own, other) * behind) // itemsize)
         size += _ALIGNMENT
-    return size, (1 if anchored else blocks, plan.kept_tokens)
+    rows = len(hidden) if spec.head_grad else 0
+    return size, (1, rows) if anchored else (blocks, plan.kept_tokens)
 
 
 def _bytes(weight: Tensor | Adapted) -> int:
