@@ -236,10 +236,11 @@ class ExponentialsWalk(BackwardWalk):
         self._scale = self.scale.unsqueeze(1).to(head.gemm)
         self._hidden = (head.hidden * self.scale.unsqueeze(1)).to(head.gemm)
 
-    def _beside_log_mass(self, K: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows from K on, what their exponents are relative to, and what the label's cell holds.
+    def _beside_log_mass(self, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows from K on, what their exponents are relative to, what the label's cell holds, and where.
 
-        Exponentials are probabilities, but for the rounding of what they are relative to.
+        Exponentials are probabilities, but for the rounding of what they are relative to. Cells are
+        those of a tile that starts with the first word.
         """
         head = self.head
         # From the mass itself: where all of it is one word's, exp of a rounded logarithm is not 1.
@@ -252,7 +253,10 @@ class ExponentialsWalk(BackwardWalk):
         unit = torch.exp2(base - lse).float()
         self.scale[K:] *= unit
         own = torch.expm1(head.compact(self.saved.logps)[K:]).div_(unit)  # -Σ over the others
-        return unit_columns(head.hidden[K:].to(head.gemm)), base, own
+        labels = head.labels[K:]
+        cells = torch.arange(len(labels), dtype=torch.int64, device=labels.device) * self._width()
+        x = unit_columns(head.hidden[K:].to(head.gemm))
+        return x, base, own.to(head.gemm), cells.add_(labels)
 
     def _tiles(self) -> Iterable[tuple[int, int, int]]:
         return self.head.vocab_tiles(self._width())
@@ -287,16 +291,14 @@ class ExponentialsWalk(BackwardWalk):
     def _probabilities(self, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:
         from ...kernels.anchored import Exponentials
 
-        head, (x, base, own) = self.head, self._again
+        head, (x, base, own, cells) = self.head, self._again
         labels, width = head.labels[a:b] - v0, self._width()
         bias = None if head.bias is None else head.bias[v0:v1]
         rows = Operands(x, unit_columns(words), labels, bias, head.spec.logit_map.factor)
         e = Exponentials(self._dx[:-1], b - a, width, 0, b - a)
         product(head, rows, None, base, e, 0, sums=False)
-        inside = (labels >= 0) & (labels < v1 - v0)
-        start = torch.arange(b - a, dtype=torch.int64, device=labels.device) * width
-        cells = torch.where(inside, start + labels, len(self._dx) - 1)
-        self._dx.scatter_(0, cells, own.to(self._dx.dtype))
+        inside = labels.clamp(0, v1 - v0 - 1) == labels
+        self._dx.scatter_(0, torch.where(inside, cells - v0, len(self._dx) - 1), own)
         return self._dx[:-1].view(b - a, width)[:, : v1 - v0]
 
     def _dhidden(self, tokens: int) -> Tensor | None:
