@@ -237,7 +237,7 @@ class ExponentialsWalk(BackwardWalk):
         self._hidden = (head.hidden * self.scale.unsqueeze(1)).to(head.gemm)
 
     def _beside_log_mass(self, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows from K on, what their exponents are relative to, what the label's cell holds, and where.
+        """Rows from K on, what their exponents are relative to, the label's cell: value and place.
 
         Exponentials are probabilities, but for the rounding of what they are relative to. Cells are
         those of a tile that starts with the first word.
