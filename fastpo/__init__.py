@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .ops.multi_head import multi_head_logps
     from .ops.vocab_parallel_logps import vocab_parallel_logps
     from .planner import Plan, plan
+    from .planning.plan import StepPlan, plan_step
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "DivergenceStats",
     "GroupTrainer",
     "Plan",
+    "StepPlan",
     "TokenSample",
     "TokenStats",
     "TopK",
@@ -37,6 +39,7 @@ __all__ = [
     "patch",
     "patched",
     "plan",
+    "plan_step",
     "quantities",
     "sample_topk",
     "shared_prompts",
@@ -62,6 +65,7 @@ _HOMES = {
     "fastpo.ops.multi_head": ("multi_head_logps",),
     "fastpo.ops.vocab_parallel_logps": ("vocab_parallel_logps",),
     "fastpo.planner": ("Plan", "plan"),
+    "fastpo.planning.plan": ("StepPlan", "plan_step"),
 }
 _MODULES = ("objectives", "ops", "planner", "quantities", "reference", "testing")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_run(commands)
-    _add_plan(commands)
+    _add_planning(commands)
     _add_objectives(commands)
     _add_bench(commands)
     return parser
@@ -125,44 +125,10 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_plan(commands: argparse._SubParsersAction) -> None:
-    plan = commands.add_parser(
-        "plan",
-        help="print what the head would do for one shape",
-        description="Mode, tiles, bytes and matrix products of `linear_logps` for one shape.",
-    )
-    plan.set_defaults(command=_plan)
-    add = plan.add_argument
-    add("tokens", type=int, help="scored tokens")
-    add("vocab", type=int, help="words of the head")
-    add("hidden", type=int, help="hidden size")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    add("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
-    add("--frozen-head", action="store_true", help="the head is not trained (LoRA)")
-    add("--no-grad", action="store_true", help="only score")
-    add("--budget", type=int, metavar="BYTES", help="kept for the backward (default: 4·V·H)")
+def _add_planning(commands: argparse._SubParsersAction) -> None:
+    from .planning.cli import add
 
-
-def _plan(options: argparse.Namespace) -> int:
-    import torch
-
-    from .planner import plan
-
-    try:
-        made = plan(
-            options.tokens,
-            options.vocab,
-            options.hidden,
-            dtype=getattr(torch, options.dtype),
-            device=options.device,
-            train_hidden=not options.no_grad,
-            train_head=not (options.no_grad or options.frozen_head),
-            budget=options.budget,
-        )
-    except ValueError as error:
-        return _complain("plan", error, code=2)
-    print(made)
-    return 0
+    add(commands)
 
 
 def _add_objectives(commands: argparse._SubParsersAction) -> None:

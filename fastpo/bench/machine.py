@@ -15,8 +15,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-import fastpo
-
 PACKAGES = (
     "torch",
     "triton",
@@ -42,8 +40,8 @@ def facts(device: str) -> dict[str, Any]:
         # Of a CPU shared with other work; 1 per core means nothing was left for this.
         "load_average": load_average(),
         "system": platform.platform(),
-        "versions": {"python": platform.python_version(), "fastpo": fastpo.__version__}
-        | {name: installed(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()}
+        | {name: installed(name) for name in ("fastpo", *PACKAGES)},
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

@@ -32,7 +32,10 @@ def test_version(capsys):
 
 
 def test_plan_prints_what_the_head_would_do(capsys):
-    assert cli.main(["plan", "1000", "32000", "512", "--dtype", "float32", "--frozen-head"]) == 0
+    assert (
+        cli.main(["plan", "head", "1000", "32000", "512", "--dtype", "float32", "--frozen-head"])
+        == 0
+    )
     text = capsys.readouterr().out
     assert "frozen" in text
     assert "1000 x 32000 x 512" in text
@@ -56,8 +59,8 @@ def test_objectives_of_one_family_and_one_key(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plan", "-1", "32000", "64"], "tokens: expected an integer >= 0, got -1"),
-        (["plan", "1", "0", "64"], "vocab: expected an integer >= 1, got 0"),
+        (["plan", "head", "-1", "32000", "64"], "tokens: expected an integer >= 0, got -1"),
+        (["plan", "head", "1", "0", "64"], "vocab: expected an integer >= 1, got 0"),
         (["objectives", "nothing"], "objective: expected one of "),
         (["objectives", "--family", "nothing"], "family: expected one of transforms"),
         (["demo", "--steps", "0"], "--steps: expected an integer >= 1, got 0"),
@@ -81,7 +84,7 @@ def test_what_was_given_wrong_is_said_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nothing"], ["demo", "--steps", "many"], ["plan", "1", "2"]]
+    "arguments", [[], ["nothing"], ["demo", "--steps", "many"], ["plan", "head", "1", "2"]]
 )
 def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stop:

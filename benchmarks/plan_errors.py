@@ -1,0 +1,115 @@
+"""How far `fastpo plan` is from what a step really holds, over small models of many kinds.
+
+    python benchmarks/plan_errors.py [--out benchmarks/results/plan_errors.json]
+
+Every case runs on this machine's CPU in float32, in a process of its own, one thread. The table in
+docs/planning.md is written from the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as T
+
+from fastpo.bench import machine
+from fastpo.planning.fits import Depths
+from fastpo.planning.measure import measure
+from fastpo.planning.setting import HEADS, Lora, Setting
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "benchmarks" / "results" / "plan_errors.json"
+PAGE = ROOT / "docs" / "planning.md"
+BEGIN, END = "<!-- plan errors -->", "<!-- end of plan errors -->"
+SIZES = {
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 32_000,
+}
+KINDS: dict[str, Any] = {
+    "llama": T.LlamaConfig(**SIZES),
+    "qwen2, tied": T.Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen3": T.Qwen3Config(**SIZES),
+    "mistral": T.MistralConfig(**SIZES),
+    "gemma2": T.Gemma2Config(**SIZES),
+    "gemma3": T.Gemma3TextConfig(**SIZES),
+    "phi3": T.Phi3Config(**SIZES, pad_token_id=0),
+    "olmo2": T.Olmo2Config(**SIZES),
+    "granite": T.GraniteConfig(**SIZES),
+    "gpt2": T.GPT2Config(n_embd=384, n_layer=4, n_head=6, vocab_size=32_000),
+}
+WAYS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "LoRA": {"lora": Lora()},
+    "checkpointing": {"checkpointing": "layers"},
+}
+
+
+def rows() -> list[dict[str, Any]]:
+    found = []
+    for kind, config in KINDS.items():
+        for way, options in WAYS.items():
+            setting = Setting(kind, dtype="fp32", device="cpu", context=256, batch=2, **options)
+            for head in HEADS:
+                told = Depths(setting, config, head).estimate().peak
+                held = measure(setting, config, head)
+                found.append({"model": kind, "way": way, "head": head, "told": told, "held": held})
+                print(f"{kind} {way} {head}: {told / held - 1:+.1%}", flush=True)
+    return found
+
+
+def table(report: dict[str, Any]) -> str:
+    """A row for each model; told, and how far that is from what was held."""
+    columns = [(way, head) for way in WAYS for head in HEADS]
+    lines = [
+        "| model | " + " | ".join(f"{way}, {head}" for way, head in columns) + " |",
+        "| --- |" + " --- |" * len(columns),
+    ]
+    by_case = {(x["model"], x["way"], x["head"]): x for x in report["rows"]}
+    for model in dict.fromkeys(x["model"] for x in report["rows"]):
+        cells = [_cell(by_case[(model, *column)]) for column in columns]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    errors = [abs(x["told"] / x["held"] - 1) for x in report["rows"]]
+    lines += [
+        "",
+        f"MiB told, and how much more or less than was held; {len(errors)} cases, "
+        f"{sum(errors) / len(errors):.1%} off on average, at most {max(errors):.1%}; on one core "
+        f"of an {report['device']}, torch {report['versions']['torch']}, "
+        f"`benchmarks/results/plan_errors.json`, {report['created'][:10]}.",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any]) -> str:
+    return f"{row['told'] / 2**20:,.0f} ({row['told'] / row['held'] - 1:+.0%})"
+
+
+def write(report: dict[str, Any]) -> None:
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    after = rest.split(END)[1]
+    text = f"{before}{BEGIN}\n{table(report)}\n{END}{after}"
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    report = machine.facts("cpu") | {"what": "plan errors", "rows": rows()}
+    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(report)
+
+
+if __name__ == "__main__":
+    main()

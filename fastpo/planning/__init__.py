@@ -1,0 +1,1 @@
+"""What a whole training step needs, told before training."""

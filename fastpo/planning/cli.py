@@ -1,0 +1,123 @@
+"""`fastpo plan`: the arguments, the output and the exit code of a plan."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+# argument of `plan_step`: what the help says of it; the others are below.
+_CHOICES = {
+    "--trainer": ("dpo, kto, sft, cpo, orpo, grpo, rloo", "default: dpo"),
+    "--dtype": ("bf16, bf16-mixed, fp16, fp32", "of weights; mixed: float32; default: bf16"),
+    "--optimizer": ("adamw, adamw8bit, adafactor, sgd", "default: adamw"),
+    "--reference": ("model, adapter-off, precomputed, none", "default: the trainer's own"),
+    "--strategy": ("ddp, fsdp2, zero3", "default: ddp"),
+}
+
+
+def add(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        argument_default=argparse.SUPPRESS,  # what is not given is left to `plan_step`
+        help="what a training step needs, and what fits",
+        description="Memory of one step with TRL's head and with fastpo's, told by running it on "
+        "tensors that hold nothing; the longest context and the largest batch that fit. "
+        "`fastpo plan head` is about one call of the head.",
+        epilog="example: fastpo plan --model ./Qwen2.5-7B --gpu h100 --lora r=16 "
+        "--gradient-checkpointing --context 8192",
+    )
+    plan.set_defaults(command=_plan)
+    option = plan.add_argument
+    option("--model", metavar="PATH", help="folder or config.json; nothing is downloaded")
+    for name, (choices, text) in _CHOICES.items():
+        option(name, metavar="NAME", help=f"{choices}; {text}")
+    option("--gpu", metavar="CARD", help="h100, a100, 4090, …, or a size as 80GiB")
+    option("--device", metavar="NAME", help="cuda or cpu; default: cuda")
+    option("--context", type=int, metavar="T", help="prompt and answer; default: 2048")
+    option("--batch", type=int, metavar="B", help="items of a device, pairs for DPO; default: 1")
+    option("--prompt", type=float, metavar="X", help="its share of the context; default: 0.5")
+    option("--lora", metavar="r=16,targets=q_proj+v_proj", nargs="?", const="r=16")
+    option(
+        "--gradient-checkpointing",
+        dest="checkpointing",
+        nargs="?",
+        const="layers",
+        metavar="offload",
+        help="recompute the layers; offload: and keep their inputs in host memory",
+    )
+    option("--budget", type=int, metavar="BYTES", help="what fastpo's head may keep")
+    option("--devices", type=int, metavar="N")
+    option("--data", type=Path, metavar="FILE", help="lengths from a JSONL of prompt, chosen, …")
+    option("--no-search", dest="search", action="store_false", help="do not look for what fits")
+    option("--measure", action="store_true", help="also run the step and say what it held")
+    option("--plot", type=Path, metavar="FILE.png")
+    option("--json", type=Path, metavar="FILE")
+    _add_head(plan.add_subparsers(title="also", metavar="head"))
+
+
+def _add_head(commands: Any) -> None:
+    head = commands.add_parser(
+        "head",
+        help="what the head would do for one shape",
+        description="Mode, tiles, bytes and matrix products of `linear_logps` for one shape.",
+        epilog="example: fastpo plan head 8192 151936 896 --frozen-head",
+    )
+    head.set_defaults(command=_head)
+    option = head.add_argument
+    option("tokens", type=int, help="scored tokens")
+    option("vocab", type=int, help="words of the head")
+    option("hidden", type=int, help="hidden size")
+    option("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    option("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
+    option("--frozen-head", action="store_true", help="the head is not trained (LoRA)")
+    option("--no-grad", action="store_true", help="only score")
+    option("--budget", type=int, metavar="BYTES", help="kept for the backward (default: 4·V·H)")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    picture, report = given.pop("plot", None), given.pop("json", None)
+    try:
+        if "model" not in given:
+            raise ValueError("--model: expected a folder or a config.json, got none")
+        from . import plot
+        from .plan import plan_step
+
+        made = plan_step(given.pop("model"), **given)
+        print(made)
+        if picture is not None:
+            plot.save(made, picture)
+        if report is not None:
+            report.write_text(made.as_json() + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        return _complain(error)
+    return 1 if made.fits is False else 0
+
+
+def _head(options: argparse.Namespace) -> int:
+    import torch
+
+    from ..planner import plan
+
+    try:
+        made = plan(
+            options.tokens,
+            options.vocab,
+            options.hidden,
+            dtype=getattr(torch, options.dtype),
+            device=options.device,
+            train_hidden=not options.no_grad,
+            train_head=not (options.no_grad or options.frozen_head),
+            budget=options.budget,
+        )
+    except ValueError as error:
+        return _complain(error)
+    print(made)
+    return 0
+
+
+def _complain(error: Exception) -> int:
+    print(f"fastpo plan: error: {error}", file=sys.stderr)
+    return 2

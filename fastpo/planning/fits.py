@@ -1,0 +1,116 @@
+"""The longest context and the largest batch that fit: a search over runs of the step."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from .estimate import Estimate, Session
+from .setting import Setting
+
+# Contexts are whole blocks of attention kernels; so long, an error of 2 % is more than a block.
+_GRANULE = {"context": 64, "batch": 1}
+_CLOSE = 1.02
+_LEAST = 3  # layers, and as many more
+MOST = {"context": 2**20, "batch": 2**14}
+
+
+class Depths:
+    """Steps of any size from runs of two shallow models: layers are alike.
+
+    Each phase grows by as much with every layer; which one is the largest may change.
+    """
+
+    def __init__(self, setting: Setting, config: Any, head: str) -> None:
+        layers, period = _layers(config)
+        self.setting, self.head = setting, head
+        # The first few may differ (dense ones before experts); what is left over is in both.
+        first = layers % period + -(-(_LEAST - layers % period) // period) * period
+        depths = [first, first + -(-_LEAST // period) * period]
+        if depths[1] >= layers:
+            depths = [layers]
+        self.sessions = [Session(setting, _cut(config, n), head) for n in depths]
+        self.beyond = (layers - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
+
+    def estimate(self, **sizes: int) -> Estimate:
+        """sizes: another `context` or `batch`."""
+        setting = replace(self.setting, **sizes)  # type: ignore[arg-type]
+        runs = [session.phases(setting) for session in self.sessions]
+        first, last = runs[0], runs[-1]
+        phases = {
+            name: Counter({x: self._further(held[x], last[name][x]) for x in {*held, *last[name]}})
+            for name, held in first.items()
+        }
+        trained = self._further(self.sessions[0].trained, self.sessions[-1].trained)
+        return Estimate.of(self.head, setting, phases, trained)
+
+    def _further(self, first: int, last: int) -> int:
+        return round(first + (last - first) * self.beyond)
+
+    def largest(self, what: str, memory: int) -> Estimate | None:
+        """The step of the largest context or batch that fits; None if not even the least does."""
+        granule = _GRANULE[what]
+
+        def peak(count: int) -> int:
+            return self.estimate(**{what: count * granule}).peak
+
+        start = max(getattr(self.setting, what) // granule, 1)
+        count = _search(peak, memory, start, MOST[what] // granule)
+        return self.estimate(**{what: count * granule}) if count else None
+
+
+def _search(peak: Callable[[int], int], limit: int, start: int, most: int) -> int:
+    """The largest count whose peak is within the limit, to 2 %; 0 if there is none."""
+    fits, over = [(0, 0)], (0, 0)  # counts and peaks, the last ones known
+    guess = start
+    while not over[0] or over[0] > max(fits[-1][0] + 1, fits[-1][0] * _CLOSE):
+        found = peak(guess)
+        if found > limit:
+            over = guess, found
+        elif guess == most:
+            return most
+        else:
+            fits.append((guess, found))
+        guess = _guess(fits, over, limit, most)
+    return fits[-1][0]
+
+
+def _guess(fits: list[tuple[int, int]], over: tuple[int, int], limit: int, most: int) -> int:
+    """On a straight line through two of them."""
+    low, at_low = fits[-1]
+    if not low:
+        return max(over[0] // 8, 1)
+    if not over[0] and len(fits) < 3:  # the first one fits nothing, and costs nothing
+        return min(2 * low, most)
+    other, at_other = over if over[0] else fits[-2]
+    slope = max((at_other - at_low) / (other - low), 1)
+    further = int((limit - at_low) / slope)
+    if not over[0]:
+        return min(low + max(further, 1) + low // 50, most)
+    # Memory bends upwards: a straight line to what is over aims low, never far.
+    return min(max(low + further, low + 1 + (over[0] - low) // 8), over[0] - 1)
+
+
+def _layers(config: Any) -> tuple[int, int]:
+    """How many, and after how many they repeat."""
+    text = config.get_text_config()
+    kinds = list(getattr(text, "layer_types", None) or [])
+    count = int(text.num_hidden_layers)
+    for period in range(1, count + 1):
+        if kinds[period:] == kinds[: len(kinds) - period]:
+            return count, period
+    return count, count
+
+
+def _cut(config: Any, layers: int) -> Any:
+    made = copy.deepcopy(config)
+    text = made.get_text_config()
+    whole = text.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == whole:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return made

@@ -1,0 +1,73 @@
+"""The same step on the device that is there, and what it really held."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..bench.machine import Peak
+from ..bench.process import alone
+from .models import build, optimizer_of
+from .setting import Setting
+from .steps import Step, batch_of
+
+_STEPS = 2
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+@dataclass(frozen=True)
+class _Job:
+    setting: Setting
+    config: Any
+    head: str
+
+    @property
+    def device(self) -> str:
+        return self.setting.device
+
+
+def measure(setting: Setting, config: Any, head: str) -> int:
+    """Bytes at the peak of a step: of tensors on a GPU, else resident in a process of its own,
+    beyond what it held before there was a model."""
+    found: int = alone(_run, _Job(setting, config, head))
+    return found
+
+
+def _run(job: _Job) -> int:
+    if job.device == "cpu":
+        _give_back()
+    _step(_Job(replace(job.setting, context=8, batch=1), _tiny(job.config), job.head))
+    peak = Peak(job.device)
+    _step(job)
+    return int(peak.mib() * 2**20)
+
+
+def _give_back() -> None:
+    """What is freed leaves the process at once: glibc's heap would keep holes between tensors of a
+    few MiB, which its aligned blocks do not fit into again, as large as the tensors in sum."""
+    with suppress(OSError, AttributeError):  # another C library has other ways
+        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 2**16)
+
+
+def _tiny(config: Any) -> Any:
+    """Of the same kind: what is imported and set up at first use is no part of a step."""
+    small = copy.deepcopy(config)
+    small.get_text_config().num_hidden_layers = 1
+    return small
+
+
+def _step(job: _Job) -> None:
+    setting = job.setting
+    with torch.device(job.device):
+        models = build(setting, job.config)
+        trained = [p for p in models.policy.parameters() if p.requires_grad]
+        optimizer = optimizer_of(setting, trained)
+        step = Step(setting, models, job.head, optimizer, lambda name: nullcontext())
+        batch = batch_of(setting, job.config.get_text_config().vocab_size)
+        for _ in range(_STEPS):
+            step.run(batch)

@@ -1,0 +1,156 @@
+"""The policy and what is scored beside it, from a config alone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from .setting import Lora, Setting
+
+WEIGHTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # else float32
+
+
+def read_config(model: str | Path) -> Any:
+    """Of a folder or a config file; nothing is downloaded, no code of the model's own runs."""
+    path = Path(model)
+    if not path.exists():
+        raise ValueError(f"model: expected a folder or a config.json, got {str(model)!r}")
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(
+            f"model: expected a config transformers knows, got {path}: {line}"
+        ) from error
+
+
+@dataclass
+class Models:
+    """policy: perhaps wrapped by PEFT. copied: a frozen model of its own, or None."""
+
+    policy: Any
+    copied: PreTrainedModel | None
+    setting: Setting
+
+    @property
+    def base(self) -> Any:
+        """The policy without PEFT's wrapper."""
+        return self.policy if self.setting.lora is None else self.policy.get_base_model()
+
+    @contextmanager
+    def other(self) -> Iterator[Any]:
+        """What is scored beside the policy; None if nothing is."""
+        kind = self.setting.other
+        if kind in ("none", "precomputed"):
+            yield None
+            return
+        off = self.policy.disable_adapter() if kind == "adapter-off" else nullcontext()
+        with off, torch.no_grad():
+            yield self.base if self.copied is None else self.copied
+
+
+def build(setting: Setting, config: Any) -> Models:
+    """On the device that torch makes tensors on."""
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    dtype = WEIGHTS.get(setting.dtype, torch.float32)
+
+    def made() -> Any:
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        except ValueError as error:
+            line = str(error).splitlines()[0]
+            raise ValueError(f"model: expected a causal language model, got {line}") from error
+
+    policy = made()
+    if setting.checkpointing != "none":
+        _checkpoint(policy, offload=setting.checkpointing == "offload")
+    copied = made().requires_grad_(False).eval() if setting.other == "model" else None
+    if setting.lora is not None:
+        policy = _adapted(policy, setting.lora)
+    return Models(policy.train(), copied, setting)
+
+
+def fake(model: nn.Module, device: str) -> None:
+    """What was built on "meta", on a device. PyTorch's own `to_empty` cannot swap fake tensors."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, x in held.items():
+                if x is None:
+                    continue
+                if id(x) not in made:
+                    empty = torch.empty_like(x, device=device)
+                    trained = x.requires_grad
+                    is_parameter = isinstance(x, nn.Parameter)
+                    made[id(x)] = nn.Parameter(empty, trained) if is_parameter else empty
+                held[name] = made[id(x)]
+
+
+def _adapted(model: PreTrainedModel, lora: Lora) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = list(lora.targets)
+    targets = "all-linear" if targets == ["all-linear"] else targets
+    try:
+        config = LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM")
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"lora: {str(error).splitlines()[0]}") from error
+
+
+def _checkpoint(model: PreTrainedModel, offload: bool) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if offload:
+        model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_offloaded)
+
+
+def _offloaded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """As `offload=True` of transformers, to a host that is the device "meta" here."""
+    with saved_tensors_hooks(lambda x: x.to("meta"), partial(torch.empty_like, device="cpu")):
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+
+def optimizer_of(setting: Setting, parameters: list[nn.Parameter]) -> Any:
+    if setting.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True)
+    if setting.optimizer == "sgd":
+        return torch.optim.SGD(parameters, momentum=0.9)
+    if setting.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, scale_parameter=False, relative_step=False, lr=1e-5)
+    return AdamW8bit(parameters, {})
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """The state of bitsandbytes' AdamW8bit: two bytes a number, and a scale for 256 of them.
+
+    Tensors of fewer than 4,096 numbers keep float32.
+    """
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            state = self.state[parameter]
+            if parameter.grad is None or state:
+                continue
+            for name in ("state1", "state2"):
+                state[name] = self._of(parameter)
+
+    @staticmethod
+    def _of(parameter: Tensor) -> tuple[Tensor, ...]:
+        if parameter.numel() < 4096:
+            return (torch.zeros_like(parameter, dtype=torch.float32),)
+        scales = parameter.new_zeros(-(-parameter.numel() // 256), dtype=torch.float32)
+        return torch.zeros_like(parameter, dtype=torch.uint8), scales

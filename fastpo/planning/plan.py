@@ -1,0 +1,155 @@
+"""`plan_step`: what a step costs with TRL's head and with fastpo's, and what fits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import measure as real
+from .cards import memory_of
+from .data import Lengths, read_lengths
+from .estimate import Estimate
+from .fits import Depths
+from .models import read_config
+from .setting import LOGITS, Lora, Setting
+
+
+@dataclass(frozen=True)
+class Head:
+    """One head's step, and the largest that fit. measured: bytes of a real step, where asked."""
+
+    estimate: Estimate
+    context: Estimate | None = None
+    batch: Estimate | None = None
+    measured: int | None = None
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """`print` it for a table; `settings` is what to paste into a script."""
+
+    setting: Setting
+    heads: dict[str, Head]
+    lengths: Lengths | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool | None:
+        memory = self.setting.memory
+        return None if memory is None else self.heads["fastpo"].estimate.peak <= memory
+
+    def as_json(self) -> str:
+        heads = {name: _of_head(head) for name, head in self.heads.items()}
+        lengths = None if self.lengths is None else asdict(self.lengths)
+        found: dict[str, Any] = {
+            "setting": asdict(self.setting),
+            "heads": heads,
+            "lengths": lengths,
+        }
+        found |= {"fits": self.fits, "notes": self.notes, "settings": self.settings}
+        return json.dumps(found, indent=2, default=str)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keywords of the trainer's config."""
+        setting = self.setting
+        found: dict[str, Any] = {"max_length": setting.context}
+        found["per_device_train_batch_size"] = setting.batch
+        found["gradient_checkpointing"] = setting.checkpointing != "none"
+        if setting.checkpointing == "offload":
+            found["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "offload": True}
+        names = {"adamw": "adamw_torch_fused", "adamw8bit": "adamw_bnb_8bit"}
+        found["optim"] = names.get(setting.optimizer, setting.optimizer)
+        found["bf16"] = setting.dtype == "bf16-mixed"
+        if setting.dtype in ("bf16", "fp16"):
+            dtype = {"bf16": "bfloat16", "fp16": "float16"}[setting.dtype]
+            found["model_init_kwargs"] = {"dtype": dtype}
+        if setting.reference == "precomputed":
+            found["precompute_ref_log_probs"] = True
+        return found
+
+    def __str__(self) -> str:
+        from .table import table
+
+        return table(self)
+
+
+def _of_head(head: Head) -> dict[str, Any]:
+    def largest(found: Estimate | None, what: str) -> dict[str, int] | None:
+        if found is None:
+            return None
+        return {what: getattr(found.setting, what), "bytes": found.peak}
+
+    own = head.estimate
+    return {
+        "bytes": own.peak,
+        "parts": own.parts,
+        "phases": own.phases,
+        "context": largest(head.context, "context"),
+        "batch": largest(head.batch, "batch"),
+        "measured": head.measured,
+    }
+
+
+def plan_step(
+    model: str | Path | Any,
+    *,
+    gpu: str | None = None,
+    lora: str | Lora | None = None,
+    data: str | Path | None = None,
+    search: bool = True,
+    measure: bool = False,
+    **options: Any,
+) -> StepPlan:
+    """Memory of one training step, told by running it on tensors that hold nothing.
+
+    model: a folder or `config.json` that transformers knows, or a config; nothing is downloaded and
+        no code of the model's own runs.
+    gpu: a card (`h100`, `4090`) or a size (`80GiB`); None says what a step costs, not what fits.
+    lora: `r=16,targets=q_proj+v_proj`; "all-linear" are the targets where none are named.
+    data: a JSONL or JSON file of prompt, chosen, rejected (or completion, or text) whose lengths
+        give context and share of the prompt; words are counted by the folder's tokenizer.
+    search: also the longest context and the largest batch, each with the other as given.
+    measure: also run the real step, on a GPU if there is one, else on the CPU in a process of its
+        own, and give what it held; for `device="cpu"` on the CPU.
+    options: fields of `Setting`: trainer, dtype, device, context, batch, prompt, optimizer,
+        checkpointing, reference, budget, devices, strategy.
+
+    What no tensor shows is added for a GPU: 500 MiB of the driver, 64 MiB of library workspaces,
+    5 % of what comes and goes for the allocator; DDP's buckets; FSDP's and ZeRO-3's gathered
+    layers, an eighth of the weights.
+
+    Raises ValueError for an unknown model, card, option, or a config that needs remote code.
+    """
+    memory = None if gpu is None else memory_of(gpu)
+    config = read_config(model) if isinstance(model, str | Path) else model
+    lengths = None if data is None else read_lengths(Path(data), model)
+    if lengths is not None:
+        options = {"context": lengths.context, "prompt": lengths.prompt_share, **options}
+    name = model if isinstance(model, str | Path) else type(config).__name__
+    parsed = Lora.parse(lora) if isinstance(lora, str) else lora
+    setting = Setting(name, memory=memory, lora=parsed, **options)
+    heads = {head: _head(setting, config, head, search, measure) for head in setting.heads}
+    return StepPlan(setting, heads, lengths, _notes(setting))
+
+
+def _head(setting: Setting, config: Any, head: str, search: bool, measure: bool) -> Head:
+    depths = Depths(setting, config, head)
+    found = {}
+    if search and setting.memory is not None:
+        found = {what: depths.largest(what, setting.memory) for what in ("context", "batch")}
+    measured = real.measure(setting, config, head) if measure else None
+    return Head(depths.estimate(), **found, measured=measured)
+
+
+def _notes(setting: Setting) -> tuple[str, ...]:
+    notes = []
+    if setting.trainer in LOGITS:
+        notes.append(f"TRL's {setting.trainer.upper()} trainer builds the logits of all positions")
+    if setting.checkpointing == "offload":
+        notes.append("what layers keep lies in host memory, which is not counted here")
+    if setting.devices > 1 and setting.strategy != "ddp":
+        notes.append("gathered layers are taken for an eighth of the weights")
+    return tuple(notes)

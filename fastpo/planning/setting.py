@@ -1,0 +1,110 @@
+"""What a step is made of, as options say it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..ops.walks.checks import check_integer, check_number
+
+# name: rows of a batch for each of its items, and what of it is scored besides the policy.
+TRAINERS = {
+    "dpo": (2, "reference"),
+    "kto": (1, "reference"),
+    "sft": (1, None),
+    "cpo": (2, None),
+    "orpo": (2, None),
+    "grpo": (1, None),
+    "rloo": (1, "reference"),
+}
+# These build the logits of all positions in TRL; for the others it has a fused head.
+LOGITS = ("cpo", "orpo")
+DTYPES = ("bf16", "bf16-mixed", "fp16", "fp32")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
+REFERENCES = ("model", "adapter-off", "precomputed", "none")
+STRATEGIES = ("ddp", "fsdp2", "zero3")
+HEADS = ("trl", "fastpo")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """targets: names of linear layers, or "all-linear"."""
+
+    rank: int = 16
+    targets: tuple[str, ...] = ("all-linear",)
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """`r=16,targets=q_proj+v_proj`, each part optional."""
+        found = re.fullmatch(r"(?:r=)?(\d+)?,?(?:targets=([\w.+-]+))?", text)
+        if found is None or int(found[1] or 16) < 1:
+            raise ValueError(f"lora: expected r=16,targets=q_proj+v_proj, got {text!r}")
+        return cls(int(found[1] or 16), tuple((found[2] or "all-linear").split("+")))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One step. memory: bytes of a device; context: tokens of a row, prompt and answer;
+    batch: items of a device, pairs for DPO; prompt: its share of the context; checkpointing:
+    "none", "layers" or "offload"; reference: None for what the trainer does by itself.
+    """
+
+    model: str | Path
+    trainer: str = "dpo"
+    memory: int | None = None
+    dtype: str = "bf16"
+    device: str = "cuda"
+    context: int = 2048
+    batch: int = 1
+    prompt: float = 0.5
+    lora: Lora | None = None
+    optimizer: str = "adamw"
+    checkpointing: str = "none"
+    reference: str | None = None
+    budget: int | None = None
+    devices: int = 1
+    strategy: str = "ddp"
+    heads: tuple[str, ...] = field(default=HEADS)
+
+    def __post_init__(self) -> None:
+        choices: dict[str, tuple[Any, tuple[Any, ...]]] = {
+            "trainer": (self.trainer, tuple(TRAINERS)),
+            "dtype": (self.dtype, DTYPES),
+            "device": (self.device, ("cuda", "cpu")),
+            "optimizer": (self.optimizer, OPTIMIZERS),
+            "checkpointing": (self.checkpointing, ("none", "layers", "offload")),
+            "reference": (self.reference, (None, *REFERENCES)),
+            "strategy": (self.strategy, STRATEGIES),
+        }
+        for name, (got, known) in choices.items():
+            if got not in known:
+                expected = ", ".join(str(x) for x in known if x is not None)
+                raise ValueError(f"{name}: expected one of {expected}, got {got!r}")
+        least: Callable[[Any], bool] = lambda x: x >= 1  # noqa: E731
+        for name in ("context", "batch", "devices"):
+            check_integer(name, getattr(self, name), "an integer >= 1", least)
+        if self.context < 2:
+            raise ValueError(f"context: expected an integer >= 2, got {self.context}")
+        check_number("prompt", self.prompt, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        if self.reference == "adapter-off" and self.lora is None:
+            raise ValueError("reference: expected an adapter (lora) with adapter-off, got none")
+
+    @property
+    def rows(self) -> int:
+        return self.batch * TRAINERS[self.trainer][0]
+
+    @property
+    def scored(self) -> int:
+        """Positions of a row whose label counts."""
+        return max(1, self.context - 1 - int(self.context * self.prompt))
+
+    @property
+    def other(self) -> str:
+        """What is scored besides the policy: a model, the policy unadapted, or nothing."""
+        wanted = TRAINERS[self.trainer][1]
+        if wanted is None:
+            return self.reference or "none"
+        return self.reference or ("model" if self.lora is None else "adapter-off")

@@ -1,0 +1,127 @@
+"""The step a trainer takes: what is scored, by which head, and what becomes of it.
+
+The same code runs on fake tensors, where only bytes are counted, and on real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..integrations.heads import linear_head, logit_map
+from ..ops.linear_logps import linear_logps
+from .models import Models
+from .setting import LOGITS, Setting
+
+Enter = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass
+class Batch:
+    """ids, mask: [R, T]. rows: positions of [R·T] that are scored; labels: their words."""
+
+    ids: Tensor
+    mask: Tensor
+    rows: Tensor
+    labels: Tensor
+
+
+def batch_of(setting: Setting, vocab: int) -> Batch:
+    """Rows of one length; the last `scored` positions but the final one predict an answer."""
+    R, T = setting.rows, setting.context
+    ids = torch.randint(min(vocab, 1000), (R, T))
+    first = T - 1 - setting.scored
+    rows = (torch.arange(R).unsqueeze(1) * T + torch.arange(first, T - 1)).flatten()
+    return Batch(ids, torch.ones_like(ids), rows, ids[:, first + 1 :].flatten())
+
+
+@dataclass
+class Step:
+    """enter: marks what is under way: "reference", "forward", "backward", "optimizer"."""
+
+    setting: Setting
+    models: Models
+    head: str
+    optimizer: Any
+    enter: Enter
+
+    def run(self, batch: Batch) -> None:
+        with self.enter("reference"), self._autocast(), self.models.other() as other:
+            known = None if other is None else self._logps(other, batch, self.models.base)
+        with self.enter("forward"), self._autocast():
+            loss = self._loss(batch, known)
+        with self.enter("backward"):
+            loss.backward()
+        del loss, known
+        with self.enter("optimizer"):
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        mixed = self.setting.dtype == "bf16-mixed"
+        kind = self.models.base.device.type
+        return torch.autocast(kind, torch.bfloat16) if mixed else nullcontext()
+
+    def _loss(self, batch: Batch, known: Any) -> Tensor:
+        logps = self._logps(self.models.policy, batch, self.models.base)
+        ratio = logps if known is None else logps - known
+        return -F.logsigmoid(0.1 * ratio.view(self.setting.rows, -1).sum(1)).mean()
+
+    def _logps(self, model: Any, batch: Batch, base: Any) -> Tensor:
+        if self.head == "fastpo" or self.setting.trainer not in LOGITS:
+            own = model if model is not self.models.policy else base
+            hidden = _hidden(own, batch).flatten(0, 1).index_select(0, batch.rows)
+            score = _fastpo if self.head == "fastpo" else _trl_fused
+            return score(own, hidden, batch.labels, self.setting.budget)
+        logits = _as_accelerate(model(input_ids=batch.ids, attention_mask=batch.mask).logits)
+        return _of_logits(logits, batch)
+
+
+def _hidden(model: Any, batch: Batch) -> Tensor:  # [R, T, H]
+    found: Tensor = model.base_model(input_ids=batch.ids, attention_mask=batch.mask)[0]
+    return found
+
+
+def _fastpo(model: Any, hidden: Tensor, labels: Tensor, budget: int | None) -> Tensor:
+    head = linear_head(model)
+    softcap, scale = logit_map(model.config)
+    found = linear_logps(
+        hidden, head.weight, labels, bias=head.bias, softcap=softcap, logit_scale=scale,
+        budget=budget,
+    )  # fmt: skip
+    assert found.logps is not None
+    return found.logps
+
+
+def _trl_fused(model: Any, hidden: Tensor, labels: Tensor, budget: int | None) -> Tensor:
+    from trl.trainer import utils
+
+    head = linear_head(model)
+    softcap, scale = logit_map(model.config)
+    width = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    given = hidden, head.weight, head.bias, labels, 1.0, width, softcap, scale
+    logps: Tensor = utils._ChunkedLogProbFunction.apply(*given, ())[0]
+    return logps
+
+
+def _as_accelerate(logits: Tensor) -> Tensor:
+    """Outputs of a model under autocast leave accelerate as float32."""
+    return logits.float() if torch.is_autocast_enabled(logits.device.type) else logits
+
+
+def _of_logits(logits: Tensor, batch: Batch) -> Tensor:
+    """As CPO and ORPO read them: cross-entropy of the chosen half, log-probabilities of all."""
+    from trl.trainer.utils import selective_log_softmax
+
+    shifted, words = logits[:, :-1], batch.ids[:, 1:]
+    chosen = len(words) // 2
+    nll = F.cross_entropy(shifted[:chosen].flatten(0, 1), words[:chosen].flatten())
+    logps: Tensor = selective_log_softmax(shifted, words).flatten()
+    at = batch.rows - batch.rows // batch.ids.shape[1]  # a row is one position shorter here
+    return logps.index_select(0, at) + nll

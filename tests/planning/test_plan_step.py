@@ -1,0 +1,254 @@
+"""`fastpo plan`: what it tells is what a step holds, what it finds fits, what is wrong it names."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+pytest.importorskip("trl", minversion="1.15")
+pytest.importorskip("peft")
+
+import _tiny as tiny
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import Gemma3TextConfig, LlamaConfig
+
+import fastpo
+from fastpo import cli
+from fastpo.planning import fits
+from fastpo.planning.cards import CARDS, memory_of
+from fastpo.planning.estimate import Session
+from fastpo.planning.fits import Depths
+from fastpo.planning.live import Live
+from fastpo.planning.measure import measure
+from fastpo.planning.models import fake
+from fastpo.planning.setting import HEADS, Lora, Setting
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 3000,
+}
+LLAMA = LlamaConfig(**SIZES, num_hidden_layers=8)
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("model")
+    LLAMA.save_pretrained(made)
+    tiny.tokenizer().save_pretrained(made)
+    return made
+
+
+def test_what_is_alive_is_counted():
+    with Live() as live:
+        x = torch.ones(100)
+        with live.as_("gone"):
+            torch.ones(1000).add_(1).view(10, 100)
+        y = x.view(4, 25)[1:]
+        with live.as_("kept"):
+            z = y * 2
+    assert live.bytes["other"] == 400 and live.bytes["kept"] == z.numel() * 4
+    assert live.peak == 4400 and live.at_peak == {"other": 400, "gone": 4000}
+    assert live.now == 400 + z.numel() * 4
+    live.relabel([y], "moved")
+    live.shrink(x, 100)
+    del x, y
+    assert (live.bytes["other"], live.bytes["moved"]) == (0, 0)
+
+
+CONFIGS = {
+    "llama": (LLAMA, {}),
+    "lora": (LLAMA, {"lora": Lora()}),
+    "checkpointed": (LLAMA, {"checkpointing": "layers", "context": 96}),
+    "windows": (
+        Gemma3TextConfig(
+            **SIZES,
+            num_hidden_layers=11,
+            sliding_window=16,
+            layer_types=[("full_attention", "sliding_attention")[i % 2] for i in range(11)],
+        ),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_all_layers_from_a_few(name, head):
+    config, options = CONFIGS[name]
+    setting = Setting(name, dtype="bf16", batch=3, **{"context": 48, **options})
+    depths = Depths(setting, config, head)
+    assert len(depths.sessions) == 2
+    whole = Session(setting, config, head)
+    phases = whole.phases(setting)
+    found = depths.estimate()
+    assert found.phases == {phase: held.total() for phase, held in phases.items()}
+    assert sum(found.parts.values()) == found.peak
+
+
+MEASURED = {
+    "full": {},
+    "lora": {"lora": Lora(), "context": 200},
+    "checkpointed": {"checkpointing": "layers", "trainer": "sft", "batch": 4},
+    "adafactor": {"optimizer": "adafactor", "trainer": "kto", "batch": 4},
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_as_a_step_holds(name):
+    """Within 15 % of resident memory, or 10 MiB, the noise of a process."""
+    config = copy.deepcopy(LLAMA)
+    config.update({"vocab_size": 16_000, "hidden_size": 256, "num_hidden_layers": 3})
+    options = {"context": 128, "batch": 2, **MEASURED[name]}
+    setting = Setting(name, dtype="fp32", device="cpu", **options)
+    told = Depths(setting, config, "fastpo").estimate().peak
+    assert told > 50 * MIB
+    assert told == pytest.approx(measure(setting, config, "fastpo"), rel=0.15, abs=10 * MIB)
+
+
+def test_parts_are_what_they_are_called():
+    plan = fastpo.plan_step(LLAMA, dtype="bf16", context=32)
+    parts = plan.heads["fastpo"].estimate.parts
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=torch.bfloat16)
+    weights = sum(x.numel() * 2 for x in model.parameters())
+    buffers = sum(x.numel() * x.itemsize for x in model.buffers())
+    assert parts["weights"] == weights + buffers
+    assert parts["optimizer"] >= 2 * weights
+    assert parts["device"] > 500 * MIB
+    lora = fastpo.plan_step(LLAMA, dtype="bf16", context=32, lora="r=8").heads["fastpo"].estimate
+    assert lora.parts["optimizer"] < weights // 2 and lora.parts["reference"] == 0
+
+
+def test_less_where_less_is_kept():
+    def peak(head="fastpo", **options):
+        setting = Setting("llama", **{"dtype": "bf16", "context": 256, "batch": 4, **options})
+        return Depths(setting, LLAMA, head).estimate().peak
+
+    forward = {
+        kind: Depths(Setting("llama", context=512, batch=4, checkpointing=kind), LLAMA, "fastpo")
+        for kind in ("offload", "layers", "none")
+    }
+    held = [depths.estimate().phases["forward"] for depths in forward.values()]
+    assert held == sorted(held) and len({*held}) == 3
+    assert peak(reference="precomputed") < peak()
+    assert peak(optimizer="adamw8bit") <= peak()
+    for trainer in ("cpo", "orpo"):
+        assert peak(trainer=trainer) < peak("trl", trainer=trainer)
+
+
+def test_tied_weights_are_one():
+    with torch.device("meta"):
+        config = LlamaConfig(**SIZES, num_hidden_layers=1, tie_word_embeddings=True)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    fake(model, "cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert {x.device.type for x in (*model.parameters(), *model.buffers())} == {"cpu"}
+
+
+@given(
+    fixed=st.integers(0, 10**6), linear=st.integers(1, 10**4), bend=st.integers(0, 50),
+    limit=st.integers(0, 10**7), start=st.integers(1, 4096),
+)  # fmt: skip
+def test_the_largest_that_fits(fixed, linear, bend, limit, start):
+    asked = []
+
+    def peak(count):
+        asked.append(count)
+        return fixed + linear * count + bend * count**2
+
+    most = 4096
+    found = fits._search(peak, limit, start, most)
+    assert len(asked) < 40
+    assert 0 <= found <= most and (found == 0 or peak(found) <= limit)
+    beyond = max(found + 1, int(found * 1.02) + 1)
+    assert beyond > most or peak(beyond) > limit
+
+
+def test_more_memory_fits_more():
+    shallow = copy.deepcopy(LLAMA)
+    shallow.num_hidden_layers = 2
+    sizes = {}
+    for head in HEADS:
+        setting = Setting("llama", dtype="bf16", context=64, trainer="orpo")
+        depths = Depths(setting, shallow, head)
+        for what in ("context", "batch"):
+            for memory in (590 * MIB, 650 * MIB):
+                found = depths.largest(what, memory)
+                assert found.peak <= memory
+                sizes[head, what, memory] = getattr(found.setting, what)
+            assert sizes[head, what, 650 * MIB] > sizes[head, what, 590 * MIB]
+            assert sizes[head, what, memory] >= sizes["trl", what, memory]
+        assert depths.largest("batch", 100 * MIB) is None
+
+
+WRONG = {
+    "no model": (["--model", "nowhere"], "model: expected a folder or a config.json, got"),
+    "none": ([], "--model: expected a folder"),
+    "gpu": (["--gpu", "h1000"], "gpu: expected a size as 80GiB or one of b200, "),
+    "trainer": (["--trainer", "ppo"], "trainer: expected one of dpo, "),
+    "dtype": (["--dtype", "int8"], "dtype: expected one of bf16, "),
+    "optimizer": (["--optimizer", "lion"], "optimizer: expected one of adamw, "),
+    "context": (["--context", "1"], "context: expected an integer >= 2, got 1"),
+    "batch": (["--batch", "0"], "batch: expected an integer >= 1, got 0"),
+    "prompt": (["--prompt", "1"], "prompt: expected a number in [0, 1), got 1"),
+    "lora": (["--lora", "rank=16"], "lora: expected r=16,targets=q_proj+v_proj, got"),
+    "targets": (["--lora", "targets=nothing"], "lora: "),
+    "adapter": (["--reference", "adapter-off"], "reference: expected an adapter"),
+    "data": (["--data", "nowhere.jsonl"], "data: expected a readable file, got nowhere.jsonl"),
+    "picture": (["--plot", "nowhere/x.png"], "plot: expected a picture's path"),
+    "budget": (["--budget", "-1"], "budget: expected"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_named(name, folder, capsys):
+    given, message = WRONG[name]
+    model = [] if name == "none" or "--model" in given else ["--model", str(folder)]
+    assert cli.main(["plan", *model, "--context", "64", *given]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_config_with_code_of_its_own(tmp_path, capsys):
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit(77)")
+    assert cli.main(["plan", "--model", str(tmp_path)]) == 2
+    assert "model: expected a config transformers knows" in capsys.readouterr().err
+
+
+def test_the_command(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fits, "MOST", {"context": 128, "batch": 2})
+    names = ("prompt", "chosen", "rejected")
+    rows = [{name: row[name] for name in names} for row in tiny.preferences()]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    picture, report = tmp_path / "plan.png", tmp_path / "plan.json"
+    given = ["--model", str(folder), "--gpu", "620MiB", "--data", str(data)]
+    given += ["--plot", str(picture), "--json", str(report), "--gradient-checkpointing"]
+    assert cli.main(["plan", *given]) == 0
+    said = capsys.readouterr().out
+    assert "longest context that fits" in said and "fits into 0.6 GiB with fastpo" in said
+    assert "DPOConfig(max_length=" in said and "gradient_checkpointing=True" in said
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(report.read_text())
+    assert found["fits"] is True and found["lengths"]["rows"] == 2 * len(rows)
+    assert found["setting"]["context"] == found["lengths"]["context"]
+    assert sum(found["heads"]["fastpo"]["parts"].values()) == found["heads"]["fastpo"]["bytes"]
+    assert cli.main(["plan", "--model", str(folder), "--gpu", "8MiB", "--no-search"]) == 1
+    assert "does not fit into" in capsys.readouterr().out
+
+
+def test_cards():
+    assert memory_of("H100") == int(CARDS["h100"] * 2**30) and memory_of("rtx-4090") > 23 * 2**30
+    assert memory_of("80GiB") == memory_of("80g") == 80 * 2**30
+    assert memory_of("1.5 TiB") == int(1.5 * 2**40)
