@@ -82,6 +82,16 @@ WHATS: dict[str, dict[str, Any]] = {
     "shared": _MACHINE
     | {"model": {"name": TEXT, "parameters": NUMBER}, "clock": TEXT, "checkpointing": FLAG}
     | {"rows": [_shared_row], "fits": [_FIT]},
+    "real model": {
+        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        "model": TEXT,
+        "errors": [
+            {"dtype": TEXT, "head": TEXT, "tokens": COUNT} | dict.fromkeys(("max", "mean"), NUMBER)
+        ],
+        "drift_from_float32": [
+            {"dtype": TEXT, "head": TEXT} | dict.fromkeys(("largest", "mean"), NUMBER)
+        ],
+    },
     "sweep": {},  # neither drawn nor in a table
     "primitives": _MACHINE
     | {**dict.fromkeys("NVHk", COUNT), "logits_mib": NUMBER, "rows": [_PRIMITIVE]},
