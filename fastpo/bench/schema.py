@@ -82,6 +82,11 @@ WHATS: dict[str, dict[str, Any]] = {
     "shared": _MACHINE
     | {"model": {"name": TEXT, "parameters": NUMBER}, "clock": TEXT, "checkpointing": FLAG}
     | {"rows": [_shared_row], "fits": [_FIT]},
+    "sweep": {},  # neither drawn nor in a table
+    "primitives": _MACHINE
+    | {**dict.fromkeys("NVHk", COUNT), "logits_mib": NUMBER, "rows": [_PRIMITIVE]},
+    "trainers": _MACHINE
+    | {**dict.fromkeys("VTH", COUNT), "rows": [{"trainer": TEXT, "patched": FLAG} | _MEASURED]},
     "real model": {
         **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
         "model": TEXT,
@@ -92,11 +97,6 @@ WHATS: dict[str, dict[str, Any]] = {
             {"dtype": TEXT, "head": TEXT} | dict.fromkeys(("largest", "mean"), NUMBER)
         ],
     },
-    "sweep": {},  # neither drawn nor in a table
-    "primitives": _MACHINE
-    | {**dict.fromkeys("NVHk", COUNT), "logits_mib": NUMBER, "rows": [_PRIMITIVE]},
-    "trainers": _MACHINE
-    | {**dict.fromkeys("VTH", COUNT), "rows": [{"trainer": TEXT, "patched": FLAG} | _MEASURED]},
 }
 
 

@@ -453,7 +453,11 @@ def test_an_error_that_is_not_finite_is_in_the_table():
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ([], "what: expected head, step, shared, sweep, primitives, trainers of fastpo bench"),
+        (
+            [],
+            "what: expected head, step, shared, sweep, primitives, trainers, real model of "
+            "fastpo bench",
+        ),
         (HEAD | {"rows": {}}, "rows: expected a list, got an object"),
         (HEAD | {"rows": [None]}, "rows[0]: expected an object, got null"),
         (HEAD | {"rows": [{"tokens": 0}]}, "rows[0].tokens: expected an integer of 1 to 1e15, got"),
