@@ -160,7 +160,7 @@ def _fits(report: Report) -> Iterator[str]:
         yield ""
     for of, what in {"length": "Longest context", "pairs": "Biggest batch"}.items():
         fits = [fit for fit in report["fits"] if fit["of"] == of]
-        if fits:
+        if any(fit["largest"] for fit in fits):  # else the models alone are larger than the limit
             found = ", ".join(f"{f['variant']} {f['largest']:,}{_more(f)}" for f in fits)
             other = "pairs" if of == "length" else "length"
             at = f" at {fits[0]['texts']}, {other} {fits[0][other]}," if "texts" in fits[0] else ""
