@@ -156,7 +156,7 @@ def _step(report: Report) -> Iterator[str]:
 
 
 def _fits(report: Report) -> Iterator[str]:
-    if report["fits"]:
+    if any(fit["largest"] for fit in report["fits"]):
         yield ""
     for of, what in {"length": "Longest context", "pairs": "Biggest batch"}.items():
         fits = [fit for fit in report["fits"] if fit["of"] == of]
