@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .names import DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS
+
 # argument of `plan_step`: what the help says of it; the others are below.
 _CHOICES = {
-    "--trainer": ("dpo, kto, sft, cpo, orpo, grpo, rloo", "default: dpo"),
-    "--dtype": ("bf16, bf16-mixed, fp16, fp32", "of weights; mixed: float32; default: bf16"),
-    "--optimizer": ("adamw, adamw8bit, adafactor, sgd", "default: adamw"),
-    "--reference": ("model, adapter-off, precomputed, none", "default: the trainer's own"),
-    "--strategy": ("ddp, fsdp2, zero3", "default: ddp"),
+    "--trainer": (TRAINERS, "default: dpo"),
+    "--dtype": (DTYPES, "of weights; mixed: float32; default: bf16"),
+    "--optimizer": (OPTIMIZERS, "default: adamw"),
+    "--reference": (REFERENCES, "default: the trainer's own"),
+    "--strategy": (STRATEGIES, "default: ddp"),
 }
 
 
@@ -32,7 +34,7 @@ def add(commands: Any) -> None:
     option = plan.add_argument
     option("--model", metavar="PATH", help="folder or config.json; nothing is downloaded")
     for name, (choices, text) in _CHOICES.items():
-        option(name, metavar="NAME", help=f"{choices}; {text}")
+        option(name, metavar="NAME", help=f"{', '.join(choices)}; {text}")
     option("--gpu", metavar="CARD", help="h100, a100, 4090, …, or a size as 80GiB")
     option("--device", metavar="NAME", help="cuda or cpu; default: cuda")
     option("--context", type=int, metavar="T", help="prompt and answer; default: 2048")

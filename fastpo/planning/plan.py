@@ -13,7 +13,8 @@ from .data import Lengths, read_lengths
 from .estimate import Estimate
 from .fits import Depths
 from .models import read_config
-from .setting import LOGITS, Lora, Setting
+from .names import LOGITS
+from .setting import Lora, Setting
 
 
 @dataclass(frozen=True)

@@ -9,23 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..ops.walks.checks import check_integer, check_number
+from .names import DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS
 
-# name: rows of a batch for each of its items, and what of it is scored besides the policy.
-TRAINERS = {
-    "dpo": (2, "reference"),
-    "kto": (1, "reference"),
-    "sft": (1, None),
-    "cpo": (2, None),
-    "orpo": (2, None),
-    "grpo": (1, None),
-    "rloo": (1, "reference"),
-}
-# These build the logits of all positions in TRL; for the others it has a fused head.
-LOGITS = ("cpo", "orpo")
-DTYPES = ("bf16", "bf16-mixed", "fp16", "fp32")
-OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
-REFERENCES = ("model", "adapter-off", "precomputed", "none")
-STRATEGIES = ("ddp", "fsdp2", "zero3")
 HEADS = ("trl", "fastpo")
 
 

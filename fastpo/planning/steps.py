@@ -17,7 +17,8 @@ from torch import Tensor
 from ..integrations.heads import linear_head, logit_map
 from ..ops.linear_logps import linear_logps
 from .models import Models
-from .setting import LOGITS, Setting
+from .names import LOGITS
+from .setting import Setting
 
 Enter = Callable[[str], AbstractContextManager[Any]]
 

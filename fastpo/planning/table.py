@@ -11,7 +11,7 @@ _GIB = 2**30
 _NAMES = {
     "device": "driver, allocator, buckets",
     "optimizer": "optimizer states",
-    "reference": "reference or teacher",
+    "reference": "reference model",
 }
 
 
