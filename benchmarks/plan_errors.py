@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers as T
 
-from fastpo.bench import machine
+from fastpo.bench import machine, readme
 from fastpo.planning.fits import Depths
 from fastpo.planning.measure import measure
 from fastpo.planning.setting import HEADS, Lora, Setting
@@ -25,7 +25,6 @@ from fastpo.planning.setting import HEADS, Lora, Setting
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "benchmarks" / "results" / "plan_errors.json"
 PAGE = ROOT / "docs" / "planning.md"
-BEGIN, END = "<!-- plan errors -->", "<!-- end of plan errors -->"
 SIZES = {
     "hidden_size": 384,
     "intermediate_size": 1024,
@@ -67,39 +66,6 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def table(report: dict[str, Any]) -> str:
-    """A row for each model; told, and how far that is from what was held."""
-    columns = [(way, head) for way in WAYS for head in HEADS]
-    lines = [
-        "| model | " + " | ".join(f"{way}, {head}" for way, head in columns) + " |",
-        "| --- |" + " --- |" * len(columns),
-    ]
-    by_case = {(x["model"], x["way"], x["head"]): x for x in report["rows"]}
-    for model in dict.fromkeys(x["model"] for x in report["rows"]):
-        cells = [_cell(by_case[(model, *column)]) for column in columns]
-        lines.append(f"| {model} | " + " | ".join(cells) + " |")
-    errors = [abs(x["told"] / x["held"] - 1) for x in report["rows"]]
-    lines += [
-        "",
-        f"MiB told, and how much more or less than was held; {len(errors)} cases, "
-        f"{sum(errors) / len(errors):.1%} off on average, at most {max(errors):.1%}; on one core "
-        f"of an {report['device']}, torch {report['versions']['torch']}, "
-        f"`benchmarks/results/plan_errors.json`, {report['created'][:10]}.",
-    ]
-    return "\n".join(lines)
-
-
-def _cell(row: dict[str, Any]) -> str:
-    return f"{row['told'] / 2**20:,.0f} ({row['told'] / row['held'] - 1:+.0%})"
-
-
-def write(report: dict[str, Any]) -> None:
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    after = rest.split(END)[1]
-    text = f"{before}{BEGIN}\n{table(report)}\n{END}{after}"
-    PAGE.write_text(text, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
@@ -108,7 +74,7 @@ def main() -> None:
     torch.set_num_threads(1)
     report = machine.facts("cpu") | {"what": "plan errors", "rows": rows()}
     options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    write(report)
+    readme.rewrite(PAGE, write=True)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ def render(report: Report, name: str) -> str:
         "primitives": _primitives,
         "trainers": _trainers,
         "real model": _real_model,
+        "plan errors": _plan_errors,
     }
     if report["what"] not in parts:
         raise BenchError(f"{name}: expected a report of {', '.join(parts)}, got {report['what']}")
@@ -277,3 +278,24 @@ def _real_model(report: Report) -> Iterator[str]:
         other = drift.get((row["dtype"], row["head"]))
         cells += ["", ""] if other is None else [f"{other[x]:.1e}" for x in ("largest", "mean")]
         yield f"| {row['head']}, {row['dtype']} | {' | '.join(cells)} |"
+
+
+def _plan_errors(report: Report) -> Iterator[str]:
+    """A row for each model; told, and how far that is from what was held."""
+    cells = {
+        (row["model"], f"{row['way']}, {row['head']}"): (
+            f"{row['told'] / 2**20:,.0f} ({row['told'] / row['held'] - 1:+.0%})"
+        )
+        for row in report["rows"]
+    }
+    models, columns = (dict.fromkeys(key[i] for key in cells) for i in range(2))
+    yield f"| model | {' | '.join(columns)} |"
+    yield "| --- |" + " --- |" * len(columns)
+    for model in models:
+        yield f"| {model} | {' | '.join(cells.get((model, x), '–') for x in columns)} |"
+    yield ""
+    errors = [abs(row["told"] / row["held"] - 1) for row in report["rows"]]
+    yield (
+        f"MiB told, and how much more or less than was held, {_machine(report)}: {len(errors)} "
+        f"cases, {sum(errors) / len(errors):.1%} off on average, at most {max(errors):.1%}."
+    )

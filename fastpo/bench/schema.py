@@ -97,6 +97,13 @@ WHATS: dict[str, dict[str, Any]] = {
             {"dtype": TEXT, "head": TEXT} | dict.fromkeys(("largest", "mean"), NUMBER)
         ],
     },
+    "plan errors": {
+        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        "rows": [
+            dict.fromkeys(("model", "way", "head"), TEXT)
+            | dict.fromkeys(("told", "held"), POSITIVE)
+        ],
+    },
 }
 
 

@@ -455,8 +455,8 @@ def test_an_error_that_is_not_finite_is_in_the_table():
     [
         (
             [],
-            "what: expected head, step, shared, sweep, primitives, trainers, real model of "
-            "fastpo bench",
+            "what: expected head, step, shared, sweep, primitives, trainers, real model, "
+            "plan errors of fastpo bench",
         ),
         (HEAD | {"rows": {}}, "rows: expected a list, got an object"),
         (HEAD | {"rows": [None]}, "rows[0]: expected an object, got null"),
