@@ -42,6 +42,10 @@ def test_example_from_hidden_states_to_gradients():
     torch.testing.assert_close(lm_head.weight.grad.double(), weight.grad, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("page", [README, README.parent / "docs" / "drop-in.md"], ids=str)
+DOCS = sorted(README.parent.joinpath("docs").glob("*.md"))
+PAGES = [README, *(page for page in DOCS if "<!-- bench: " in page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_stand_as_their_reports_give_them(page):
     assert rewrite(page, write=False) == []
