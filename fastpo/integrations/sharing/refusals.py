@@ -87,7 +87,7 @@ def check_call(inputs: dict[str, Any]) -> None:
             _check_positions(value, ids)
         elif (
             (name in _HARMLESS and not any(value is allowed for allowed in _HARMLESS[name]))
-            or isinstance(value, Tensor)
+            or (isinstance(value, Tensor) and value.ndim)  # a single number is of no token
             or name.startswith("cu_seq")
         ):
             raise Refused(f"{name} is given")

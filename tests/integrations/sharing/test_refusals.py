@@ -149,6 +149,17 @@ def test_calls(name, caplog):
     assert_as_before(llama, call, why, caplog)
 
 
+def test_a_number_of_the_batch_is_no_reason():
+    """Trainers pass how many tokens count, and models pass it on."""
+    labels = _batches.scored(*plain().values())
+    given = {**plain(), "labels": labels, "num_items_in_batch": torch.tensor(7)}
+    expected = llama()(**given).loss
+    model = llama()
+    with shared_prompts(model, always=True) as handle:
+        torch.testing.assert_close(model(**given).loss, expected)
+    assert handle.tokens.saved > 0.3
+
+
 @pytest.mark.parametrize(("name", "value"), [("output_attentions", True), ("return_dict", False)])
 def test_configs(name, value, caplog):
     def make():
