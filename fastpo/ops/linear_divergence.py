@@ -34,6 +34,7 @@ from .walks.divergence import DivergenceSpec
 from .walks.head import HeadSpec
 from .walks.mixture import Operands
 from .walks.picked import picked_products
+from .walks.saving import stays
 
 _LEFT_OUT = -100
 _OUTPUTS = ("divergence", "entropy")
@@ -126,10 +127,10 @@ def linear_divergence(
         *(hidden.reshape(-1, hidden.shape[-1]), weight, bias),
         *(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias),
     )
-    trained = any(x is not None and x.requires_grad for x in tensors)
-    kept = budget if trained and torch.is_grad_enabled() else 0
-    spec = DivergenceSpec(head, maps, dtypes, rule, tuple(outputs), kept)
-    found = _Divergence.apply(labels.flatten(), spec, *tensors)
+    trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    spec = DivergenceSpec(head, maps, dtypes, rule, tuple(outputs), budget if trained else 0)
+    with stays():
+        found = _Divergence.apply(labels.flatten(), spec, *tensors)
     named = dict(zip(_OUTPUTS, found, strict=True))
     return DivergenceStats(**{name: named[name].view(labels.shape) for name in outputs})
 

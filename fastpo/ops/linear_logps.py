@@ -18,6 +18,7 @@ from .walks import forward as driver
 from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype
 from .walks.derivatives import check_plain, first_derivatives, refused
 from .walks.lending import Loan
+from .walks.saving import stays
 
 
 class TokenStats(NamedTuple):
@@ -86,24 +87,25 @@ def linear_logps(
         raise ValueError(f"backend: expected a name or None, got {backend!r}")
     grad = torch.is_grad_enabled()
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
-    results = _forward_op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        labels.reshape(-1),
-        float(temperature),
-        None if softcap is None else float(softcap),
-        float(logit_scale),
-        ignore_index,
-        ",".join(name for name in OUTPUTS if name in outputs or name == "logps"),
-        compute_dtype(hidden),
-        backend,
-        grad and hidden.requires_grad,
-        grad and head_grad,
-        budget,
-        # A compiled operator may not return memory of an argument.
-        weight.requires_grad and not torch.compiler.is_compiling(),
-    )
+    with stays():
+        results = _forward_op(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            labels.reshape(-1),
+            float(temperature),
+            None if softcap is None else float(softcap),
+            float(logit_scale),
+            ignore_index,
+            ",".join(name for name in OUTPUTS if name in outputs or name == "logps"),
+            compute_dtype(hidden),
+            backend,
+            grad and hidden.requires_grad,
+            grad and head_grad,
+            budget,
+            # A compiled operator may not return memory of an argument.
+            weight.requires_grad and not torch.compiler.is_compiling(),
+        )
     fields = dict(zip(driver.Forward._fields, results, strict=True))
     return TokenStats(**{name: fields[name].view(labels.shape) for name in outputs})
 

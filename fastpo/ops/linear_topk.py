@@ -22,6 +22,7 @@ from .walks.checks import (
 )
 from .walks.derivatives import check_plain, first_derivatives
 from .walks.head import Forward, HeadSpec
+from .walks.saving import stays
 
 _LEFT_OUT = -100
 
@@ -120,14 +121,15 @@ def linear_topk(
         head_grad=any_grad,  # what a frozen head keeps is the same
         budget=0 if budget is None and not head_grad else budget,
     )
-    values, ids, lse = _LinearTopK.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        labels.view(-1) if mask is None else torch.where(mask.reshape(-1), 0, _LEFT_OUT),
-        None if exclude is None else exclude.reshape(-1),
-        walk.TopKSpec(k, head),
-    )
+    with stays():
+        values, ids, lse = _LinearTopK.apply(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weight,
+            bias,
+            labels.view(-1) if mask is None else torch.where(mask.reshape(-1), 0, _LEFT_OUT),
+            None if exclude is None else exclude.reshape(-1),
+            walk.TopKSpec(k, head),
+        )
     return TopK(values.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))
 
 

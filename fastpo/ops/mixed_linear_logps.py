@@ -22,6 +22,7 @@ from .walks.checks import (
 )
 from .walks.derivatives import check_plain, first_derivatives
 from .walks.head import Forward, HeadSpec
+from .walks.saving import stays
 
 
 def mixed_linear_logps(
@@ -80,14 +81,10 @@ def mixed_linear_logps(
         ),
         dtypes=tuple(map(compute_dtype, hiddens)),
     )
-    results = _MixedLinearLogps.apply(
-        labels.reshape(-1),
-        _weights_of_heads(coefficients, heads, labels),
-        spec,
-        *(hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens),
-        *weights,
-        *biases,
-    )
+    own = _weights_of_heads(coefficients, heads, labels)
+    rows = (hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens)
+    with stays():
+        results = _MixedLinearLogps.apply(labels.reshape(-1), own, spec, *rows, *weights, *biases)
     fields = dict(zip(OUTPUTS, results, strict=True))
     return TokenStats(**{name: fields[name].view(labels.shape) for name in outputs})
 

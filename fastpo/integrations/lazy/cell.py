@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .promise import Promise, saving_hooks
+from ...ops.walks.saving import saving_hooks
+from .promise import Promise
 
 _log = logging.getLogger(__name__)
 told: set[str] = set()

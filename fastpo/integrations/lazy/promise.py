@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...ops.linear_logps import TokenStats
 from ...ops.shards.gathered import HeadOptions, score
+from ...ops.walks.saving import checkpointed
 from ..adapter import is_adapter, operands
 
 OWN = HeadOptions()
@@ -263,7 +264,7 @@ class Promise:
         """
         reading = self.inner, self.capped, self.outer, torch.is_grad_enabled()
         known = self.base.known
-        if _checkpointed() or known.reading != reading:
+        if checkpointed() or known.reading != reading:
             return Known.of(self.base.hidden, reading)
         return known
 
@@ -302,16 +303,6 @@ class Promise:
         x = x.to(self.dtype)
         x = (x.tanh() * self.outer if self.capped else x).view(self.shape)
         return self.sign * x.log_softmax(-1) if self.normalized else x
-
-
-def saving_hooks() -> Any:
-    """The pair of hooks that tensors saved now go through, or None."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _checkpointed() -> bool:
-    hooks = saving_hooks()
-    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
 
 
 def _exact(logits: Promise) -> Any:

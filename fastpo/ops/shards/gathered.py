@@ -20,6 +20,7 @@ from ..walks import forward as driver
 from ..walks.checks import OUTPUTS, check_flag, check_options, check_tensors, compute_dtype
 from ..walks.derivatives import check_plain, first_derivatives
 from ..walks.lending import Loan
+from ..walks.saving import stays
 from ..walks.vocab_shard import VocabShard
 
 # Held while d weight is added to a gradient: of two threads one would lose its sums.
@@ -130,9 +131,9 @@ def score(
             down, up = adapter
             hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
         spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad), weight)
-        results = _GatheredHead.apply(
-            hidden, weight, bias, up, labels, _Call(options.name, spec, gather, options.accumulate)
-        )
+        call = _Call(options.name, spec, gather, options.accumulate)
+        with stays():
+            results = _GatheredHead.apply(hidden, weight, bias, up, labels, call)
     return TokenStats(**dict(zip(OUTPUTS, results, strict=True)))
 
 

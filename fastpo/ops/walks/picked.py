@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .derivatives import check_plain, first_derivatives
+from .saving import stays
 
 _CELLS = 4 * 2**20  # elements of the rows gathered at once
 
@@ -19,7 +20,8 @@ def picked_products(
     ids: Tensor,  # [N, K] int64 in [0, V)
 ) -> Tensor:  # [N, K] float32
     """<hidden_n, weight[ids_nk]>, with gradient into both, accumulated in float32."""
-    found: Tensor = _Picked.apply(hidden, weight, ids)
+    with stays():
+        found: Tensor = _Picked.apply(hidden, weight, ids)
     return found
 
 

@@ -1,0 +1,42 @@
+"""What a head saves for its backward, where hooks would carry it elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+
+
+def saving_hooks() -> Any:
+    """The pair of hooks that tensors saved now go through, or None."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def checkpointed() -> bool:
+    hooks = saving_hooks()
+    return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"
+
+
+def stays() -> AbstractContextManager[None]:
+    """What is saved inside stays on its device, as if there were no hooks.
+
+    Hooks that offload activations would send up to 4·V·H bytes of probabilities, and the weight,
+    to the host and back, which takes longer than to compute them: the budget says how much may
+    stay. Those of a checkpoint count what is saved, and drop it. In a graph that is compiled
+    nothing is known of hooks.
+    """
+    if torch.compiler.is_compiling() or saving_hooks() is None or checkpointed():
+        return nullcontext()
+    return _unseen()
+
+
+@contextmanager
+def _unseen() -> Iterator[None]:
+    # Not hooks that do nothing: behind hooks PyTorch sees no change in place of what was saved.
+    before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_set_tracing(before)
