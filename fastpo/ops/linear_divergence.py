@@ -97,7 +97,7 @@ def linear_divergence(
     labels = _labels(hidden, mask)
     check_tensors(hidden, weight, labels, bias)
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias, labels)
-    rule = _rule(kind, beta, alpha)
+    _rule(kind, beta, alpha)
     check_names("outputs", outputs, _OUTPUTS)
     check_flag("teacher_grad", teacher_grad)
     tempered = temperature if teacher_temperature is None else teacher_temperature
@@ -106,64 +106,130 @@ def linear_divergence(
     if not teacher_grad:
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
         teacher_bias = None if teacher_bias is None else teacher_bias.detach()
-    head = HeadSpec(
-        logit_map=R.LogitMap(),
-        ignore_index=None if mask is None else _LEFT_OUT,
-        outputs=("logps",),
-        compute_dtype=torch.float32,
-        backend=registry.choose(backend, hidden.device),
-        hidden_grad=False,
-        head_grad=False,
-        budget=0,
-    )
-    maps = (
-        R.LogitMap(float(temperature), softcap and float(softcap), float(logit_scale)),
-        R.LogitMap(
-            float(tempered), teacher_softcap and float(teacher_softcap), float(teacher_logit_scale)
-        ),
-    )
-    dtypes = (compute_dtype(hidden), compute_dtype(teacher_hidden))
     tensors = (
         *(hidden.reshape(-1, hidden.shape[-1]), weight, bias),
         *(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias),
     )
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    spec = DivergenceSpec(head, maps, dtypes, rule, tuple(outputs), budget if trained else 0)
+    options = (
+        *(float(temperature), softcap and float(softcap), float(logit_scale)),
+        *(float(tempered), teacher_softcap and float(teacher_softcap), float(teacher_logit_scale)),
+        *(kind, float(beta), float(alpha)),
+        *(None if mask is None else _LEFT_OUT, ",".join(outputs)),
+        *(compute_dtype(hidden), compute_dtype(teacher_hidden)),
+        *(registry.choose(backend, hidden.device), budget if trained else 0),
+    )
     with stays():
-        found = _Divergence.apply(labels.flatten(), spec, *tensors)
+        found = _Divergence.apply(labels.flatten(), options, *tensors)
     named = dict(zip(_OUTPUTS, found, strict=True))
     return DivergenceStats(**{name: named[name].view(labels.shape) for name in outputs})
 
 
+# torch's custom operators take tensors and plain values only.
+_SCHEMA = (
+    "float temperature, float? softcap, float logit_scale, float teacher_temperature, "
+    "float? teacher_softcap, float teacher_logit_scale, str kind, float beta, float alpha, "
+    "int? ignore_index, str outputs, ScalarType dtype, ScalarType teacher_dtype, str backend, "
+    "int? budget"
+)
+
+
+def _spec(
+    *options: Any,  # as the schema has them
+) -> DivergenceSpec:
+    kind, beta, alpha, ignore_index, outputs, dtype, teacher_dtype, backend, budget = options[6:]
+    head = HeadSpec(
+        logit_map=R.LogitMap(),
+        ignore_index=ignore_index,
+        outputs=("logps",),
+        compute_dtype=torch.float32,
+        backend=backend,
+        hidden_grad=False,
+        head_grad=False,
+        budget=0,
+    )
+    maps = R.LogitMap(*options[:3]), R.LogitMap(*options[3:6])
+    rule = _rule(kind, beta, alpha)
+    dtypes = (dtype, teacher_dtype)
+    return DivergenceSpec(head, maps, dtypes, rule, tuple(outputs.split(",")), budget)
+
+
+def _forward(labels: Tensor, tensors: Any, *options: Any) -> tuple[Tensor, ...]:
+    return tuple(walk.forward(_operands(tensors), labels, _spec(*options)))
+
+
+_forward_op = torch.library.custom_op(
+    "fastpo::linear_divergence",
+    _forward,
+    mutates_args=(),
+    schema=f"(Tensor labels, Tensor?[] tensors, {_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_forward_op.register_fake
+def _(labels: Tensor, tensors: Any, *options: Any) -> tuple[Tensor, ...]:
+    return tuple(walk.fake_forward(_operands(tensors), labels, _spec(*options)))
+
+
+def _backward(
+    grad: Tensor, labels: Tensor, saved: Any, tensors: Any, needs: Any, *options: Any
+) -> list[Tensor]:
+    """Of each tensor, empty where it needs none."""
+    operands, (constants, totals, kept) = _operands(tensors), saved
+    sides, spec = (needs[:3], needs[3:]), _spec(*options)
+    found = walk.backward(grad, operands, labels, constants, totals, kept, spec, sides)
+    grads: list[Tensor] = []
+    for side, own in zip(found, operands, strict=True):
+        bias = side.bias if side.bias is None or own.bias is None else side.bias.to(own.bias.dtype)
+        grads += [grad.new_empty(0) if x is None else x for x in (side.hidden, side.weight, bias)]
+    return grads
+
+
+_backward_op = torch.library.custom_op(
+    "fastpo::linear_divergence_backward",
+    _backward,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor labels, Tensor[] saved, Tensor?[] tensors, bool[] needs, "
+    f"{_SCHEMA}) -> Tensor[]",
+)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, labels: Any, saved: Any, tensors: Any, needs: Any, *_: Any) -> list[Tensor]:
+    pairs = zip(tensors, needs, strict=True)
+    return [torch.empty_like(x) if need else grad.new_empty(0) for x, need in pairs]
+
+
+def _traced(labels: Tensor) -> bool:
+    """Then it is one operator of the graph, or of tensors that hold nothing."""
+    return torch.compiler.is_compiling() or type(labels) is not Tensor
+
+
 class _Divergence(torch.autograd.Function):
-    """Of labels, spec, then hidden, weight and bias of student and teacher."""
+    """Of labels, options, then hidden, weight and bias of student and teacher."""
 
     @staticmethod
     def forward(
-        ctx: Any, labels: Tensor, spec: DivergenceSpec, *tensors: Tensor | None
+        ctx: Any, labels: Tensor, options: tuple, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        saved = walk.forward(_operands(tensors), labels, spec)
-        ctx.save_for_backward(labels, saved.constants, saved.totals, saved.kept, *tensors)
-        ctx.spec = spec
-        ctx.mark_non_differentiable(saved.entropy)
-        return saved.divergence, saved.entropy
+        run = _forward_op if _traced(labels) else _forward
+        divergence, entropy, *saved = run(labels, tensors, *options)
+        ctx.save_for_backward(labels, *saved, *tensors)
+        ctx.options = options
+        ctx.mark_non_differentiable(entropy)
+        return divergence, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         check_plain("linear_divergence", (grad,))
-        labels, constants, totals, kept, *tensors = ctx.saved_tensors
-        operands = _operands(tensors)
-        wanted = ctx.needs_input_grad[2:]
-        needs = (wanted[:3], wanted[3:])
-        found = walk.backward(grad, operands, labels, constants, totals, kept, ctx.spec, needs)
-        grads: list[Tensor | None] = []
-        for side, own in zip(found, operands, strict=True):
-            dbias = side.bias
-            if dbias is not None and own.bias is not None:
-                dbias = dbias.to(own.bias.dtype)
-            grads += [side.hidden, side.weight, dbias]
-        sources = (grad, *tensors)
-        return None, None, *first_derivatives("linear_divergence", tuple(grads), sources)
+        labels, *saved = ctx.saved_tensors
+        saved, tensors = saved[:3], saved[3:]
+        needs = ctx.needs_input_grad[2:]
+        run = _backward_op if _traced(labels) else _backward
+        found = run(grad, labels, saved, tensors, needs, *ctx.options)
+        grads = tuple(x if need else None for x, need in zip(found, needs, strict=True))
+        return None, None, *first_derivatives("linear_divergence", grads, (grad, *tensors))
 
 
 def _operands(tensors: Any) -> list[Operands]:

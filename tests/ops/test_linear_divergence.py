@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from _probes import Widest
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpo
@@ -403,3 +406,44 @@ def test_lists_that_cannot_be_raise(change, message):
     given = {"teacher_ids": ids, "teacher_logps": logps, "kind": "forward_kl"}
     with pytest.raises(ValueError, match=message):
         fastpo.linear_topk_divergence(h, w, **{**given, **change})
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_compiles_into_one_graph(kind, masked):
+    mask = torch.arange(13) % 3 > 0 if masked else None
+
+    def loss(h, w, th, tw):
+        options = {"kind": kind, "mask": mask, "outputs": ("divergence", "entropy")}
+        found = fastpo.linear_divergence(h * 2, w, th, tw, **options)
+        return (found.divergence * 0.5 - found.entropy).sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        h, w, _, th, tw, _ = sides()
+        value = function(h, w, th, tw)
+        results.append((value, *torch.autograd.grad(value, [h, w])))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("budget", [0, 5 * 8 * 211, None])
+def test_as_large_on_tensors_that_hold_nothing(budget):
+    """What is kept and what comes out have the sizes of a real call."""
+
+    def sizes():
+        saved = []
+        with (
+            torch.autograd.graph.saved_tensors_hooks(
+                lambda x: (saved.append(x), x)[1], lambda x: x
+            ),
+            pytest.MonkeyPatch.context() as patch,
+        ):
+            patch.setattr("fastpo.ops.linear_divergence.stays", nullcontext)
+            h, w, _, th, tw, _ = sides()
+            found = fastpo.linear_divergence(h, w, th, tw, kind="jsd", budget=budget).divergence
+            grads = torch.autograd.grad(found.sum(), [h, w])
+        return [(x.shape, x.dtype) for x in (found, *saved, *grads)]
+
+    real = sizes()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert sizes() == real

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import planner
@@ -44,11 +46,11 @@ class DivergenceSpec:
     budget: int | None
 
 
-@dataclass(frozen=True)
-class Saved:
-    """divergence, entropy: [N] float32.  constants [4, n], totals [2, n]: see rows/pair/backend.py.
+class Saved(NamedTuple):
+    """divergence, entropy: [N] float32.  constants [4, N], totals [2, N]: see rows/pair/backend.py.
 
-    kept: [2, kept tokens·V] float32 products, for each tile a contiguous block.
+    kept: [2, kept tokens·V] float32 products, for each tile a contiguous block. Sizes are as if all
+    rows were scored, so that they are known without the labels; the scored ones come first.
     """
 
     divergence: Tensor
@@ -68,11 +70,7 @@ class _Heads:
         ]
         self.maps, self.rule, self.first = spec.maps, spec.rule, self.heads[0]
         self.rows = registry.pair_kernels(spec.head.backend)
-        vocab, hidden = self.first.weight.shape
-        budget = spec.budget
-        if budget is None:
-            budget = planner.default_budget(vocab, hidden, self.first.device)
-        self.kept_tokens = min(len(self.first.hidden), budget // (_PAIR_BYTES * vocab))
+        self.kept_tokens = _kept_tokens(len(self.first.hidden), operands[0].weight, spec)
 
     def words(self, v0: int, v1: int) -> list[Tensor]:
         return [head.words(v0, v1) for head in self.heads]
@@ -110,15 +108,37 @@ class _Heads:
         return tiles
 
 
+def _kept_tokens(tokens: int, weight: Tensor, spec: DivergenceSpec) -> int:
+    (vocab, hidden), budget = weight.shape, spec.budget
+    if budget is None:
+        budget = planner.default_budget(vocab, hidden, weight.device)
+    return min(tokens, budget // (_PAIR_BYTES * vocab))
+
+
+def _sizes(
+    labels: Tensor, weight: Tensor, spec: DivergenceSpec
+) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Of constants, totals and kept."""
+    tokens = len(labels)
+    kept = _kept_tokens(tokens, weight, spec) * len(weight)
+    return (4, tokens), (2, tokens), (2, kept)
+
+
+def fake_forward(operands: Sequence[Operands], labels: Tensor, spec: DivergenceSpec) -> Saved:
+    """The shapes of `forward`, for tracing."""
+    rows = (labels.shape, labels.shape, *_sizes(labels, operands[0].weight, spec))
+    return Saved(*(labels.new_empty(shape, dtype=torch.float32) for shape in rows))
+
+
 def forward(operands: Sequence[Operands], labels: Tensor, spec: DivergenceSpec) -> Saved:
     device = operands[0].hidden.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         heads = _Heads(operands, labels, spec)
         first = heads.first
-        n, vocab = len(first.hidden), first.weight.shape[0]
+        n = len(first.hidden)
         state = R.filled_rows(P.INITIAL_STATE, n, device)
         sums = torch.zeros(P.SUMS, n, dtype=torch.float64, device=device)
-        kept = first.empty(2, heads.kept_tokens * vocab, dtype=torch.float32)
+        kept = first.empty(*_sizes(labels, operands[0].weight, spec)[2], dtype=torch.float32)
         entropy = "entropy" in spec.outputs
         for a, b in first.token_blocks():
             _softmaxes(heads, state, kept, entropy, a, b)
@@ -170,6 +190,8 @@ def _finish(
     # Neither is negative; what is, is rounding. NaN stays.
     found = [x.clamp_min(0).float() for x in (divergence, entropy)]
     divergence, entropy = (_all(head, x, tokens) for x in found)
+    left_out = tokens - constants.shape[1]
+    constants, totals = (F.pad(x, (0, left_out)) for x in (constants, totals))
     return Saved(divergence, entropy, constants, totals, kept)
 
 
@@ -195,7 +217,8 @@ def backward(
     with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
         heads = _Heads(operands, labels, spec)
         first = heads.first
-        grad = grad.float() if first.rows is None else grad[first.rows].float()
+        grad = first.compact(grad.float())
+        constants, totals = (x[:, : len(grad)] for x in (constants, totals))
         silent = totals.isinf().any(0)
         silent = silent if first.ignored is None else silent | first.ignored
         factors = torch.cat((totals, grad.masked_fill(silent, 0).unsqueeze(0)))
