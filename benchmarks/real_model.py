@@ -4,8 +4,11 @@
 and the head that the model has in float32 and in bfloat16; the truth is of the same numbers.
 `drift`: losses of DPO on the shortest embedded pairs, one a step, whole model, AdamW; in bfloat16
 (TRL's `bf16=True`: autocast) against TRL's own in float32.
+`step`: time and memory of such a step, 2 pairs x 512 tokens of a file that has so long ones, in
+float32 on one thread.
 
-    python benchmarks/real_model.py --out benchmarks/results/cpu_epyc_real_model.json
+    python benchmarks/real_model.py --data pairs_en.jsonl \
+        --out benchmarks/results/cpu_epyc_real_model.json
 
 Every run has a process of its own, and the file grows by each; those that it has are not repeated.
 """
@@ -15,8 +18,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +35,13 @@ from fastpo.bench.report import write
 from fastpo.bench.rivals import rival_variants
 from fastpo.bench.variants import eager
 from fastpo.demo import smollm2
-from fastpo.demo.data import Row, embedded_pairs
+from fastpo.demo.data import Row, embedded_pairs, read_rows
 from fastpo.testing import HeadInputs
 
 DTYPES = ("float32", "bfloat16")
 HEADS = ("fastpo", "trl")
 TEXTS = 24
+PAIRS, LENGTH, STEPS = 2, 512, 2  # of a step, and how many are timed after the first
 Report = dict[str, Any]
 
 
@@ -103,18 +110,63 @@ def errors(dtype: str) -> list[Report]:
 
 def drift(dtype: str, head: str, steps: int) -> Report:
     """One training's losses."""
-    from datasets import Dataset
+    rows: list[Row] = sorted(embedded_pairs().train, key=lambda row: len(str(row)))[:steps]
+    losses = trained(rows, head, max_steps=steps, bf16=dtype == "bfloat16")
+    return {"dtype": dtype, "head": head, "losses": losses}
+
+
+def step(head: str, data: Path) -> Report:
+    """Seconds and memory of the steps after the first, and all losses."""
+    torch.set_num_threads(1)
+    rows, marks, peaks = long_rows(data), [], []
+
+    def begin() -> None:
+        peaks[:] = peaks or [machine.Peak("cpu")]
+        marks.append((time.process_time(), time.perf_counter()))
+
+    options = {"per_device_train_batch_size": PAIRS, "max_length": LENGTH}
+    losses = trained(rows, head, begin, max_steps=STEPS + 1, bf16=False, **options)
+    begin()
+    cpu, wall = ([b - a for a, b in pairwise(x)][1:] for x in zip(*marks, strict=True))
+    about = {"head": head, "data": data.name, "pairs": PAIRS, "length": LENGTH, "threads": 1}
+    return about | {"cpu_s": cpu, "wall_s": wall, "extra_mib": peaks[0].mib(), "losses": losses}
+
+
+def long_rows(data: Path) -> list[Row]:
+    """Of the file's first that fill a row of LENGTH, at least half of it with an answer."""
     from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder())
+
+    def tokens(said: Any) -> int:
+        return len(tokenizer.apply_chat_template(said, tokenize=True, return_dict=False))
+
+    found = []
+    for _, row in read_rows(data):
+        answers = [row["prompt"] + row[name] for name in ("chosen", "rejected")]
+        if tokens(row["prompt"]) <= LENGTH // 2 and min(map(tokens, answers)) >= LENGTH:
+            found.append(row)
+    return found[: PAIRS * (STEPS + 1)]
+
+
+def trained(
+    rows: list[Row], head: str, begin: Callable[[], None] | None = None, **options: Any
+) -> list[float]:
+    """The losses of DPO on those; `begin` is called before each step."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    rows: list[Row] = sorted(embedded_pairs().train, key=lambda row: len(str(row)))[:steps]
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if begin is not None:
+                begin()
+
     with tempfile.TemporaryDirectory() as scratch, patch(head):
         settings: dict[str, Any] = {
             "output_dir": scratch,
-            "max_steps": steps,
             "per_device_train_batch_size": 1,
             "learning_rate": 5e-6,
-            "bf16": dtype == "bfloat16",
             "use_cpu": not torch.cuda.is_available(),
             "gradient_checkpointing": False,
             "logging_steps": 1,
@@ -124,13 +176,13 @@ def drift(dtype: str, head: str, steps: int) -> Report:
         }
         trainer = DPOTrainer(
             folder(),
-            args=DPOConfig(**settings),
+            args=DPOConfig(**settings | options),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(folder()),
+            callbacks=[Clock()],
         )
         trainer.train()
-    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    return {"dtype": dtype, "head": head, "losses": losses}
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
 def patch(head: str) -> Any:
@@ -148,35 +200,42 @@ def summary(rows: list[Report]) -> list[Report]:
     return found
 
 
-def missing(made: Report) -> list[tuple[str, ...]]:
-    """Arguments of `errors`, then of `drift`, that the report lacks."""
-    there = {(row["dtype"],) for row in made["errors"]}
-    there |= {(row["dtype"], row["head"]) for row in made["drift"]}
-    wanted = [(dtype,) for dtype in DTYPES] + [(d, head) for d in DTYPES for head in HEADS]
+def missing(made: Report, data: Path | None) -> list[tuple[str, ...]]:
+    """What the report lacks: a name of its, and what tells its rows apart."""
+    there: set[tuple[str, ...]] = {("errors", row["dtype"]) for row in made["errors"]}
+    there |= {("drift", row["dtype"], row["head"]) for row in made["drift"]}
+    there |= {("steps", row["head"]) for row in made["steps"]}
+    wanted: list[tuple[str, ...]] = [("errors", dtype) for dtype in DTYPES]
+    wanted += [("drift", dtype, head) for dtype in DTYPES for head in HEADS]
+    wanted += [("steps", head) for head in HEADS if data is not None]
     return [run for run in wanted if run not in there]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=50, metavar="N", help="of a training (50)")
+    parser.add_argument("--data", type=Path, metavar="FILE", help="pairs of the timed steps")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    parser.add_argument("--runs", type=int, default=6, metavar="N", help="no more in this call (6)")
+    parser.add_argument("--runs", type=int, default=8, metavar="N", help="no more in this call (8)")
     options = parser.parse_args()
     command = f"python benchmarks/real_model.py --steps {options.steps}"
+    command += f" --data {options.data.name}" if options.data else ""
     made: Report = {"what": "real model", "command": command, "model": "SmolLM2-135M-Instruct"}
     made |= machine.facts("cuda" if torch.cuda.is_available() else "cpu")
-    made |= {"errors": [], "drift": [], "drift_from_float32": []}
+    made |= {"errors": [], "drift": [], "drift_from_float32": [], "steps": []}
     if options.out.exists():
-        made = json.loads(options.out.read_text(encoding="utf-8"))
+        made |= json.loads(options.out.read_text(encoding="utf-8")) | {"command": command}
     folder()
-    for run in missing(made)[: options.runs]:
-        if len(run) == 1:
+    for kind, *run in missing(made, options.data)[: options.runs]:
+        if kind == "errors":
             made["errors"] += fresh(errors, *run)
-        else:
+        elif kind == "drift":
             made["drift"].append(fresh(drift, *run, options.steps))
             made["drift_from_float32"] = summary(made["drift"])
+        else:
+            made["steps"].append(fresh(step, *run, options.data))
         write(made, options.out)
-    for row in made["errors"] + made["drift_from_float32"]:
+    for row in made["errors"] + made["drift_from_float32"] + made["steps"]:
         print(row)
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -278,6 +279,24 @@ def _real_model(report: Report) -> Iterator[str]:
         other = drift.get((row["dtype"], row["head"]))
         cells += ["", ""] if other is None else [f"{other[x]:.1e}" for x in ("largest", "mean")]
         yield f"| {row['head']}, {row['dtype']} | {' | '.join(cells)} |"
+    if report["steps"]:
+        yield from _real_steps(report)
+
+
+def _real_steps(report: Report) -> Iterator[str]:
+    first = report["steps"][0]
+    yield ""
+    yield (
+        f"A DPO step of it, {first['pairs']} pairs × {first['length']} tokens of "
+        f"`{first['data']}`, float32, {_machine(report | {'threads': first['threads']})}:"
+    )
+    yield ""
+    yield "| | CPU time | time on a shared machine | memory of the step |"
+    yield "| --- |" + " --- |" * 3
+    for row in report["steps"]:
+        times = (f"{statistics.median(row[clock]):.1f} s" for clock in ("cpu_s", "wall_s"))
+        name = {"trl": "trl", "fastpo": "trl + fastpo"}[row["head"]]
+        yield f"| {name} | {' | '.join(times)} | {row['extra_mib']:,.0f} MiB |"
 
 
 def _plan_errors(report: Report) -> Iterator[str]:

@@ -96,6 +96,10 @@ WHATS: dict[str, dict[str, Any]] = {
         "drift_from_float32": [
             {"dtype": TEXT, "head": TEXT} | dict.fromkeys(("largest", "mean"), NUMBER)
         ],
+        "steps": [
+            {"head": TEXT, "data": TEXT, "cpu_s": [POSITIVE], "wall_s": [POSITIVE]}
+            | {"extra_mib": NUMBER, **dict.fromkeys(("pairs", "length", "threads"), COUNT)}
+        ],
     },
     "plan errors": {
         **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},

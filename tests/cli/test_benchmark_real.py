@@ -44,5 +44,9 @@ def test_losses_are_compared_with_trls_in_float32(script):
 
 def test_what_the_report_has_is_not_run_again(script):
     made = {"errors": [{"dtype": "float32"}], "drift": [{"dtype": "bfloat16", "head": "trl"}]}
-    left = [("bfloat16",), ("float32", "fastpo"), ("float32", "trl"), ("bfloat16", "fastpo")]
-    assert script.missing(made) == left
+    made["steps"] = [{"head": "trl"}]
+    left = [("errors", "bfloat16")]
+    left += [("drift", *run) for run in (("float32", "fastpo"), ("float32", "trl"))]
+    left += [("drift", "bfloat16", "fastpo")]
+    assert script.missing(made, None) == left
+    assert script.missing(made, Path("pairs.jsonl")) == [*left, ("steps", "fastpo")]
