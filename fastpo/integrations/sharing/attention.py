@@ -74,7 +74,8 @@ class _Mask:
             return self._ask(kwargs, 0, layout.size, mask_function=_in_tree(layout, rule))
         row = functools.partial(self._ask, kwargs)
         if self.original is masking_utils.sdpa_mask:
-            return Sdpa(layout, row, rule=rule, size=kwargs.get("local_size"))
+            skips = kwargs.get("allow_is_causal_skip", True)
+            return Sdpa(layout, row, rule=rule, size=kwargs.get("local_size"), skips=skips)
         return Rows(layout, row)
 
     def _ask(self, kwargs: dict[str, Any], shared: int, owned: int, **changes: Any) -> Any:

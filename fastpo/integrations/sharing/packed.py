@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ...layout.tree import Layout, Row
 
@@ -58,20 +59,27 @@ class Rows(Packed):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        # torch's would convert a bool mask in every layer, and keep each copy for the backward.
+        dtype = query.dtype if attention is sdpa_attention_forward else None
+
+        def one(row: Row, q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return attention(module, q, k, v, self._masked(row, dtype), *args, **kwargs)[0]
+
+        return self._each(one, query, key, value), None
+
+    def _each(self, one: Function, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         layout = self.layout
         keys, values = (layout.keys(x, 2).split(layout.lengths, 2) for x in (key, value))
-        masks = [self._masked(row, query.dtype) for row in layout.rows]
-        rows = zip(query.split(layout.owned, 2), keys, values, masks, strict=True)
-        return torch.cat([attention(module, *row, *args, **kwargs)[0] for row in rows], 1), None
+        rows = zip(layout.rows, query.split(layout.owned, 2), keys, values, strict=True)
+        return torch.cat([one(*row) for row in rows], 1)
 
-    def _masked(self, row: Row, dtype: torch.dtype) -> Any:
+    def _masked(self, row: Row, dtype: torch.dtype | None) -> Any:
         """Part of the mask of the row that owns most behind as many: one for all layers."""
         key = row.shared, dtype
         if key not in self.made:
             most = max(r.owned for r in self.layout.rows if r.shared == row.shared)
             mask = self.mask(row.shared, most)
-            if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-                # Attention would convert it in every layer, and keep each copy for the backward.
+            if mask is not None and dtype is not None:
                 floats = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
                 mask = floats.masked_fill_(~mask, torch.finfo(dtype).min)
             self.made[key] = mask
@@ -85,6 +93,7 @@ class Sdpa(Rows):
 
     rule: Function | None = None  # of transformers: whether a query sees a key
     size: int | None = None  # of the layer's window
+    skips: bool = True  # may a causal mask be left out?
 
     def attend(
         self,
@@ -96,23 +105,58 @@ class Sdpa(Rows):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        kernel = _varlen_attn() if _fits_varlen(query, value, kwargs) else None
-        window = self.window
-        if args or kernel is None or window is None:
+        plain = attention is sdpa_attention_forward and not args
+        if not plain or self.window is None or kwargs.get("position_bias") is not None:
             return super().attend(attention, module, query, key, value, *args, **kwargs)
-        sequences = self.layout.sequences
+        kernel = _varlen_attn() if _fits_varlen(query, value, kwargs) else None
+        if kernel is not None:
+            return self._at_once(kernel, query, key, value, kwargs.get("scaling")), None
+        if query.device.type != "cpu":  # where kernels want masks with aligned rows
+            return super().attend(attention, module, query, key, value, **kwargs)
+
+        def one(row: Row, q: Tensor, k: Tensor, v: Tensor) -> Any:
+            mask = self._backwards(row, q.dtype)
+            if mask is None:
+                return attention(module, q, k, v, None, **kwargs)[0]
+            return attention(module, q.flip(2), k, v, mask, **kwargs)[0].flip(1)
+
+        return self._each(one, query, key, value), None
+
+    def _at_once(
+        self, kernel: Function, query: Tensor, key: Tensor, value: Tensor, scale: float | None
+    ) -> Tensor:
         keys, values = (self.layout.keys(x, 2) for x in (key, value))
         q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, keys, values))
-        out = kernel(
+        found: Tensor = kernel(
             q,
             k,
             v,
-            *sequences,
-            scale=kwargs.get("scaling"),
-            window_size=window,
+            *self.layout.sequences,
+            scale=scale,
+            window_size=self.window,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out.unsqueeze(0), None
+        return found.unsqueeze(0)
+
+    def _backwards(self, row: Row, dtype: torch.dtype) -> Tensor | None:
+        """The row's mask [1, 1, owned, length] for its queries from the last to the first.
+
+        Query i from the end sees key j by i + j alone, so that all masks are views of one vector,
+        with a stride of one both ways, and a long row needs no memory of owned × length.
+        """
+        assert self.window is not None
+        left, length, longest = self.window[0], row.length, max(self.layout.lengths)
+        if self.skips and not row.shared and (left < 0 or length <= left + 1):
+            return None
+        if dtype not in self.made:
+            numbers = torch.arange(2 * longest - 1, device="cpu")
+            first = longest - 1 - left if left >= 0 else 0
+            hidden = (numbers < first) | (numbers >= longest)
+            line = torch.zeros_like(numbers, dtype=dtype)
+            self.made[dtype] = line.masked_fill_(hidden, torch.finfo(dtype).min)
+        size = 1, 1, row.owned, length
+        mask: Tensor = self.made[dtype].as_strided(size, (0, 0, 1, 1), longest - length)
+        return mask
 
     @cached_property
     def window(self) -> tuple[int, int] | None:

@@ -180,6 +180,26 @@ def test_torchs_kernel_knows_no_chunks():
         assert packed.Sdpa(layout, lambda *_: None, rule=rule, size=size).window == found
 
 
+@pytest.mark.parametrize("window", [None, 1, 4, 12, 40])
+@pytest.mark.parametrize("batch", [_batches.right, _batches.identical, _batches.begins_another])
+def test_masks_of_one_line_are_transformers_own(batch, window):
+    layout = layout_of(*batch())
+    rule = masking_utils.causal_mask_function
+    if window is not None:
+        rule = masking_utils.sliding_window_causal_mask_function(window)
+    given = {"rule": rule, "size": window}
+    line = packed.Sdpa(layout, lambda *_: None, skips=False, **given)
+    skipping = packed.Sdpa(layout, lambda *_: None, **given)
+    for row in layout.rows:
+        about = {"q_length": row.owned, "kv_length": row.length, "q_offset": row.shared}
+        about |= {"mask_function": rule, "allow_is_causal_skip": False}
+        found = line._backwards(row, torch.float32)
+        assert torch.equal(found.flip(2) == 0, masking_utils.sdpa_mask(1, **about))
+        whole = not row.shared and (window is None or row.length <= window)
+        assert (skipping._backwards(row, torch.float32) is None) == whole
+    assert found.untyped_storage().nbytes() <= 8 * max(layout.lengths)
+
+
 def fake(head=64, value=None, dtype=torch.bfloat16, device="cuda"):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

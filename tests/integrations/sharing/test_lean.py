@@ -56,8 +56,28 @@ def test_a_row_of_8000_tokens_beside_seven_of_100(last):
     assert widest.elements <= hidden
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_64_completions_of_a_prompt_have_two_masks(implementation, monkeypatch):
+class Memory(Widest):
+    """The largest number of elements any tensor has in memory: of masks, the views do not count."""
+
+    def counts(self, x):
+        self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return False
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_no_memory_of_tokens_squared(name):
+    """Of the rows, and of layers with a window, whose first row has a mask, too."""
+    model = model_of(name, "sdpa", max_position_embeddings=4096)()
+    ids, mask = beginning_alike([4000, 3900], 2000)
+    with shared_prompts(model) as handle:
+        model(input_ids=ids[:, :90], attention_mask=mask[:, :90])  # the probe
+        with Memory() as memory:
+            hidden = through(model, ids, mask)
+        assert handle.tokens.saved > 0.25
+    assert memory.elements <= 2 * hidden
+
+
+def test_64_completions_of_a_prompt_have_two_masks(monkeypatch):
     """That of the longest row, if any, and one whose parts all others take in all layers."""
     asked, ask = [], attention._Mask._ask
 
@@ -65,7 +85,7 @@ def test_64_completions_of_a_prompt_have_two_masks(implementation, monkeypatch):
         asked.append((shared, owned))
         return ask(self, kwargs, shared, owned, **changes)
 
-    model = model_of("llama", implementation)()
+    model = model_of("llama", "eager")()
     ids, mask = beginning_alike([128 - i for i in range(64)], 60)
     ids[:, 60] = torch.arange(100, 164)
     with shared_prompts(model) as handle:

@@ -15,9 +15,11 @@ import torch
 from _batches import BATCHES, model_of, run
 from _tiny import one_thread  # noqa: F401
 from torch import nn
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 
 from fastpo.integrations.seams.saying import say_once
-from fastpo.integrations.sharing import attention, probe
+from fastpo.integrations.sharing import attention, packed, probe
 from fastpo.integrations.sharing.backbone import shared_prompts
 
 NAMES = ("llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi", "mixtral",
@@ -83,12 +85,12 @@ def test_what_is_not_worth_it_runs_as_before():
     pairs = torch.cat((prompts, torch.randint(60, 300, (4, 16))), 1)
     apart = torch.randint(60, 300, (4, 64))
     model = model_of("llama", "sdpa")().eval()
-    for ids, packed in ((pairs, True), (apart, False)):
+    for ids, shares in ((pairs, True), (apart, False)):
         expected = model(input_ids=ids).logits
         with shared_prompts(model) as handle:
             found = model(input_ids=ids).logits
-        assert (handle.tokens.saved > 0.4) == packed
-        torch.testing.assert_close(found, expected, **({} if packed else {"rtol": 0, "atol": 0}))
+        assert (handle.tokens.saved > 0.4) == shares
+        torch.testing.assert_close(found, expected, **({} if shares else {"rtol": 0, "atol": 0}))
 
 
 @pytest.mark.parametrize("window", [3, 8])
@@ -167,6 +169,7 @@ def test_active_dropout_is_not_shared():
 
 def without_masks(monkeypatch):
     monkeypatch.setattr(attention._Mask, "_ask", lambda *_, **__: None)
+    monkeypatch.setattr(packed.Sdpa, "_backwards", lambda *_: None)
 
 
 def restarted_positions(monkeypatch):
@@ -179,34 +182,64 @@ def restarted_positions(monkeypatch):
 
 
 def shifted_start(monkeypatch):
-    own = attention._Mask._ask
+    def shift(owner, name):
+        own = getattr(owner, name)
 
-    def ask(*arguments, **changes):
-        mask = own(*arguments, **changes)
-        return mask if mask is None else mask.roll(1, 2)
+        def asked(*arguments, **changes):
+            mask = own(*arguments, **changes)
+            return mask if mask is None else mask.roll(1, 2)
 
-    monkeypatch.setattr(attention._Mask, "_ask", ask)
+        monkeypatch.setattr(owner, name, asked)
+
+    shift(attention._Mask, "_ask")
+    shift(packed.Sdpa, "_backwards")
 
 
-@pytest.mark.parametrize("broken", [without_masks, restarted_positions, shifted_start])
-def test_the_comparison_can_fail(broken, monkeypatch):
-    expected = run(model_of("llama", "sdpa"), _batches.right(), False)
+BROKEN = [without_masks, restarted_positions, shifted_start]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_comparison_can_fail(broken, implementation, monkeypatch):
+    model = model_of("llama", implementation)
+    expected = run(model, _batches.right(), False)
     monkeypatch.setattr(probe, "check", lambda *_: None)
     broken(monkeypatch)
-    found = run(model_of("llama", "sdpa"), _batches.right(), True)
+    found = run(model, _batches.right(), True)
     error = (found[1] - expected[1]).abs().max() / expected[1].abs().max()
     assert error > 1e-3
 
 
-@pytest.mark.parametrize("broken", [without_masks, restarted_positions, shifted_start])
-def test_the_probe_sees_it(broken, monkeypatch, caplog):
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_probe_sees_it(broken, implementation, monkeypatch, caplog):
     say_once.cache_clear()
     broken(monkeypatch)
-    model, batch = model_of("llama", "sdpa"), _batches.right()
+    model, batch = model_of("llama", implementation), _batches.right()
     *found, handle = run(model, batch, True)
     assert_same(found, run(model, batch, False)[:3])
     assert handle.tokens.saved == 0
     assert "off when packed" in caplog.text
+
+
+def test_a_function_of_somebody_with_torchs_masks():
+    """It may look at the order of queries, here for how far away a key is, and gets its masks."""
+
+    def attend(module, query, key, value, attention_mask, **_):
+        key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
+        at = torch.arange(key.shape[2])
+        away = at[key.shape[2] - query.shape[2] :, None] - at
+        scores = query @ key.transpose(2, 3) * module.scaling - away.abs()
+        seen = away >= 0 if attention_mask is None else attention_mask
+        scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    AttentionInterface.register("theirs", attend)
+    AttentionMaskInterface.register("theirs", sdpa_mask)
+    model, batch = model_of("llama", "theirs"), _batches.right()
+    *found, handle = run(model, batch, True)
+    assert_same(found, run(model, batch, False)[:3])
+    assert handle.tokens.saved > 0.3
 
 
 def test_a_deep_copy_packs_for_itself():
