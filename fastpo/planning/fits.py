@@ -14,7 +14,7 @@ from .setting import Setting
 # Contexts are whole blocks of attention kernels; so long, an error of 2 % is more than a block.
 _GRANULE = {"context": 64, "batch": 1}
 _CLOSE = 1.02
-_LEAST = 3  # layers, and as many more
+_LEAST = 3  # layers, and a repeat more
 MOST = {"context": 2**20, "batch": 2**14}
 
 
@@ -29,15 +29,22 @@ class Depths:
         self.setting, self.head = setting, head
         # The first few may differ (dense ones before experts); what is left over is in both.
         first = layers % period + -(-(_LEAST - layers % period) // period) * period
-        depths = [first, first + -(-_LEAST // period) * period]
+        depths = [first, first + period]
         if depths[1] >= layers:
             depths = [layers]
         self.sessions = [Session(setting, _cut(config, n), head) for n in depths]
+        self._known: dict[tuple[int, int], Estimate] = {}  # context and batch
         self.beyond = (layers - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
 
     def estimate(self, **sizes: int) -> Estimate:
         """sizes: another `context` or `batch`."""
         setting = replace(self.setting, **sizes)  # type: ignore[arg-type]
+        key = setting.context, setting.batch
+        if key not in self._known:
+            self._known[key] = self._run(setting)
+        return self._known[key]
+
+    def _run(self, setting: Setting) -> Estimate:
         runs = [session.phases(setting) for session in self.sessions]
         first, last = runs[0], runs[-1]
         phases = {

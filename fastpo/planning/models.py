@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -105,13 +106,17 @@ def _adapted(model: PreTrainedModel, lora: Lora) -> Any:
     targets = "all-linear" if targets == ["all-linear"] else targets
     try:
         config = LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM")
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # PEFT asks transformers' models by a name of before 5.23
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            return get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora: {str(error).splitlines()[0]}") from error
 
 
 def _checkpoint(model: PreTrainedModel, offload: bool) -> None:
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # transformers 5.23 has another name for it.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if offload:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_offloaded)
 

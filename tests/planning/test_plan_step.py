@@ -252,3 +252,9 @@ def test_cards():
     assert memory_of("H100") == int(CARDS["h100"] * 2**30) and memory_of("rtx-4090") > 23 * 2**30
     assert memory_of("80GiB") == memory_of("80g") == 80 * 2**30
     assert memory_of("1.5 TiB") == int(1.5 * 2**40)
+
+
+@pytest.mark.parametrize("checkpointing", ["layers", "offload"])
+def test_nobody_is_warned(checkpointing, recwarn):
+    fastpo.plan_step(LLAMA, lora="r=8", checkpointing=checkpointing, context=32)
+    assert not [str(x.message) for x in recwarn if x.category is FutureWarning]
