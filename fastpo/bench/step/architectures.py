@@ -1,4 +1,4 @@
-"""Real architectures with random weights."""
+"""Real architectures with random weights, and a trained model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+
+from ...demo import smollm2
+from ...demo.errors import DemoError
+from ..errors import BenchError
 
 RANK, ADAPTED = 16, ("q_proj", "v_proj")
 # Lengths are bounded by memory here; a rope of any length costs nothing.
@@ -20,11 +31,13 @@ _POSITIONS = 2**20
 
 @dataclass(frozen=True)
 class Architecture:
-    """lora: low-rank adapters on the attention's q and v; head and body are frozen."""
+    """lora: low-rank adapters on the attention's q and v; head and body are frozen. folder: of
+    trained weights."""
 
     name: str
     config: Any
     lora: bool = False
+    folder: Path | None = None
 
 
 def _config(
@@ -43,6 +56,12 @@ def _config(
 
 
 def architecture(name: str) -> Architecture:
+    if name == TRAINED:
+        try:
+            folder = smollm2.converted(print)
+        except DemoError as error:
+            raise BenchError(str(error)) from error
+        return Architecture(name, AutoConfig.from_pretrained(folder), folder=folder)
     return Architecture(name, MODELS[name](), lora=name.endswith("-lora"))
 
 
@@ -56,6 +75,8 @@ MODELS = {
     "qwen2.5-1.5b": partial(_qwen2, 1536, 8960, 28, 12, 2, 151_936),
     "llama-3-8b-lora": partial(_llama, 4096, 14_336, 32, 32, 8, 128_256, tied=False),
 }
+TRAINED = str(smollm2.NAME)
+NAMES = (*MODELS, TRAINED)
 
 
 class LowRank(nn.Module):
@@ -100,7 +121,7 @@ def build(
     """adapted: with this file's adapters where the architecture has some; else PEFT brings its."""
     torch.manual_seed(0)
     with torch.device(device):
-        policy = AutoModelForCausalLM.from_config(of.config, dtype=dtype)
+        policy = _policy(of, dtype)
     policy.config.use_cache = False
     if of.lora:
         policy.requires_grad_(False)
@@ -109,6 +130,12 @@ def build(
     if checkpointing:
         policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return Models(policy.train(), copied)
+
+
+def _policy(of: Architecture, dtype: torch.dtype) -> Any:
+    if of.folder is None:
+        return AutoModelForCausalLM.from_config(of.config, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(of.folder, dtype=dtype)
 
 
 def _adapt(model: nn.Module) -> None:

@@ -57,8 +57,8 @@ class StepOptions:
     time_limit: float | None = None
 
     def __post_init__(self) -> None:
-        if self.model not in architectures.MODELS:
-            names = ", ".join(architectures.MODELS)
+        if self.model not in architectures.NAMES:
+            names = ", ".join(architectures.NAMES)
             raise BenchError(f"--model: expected one of {names}, got {self.model!r}")
         unknown = set(self.variants) - set(loop.SHARING)
         if unknown:
