@@ -2,13 +2,14 @@
 
     python benchmarks/plan_errors.py [--out benchmarks/results/plan_errors.json]
 
-Every case runs on this machine's CPU in float32, in a process of its own, one thread. The table in
-docs/planning.md is written from the JSON.
+Every case runs on this machine's CPU in float32, in a process of its own, one thread; those that
+the file has are not repeated. The table in docs/planning.md is written from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import warnings
 from pathlib import Path
@@ -50,30 +51,35 @@ WAYS: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": {"lora": Lora()},
     "checkpointing": {"checkpointing": "layers"},
+    "GKD": {"trainer": "gkd"},
+    "distillation": {"trainer": "distillation"},
 }
 
 
-def rows() -> list[dict[str, Any]]:
-    found = []
-    for kind, config in KINDS.items():
-        for way, options in WAYS.items():
-            setting = Setting(kind, dtype="fp32", device="cpu", context=256, batch=2, **options)
-            for head in HEADS:
-                told = Depths(setting, config, head).estimate().peak
-                held = measure(setting, config, head)
-                found.append({"model": kind, "way": way, "head": head, "told": told, "held": held})
-                print(f"{kind} {way} {head}: {told / held - 1:+.1%}", flush=True)
-    return found
+def row(kind: str, way: str, head: str) -> dict[str, Any]:
+    config = KINDS[kind]
+    setting = Setting(kind, dtype="fp32", device="cpu", context=256, batch=2, **WAYS[way])
+    told = Depths(setting, config, head).estimate().peak
+    held = measure(setting, config, head)
+    print(f"{kind} {way} {head}: {told / held - 1:+.1%}", flush=True)
+    return {"model": kind, "way": way, "head": head, "told": told, "held": held}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--runs", type=int, metavar="N", help="no more in this call")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    report = machine.facts("cpu") | {"what": "plan errors", "rows": rows()}
-    options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    report = machine.facts("cpu") | {"what": "plan errors", "rows": []}
+    if options.out.exists():
+        report["rows"] = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
+    known = {(row["model"], row["way"], row["head"]) for row in report["rows"]}
+    cases = [case for case in itertools.product(KINDS, WAYS, HEADS) if case not in known]
+    for case in cases[: options.runs]:
+        report["rows"].append(row(*case))
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     readme.rewrite(PAGE, write=True)
 
 

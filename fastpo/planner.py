@@ -205,6 +205,19 @@ def _workspace(
     return total
 
 
+def pair_workspace(
+    tokens: int, vocab: int, widths: tuple[int, int], compute_dtype: torch.dtype, device_type: str
+) -> int:
+    """Bytes alive in the backward of `linear_divergence` for a student that is trained, beside
+    inputs, outputs, gradients and what is kept. widths: hidden sizes of student and teacher."""
+    tiles, gemm = tile_shape(tokens, vocab, device_type), gemm_dtype(compute_dtype, device_type)
+    cells = tiles.tokens * tiles.vocab
+    total = 2 * 4 * cells + gemm.itemsize * cells  # products of both, and their derivative
+    if gemm != compute_dtype:
+        total += gemm.itemsize * (tiles.vocab + tiles.tokens) * sum(widths)  # converted copies
+    return total + 4 * (tiles.vocab + tokens) * widths[0]  # sums of d weight and d hidden
+
+
 def plan(
     tokens: int,
     vocab: int,

@@ -33,6 +33,7 @@ def add(commands: Any) -> None:
     plan.set_defaults(command=_plan)
     option = plan.add_argument
     option("--model", metavar="PATH", help="folder or config.json; nothing is downloaded")
+    option("--teacher", metavar="PATH", help="of gkd and distillation; default: as large as it")
     for name, (choices, text) in _CHOICES.items():
         option(name, metavar="NAME", help=f"{', '.join(choices)}; {text}")
     option("--gpu", metavar="CARD", help="h100, a100, 4090, …, or a size as 80GiB")

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..integrations.heads import linear_head
-from ..planner import default_budget, make_plan
+from ..planner import default_budget, make_plan, pair_workspace
 from .live import Live
 from .models import WEIGHTS, Models, build, fake, optimizer_of
 from .setting import Setting
@@ -54,11 +54,11 @@ class Estimate:
 class Session:
     """One model and one head: steps of different sizes on the same fake weights."""
 
-    def __init__(self, setting: Setting, config: Any, head: str) -> None:
+    def __init__(self, setting: Setting, config: Any, head: str, teacher: Any = None) -> None:
         self.setting, self.head = setting, head
         self.fake, self.live = FakeTensorMode(allow_non_fake_inputs=True), _HeadLive()
         with torch.device("meta"):
-            self.models = build(setting, config)
+            self.models = build(setting, config, teacher)
         with self.fake, self.live:
             with self.live.as_("weights"):
                 fake(self.models.policy, "cpu")
@@ -72,6 +72,10 @@ class Session:
         self.ran = False
         self.trained = sum(p.numel() * p.itemsize for p in trained)
         self.vocab, self.hidden = linear_head(self.models.base).weight.shape
+        if setting.distils:
+            words = len(linear_head(self.models.copied).weight)
+            if words != self.vocab:
+                raise ValueError(f"teacher: expected {self.vocab} words as the model, got {words}")
 
     def _is_gradient(self, parameter: Any) -> None:
         self.live.relabel([parameter.grad], "gradients")
@@ -101,6 +105,14 @@ class Session:
     def _plan_head(self, setting: Setting) -> None:
         dtype = torch.bfloat16 if setting.dtype == "bf16-mixed" else WEIGHTS.get(setting.dtype)
         weight = linear_head(self.models.base).weight
+        if setting.distils:
+            tokens, teacher = setting.rows * setting.scored, linear_head(self.models.copied).weight
+            widths = weight.shape[1], teacher.shape[1]
+            space = pair_workspace(
+                tokens, self.vocab, widths, dtype or torch.float32, setting.device
+            )
+            self.live.workspace, self.live.shared = space, 0
+            return
         shape = setting.rows * setting.scored, *weight.shape
         options: dict[str, Any] = {
             "compute_dtype": dtype or torch.float32,

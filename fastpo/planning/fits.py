@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from .estimate import Estimate, Session
+from .models import size_of
 from .setting import Setting
 
 # Contexts are whole blocks of attention kernels; so long, an error of 2 % is more than a block.
@@ -24,17 +25,19 @@ class Depths:
     Each phase grows by as much with every layer; which one is the largest may change.
     """
 
-    def __init__(self, setting: Setting, config: Any, head: str) -> None:
-        layers, period = _layers(config)
+    def __init__(self, setting: Setting, config: Any, head: str, teacher: Any = None) -> None:
         self.setting, self.head = setting, head
-        # The first few may differ (dense ones before experts); what is left over is in both.
-        first = layers % period + -(-(_LEAST - layers % period) // period) * period
-        depths = [first, first + period]
-        if depths[1] >= layers:
-            depths = [layers]
-        self.sessions = [Session(setting, _cut(config, n), head) for n in depths]
+        shallow = None
+        self.rest = 0  # of the teacher, whose layers leave nothing but their weights
+        if setting.distils:
+            teacher = config if teacher is None else teacher
+            shallow = _cut(teacher, _depths(teacher)[0])
+            self.rest = size_of(setting, teacher) - size_of(setting, shallow)
+        depths = _depths(config)
+        self.sessions = [Session(setting, _cut(config, n), head, shallow) for n in depths]
         self._known: dict[tuple[int, int], Estimate] = {}  # context and batch
-        self.beyond = (layers - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
+        beyond = config.get_text_config().num_hidden_layers - depths[0]
+        self.beyond = beyond / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
 
     def estimate(self, **sizes: int) -> Estimate:
         """sizes: another `context` or `batch`."""
@@ -51,6 +54,8 @@ class Depths:
             name: Counter({x: self._further(held[x], last[name][x]) for x in {*held, *last[name]}})
             for name, held in first.items()
         }
+        for held in phases.values():
+            held["reference"] += self.rest
         trained = self._further(self.sessions[0].trained, self.sessions[-1].trained)
         return Estimate.of(self.head, setting, phases, trained)
 
@@ -99,6 +104,14 @@ def _guess(fits: list[tuple[int, int]], over: tuple[int, int], limit: int, most:
         return min(low + max(further, 1) + low // 50, most)
     # Memory bends upwards: a straight line to what is over aims low, never far.
     return min(max(low + further, low + 1 + (over[0] - low) // 8), over[0] - 1)
+
+
+def _depths(config: Any) -> list[int]:
+    """Layers of the models that are run: all of them where there are few."""
+    layers, period = _layers(config)
+    # The first few may differ (dense ones before experts); what is left over is in both.
+    first = layers % period + -(-(_LEAST - layers % period) // period) * period
+    return [first, first + period] if first + period < layers else [layers]
 
 
 def _layers(config: Any) -> tuple[int, int]:

@@ -25,23 +25,25 @@ class _Job:
     setting: Setting
     config: Any
     head: str
+    teacher: Any = None
 
     @property
     def device(self) -> str:
         return self.setting.device
 
 
-def measure(setting: Setting, config: Any, head: str) -> int:
+def measure(setting: Setting, config: Any, head: str, teacher: Any = None) -> int:
     """Bytes at the peak of a step: of tensors on a GPU, else resident in a process of its own,
     beyond what it held before there was a model."""
-    found: int = alone(_run, _Job(setting, config, head))
+    found: int = alone(_run, _Job(setting, config, head, teacher))
     return found
 
 
 def _run(job: _Job) -> int:
     if job.device == "cpu":
         _give_back()
-    _step(_Job(replace(job.setting, context=8, batch=1), _tiny(job.config), job.head))
+    teacher = None if job.teacher is None else _tiny(job.teacher)
+    _step(_Job(replace(job.setting, context=8, batch=1), _tiny(job.config), job.head, teacher))
     peak = Peak(job.device)
     _step(job)
     return int(peak.mib() * 2**20)
@@ -64,7 +66,7 @@ def _tiny(config: Any) -> Any:
 def _step(job: _Job) -> None:
     setting = job.setting
     with torch.device(job.device):
-        models = build(setting, job.config)
+        models = build(setting, job.config, job.teacher)
         trained = [p for p in models.policy.parameters() if p.requires_grad]
         optimizer = optimizer_of(setting, trained)
         step = Step(setting, models, job.head, optimizer, lambda name: nullcontext())

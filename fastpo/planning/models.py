@@ -22,23 +22,23 @@ from .setting import Lora, Setting
 WEIGHTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # else float32
 
 
-def read_config(model: str | Path) -> Any:
+def read_config(model: str | Path, name: str = "model") -> Any:
     """Of a folder or a config file; nothing is downloaded, no code of the model's own runs."""
     path = Path(model)
     if not path.exists():
-        raise ValueError(f"model: expected a folder or a config.json, got {str(model)!r}")
+        raise ValueError(f"{name}: expected a folder or a config.json, got {str(model)!r}")
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         line = str(error).splitlines()[0]
         raise ValueError(
-            f"model: expected a config transformers knows, got {path}: {line}"
+            f"{name}: expected a config transformers knows, got {path}: {line}"
         ) from error
 
 
 @dataclass
 class Models:
-    """policy: perhaps wrapped by PEFT. copied: a frozen model of its own, or None."""
+    """policy: perhaps wrapped by PEFT. copied: a frozen model of its own, a teacher, or None."""
 
     policy: Any
     copied: PreTrainedModel | None
@@ -61,26 +61,35 @@ class Models:
             yield self.base if self.copied is None else self.copied
 
 
-def build(setting: Setting, config: Any) -> Models:
+def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
     """On the device that torch makes tensors on."""
-    config = copy.deepcopy(config)
-    config.use_cache = False
-    dtype = WEIGHTS.get(setting.dtype, torch.float32)
-
-    def made() -> Any:
-        try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        except ValueError as error:
-            line = str(error).splitlines()[0]
-            raise ValueError(f"model: expected a causal language model, got {line}") from error
-
-    policy = made()
+    policy = made(setting, config)
     if setting.checkpointing != "none":
         _checkpoint(policy, offload=setting.checkpointing == "offload")
-    copied = made().requires_grad_(False).eval() if setting.other == "model" else None
+    copied = None
+    if setting.other == "model":
+        copied = made(setting, config if teacher is None else teacher).requires_grad_(False).eval()
     if setting.lora is not None:
         policy = _adapted(policy, setting.lora)
     return Models(policy.train(), copied, setting)
+
+
+def made(setting: Setting, config: Any) -> Any:
+    config = copy.deepcopy(config)
+    config.use_cache = False
+    dtype = WEIGHTS.get(setting.dtype, torch.float32)
+    try:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"model: expected a causal language model, got {line}") from error
+
+
+def size_of(setting: Setting, config: Any) -> int:
+    """Bytes of its weights and buffers."""
+    with torch.device("meta"):
+        model = made(setting, config)
+    return sum(x.numel() * x.itemsize for x in (*model.parameters(), *model.buffers()))
 
 
 def fake(model: nn.Module, device: str) -> None:

@@ -11,9 +11,12 @@ TRAINERS = {
     "orpo": (2, None),
     "grpo": (1, None),
     "rloo": (1, "reference"),
+    "gkd": (1, "teacher"),
+    "distillation": (1, "teacher"),
 }
 # These build the logits of all positions in TRL; for the others it has a fused head.
-LOGITS = ("cpo", "orpo")
+LOGITS = ("cpo", "orpo", "gkd")
+SAMPLES = ("grpo", "rloo", "distillation")  # their configs know the length of completions only
 DTYPES = ("bf16", "bf16-mixed", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 REFERENCES = ("model", "adapter-off", "precomputed", "none")

@@ -13,7 +13,7 @@ from .data import Lengths, read_lengths
 from .estimate import Estimate
 from .fits import Depths
 from .models import read_config
-from .names import LOGITS
+from .names import LOGITS, SAMPLES
 from .setting import Lora, Setting
 
 
@@ -57,6 +57,8 @@ class StepPlan:
         """Keywords of the trainer's config."""
         setting = self.setting
         found: dict[str, Any] = {"max_length": setting.context}
+        if setting.trainer in SAMPLES:
+            found = {"max_completion_length": setting.scored + 1}
         found["per_device_train_batch_size"] = setting.batch
         found["gradient_checkpointing"] = setting.checkpointing != "none"
         if setting.checkpointing == "offload":
@@ -69,6 +71,8 @@ class StepPlan:
             found["model_init_kwargs"] = {"dtype": dtype}
         if setting.reference == "precomputed":
             found["precompute_ref_log_probs"] = True
+        if setting.teacher is not None:
+            found["teacher_model_name_or_path"] = str(setting.teacher)
         return found
 
     def __str__(self) -> str:
@@ -98,6 +102,7 @@ def plan_step(
     model: str | Path | Any,
     *,
     gpu: str | None = None,
+    teacher: str | Path | Any = None,
     lora: str | Lora | None = None,
     data: str | Path | None = None,
     search: bool = True,
@@ -108,6 +113,7 @@ def plan_step(
 
     model: a folder or `config.json` that transformers knows, or a config; nothing is downloaded and
         no code of the model's own runs.
+    teacher: of `gkd` and `distillation`, given as the model is; None: one as large as the model.
     gpu: a card (`h100`, `4090`) or a size (`80GiB`); None says what a step costs, not what fits.
     lora: `r=16,targets=q_proj+v_proj`; "all-linear" are the targets where none are named.
     data: a JSONL or JSON file of prompt, chosen, rejected (or completion, or text) whose lengths
@@ -130,18 +136,27 @@ def plan_step(
     if lengths is not None:
         options = {"context": lengths.context, "prompt": lengths.prompt_share, **options}
     name = model if isinstance(model, str | Path) else type(config).__name__
+    if teacher is not None:
+        options["teacher"] = teacher if isinstance(teacher, str | Path) else type(teacher).__name__
     parsed = Lora.parse(lora) if isinstance(lora, str) else lora
     setting = Setting(name, memory=memory, lora=parsed, **options)
-    heads = {head: _head(setting, config, head, search, measure) for head in setting.heads}
+    taught = read_config(teacher, "teacher") if isinstance(teacher, str | Path) else teacher
+    heads = {
+        head: _head(setting, (config, taught), head, search, measure) for head in setting.heads
+    }
     return StepPlan(setting, heads, lengths, _notes(setting))
 
 
-def _head(setting: Setting, config: Any, head: str, search: bool, measure: bool) -> Head:
-    depths = Depths(setting, config, head)
+def _head(
+    setting: Setting, configs: tuple[Any, Any], head: str, search: bool, measure: bool
+) -> Head:
+    """configs: of the model and of its teacher."""
+    config, teacher = configs
+    depths = Depths(setting, config, head, teacher)
     found = {}
     if search and setting.memory is not None:
         found = {what: depths.largest(what, setting.memory) for what in ("context", "batch")}
-    measured = real.measure(setting, config, head) if measure else None
+    measured = real.measure(setting, config, head, teacher) if measure else None
     return Head(depths.estimate(), **found, measured=measured)
 
 

@@ -32,12 +32,14 @@ class Lora:
 
 @dataclass(frozen=True)
 class Setting:
-    """One step. memory: bytes of a device; context: tokens of a row, prompt and answer;
-    batch: items of a device, pairs for DPO; prompt: its share of the context; checkpointing:
-    "none", "layers" or "offload"; reference: None for what the trainer does by itself.
+    """One step. teacher: None for one as large as the model; memory: bytes of a device; context:
+    tokens of a row, prompt and answer; batch: items of a device, pairs for DPO; prompt: its share
+    of the context; checkpointing: "none", "layers" or "offload"; reference: None for what the
+    trainer does by itself.
     """
 
     model: str | Path
+    teacher: str | Path | None = None
     trainer: str = "dpo"
     memory: int | None = None
     dtype: str = "bf16"
@@ -76,6 +78,11 @@ class Setting:
         check_number("prompt", self.prompt, "a number in [0, 1)", lambda x: 0 <= x < 1)
         if self.reference == "adapter-off" and self.lora is None:
             raise ValueError("reference: expected an adapter (lora) with adapter-off, got none")
+        if self.distils and self.reference not in (None, "model"):
+            wanted = f"none beside the teacher of {self.trainer}"
+            raise ValueError(f"reference: expected {wanted}, got {self.reference!r}")
+        if self.teacher is not None and not self.distils:
+            raise ValueError(f"teacher: expected none for {self.trainer}, got {self.teacher!r}")
 
     @property
     def rows(self) -> int:
@@ -87,9 +94,15 @@ class Setting:
         return max(1, self.context - 1 - int(self.context * self.prompt))
 
     @property
+    def distils(self) -> bool:
+        return TRAINERS[self.trainer][1] == "teacher"
+
+    @property
     def other(self) -> str:
         """What is scored besides the policy: a model, the policy unadapted, or nothing."""
         wanted = TRAINERS[self.trainer][1]
+        if self.distils:
+            return "model"
         if wanted is None:
             return self.reference or "none"
         return self.reference or ("model" if self.lora is None else "adapter-off")

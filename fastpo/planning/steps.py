@@ -5,9 +5,11 @@ The same code runs on fake tensors, where only bytes are counted, and on real on
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integrations.heads import linear_head, logit_map
+from ..ops.linear_divergence import linear_divergence
 from ..ops.linear_logps import linear_logps
 from .models import Models
 from .names import LOGITS
@@ -53,10 +56,12 @@ class Step:
     enter: Enter
 
     def run(self, batch: Batch) -> None:
+        distils = self.setting.distils
         with self.enter("reference"), self._autocast(), self.models.other() as other:
-            known = None if other is None else self._logps(other, batch, self.models.base)
+            unscored = other is None or distils
+            known = None if unscored else self._logps(other, batch, self.models.base)
         with self.enter("forward"), self._autocast():
-            loss = self._loss(batch, known)
+            loss = self._distilled(batch) if distils else self._loss(batch, known)
         with self.enter("backward"):
             loss.backward()
         del loss, known
@@ -77,16 +82,32 @@ class Step:
     def _logps(self, model: Any, batch: Batch, base: Any) -> Tensor:
         if self.head == "fastpo" or self.setting.trainer not in LOGITS:
             own = model if model is not self.models.policy else base
-            hidden = _hidden(own, batch).flatten(0, 1).index_select(0, batch.rows)
             score = _fastpo if self.head == "fastpo" else _trl_fused
-            return score(own, hidden, batch.labels, self.setting.budget)
-        logits = _as_accelerate(model(input_ids=batch.ids, attention_mask=batch.mask).logits)
-        return _of_logits(logits, batch)
+            return score(own, _scored(own, batch), batch.labels, self.setting.budget)
+        return _of_logits(_logits(model, batch), batch)
+
+    def _distilled(self, batch: Batch) -> Tensor:
+        """The student's pass, then the teacher's, as both trainers have it."""
+        whole = self.head == "trl" and self.setting.trainer in LOGITS
+        get = _logits if whole else _scored
+        student = get(self.models.policy if whole else self.models.base, batch)
+        with self.models.other() as other:
+            teacher = get(other, batch)
+        beta = _beta(self.setting.trainer)
+        if whole:
+            return _jsd_of_logits(student, teacher, beta, batch)
+        sides = (self.models.base, student), (other, teacher)
+        score = _fastpo_divergence if self.head == "fastpo" else _trl_divergence
+        return score(*sides, beta, self.setting.budget).mean()
 
 
-def _hidden(model: Any, batch: Batch) -> Tensor:  # [R, T, H]
-    found: Tensor = model.base_model(input_ids=batch.ids, attention_mask=batch.mask)[0]
-    return found
+def _scored(model: Any, batch: Batch) -> Tensor:  # [N, H]
+    hidden: Tensor = model.base_model(input_ids=batch.ids, attention_mask=batch.mask)[0]
+    return hidden.flatten(0, 1).index_select(0, batch.rows)
+
+
+def _logits(model: Any, batch: Batch) -> Tensor:  # [R, T, V]
+    return _as_accelerate(model(input_ids=batch.ids, attention_mask=batch.mask).logits)
 
 
 def _fastpo(model: Any, hidden: Tensor, labels: Tensor, budget: int | None) -> Tensor:
@@ -124,5 +145,63 @@ def _of_logits(logits: Tensor, batch: Batch) -> Tensor:
     chosen = len(words) // 2
     nll = F.cross_entropy(shifted[:chosen].flatten(0, 1), words[:chosen].flatten())
     logps: Tensor = selective_log_softmax(shifted, words).flatten()
-    at = batch.rows - batch.rows // batch.ids.shape[1]  # a row is one position shorter here
-    return logps.index_select(0, at) + nll
+    return logps.index_select(0, _shorter(batch)) + nll
+
+
+Side = tuple[Any, Tensor]  # a model, and the hidden states of what is scored
+
+
+def _fastpo_divergence(student: Side, teacher: Side, beta: float, budget: int | None) -> Tensor:
+    (head, cap, scale), (other, its_cap, its_scale) = (_head_of(x) for x, _ in (student, teacher))
+    found = linear_divergence(
+        student[1], head.weight, teacher[1], other.weight, kind="jsd", beta=beta, bias=head.bias,
+        teacher_bias=other.bias, softcap=cap, teacher_softcap=its_cap, logit_scale=scale,
+        teacher_logit_scale=its_scale, budget=budget,
+    )  # fmt: skip
+    assert found.divergence is not None
+    return found.divergence
+
+
+def _trl_divergence(student: Side, teacher: Side, beta: float, budget: int | None) -> Tensor:
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    except ImportError as error:
+        raise ValueError("trainer: expected TRL >= 1.16 for distillation, got another") from error
+    (head, cap, scale), (other, its_cap, its_scale) = (_head_of(x) for x, _ in (student, teacher))
+    sides = student[1], head.weight, head.bias, teacher[1], other.weight, other.bias
+    found: Tensor = ChunkedDivergenceFunction.apply(
+        *sides, beta, 1.0, scale, cap, its_scale, its_cap
+    )[0]
+    return found
+
+
+def _head_of(model: Any) -> tuple[Any, float | None, float]:
+    softcap, scale = logit_map(model.config)
+    return linear_head(model), softcap, scale
+
+
+def _beta(trainer: str) -> float:
+    """What the trainer's config has unless it is told otherwise."""
+    import trl
+
+    config = trl.DistillationConfig if trainer == "distillation" else _gkd().GKDConfig
+    return float(config.beta)
+
+
+def _gkd() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's notice that its experiments may change
+        return import_module("trl.experimental.gkd")
+
+
+def _jsd_of_logits(student: Tensor, teacher: Tensor, beta: float, batch: Batch) -> Tensor:
+    """As GKD reads them; a mask of the scored ones would have a size that no fake tensor knows."""
+    sides = student[:, :-1], teacher[:, :-1]
+    terms = _gkd().GKDTrainer.generalized_jsd_loss(*sides, beta=beta, reduction="none")
+    scored: Tensor = terms.flatten(0, 1).index_select(0, _shorter(batch))
+    return scored.sum() / len(batch.rows)
+
+
+def _shorter(batch: Batch) -> Tensor:
+    """`rows` where a row is one position shorter."""
+    return batch.rows - batch.rows // batch.ids.shape[1]

@@ -32,7 +32,7 @@ def table(plan: Any) -> str:
         cells = [f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join([f"{row[0]:<{widths[0]}}", *cells]))
     lines += ["", *_lengths(plan), *_verdict(plan), *(f"note: {note}" for note in plan.notes)]
-    config = "GRPO" if setting.trainer == "grpo" else setting.trainer.upper()
+    config = {"distillation": "Distillation"}.get(setting.trainer, setting.trainer.upper())
     given = ", ".join(f"{name}={value!r}" for name, value in plan.settings.items())
     return "\n".join([*lines, f"{config}Config({given})"])
 
@@ -42,7 +42,8 @@ def _parts(plan: Any) -> Iterator[tuple[str, ...]]:
     for part in PARTS:
         if any(head.parts[part] for head in heads):
             cells = (f"{head.parts[part] / _GIB:.2f}" for head in heads)
-            yield (_NAMES.get(part, part), *cells)
+            name = _NAMES.get(part, part)
+            yield (name.replace("reference", "teacher") if plan.setting.distils else name, *cells)
     yield ("in all", *(f"{head.peak / _GIB:.2f}" for head in heads))
     measured = [head.measured for head in plan.heads.values()]
     if any(measured):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib
 import json
 
 import pytest
 
-pytest.importorskip("trl", minversion="1.15")
+pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("peft")
 
 import _tiny as tiny
 import torch
 import transformers
+import trl
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Gemma3TextConfig, LlamaConfig
@@ -26,6 +29,7 @@ from fastpo.planning.fits import Depths
 from fastpo.planning.live import Live
 from fastpo.planning.measure import measure
 from fastpo.planning.models import fake
+from fastpo.planning.names import TRAINERS
 from fastpo.planning.setting import HEADS, Lora, Setting
 
 SIZES = {
@@ -100,19 +104,59 @@ MEASURED = {
     "lora": {"lora": Lora(), "context": 200},
     "checkpointed": {"checkpointing": "layers", "trainer": "sft", "batch": 4},
     "adafactor": {"optimizer": "adafactor", "trainer": "kto", "batch": 4},
+    "gkd": {"trainer": "gkd"},
+    "distillation": {"trainer": "distillation", "lora": Lora()},
 }
 
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_as_a_step_holds(name):
     """Within 15 % of resident memory, or 10 MiB, the noise of a process."""
-    config = copy.deepcopy(LLAMA)
+    config, teacher = copy.deepcopy(LLAMA), None
     config.update({"vocab_size": 16_000, "hidden_size": 256, "num_hidden_layers": 3})
     options = {"context": 128, "batch": 2, **MEASURED[name]}
     setting = Setting(name, dtype="fp32", device="cpu", **options)
-    told = Depths(setting, config, "fastpo").estimate().peak
+    if setting.distils:
+        teacher = copy.deepcopy(config)
+        teacher.update({"hidden_size": 384, "num_hidden_layers": 6})
+    told = Depths(setting, config, "fastpo", teacher).estimate().peak
     assert told > 50 * MIB
-    assert told == pytest.approx(measure(setting, config, "fastpo"), rel=0.15, abs=10 * MIB)
+    held = measure(setting, config, "fastpo", teacher)
+    assert told == pytest.approx(held, rel=0.15, abs=10 * MIB)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("trainer", ["gkd", "distillation"])
+def test_a_teacher_of_many_layers_from_a_few(trainer, head):
+    teacher = copy.deepcopy(LLAMA)
+    teacher.update({"hidden_size": 96, "num_hidden_layers": 6})
+    student = copy.deepcopy(LLAMA)
+    student.num_hidden_layers = 3
+    setting = Setting("student", trainer=trainer, context=48, batch=2)
+    whole = Session(setting, student, head, teacher).phases(setting)
+    found = Depths(setting, student, head, teacher).estimate()
+    assert found.phases == {phase: held.total() for phase, held in whole.items()}
+    with torch.device("meta"):
+        own = transformers.AutoModelForCausalLM.from_config(teacher, dtype=torch.bfloat16)
+    expected = sum(x.numel() * x.itemsize for x in (*own.parameters(), *own.buffers()))
+    assert found.parts["reference"] == expected
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_what_to_paste_is_what_the_trainer_takes(trainer):
+    other = {"teacher": LLAMA} if TRAINERS[trainer][1] == "teacher" else {}
+    shallow = copy.deepcopy(LLAMA)
+    shallow.num_hidden_layers = 1
+    plan = fastpo.plan_step(shallow, trainer=trainer, context=32, search=False, **other)
+    name = str(plan).splitlines()[-1].partition("(")[0]
+    fields = {x.name for x in dataclasses.fields(getattr(_module(trainer), name))}
+    assert set(plan.settings) <= fields
+
+
+def _module(trainer):
+    if trainer in ("cpo", "orpo", "gkd"):
+        return importlib.import_module(f"trl.experimental.{trainer}")
+    return trl
 
 
 def test_parts_are_what_they_are_called():
@@ -207,6 +251,9 @@ WRONG = {
     "data": (["--data", "nowhere.jsonl"], "data: expected a readable file, got nowhere.jsonl"),
     "picture": (["--plot", "nowhere/x.png"], "plot: expected a picture's path"),
     "budget": (["--budget", "-1"], "budget: expected"),
+    "no teacher": (["--trainer", "gkd", "--teacher", "nowhere"], "teacher: expected a folder"),
+    "a teacher": (["--teacher", "nowhere"], "teacher: expected none for dpo, got"),
+    "reference": (["--trainer", "gkd", "--reference", "none"], "reference: expected none beside"),
 }
 
 
@@ -257,4 +304,5 @@ def test_cards():
 @pytest.mark.parametrize("checkpointing", ["layers", "offload"])
 def test_nobody_is_warned(checkpointing, recwarn):
     fastpo.plan_step(LLAMA, lora="r=8", checkpointing=checkpointing, context=32)
-    assert not [str(x.message) for x in recwarn if x.category is FutureWarning]
+    fastpo.plan_step(LLAMA, trainer="gkd", context=32)
+    assert not [str(x.message) for x in recwarn]
