@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import objectives, quantities
     from .integrations.attach import attach
+    from .integrations.lazy.models import lazy_logits
     from .integrations.sharing.backbone import shared_prompts
     from .integrations.trl.objectives.groups import GroupTrainer
     from .integrations.trl.patch import patch, patched, unpatch
@@ -29,6 +30,7 @@ __all__ = [
     "TokenStats",
     "TopK",
     "attach",
+    "lazy_logits",
     "linear_divergence",
     "linear_logps",
     "linear_topk",
@@ -51,6 +53,7 @@ __all__ = [
 # `fastpo run` starts as Python does, before a script has set what their imports read.
 _HOMES = {
     "fastpo.integrations.attach": ("attach",),
+    "fastpo.integrations.lazy.models": ("lazy_logits",),
     "fastpo.integrations.sharing.backbone": ("shared_prompts",),
     "fastpo.integrations.trl.objectives.groups": ("GroupTrainer",),
     "fastpo.integrations.trl.patch": ("patch", "patched", "unpatch"),

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...ops.walks.saving import saving_hooks
-from .promise import Promise
+from .rowwise import Node
 
 _log = logging.getLogger(__name__)
-told: set[str] = set()
+told: set[tuple[str, str]] = set()  # operation and place
 
 
 class Graph:
     """From the operands of a head to its logits, and back; holds no logits itself."""
 
-    def __init__(self, promise: Promise) -> None:
+    def __init__(self, promise: Node) -> None:
         self.promise = promise
         self.leaves: tuple[Tensor | None, ...] = ()
         self.edge: Any = None
 
-    def logits(self) -> Tensor:
-        """The logits [..., V], without a graph of their own."""
-        self.leaves = tuple(
-            None if x is None else x.detach().requires_grad_(x.requires_grad)
-            for x in self.promise.base.operands
-        )
+    def logits(self, name: str) -> Tensor:
+        """The values [..., V], without a graph of their own."""
         with torch.inference_mode(False), torch.enable_grad(), _uncounted():
-            made = self.promise.on(self.leaves).materialize()
+            self.leaves = self.promise.leaves(name)
+            made = self.promise.whole(self.leaves)
         if made.requires_grad:
             self.edge = torch.autograd.graph.get_gradient_edge(made)
         return made.detach()
@@ -39,7 +38,7 @@ class Graph:
     def gradients(self, grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
         """Of hidden states, weight, bias and adapter, from d logits [..., V]."""
         if self.edge is None:
-            self.logits()
+            self.logits("its gradient")
         wanted = [leaf for leaf, need in zip(self.leaves, needs, strict=True) if need]
         options = {"retain_graph": True, "allow_unused": True}
         found = iter(torch.autograd.grad(self.edge, wanted, grad, **options))  # type: ignore[arg-type]
@@ -49,7 +48,7 @@ class Graph:
 class Cell:
     """Shared by a tensor and its aliases, as memory would be."""
 
-    def __init__(self, promise: Promise | None, values: Tensor | None = None) -> None:
+    def __init__(self, promise: Node | None, values: Tensor | None = None) -> None:
         self.promise, self.values = promise, values
         self.graph = None if promise is None else Graph(promise)
         self.version = 0 if values is None else values._version
@@ -60,9 +59,15 @@ class Cell:
         if self.values is None:
             assert self.graph is not None
             tell(name)
-            self.values = self.graph.logits()
+            self.values = self.graph.logits(name)
             self.version = self.values._version
         return self.values
+
+    def promised(self, name: str) -> Tensor:
+        """The values before any change in place."""
+        if self.changed and self.promise is not None:
+            return Graph(self.promise).logits(name)
+        return self.full(name)
 
     @property
     def changed(self) -> bool:
@@ -80,13 +85,13 @@ class Cell:
         if self.values is not None:
             self.version = self.values._version
         if self.promise is not None:
-            self.promise.base.family.changed.append(self.promise)
+            self.promise.family.changed.append(self.promise)
 
     def expect_current(self) -> None:
         """Raises where a change in place of other logits in the same memory would show here."""
         if self.promise is None or self.changed:
             return
-        for other in self.promise.base.family.changed:
+        for other in self.promise.family.changed:
             if other.same_logits(self.promise):
                 raise RuntimeError(
                     "logits: expected no change in place through another view of them, got one; "
@@ -95,7 +100,7 @@ class Cell:
 
     def __del__(self) -> None:
         if self.promise is not None and self.changed_elsewhere:
-            self.promise.base.family.changed.append(self.promise)
+            self.promise.family.changed.append(self.promise)
 
 
 def _uncounted() -> Any:
@@ -106,6 +111,19 @@ def _uncounted() -> Any:
 
 
 def tell(name: str) -> None:
-    if name not in told:
-        told.add(name)
-        _log.warning("fastpo: %s is computed on full logits, which takes their memory", name)
+    """Once for each operation and caller."""
+    place = _caller()
+    if (name, place) not in told:
+        told.add((name, place))
+        _log.warning("fastpo: %s%s is computed on full logits", name, place)
+
+
+def _caller() -> str:
+    """Who does it; nobody where autograd's own thread asks."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("fastpo", "torch"):
+            return f" ({frame.f_code.co_filename}:{frame.f_lineno})"
+        frame = frame.f_back
+    return ""

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..seams.seam import Make, Replacement, Seam
-from .logits import lazy_logits, promise_of
+from ..seams.seam import Make, Replacement, Seam, replace
+from .logits import promise_of, promised
 
 
 class _Sink(Replacement):
@@ -22,7 +22,7 @@ class _Sink(Replacement):
         given = zip(tensors, promises, strict=True)
         found = self.original.apply(ddp, *(x if p is None else p.base.hidden for x, p in given))
         return tuple(
-            x if p is None else lazy_logits(p.on((x, *p.base.operands[1:])))
+            x if p is None else promised(p.on((x, *p.base.operands[1:])))
             for x, p in zip(found, promises, strict=True)
         )
 
@@ -34,3 +34,8 @@ def replacements() -> dict[Seam, Make]:
     arguments = ("ddp_weakref", "inputs")
     seam = Seam("torch.nn.parallel.distributed", "_DDPSink", arguments, _VERSIONS, "forward")
     return {seam: _Sink}
+
+
+def serve() -> None:
+    """From now on, also where no trainer is patched; it touches nothing but promises."""
+    replace(replacements())

@@ -94,6 +94,17 @@ def unbind(logits: Promise, dim: int = 0) -> Any:
     return tuple(map(logits.view, logits.rows.unbind(leading)))
 
 
+def unsqueeze(logits: Promise, dim: int) -> Any:
+    if not -logits.ndim - 1 <= dim <= logits.ndim or dim % (logits.ndim + 1) == logits.ndim:
+        return NotImplemented
+    return logits.view(logits.rows.unsqueeze(dim % (logits.ndim + 1)))
+
+
+def squeeze(logits: Promise, dim: int) -> Any:
+    leading = _leading(logits, dim)
+    return NotImplemented if leading is None else logits.view(logits.rows.squeeze(leading))
+
+
 def index_select(logits: Promise, dim: int, index: Tensor) -> Any:
     leading = _leading(logits, dim)
     if leading is None:
@@ -207,6 +218,8 @@ def _sum_of_logs(logits: Promise) -> Any:
 def log_softmax(logits: Promise, dim: Any, dtype: torch.dtype | None = None) -> Any:
     if not _last(logits, dim) or logits.normalized:
         return NotImplemented
+    if dtype is None and torch.is_autocast_enabled(logits.device.type):  # which may have its own
+        dtype = torch.ones(1, dtype=logits.dtype, device=logits.device).log_softmax(-1).dtype
     made = replace(logits, normalized=True)
     return made if dtype is None else _cast(made, dtype)
 
@@ -294,18 +307,24 @@ def argmax(logits: Promise, dim: Any = None, keepdim: bool = False) -> Any:
 
 
 # By their names in torch, torch.Tensor and torch.nn.functional.
-_NAMED: dict[str, Answer] = {
+_VIEWS: dict[str, Answer] = {
     "__getitem__": getitem,
+    "__iter__": lambda logits: iter(unbind(logits)),
     "view": view,
     "reshape": reshape,
     "flatten": flatten,
     "chunk": _along_rows("chunk"),
     "split": _along_rows("split"),
     "unbind": unbind,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
     "index_select": index_select,
     "contiguous": contiguous,
     "clone": clone,
     "detach": detach,
+}
+_NAMED: dict[str, Answer] = {
+    **_VIEWS,
     "to": to,
     "float": lambda logits: _cast(logits, torch.float32),
     "bfloat16": lambda logits: _cast(logits, torch.bfloat16),
@@ -328,12 +347,15 @@ _NAMED: dict[str, Answer] = {
     "argmax": argmax,
     "topk": topk,
 }
-FUNCTIONS: dict[Any, Answer] = {
-    getattr(owner, name): answer
-    for name, answer in _NAMED.items()
-    for owner in (torch, Tensor, F)
-    if hasattr(owner, name)
-}
+
+
+def _found(named: dict[str, Answer]) -> dict[Any, Answer]:
+    owners = (torch, Tensor, F)
+    return {getattr(o, name): f for name, f in named.items() for o in owners if hasattr(o, name)}
+
+
+FUNCTIONS = _found(_NAMED)
+VIEWS = _found(_VIEWS)  # of anything made of rows
 FUNCTIONS[F.log_softmax] = lambda logits, dim=None, _stacklevel=3, dtype=None: log_softmax(
     logits, dim, dtype
 )

@@ -1,6 +1,6 @@
 """Logits that are asked for log-probabilities before they exist: a tensor around a promise.
 
-    logits = lazy_logits(Promise.of(head, hidden))          # [..., V] of hidden [..., H]
+    logits = promised(Promise.of(head, hidden))          # [..., V] of hidden [..., H]
     logits[:, :-1].log_softmax(-1).gather(-1, labels[..., None])
     promise_of(logits).logps(labels)
 
@@ -23,8 +23,10 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .cell import Cell, tell
-from .functions import FUNCTIONS
+from .expressions import Operand, express
+from .functions import FUNCTIONS, VIEWS
 from .promise import Promise
+from .rowwise import Node, Rowwise
 
 
 def _names(text: str) -> frozenset[str]:
@@ -49,7 +51,7 @@ _LIKE = _names("""
 
 
 class LazyLogits(Tensor):
-    """Made by `lazy_logits`; `promise_of` gives the promise while it stands for this tensor."""
+    """Made by `promised`; `promise_of` gives the promise while it stands for this tensor."""
 
     _cell: Cell
     _real: Tensor | None
@@ -127,6 +129,10 @@ class LazyLogits(Tensor):
                 "got a change through a view of them"
             )
 
+    def as_promised(self, name: str) -> Tensor:
+        """The values, whatever was done to this tensor in place since."""
+        return self._cell.promised(name)
+
     def _seen(self, name: str) -> Tensor:
         """A tensor of the values whose gradient comes by this one."""
         if self._cell.promise is not None:
@@ -183,24 +189,32 @@ class _Values(torch.autograd.Function):
         return grad, None
 
 
-def lazy_logits(promise: Promise) -> LazyLogits:
-    """The tensor [*rows.shape, V] that a promise stands for."""
+def promised(promise: Node) -> LazyLogits:
+    """The tensor [*rows.shape, V] that a promise, or a function of some, stands for."""
     if not (promise.requires_grad and torch.is_grad_enabled()):
         promise = promise.detach()
-    made: LazyLogits = _Made.apply(Cell(promise), *promise.base.operands)
+    made: LazyLogits = _Made.apply(Cell(promise), *promise.operands)
     return made
 
 
 def promise_of(logits: Any) -> Promise | None:
-    """What log-probabilities may be asked of instead; None for real logits, and for lazy ones that
-    were changed, hooked or put elsewhere into autograd's graph."""
+    """What log-probabilities may be asked of instead; None for real logits, for functions of some,
+    and for lazy ones that were changed, hooked or put elsewhere into autograd's graph."""
+    node = _standing(logits)
+    if not isinstance(node, Promise):
+        return None
+    logits._past = True
+    return node
+
+
+def _standing(logits: Any) -> Node | None:
+    """What the tensor stands for still."""
     if not isinstance(logits, LazyLogits) or logits._hooked or logits._cell.promise is None:
         return None
     cell, own = logits._cell, getattr(logits.grad_fn, "graph", None)
     if cell.changed or (logits.requires_grad and own is not cell.graph):
         return None
     cell.expect_current()
-    logits._past = True
     assert cell.promise is not None
     made_here = logits.requires_grad or not cell.promise.requires_grad
     return cell.promise if made_here else cell.promise.detach()
@@ -208,27 +222,57 @@ def promise_of(logits: Any) -> Promise | None:
 
 def promises(student: Any, teacher: Any) -> tuple[Promise, Promise] | None:
     """`promise_of` both; None, and neither counts as read, where one has real logits."""
-    past = [getattr(side, "_past", False) for side in (student, teacher)]
-    found = promise_of(student), promise_of(teacher)
-    if found[0] is not None and found[1] is not None:
+    found = _standing(student), _standing(teacher)
+    if isinstance(found[0], Promise) and isinstance(found[1], Promise):
+        student._past = teacher._past = True
         return found[0], found[1]
-    for side, before in zip((student, teacher), past, strict=True):
-        if isinstance(side, LazyLogits):
-            side._past = before
     return None
 
 
 def _answer(func: Any, args: Any, kwargs: Any) -> Any:
-    """What `FUNCTIONS` finds without logits, its promises as tensors."""
-    answer = FUNCTIONS.get(func)
-    if answer is None or not args or _lazy((args[1:], kwargs)) or not _fits(answer, args, kwargs):
+    """What is known without logits, its promises as tensors."""
+    lazy = _lazy((args, kwargs))
+    nodes = {id(x): _standing(x) for x in lazy}
+    if not lazy or None in nodes.values() or any(_hooked(x) for x in lazy):
         return NotImplemented
-    past = args[0]._past if isinstance(args[0], LazyLogits) else False
-    promise = promise_of(args[0])
-    found = NotImplemented if promise is None else answer(promise, *args[1:], **kwargs)
-    if found is NotImplemented and isinstance(args[0], LazyLogits):
-        args[0]._past = past
-    return tree_map_only(Promise, lazy_logits, found)
+    found = _read(func, args, kwargs, nodes)
+    if isinstance(found, Rowwise):
+        if func in VIEWS:
+            args[0]._past = True
+    elif found is not NotImplemented:
+        for logits in lazy:
+            _pass(logits)
+    return tree_map_only((Promise, Rowwise), promised, found)
+
+
+def _read(func: Any, args: Any, kwargs: Any, nodes: dict[int, Any]) -> Any:
+    """By the walks of fastpo's head; else as an expression."""
+    known = FUNCTIONS.get(func)
+    first = nodes.get(id(args[0])) if args else None
+    if known is not None and first is not None and not _lazy((args[1:], kwargs)):
+        served = isinstance(first, Promise) or (func in VIEWS and not first.stacked)
+        found = known(first, *args[1:], **kwargs) if served and _fits(known, args, kwargs) else None
+        if found is not None and found is not NotImplemented:
+            return found
+    args, kwargs = tree_map_only(LazyLogits, lambda x: Operand(x, nodes[id(x)]), (args, kwargs))
+    return express(func, args, kwargs)
+
+
+def _made_of(logits: LazyLogits) -> list[LazyLogits]:
+    """The tensors that an expression reads."""
+    node = logits._cell.promise
+    return list(node.root.parents) if isinstance(node, Rowwise) else []
+
+
+def _hooked(logits: LazyLogits) -> bool:
+    return logits._hooked or any(map(_hooked, _made_of(logits)))
+
+
+def _pass(logits: LazyLogits) -> None:
+    """Gradients of what was read go past this tensor, and past those it is made of."""
+    logits._past = True
+    for x in _made_of(logits):
+        _pass(x)
 
 
 def _fits(answer: Callable[..., Any], args: Any, kwargs: Any) -> bool:

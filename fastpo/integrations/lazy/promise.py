@@ -7,7 +7,9 @@ fastpo's head. `LazyLogits` is the tensor around it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from math import isfinite
 from typing import Any
 
@@ -67,12 +69,21 @@ class Base:
         down = self.adapter and (self.adapter[0].index_select(0, rows), self.adapter[1])
         return self.hidden.index_select(0, rows), down
 
+    def products(self, hidden: Tensor, down: Tensor | None, weight: Tensor | None = None) -> Tensor:
+        """Of rows of the hidden states and of the adapter's: [N, V]; weight: in their dtype."""
+        weight, bias = self.weight.to(hidden.dtype) if weight is None else weight, self.bias
+        with torch.autocast(hidden.device.type, enabled=False):
+            x = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+            if down is not None and self.adapter is not None:
+                x = x + down.to(x.dtype) @ self.adapter[1].to(x.dtype).t()
+        return x
+
 
 @dataclass(eq=False)
 class Family:
     """Logits of one call that were changed in place; views of them do not know."""
 
-    changed: list[Promise] = field(default_factory=list)
+    changed: list[Any] = field(default_factory=list)
 
 
 def _version(x: Tensor | None) -> int | None:
@@ -165,7 +176,25 @@ class Promise:
 
     @property
     def requires_grad(self) -> bool:
-        return any(x is not None and x.requires_grad for x in self.base.operands)
+        return any(x is not None and x.requires_grad for x in self.operands)
+
+    @property
+    def operands(self) -> tuple[Tensor | None, ...]:
+        return self.base.operands
+
+    @property
+    def family(self) -> Family:
+        return self.base.family
+
+    def leaves(self, name: str) -> tuple[Tensor | None, ...]:
+        """All that `whole` needs, without a graph of their own."""
+        return tuple(
+            None if x is None else x.detach().requires_grad_(x.requires_grad)
+            for x in self.base.operands
+        )
+
+    def whole(self, leaves: tuple[Tensor | None, ...]) -> Tensor:
+        return self.on(leaves).materialize()
 
     @property
     def plain(self) -> Promise:
@@ -185,6 +214,29 @@ class Promise:
     def detach(self) -> Promise:
         return self.on(tuple(None if x is None else x.detach() for x in self.base.operands))
 
+    def joined(self, others: Sequence[Any], dim: int) -> Any:
+        """This one and others of the same head and reading, one after the other along their rows;
+        NotImplemented for anything else."""
+        if not all(isinstance(x, Promise) and self._alike(x) for x in others):
+            return NotImplemented
+        all_of, base = (self, *others), self.base
+        hidden = torch.cat([x.base.hidden for x in all_of])
+        down = None if base.adapter is None else torch.cat([x.base.adapter[0] for x in all_of])
+        first = accumulate((len(x.base.hidden) for x in all_of[:-1]), initial=0)
+        rows = [torch.where(x.rows < 0, -1, x.rows + n) for x, n in zip(all_of, first, strict=True)]
+        adapter = None if down is None or base.adapter is None else (down, base.adapter[1])
+        one = Base(hidden, base.weight, base.bias, adapter, base.own, Known.of(hidden))
+        return replace(self, base=one, rows=torch.cat(rows, dim))
+
+    def _alike(self, other: Promise) -> bool:
+        mine, theirs = (
+            (x.inner, x.capped, x.outer, x.normalized, x.sign, x.dtype, x.rows.ndim, x.base.own)
+            for x in (self, other)
+        )
+        heads = zip(self.operands[1:3], other.operands[1:3], strict=True)
+        ups = (None if x.base.adapter is None else x.base.adapter[1] for x in (self, other))
+        return mine == theirs and all(_same(*pair) for pair in (*heads, tuple(ups)))
+
     def scaled(self, factor: Any) -> Any:
         """times a number; NotImplemented where `linear_logps` has no such logits."""
         if not isinstance(factor, int | float):
@@ -196,7 +248,7 @@ class Promise:
             return NotImplemented
         return replace(self, outer=scale) if self.capped else replace(self, inner=scale)
 
-    def same_logits(self, other: Promise) -> bool:
+    def same_logits(self, other: Any) -> bool:
         """Would memory of the model's logits be shared with those, apart from their rows?"""
         maps = ((x.inner, x.capped, x.outer, x.normalized, x.sign, x.dtype) for x in (self, other))
         shared = self.rows.untyped_storage().data_ptr() == other.rows.untyped_storage().data_ptr()
@@ -293,16 +345,25 @@ class Promise:
     def materialize(self) -> Tensor:
         """The logits, as the model would have made them."""
         hidden, adapter = self.base.select(self.rows.flatten().clamp(min=0))
-        weight, bias = self.base.weight.to(hidden.dtype), self.base.bias
+        down = None if adapter is None else adapter[0]
+        return self.read(self.base.products(hidden, down)).view(self.shape)
+
+    def read(self, x: Tensor) -> Tensor:
+        """What this reading makes of the head's products [N, V]."""
         with _exact(self):
-            x = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
-            if adapter is not None:
-                x = x + adapter[0].to(x.dtype) @ adapter[1].to(x.dtype).t()
-        if self.inner != 1:
-            x = x * self.inner
-        x = x.to(self.dtype)
-        x = (x.tanh() * self.outer if self.capped else x).view(self.shape)
-        return self.sign * x.log_softmax(-1) if self.normalized else x
+            if self.inner != 1:
+                x = x * self.inner
+            x = x.to(self.dtype)
+            x = x.tanh() * self.outer if self.capped else x
+            return self.sign * x.log_softmax(-1) if self.normalized else x
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """The same memory, as part of the same graph?"""
+    if one is None or other is None:
+        return one is other
+    facts = ((x.data_ptr(), x.shape, x.requires_grad, x.grad_fn) for x in (one, other))
+    return next(facts) == next(facts)
 
 
 def _exact(logits: Promise) -> Any:

@@ -74,6 +74,11 @@ def _leave(owner: Any, name: str, stand_in: StandIn) -> None:
         owner.__dict__.update(stand_in.before)
 
 
+def answered(owner: Any, name: str) -> bool:
+    """Does somebody stand in here, in this thread or task?"""
+    return vars(owner).get(name) in _handlers.get()
+
+
 def beneath(owner: Any, name: str) -> Any:
     """What the instance itself holds under this name between calls; None for nothing."""
     held = getattr(owner, "__dict__", {}).get(name)

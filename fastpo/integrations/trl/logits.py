@@ -14,62 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from ...ops.shards.gathered import HeadOptions, whole
-from ...ops.walks.checks import DTYPES
-from ..adapter import is_adapter
-from ..heads import linear_head, tensor_parallel
+from ...ops.shards.gathered import HeadOptions
 from ..lazy import ddp
-from ..lazy.logits import LazyLogits, lazy_logits, promise_of
-from ..lazy.promise import Promise
-from ..seams.calls import standing_in, unhidden
-from ..seams.saying import say_once
+from ..lazy.head import lazy_head
+from ..lazy.logits import LazyLogits, promise_of, promised
+from ..lazy.promise import OWN, Promise
 from ..seams.seam import Make, Method, Replacement, Seam
-
-_OWN = HeadOptions()
-
-
-@contextmanager
-def lazy_head(trainer: Any, model: Any, options: HeadOptions = _OWN) -> Iterator[None]:
-    """The model's head answers with `LazyLogits`; a head fastpo does not know stays itself."""
-    try:
-        head: Any = linear_head(model)
-        parts = _readable(trainer, head)
-    except RuntimeError as error:
-        say_once(f"{type(trainer).__name__} keeps its full logits", str(error))
-        yield
-        return
-    own, sharded = unhidden(head.forward), isinstance(parts[0], DTensor)
-
-    def forward(hidden: Tensor) -> Tensor:
-        if hidden.dtype not in DTYPES:
-            made: Tensor = own(hidden)
-            return made
-        if not sharded:
-            return lazy_logits(Promise.of(head, hidden, options))
-        # Not the weight FSDP2 has gathered for this forward: it is gone when logits are asked for.
-        # Gathered here, because every process calls the head; not every one has labels to score.
-        # In mixed precision FSDP2, too, gathers 16 bits.
-        weight, bias = (None if x is None else whole(x.to(hidden.dtype)) for x in parts)
-        return lazy_logits(Promise.of(head, hidden, options, (weight, bias)))
-
-    with standing_in(head, "forward", forward):
-        yield
-
-
-def _readable(trainer: Any, head: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias between two forwards; RuntimeError where they cannot be read after one."""
-    if tensor_parallel(head):
-        raise RuntimeError("lm_head.weight: expected a whole tensor, got a tensor-parallel shard")
-    if hasattr(head.weight, "ds_id"):
-        raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of ZeRO-3")
-    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version == 1:
-        raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of FSDP1")
-    if isinstance(head.weight, DTensor) and is_adapter(head):
-        raise RuntimeError("lm_head.weight: expected no adapter on a shard, got one")
-    return head.weight, head.bias
 
 
 class Reader(Method):
@@ -78,7 +29,7 @@ class Reader(Method):
     others: tuple[str, ...] = ()  # attributes of the trainer
 
     def __init__(
-        self, original: Any, options: HeadOptions = _OWN, sharing: bool | None = None
+        self, original: Any, options: HeadOptions = OWN, sharing: bool | None = None
     ) -> None:
         super().__init__(original)
         self.options, self.sharing = options, sharing
@@ -97,7 +48,7 @@ class Reader(Method):
                 if one is None:
                     continue
                 inner = bare(trainer, one)
-                stack.enter_context(lazy_head(trainer, inner, self.options))
+                stack.enter_context(lazy_head(type(trainer).__name__, inner, self.options))
                 if self.sharing is not None:
                     stack.enter_context(packing(inner, self.sharing))
             yield
@@ -158,7 +109,7 @@ class _BatchLogps(Replacement):
             scored = labels != -100
             # The row before a label predicts it; the last one predicts nothing. Decoders of an
             # encoder are fed shifted ids instead.
-            logits = lazy_logits(promise.only(scored if is_encoder_decoder else scored.roll(-1, 1)))
+            logits = promised(promise.only(scored if is_encoder_decoder else scored.roll(-1, 1)))
         return self.original(logits, labels, average_log_prob, is_encoder_decoder)
 
 

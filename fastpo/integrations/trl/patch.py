@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from importlib import metadata
 from typing import Any
 
 from ...ops.shards.gathered import HeadOptions
+from ..lazy import everywhere
+from ..seams.saying import say_once
 from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
 from . import adapter, distillation, early, light, shared
 from . import logits as trl_logits
@@ -23,6 +26,7 @@ def patch(
     budget: int | None = None,
     backend: str | None = None,
     accumulate: bool = False,
+    lazy: bool = False,
     shared_prompts: bool = False,
     padding_free: bool = False,
     whole_groups: bool = False,
@@ -36,6 +40,9 @@ def patch(
 ) -> None:
     """Puts `fastpo.linear_logps` under every TRL trainer of this process until `unpatch`.
 
+    TRL before 1.13, or newer than any known and of other seams, is served by lazy logits
+    (`fastpo.lazy_logits`) in every model, and the log says so.
+
     Trainers keep their losses and metrics. `loss_type` of DPOConfig and KTOConfig also takes the
     keys of `fastpo.objectives`, with `beta`, `label_smoothing` and the KTO weights of the config
     where they were changed, and the paper's values otherwise. TRL's own names run TRL's code.
@@ -44,6 +51,8 @@ def patch(
     budget, backend: as in `fastpo.linear_logps`.
     accumulate: as in `fastpo.attach`, for trainers that use TRL's fused head on one device with
         gradient accumulation.
+    lazy: in every causal language model of transformers `model(...).logits` is a promise, as with
+        `fastpo.lazy_logits`, whoever calls it; then TRL need not be there.
     shared_prompts: the backbone computes every distinct token of a batch once, and no padding
         (`fastpo.shared_prompts`). padding_free: no padding, but every row whole. How much was
         saved is in the trainers' log as "fastpo/tokens_saved".
@@ -75,15 +84,43 @@ def patch(
     own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
     sharing = True if shared_prompts else (False if padding_free else None)
     shared.check(sharing, whole_groups)
-    made = fitting(_all(setting, own, sharing, whole_groups))
-    if objective is not None:
-        fitting(by_name.replacements(setting))  # raises where TRL has no seams for one
-    now = {seam: make for seam, make in made.items() if seam.module == GATHER.module}
-    for seam in (GATHER, *now):
-        seam.read()  # nothing is changed before all are known to fit
+    seams = _all(setting, own, sharing, whole_groups)
+    try:
+        made, now = _checked(seams, setting)
+    except RuntimeError as error:
+        if not _without_seams(lazy) or objective is not None or sharing is not None:
+            raise
+        say_once("lazy logits serve every trainer", str(error))
+        made, now, lazy = {}, {}, True
     restore(*_ADDED)  # by a call before this one, perhaps
     replace_when_imported({seam: make for seam, make in made.items() if seam not in now})
     replace(now)
+    if lazy:
+        everywhere.install(HeadOptions(budget=budget, backend=backend))
+    else:
+        everywhere.remove()
+
+
+def _checked(
+    seams: dict[Seam, Make], setting: Setting
+) -> tuple[dict[Seam, Make], dict[Seam, Make]]:
+    """Those of the installed version, and of them what is replaced at once; nothing is changed."""
+    made = fitting(seams)
+    if setting.objective is not None:
+        fitting(by_name.replacements(setting))  # raises where TRL has no seams for one
+    now = {seam: make for seam, make in made.items() if seam.module == GATHER.module}
+    for seam in (GATHER, *now):
+        seam.read()
+    return made, now
+
+
+def _without_seams(lazy: bool) -> bool:
+    """Will lazy logits do: for a TRL of other times, and where they were asked for without one?"""
+    try:
+        installed = metadata.version("trl")
+    except metadata.PackageNotFoundError:
+        return lazy
+    return ".".join(installed.split(".")[:2]) not in GATHER.versions
 
 
 def _all(
@@ -117,11 +154,12 @@ def unpatch() -> None:
     A trainer that was built for one of fastpo's objectives keeps it.
     """
     restore(*SEAMS)
+    everywhere.remove()
 
 
 @contextmanager
 def patched(**options: Any) -> Iterator[None]:
     """`patch(**options)` for the length of a block; afterwards TRL is what it was before."""
-    with kept(*SEAMS):
+    with kept(*SEAMS), everywhere.kept():
         patch(**options)
         yield

@@ -14,7 +14,7 @@ from accelerate.utils import pad_across_processes
 from torch import nn
 
 from fastpo.integrations.lazy import cell
-from fastpo.integrations.lazy.logits import lazy_logits
+from fastpo.integrations.lazy.logits import promised
 from fastpo.integrations.lazy.promise import Promise
 
 B, T, H, V = 3, 7, 16, 211
@@ -27,7 +27,7 @@ def pair(monkeypatch):
     torch.manual_seed(0)
     head, hidden = nn.Linear(H, V), torch.randn(B, T, H)
     with torch.no_grad():
-        return lazy_logits(Promise.of(head, hidden)), head(hidden)
+        return promised(Promise.of(head, hidden)), head(hidden)
 
 
 WORDS = torch.arange(B * T).view(B, T, 1)

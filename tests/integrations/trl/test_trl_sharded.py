@@ -6,7 +6,6 @@ import logging
 import os
 from contextlib import nullcontext
 from importlib.util import find_spec
-from types import SimpleNamespace
 
 import pytest
 
@@ -22,9 +21,10 @@ from transformers import training_args
 from trl.trainer import distillation_trainer
 
 import fastpo
+from fastpo.integrations.lazy import head as lazy_module
+from fastpo.integrations.lazy.head import lazy_head
 from fastpo.integrations.lazy.logits import LazyLogits
 from fastpo.integrations.seams.saying import say_once
-from fastpo.integrations.trl import logits as trl_logits
 from fastpo.integrations.trl.head import HeadCall
 from fastpo.ops.shards.gathered import HeadOptions
 from fastpo.ops.walks import divergence
@@ -266,21 +266,18 @@ def test_zero_3(name, zero):
 
 
 def test_logits_of_heads_that_cannot_be_read_later_are_left_alone(caplog, monkeypatch):
-    plugin = SimpleNamespace(fsdp_version=1)
-    trainer = SimpleNamespace(
-        accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    )
     model, hidden = tiny.model("llama"), torch.randn(2, 3, 32)
     say_once.cache_clear()
-    with trl_logits.lazy_head(trainer, model):
-        assert isinstance(model.lm_head(hidden), torch.Tensor)
+    model.lm_head.weight._fsdp_flattened = True  # as FSDP1 marks its parameters
+    with lazy_head("a test", model):
+        assert not isinstance(model.lm_head(hidden), LazyLogits)
     assert "got a shard of FSDP1" in caplog.text
-    plugin.fsdp_version = 2
-    with trl_logits.lazy_head(trainer, model):
+    del model.lm_head.weight._fsdp_flattened
+    with lazy_head("a test", model):
         assert isinstance(model.lm_head(hidden), LazyLogits)
-    monkeypatch.setattr(trl_logits, "tensor_parallel", lambda head: True)
-    with trl_logits.lazy_head(trainer, model):
-        assert isinstance(model.lm_head(hidden), torch.Tensor)
+    monkeypatch.setattr(lazy_module, "tensor_parallel", lambda head: True)
+    with lazy_head("a test", model):
+        assert not isinstance(model.lm_head(hidden), LazyLogits)
     assert "got a tensor-parallel shard" in caplog.text
 
 

@@ -1,0 +1,327 @@
+"""The functions of torch that are remembered of lazy logits, and those that reduce the words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+
+from .blocks import fits_one_block, reduced
+from .promise import Family, Promise
+from .rowwise import Node, Root, Rowwise, Slot
+
+Answer = Callable[..., Any]
+_NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format)
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A lazy tensor among the arguments, and what it stands for."""
+
+    tensor: Any
+    node: Node
+
+
+def _named(names: str) -> set[Any]:
+    """By their names in torch, torch.Tensor and torch.nn.functional."""
+    owners = (torch, Tensor, F)
+    return {getattr(o, name) for name in names.split() for o in owners if hasattr(o, name)}
+
+
+_WORD_BY_WORD = _named("""
+    exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal abs absolute neg negative sign
+    pow __pow__ __rpow__ add __add__ __radd__ sub subtract __sub__ __rsub__ rsub mul multiply
+    __mul__ __rmul__ div divide true_divide __truediv__ __rtruediv__ __rdiv__ maximum minimum clamp
+    clip clamp_min clamp_max where masked_fill xlogy logaddexp sigmoid logsigmoid softplus relu tanh
+    nan_to_num isnan isinf isfinite eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+    logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__
+    float double half bfloat16 to type_as
+""")
+_OVER_WORDS = _named("softmax log_softmax")
+_REDUCED = _named("""
+    sum nansum mean logsumexp amax amin max min argmax argmin prod var std any all count_nonzero
+""")
+_OF_ALL = _named("sum mean max min amax amin any all")
+_TWO_STEPS = _named("sum mean")
+_STACKED = _named("sum mean logsumexp amax amin")
+_STACK = _named("stack")
+_CAT = _named("cat concat concatenate")
+_TOPK = _named("topk")
+_PICKED = _named("gather take_along_dim")
+
+
+def express(func: Any, args: Any, kwargs: Any) -> Any:
+    """A `Rowwise`, or what a reduction gives; NotImplemented where only the logits will do."""
+    found = _ANSWERS.get(func)
+    if found is None or "out" in kwargs or kwargs.get("inplace"):
+        return NotImplemented
+    operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Operand)]
+    if all(fits_one_block(x.node) for x in operands):
+        return NotImplemented  # nothing is saved by waiting
+    if any(getattr(x.node, "stacked", 0) for x in operands):
+        return _unstacked(func, args, kwargs)
+    return found(func, args, kwargs)
+
+
+# Remembered
+
+
+def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
+    operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Operand)]
+    node = operands[0].node
+    fits = all(x.node.shape == node.shape and x.node.device == node.device for x in operands)
+    parents = list({id(x.tensor): x for x in operands}.values())
+    numbers: list[Tensor] = []
+
+    def put(x: Any) -> Any:
+        if isinstance(x, Operand):
+            return Slot(next(i for i, p in enumerate(parents) if p.tensor is x.tensor))
+        if not isinstance(x, Tensor) or _constant(x, node):
+            return x
+        numbers.append(_number(x, node))
+        return Slot(len(numbers) - 1, number=True)
+
+    if not fits or not all(_allowed(x, node) for x in tree_leaves((args, kwargs))):
+        return NotImplemented
+    args, kwargs = tree_map(put, (args, kwargs))
+    tensors, nodes = zip(*((x.tensor, x.node) for x in parents), strict=True)
+    return _typed(Root(_here(func, node.device), args, kwargs, tensors, nodes, tuple(numbers)))
+
+
+def _allowed(x: Any, node: Node) -> bool:
+    """Does this argument belong to rows, or to all of them alike?"""
+    if isinstance(x, Operand | int | float | bool | str | None | torch.dtype | torch.device):
+        return True
+    if not isinstance(x, Tensor) or (x.ndim and x.device != node.device):
+        return False
+    return _constant(x, node) or _of_rows(x, node)
+
+
+def _constant(x: Tensor, node: Node) -> bool:
+    return not x.requires_grad and (x.ndim == 0 or (x.shape == node.shape[-1:] and x.shape != (1,)))
+
+
+def _of_rows(x: Tensor, node: Node) -> bool:
+    """Does [..., 1] spread over the rows?"""
+    if not 0 < x.ndim <= node.ndim or x.shape[-1] != 1:
+        return False
+    sizes = zip(x.shape[-2::-1], node.rows.shape[::-1], strict=False)
+    return all(size in (1, own) for size, own in sizes)
+
+
+def _number(x: Tensor, node: Node) -> Tensor:
+    """As it is now: nobody changes this copy."""
+    return x.expand(*node.rows.shape, 1).clone()
+
+
+def _here(func: Any, device: torch.device) -> Any:
+    """Under the autocast of now, whenever it runs."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            return func(*args, **kwargs)
+
+    return run
+
+
+def _typed(root: Root) -> Any:
+    """Tried on one row of two words, which tells dtype and shape."""
+    node = root.nodes[0]
+    one = [1] * (node.ndim - 1)
+    parents = [torch.ones(*one, 2, dtype=x.dtype, device=x.device) for x in root.nodes]
+    numbers = [torch.ones(*one, 1, dtype=x.dtype, device=x.device) for x in root.numbers]
+    args, kwargs = tree_map_only(
+        Tensor, lambda x: x if x.ndim == 0 else x[:2], (root.args, root.kwargs)
+    )
+    try:
+        with torch.no_grad():
+            made = replace(root, args=args, kwargs=kwargs).of(parents, numbers)
+    except (RuntimeError, TypeError, ValueError):
+        return NotImplemented  # whatever is wrong, the logits will tell
+    if not isinstance(made, Tensor) or made.shape != (*one, 2) or made.device != node.device:
+        return NotImplemented
+    rows = torch.arange(node.rows.numel(), device=node.device).view(node.rows.shape)
+    return Rowwise(root, rows, node.shape[-1], made.dtype)
+
+
+def _normalised(func: Any, args: Any, kwargs: Any) -> Any:
+    """`softmax`, `log_softmax` over the words."""
+    found = _over_words(args, kwargs)
+    return NotImplemented if found is None else _recorded(func, *found)
+
+
+def _over_words(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """The arguments with the last dimension by its name -1; None for another, or for none."""
+    node, dim = args[0].node, kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        dim = dim[0]
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim not in (-1, node.ndim - 1):
+        return None
+    if "dim" in kwargs:
+        return args, {**kwargs, "dim": -1}
+    return (args[0], -1, *args[2:]), kwargs
+
+
+def _kl_div(func: Any, args: Any, kwargs: Any) -> Any:
+    names = ("input", "target", "size_average", "reduce", "reduction", "log_target")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    how = given.pop("reduction", "mean")
+    if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
+        return NotImplemented
+    each = _recorded(func, (given.pop("input"),), {**given, "reduction": "none"})
+    if each is NotImplemented or how == "none":
+        return each
+    if how not in ("sum", "mean", "batchmean"):
+        return NotImplemented
+    total = reduced(each, [], lambda x, _: x.sum(-1)).sum()
+    return total / {"sum": 1, "mean": each.shape.numel(), "batchmean": each.shape[0]}[how]
+
+
+def _cat(func: Any, args: Any, kwargs: Any) -> Any:
+    parts, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    if not all(isinstance(x, Operand) for x in parts) or set(kwargs) - {"dim"}:
+        return NotImplemented
+    first, *others = (x.node for x in parts)
+    if not isinstance(first, Promise) or not -first.ndim <= dim < first.ndim - 1 or dim == -1:
+        return NotImplemented
+    return first.joined(others, dim % first.ndim)
+
+
+def _broadcast(func: Any, args: Any, kwargs: Any) -> Any:
+    """`broadcast_tensors`, where no logits spread."""
+    parts = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
+    shapes = [x.node.shape if isinstance(x, Operand) else x.shape for x in parts]
+    whole = torch.broadcast_shapes(*shapes)
+    if any(isinstance(x, Operand) and x.node.shape != whole for x in parts):
+        return NotImplemented
+    return tuple(x.node if isinstance(x, Operand) else x.expand(whole) for x in parts)
+
+
+def _stack(func: Any, args: Any, kwargs: Any) -> Any:
+    """Of two sides' logits, say, before a log-sum-exp over the sides."""
+    parts, dim = args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    if dim != 0 or set(kwargs) - {"dim"} or not all(isinstance(x, Operand) for x in parts):
+        return NotImplemented
+    dtype = parts[0].node.dtype
+    if any(x.node.dtype != dtype for x in parts):
+        return NotImplemented
+    each = _recorded(_first_of, tuple(parts), {})
+    if each is NotImplemented:
+        return each
+    return replace(each, root=replace(each.root, func=_stacked), stacked=len(parts))
+
+
+def _first_of(*parts: Tensor) -> Tensor:
+    return parts[0]
+
+
+def _stacked(*parts: Tensor) -> Tensor:
+    return torch.stack(parts)
+
+
+def _unstacked(func: Any, args: Any, kwargs: Any) -> Any:
+    """A reduction over what was stacked."""
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if func not in _STACKED or dim != 0 or len(args) + len(kwargs) != 2:
+        return NotImplemented
+    stack = args[0].node
+    run = _here(lambda *parts: func(torch.stack(parts), 0), stack.device)
+    return replace(stack, root=replace(stack.root, func=run, family=Family()), stacked=0)
+
+
+# Reduced
+
+
+def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
+    if not isinstance(args[0], Operand) or not _plain(args[1:], kwargs):
+        return NotImplemented
+    node, found = args[0].node, _over_words(args, kwargs)
+    if found is not None:
+        (_, *rest), more = found
+        run = _here(func, node.device)
+        return reduced(node, [], lambda x, _: run(x, *rest, **more))
+    dtype = kwargs.get("dtype")
+    if func not in _OF_ALL or len(args) > 1 or set(kwargs) - {"dtype"}:
+        return NotImplemented
+    if func not in _TWO_STEPS:
+        return func(reduced(node, [], lambda x, _: _rows(func, x)))
+    wide = dtype or (torch.float32 if node.dtype.is_floating_point else None)
+    rows = reduced(node, [], lambda x, _: func(x, -1, dtype=wide))
+    return func(rows).to(dtype or node.dtype if node.dtype.is_floating_point else rows.dtype)
+
+
+def _rows(func: Any, x: Tensor) -> Tensor:
+    found = func(x, -1)
+    return found if isinstance(found, Tensor) else found[0]
+
+
+def _plain(args: Any, kwargs: Any) -> bool:
+    return all(isinstance(x, _NUMBERS) for x in tree_leaves((args, kwargs)))
+
+
+def _topk(func: Any, args: Any, kwargs: Any) -> Any:
+    names = ("input", "k", "dim", "largest", "sorted")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    operand = given.pop("input")
+    if given.get("dim", -1) not in (-1, operand.node.ndim - 1) or not _plain((), given):
+        return NotImplemented
+    given["dim"] = -1
+    return reduced(operand.node, [], lambda x, _: torch.topk(x, **given))
+
+
+def _pick(func: Any, args: Any, kwargs: Any) -> Any:
+    """`gather(x, dim, index)`, `take_along_dim(x, index, dim)`: words of each row."""
+    operand, *rest = args
+    index = next((x for x in (*rest, *kwargs.values()) if isinstance(x, Tensor)), None)
+    dim = next((x for x in (*rest, *kwargs.values()) if isinstance(x, int)), None)
+    node = operand.node
+    if index is None or dim not in (-1, node.ndim - 1) or len(rest) + len(kwargs) != 2:
+        return NotImplemented
+    if index.shape[:-1] != node.rows.shape:
+        return NotImplemented
+    return reduced(node, [index], lambda x, given: x.gather(-1, given[0]))
+
+
+def _losses(func: Any, args: Any, kwargs: Any) -> Any:
+    """`cross_entropy` with class weights, `nll_loss`: of rows [N, V] and targets [N]."""
+    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    node, target, how = given.pop("input").node, given.pop("target"), given.get("reduction", "mean")
+    weight, ignored = given.get("weight"), given.get("ignore_index", -100)
+    old = given.get("size_average") is not None or given.get("reduce") is not None
+    fits = isinstance(target, Tensor) and target.dtype == torch.int64
+    if old or not fits or node.ndim != 2 or target.shape != node.rows.shape:
+        return NotImplemented
+    if weight is not None and (weight.requires_grad or weight.shape != node.shape[-1:]):
+        return NotImplemented
+    run = partial(_here(func, node.device), **{**given, "reduction": "none"})
+    each = reduced(node, [target], lambda x, numbers: run(x, numbers[0]))
+    if how == "none":
+        return each
+    if how == "sum":
+        return each.sum()
+    kept = target != ignored
+    total = kept.sum() if weight is None else weight[target[kept]].sum()
+    return each.sum() / total if how == "mean" else NotImplemented
+
+
+_ANSWERS: dict[Any, Answer] = {
+    **dict.fromkeys(_WORD_BY_WORD, _recorded),
+    **dict.fromkeys(_OVER_WORDS, _normalised),
+    **dict.fromkeys(_REDUCED, _reduce),
+    **dict.fromkeys(_STACK, _stack),
+    **dict.fromkeys(_named("broadcast_tensors"), _broadcast),
+    **dict.fromkeys(_CAT, _cat),
+    **dict.fromkeys(_TOPK, _topk),
+    **dict.fromkeys(_PICKED, _pick),
+    **dict.fromkeys(_named("kl_div"), _kl_div),
+    **dict.fromkeys(_named("cross_entropy nll_loss"), _losses),
+}

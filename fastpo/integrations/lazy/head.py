@@ -1,0 +1,78 @@
+"""A model's head that answers with a promise of logits, for the length of one forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+
+from ...ops.shards.gathered import HeadOptions, whole
+from ...ops.walks.checks import DTYPES
+from ..adapter import is_adapter
+from ..heads import linear_head, tensor_parallel
+from ..seams.calls import answered, standing_in, unhidden
+from ..seams.saying import say_once
+from .logits import promised
+from .promise import OWN, Promise
+
+
+@contextmanager
+def lazy_head(who: str, model: Any, options: HeadOptions = OWN) -> Iterator[None]:
+    """The model's head answers with `LazyLogits`; a head fastpo does not know stays itself.
+
+    who: whose full logits are kept then, for the log.
+    """
+    try:
+        head: Any = linear_head(model)
+        parts = _readable(head)
+    except RuntimeError as error:
+        say_once(f"{who} keeps its full logits", str(error))
+        yield
+        return
+    if answered(head, "forward"):  # by a call around this one
+        yield
+        return
+    own, sharded = unhidden(head.forward), isinstance(parts[0], DTensor)
+
+    def forward(hidden: Tensor) -> Tensor:
+        if hidden.dtype not in DTYPES:
+            made: Tensor = own(hidden)
+            return made
+        if not sharded:
+            return promised(Promise.of(head, hidden, options))
+        # Not the weight FSDP2 has gathered for this forward: it is gone when logits are asked for.
+        # Gathered here, because every process calls the head; not every one has labels to score.
+        # In mixed precision FSDP2, too, gathers 16 bits.
+        weight, bias = (None if x is None else whole(x.to(hidden.dtype)) for x in parts)
+        return promised(Promise.of(head, hidden, options, (weight, bias)))
+
+    with standing_in(head, "forward", forward):
+        yield
+
+
+def _readable(head: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias between two forwards; RuntimeError where they cannot be read after one."""
+    if tensor_parallel(head):
+        raise RuntimeError("lm_head.weight: expected a whole tensor, got a tensor-parallel shard")
+    if hasattr(head.weight, "ds_id"):
+        raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of ZeRO-3")
+    if _of_fsdp1(head):
+        raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of FSDP1")
+    if isinstance(head.weight, DTensor) and is_adapter(head):
+        raise RuntimeError("lm_head.weight: expected no adapter on a shard, got one")
+    return head.weight, head.bias
+
+
+def _of_fsdp1(head: Any) -> bool:
+    """FSDP1 marks what it flattens, or puts a view into its place that is no parameter."""
+    layer = head.get_base_layer() if is_adapter(head) else head
+    if parametrize.is_parametrized(layer, "weight"):
+        return False
+    replica = hasattr(layer, "_former_parameters")  # nn.DataParallel's
+    return hasattr(layer.weight, "_fsdp_flattened") or not (
+        "weight" in layer._parameters or replica
+    )
