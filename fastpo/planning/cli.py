@@ -31,7 +31,16 @@ def add(commands: Any) -> None:
         "--gradient-checkpointing --context 8192",
     )
     plan.set_defaults(command=_plan)
+    _add_step(plan.add_argument)
     option = plan.add_argument
+    option("--no-search", dest="search", action="store_false", help="do not look for what fits")
+    option("--measure", action="store_true", help="also run the step and say what it held")
+    option("--plot", type=Path, metavar="FILE.png")
+    option("--json", type=Path, metavar="FILE")
+    _add_head(plan.add_subparsers(title="also", metavar="head"))
+
+
+def _add_step(option: Any) -> None:
     option("--model", metavar="PATH", help="folder or config.json; nothing is downloaded")
     option("--teacher", metavar="PATH", help="of gkd and distillation; default: as large as it")
     for name, (choices, text) in _CHOICES.items():
@@ -50,14 +59,16 @@ def add(commands: Any) -> None:
         metavar="offload",
         help="recompute the layers; offload: and keep their inputs in host memory",
     )
+    option(
+        "--shared-prompts",
+        metavar="P:C[,K]",
+        nargs="?",
+        const="",
+        help="fastpo computes prompts once: size of prompt to answer, and K rows of a prompt",
+    )
     option("--budget", type=int, metavar="BYTES", help="what fastpo's head may keep")
     option("--devices", type=int, metavar="N")
     option("--data", type=Path, metavar="FILE", help="lengths from a JSONL of prompt, chosen, …")
-    option("--no-search", dest="search", action="store_false", help="do not look for what fits")
-    option("--measure", action="store_true", help="also run the step and say what it held")
-    option("--plot", type=Path, metavar="FILE.png")
-    option("--json", type=Path, metavar="FILE")
-    _add_head(plan.add_subparsers(title="also", metavar="head"))
 
 
 def _add_head(commands: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from ..bench.machine import Peak
 from ..bench.process import alone
+from ..integrations.sharing.backbone import shared_prompts
 from .models import build, optimizer_of
 from .setting import Setting
 from .steps import Step, batch_of
@@ -71,5 +72,9 @@ def _step(job: _Job) -> None:
         optimizer = optimizer_of(setting, trained)
         step = Step(setting, models, job.head, optimizer, lambda name: nullcontext())
         batch = batch_of(setting, job.config.get_text_config().vocab_size)
-        for _ in range(_STEPS):
-            step.run(batch)
+        with ExitStack() as stack:
+            if job.head == "fastpo" and setting.prompt_rows > 1:
+                for model in filter(None, (models.base, models.copied)):
+                    stack.enter_context(shared_prompts(model))
+            for _ in range(_STEPS):
+                step.run(batch)

@@ -17,6 +17,8 @@ TRAINERS = {
 # These build the logits of all positions in TRL; for the others it has a fused head.
 LOGITS = ("cpo", "orpo", "gkd")
 SAMPLES = ("grpo", "rloo", "distillation")  # their configs know the length of completions only
+# Rows of a prompt where nothing else is said: pairs, and TRL's num_generations.
+PROMPT_ROWS = {"dpo": 2, "cpo": 2, "orpo": 2, "grpo": 8, "rloo": 8}
 DTYPES = ("bf16", "bf16-mixed", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 REFERENCES = ("model", "adapter-off", "precomputed", "none")

@@ -15,6 +15,7 @@ from .fits import Depths
 from .models import read_config
 from .names import LOGITS, SAMPLES
 from .setting import Lora, Setting
+from .sharing import of_ratio
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def plan_step(
     gpu: str | None = None,
     teacher: str | Path | Any = None,
     lora: str | Lora | None = None,
+    shared_prompts: str | None = None,
     data: str | Path | None = None,
     search: bool = True,
     measure: bool = False,
@@ -118,11 +120,14 @@ def plan_step(
     lora: `r=16,targets=q_proj+v_proj`; "all-linear" are the targets where none are named.
     data: a JSONL or JSON file of prompt, chosen, rejected (or completion, or text) whose lengths
         give context and share of the prompt; words are counted by the folder's tokenizer.
+    shared_prompts: fastpo computes prompts once. `4:1` is how many tokens of a prompt there are to
+        those of an answer, `4:1,8` has 8 rows of each (else 2 of a pair, 8 of GRPO and RLOO); ""
+        takes the prompt's share as it is.
     search: also the longest context and the largest batch, each with the other as given.
     measure: also run the real step, on a GPU if there is one, else on the CPU in a process of its
         own, and give what it held; for `device="cpu"` on the CPU.
     options: fields of `Setting`: trainer, dtype, device, context, batch, prompt, optimizer,
-        checkpointing, reference, budget, devices, strategy.
+        checkpointing, reference, budget, devices, strategy, prompt_rows.
 
     What no tensor shows is added for a GPU: 500 MiB of the driver, 64 MiB of library workspaces,
     5 % of what comes and goes for the allocator; DDP's buckets; FSDP's and ZeRO-3's gathered
@@ -133,6 +138,8 @@ def plan_step(
     memory = None if gpu is None else memory_of(gpu)
     config = read_config(model) if isinstance(model, str | Path) else model
     lengths = None if data is None else read_lengths(Path(data), model)
+    if shared_prompts is not None:
+        options = _joined(of_ratio(shared_prompts, options.get("trainer", "dpo")), options)
     if lengths is not None:
         options = {"context": lengths.context, "prompt": lengths.prompt_share, **options}
     name = model if isinstance(model, str | Path) else type(config).__name__
@@ -145,6 +152,14 @@ def plan_step(
         head: _head(setting, (config, taught), head, search, measure) for head in setting.heads
     }
     return StepPlan(setting, heads, lengths, _notes(setting))
+
+
+def _joined(shared: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    twice = min(set(shared) & set(options), default=None)
+    if twice is not None:
+        got = options[twice]
+        raise ValueError(f"{twice}: expected none beside that of shared_prompts, got {got}")
+    return {**shared, **options}
 
 
 def _head(
@@ -164,6 +179,8 @@ def _notes(setting: Setting) -> tuple[str, ...]:
     notes = []
     if setting.trainer in LOGITS:
         notes.append(f"TRL's {setting.trainer.upper()} trainer builds the logits of all positions")
+    if setting.prompt_rows > 1:
+        notes.append("prompts are computed once by fastpo.patch(shared_prompts=True)")
     if setting.checkpointing == "offload":
         notes.append("what layers keep lies in host memory, which is not counted here")
     if setting.devices > 1 and setting.strategy != "ddp":

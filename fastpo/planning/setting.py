@@ -35,7 +35,8 @@ class Setting:
     """One step. teacher: None for one as large as the model; memory: bytes of a device; context:
     tokens of a row, prompt and answer; batch: items of a device, pairs for DPO; prompt: its share
     of the context; checkpointing: "none", "layers" or "offload"; reference: None for what the
-    trainer does by itself.
+    trainer does by itself; prompt_rows: how many rows have the same prompt, which fastpo computes
+    once.
     """
 
     model: str | Path
@@ -47,6 +48,7 @@ class Setting:
     context: int = 2048
     batch: int = 1
     prompt: float = 0.5
+    prompt_rows: int = 1
     lora: Lora | None = None
     optimizer: str = "adamw"
     checkpointing: str = "none"
@@ -71,7 +73,7 @@ class Setting:
                 expected = ", ".join(str(x) for x in known if x is not None)
                 raise ValueError(f"{name}: expected one of {expected}, got {got!r}")
         least: Callable[[Any], bool] = lambda x: x >= 1  # noqa: E731
-        for name in ("context", "batch", "devices"):
+        for name in ("context", "batch", "devices", "prompt_rows"):
             check_integer(name, getattr(self, name), "an integer >= 1", least)
         if self.context < 2:
             raise ValueError(f"context: expected an integer >= 2, got {self.context}")
@@ -92,6 +94,10 @@ class Setting:
     def scored(self) -> int:
         """Positions of a row whose label counts."""
         return max(1, self.context - 1 - int(self.context * self.prompt))
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.context - self.scored
 
     @property
     def distils(self) -> bool:

@@ -17,30 +17,38 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..integrations.heads import linear_head, logit_map
+from ..layout.tree import Layout
 from ..ops.linear_divergence import linear_divergence
 from ..ops.linear_logps import linear_logps
 from .models import Models
 from .names import LOGITS
 from .setting import Setting
+from .sharing import packed
 
 Enter = Callable[[str], AbstractContextManager[Any]]
 
 
 @dataclass
 class Batch:
-    """ids, mask: [R, T]. rows: positions of [R·T] that are scored; labels: their words."""
+    """ids, mask: [R, T]. rows: positions of [R·T] that are scored; labels: their words.
+
+    layout: of rows that fastpo's backbone computes once where they are alike.
+    """
 
     ids: Tensor
     mask: Tensor
     rows: Tensor
     labels: Tensor
+    layout: Layout | None = None
 
 
 def batch_of(setting: Setting, vocab: int) -> Batch:
     """Rows of one length; the last `scored` positions but the final one predict an answer."""
     R, T = setting.rows, setting.context
     ids = torch.randint(min(vocab, 1000), (R, T))
-    first = T - 1 - setting.scored
+    first = setting.prompt_tokens - 1
+    for row in range(R if setting.prompt_rows > 1 else 0):
+        ids[row, : first + 1] = ids[row - row % setting.prompt_rows, : first + 1]
     rows = (torch.arange(R).unsqueeze(1) * T + torch.arange(first, T - 1)).flatten()
     return Batch(ids, torch.ones_like(ids), rows, ids[:, first + 1 :].flatten())
 
@@ -102,7 +110,11 @@ class Step:
 
 
 def _scored(model: Any, batch: Batch) -> Tensor:  # [N, H]
-    hidden: Tensor = model.base_model(input_ids=batch.ids, attention_mask=batch.mask)[0]
+    inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    if batch.layout is None:
+        hidden: Tensor = model.base_model(**inputs)[0]
+    else:
+        hidden = packed(model, inputs, batch.layout)[0]
     return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 

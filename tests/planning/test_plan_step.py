@@ -73,6 +73,7 @@ CONFIGS = {
     "llama": (LLAMA, {}),
     "lora": (LLAMA, {"lora": Lora()}),
     "checkpointed": (LLAMA, {"checkpointing": "layers", "context": 96}),
+    "shared": (LLAMA, {"prompt_rows": 2, "prompt": 0.8}),
     "windows": (
         Gemma3TextConfig(
             **SIZES,
@@ -92,6 +93,7 @@ def test_all_layers_from_a_few(name, head):
     setting = Setting(name, dtype="bf16", batch=3, **{"context": 48, **options})
     depths = Depths(setting, config, head)
     assert len(depths.sessions) == 2
+    torch.manual_seed(0)  # where words are looked at
     whole = Session(setting, config, head)
     phases = whole.phases(setting)
     found = depths.estimate()
@@ -104,6 +106,8 @@ MEASURED = {
     "lora": {"lora": Lora(), "context": 200},
     "checkpointed": {"checkpointing": "layers", "trainer": "sft", "batch": 4},
     "adafactor": {"optimizer": "adafactor", "trainer": "kto", "batch": 4},
+    "shared": {"prompt_rows": 2, "prompt": 0.8, "context": 512},
+    "shared, grouped": {"prompt_rows": 4, "prompt": 0.5, "trainer": "rloo", "batch": 8},
     "gkd": {"trainer": "gkd"},
     "distillation": {"trainer": "distillation", "lora": Lora()},
 }
@@ -186,6 +190,10 @@ def test_less_where_less_is_kept():
     assert held == sorted(held) and len({*held}) == 3
     assert peak(reference="precomputed") < peak()
     assert peak(optimizer="adamw8bit") <= peak()
+    assert peak(prompt_rows=2, prompt=0.8) < peak(prompt=0.8)
+    unshared = peak(prompt_rows=2, prompt=0.02)  # it would save too little
+    assert unshared == pytest.approx(peak(prompt=0.02), rel=1e-3)
+    assert peak("trl", prompt_rows=2) == peak("trl")
     for trainer in ("cpo", "orpo"):
         assert peak(trainer=trainer) < peak("trl", trainer=trainer)
 
@@ -251,6 +259,9 @@ WRONG = {
     "data": (["--data", "nowhere.jsonl"], "data: expected a readable file, got nowhere.jsonl"),
     "picture": (["--plot", "nowhere/x.png"], "plot: expected a picture's path"),
     "budget": (["--budget", "-1"], "budget: expected"),
+    "ratio": (["--shared-prompts", "4"], "shared_prompts: expected P:C, prompt to answer, or"),
+    "trainer of it": (["--shared-prompts", "4:1", "--trainer", "sft"], "shared_prompts: expected"),
+    "two prompts": (["--shared-prompts", "4:1", "--prompt", "0.5"], "prompt: expected none beside"),
     "no teacher": (["--trainer", "gkd", "--teacher", "nowhere"], "teacher: expected a folder"),
     "a teacher": (["--teacher", "nowhere"], "teacher: expected none for dpo, got"),
     "reference": (["--trainer", "gkd", "--reference", "none"], "reference: expected none beside"),
@@ -293,6 +304,18 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert sum(found["heads"]["fastpo"]["parts"].values()) == found["heads"]["fastpo"]["bytes"]
     assert cli.main(["plan", "--model", str(folder), "--gpu", "8MiB", "--no-search"]) == 1
     assert "does not fit into" in capsys.readouterr().out
+
+
+def test_a_ratio_says_how_prompts_are():
+    def planned(given, **options):
+        return fastpo.plan_step(LLAMA, context=32, search=False, shared_prompts=given, **options)
+
+    shallow = planned("3:1")
+    assert (shallow.setting.prompt, shallow.setting.prompt_rows) == (0.75, 2)
+    assert "prompts of 2 rows" in str(shallow) and "shared_prompts=True" in str(shallow)
+    grouped = planned("", trainer="grpo", prompt=0.25, batch=2).setting
+    assert (grouped.prompt, grouped.prompt_rows) == (0.25, 8)
+    assert planned("1:1,4", trainer="rloo").setting.prompt_rows == 4
 
 
 def test_cards():
