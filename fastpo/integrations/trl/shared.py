@@ -1,26 +1,47 @@
-"""What sharing prompts adds to trainers: a number in their log, and groups that stay together."""
+"""What sharing prompts adds to trainers: a number in their log, and groups that stay together.
+
+Most share where their head is fused or their logits are read; DistillationTrainer here.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..seams.seam import Make, Method, Replacement, Seam
 
 _METRIC = "fastpo/tokens_saved"
 _LOG = Seam("transformers.trainer", "Trainer.log", ("logs", "start_time"), ("5",))
+_VERSIONS = ("1.13", "1.14", "1.15", "1.16")
 _SHUFFLES = tuple(
-    Seam(
-        f"trl.trainer.{name}_trainer",
-        "shuffle_sequence_dict",
-        ("seq_dict",),
-        ("1.13", "1.14", "1.15", "1.16"),
-    )
+    Seam(f"trl.trainer.{name}_trainer", "shuffle_sequence_dict", ("seq_dict",), _VERSIONS)
     for name in ("grpo", "rloo")
 )
+_HIDDEN = Seam(
+    "trl.trainer.distillation_trainer",
+    "DistillationTrainer._get_last_hidden_state",
+    (
+        "unwrapped_model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "pixel_values",
+        "image_grid_thw",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "image_sizes",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "image_position_ids",
+    ),
+    _VERSIONS,
+)
+# A trainer's attributes whose backbones share.
+_MODELS = ("model", "ref_model", "teacher_model")
 
 
 class _Log(Method):
@@ -31,12 +52,26 @@ class _Log(Method):
     ) -> None:
         from ..sharing.backbone import take_tokens  # imports transformers
 
-        models = [getattr(trainer, name, None) for name in ("model", "ref_model")]
-        tokens = take_tokens(model for model in models if model is not None)
+        models = (getattr(trainer, name, None) for name in _MODELS)
+        tokens = take_tokens(model for model in models if isinstance(model, nn.Module))
         if tokens.padded:
             evaluates = any(name.startswith("eval_") for name in logs)
             logs["eval_" * evaluates + _METRIC] = tokens.saved
         self.original(trainer, logs, start_time)
+
+
+class _Hidden(Method):
+    """What student and teacher are asked for: hidden states of their backbones."""
+
+    def __init__(self, original: Any, sharing: bool) -> None:
+        super().__init__(original)
+        self.sharing = sharing
+
+    def __call__(self, trainer: Any, unwrapped_model: Any, *args: Any, **kwargs: Any) -> Any:
+        from ..sharing.backbone import packing  # imports transformers
+
+        with packing(unwrapped_model, self.sharing):
+            return self.original(trainer, unwrapped_model, *args, **kwargs)
 
 
 class _Shuffle(Replacement):
@@ -71,7 +106,9 @@ def _joined(groups: Any) -> Any:
 
 
 def replacements(sharing: bool | None, whole_groups: bool) -> dict[Seam, Make]:
-    made: dict[Seam, Make] = {} if sharing is None else {_LOG: _Log}
+    made: dict[Seam, Make] = {}
+    if sharing is not None:
+        made |= {_LOG: _Log, _HIDDEN: partial(_Hidden, sharing=sharing)}
     return {**made, **(dict.fromkeys(_SHUFFLES, _Shuffle) if whole_groups else {})}
 
 

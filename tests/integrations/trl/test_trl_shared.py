@@ -82,7 +82,8 @@ CASES = {
 }
 # Means over all positions, those of pads, too, in CPO and ORPO.
 PADS = ("logits/chosen", "logits/rejected")
-READERS = ("cpo", "cpo_moe", "cpo_lora", "orpo", "tpo", "a2po", "online_dpo", "sft_smoothed", "gkd")
+READERS = ("cpo", "cpo_moe", "cpo_lora", "orpo", "tpo", "a2po", "online_dpo", "sft_smoothed")
+TAUGHT = ("distillation", "gkd", "gold")
 
 
 def assert_trains_the_same(make, layouts, **options):
@@ -112,8 +113,15 @@ def test_on_the_fused_head(name, tmp_path, layouts):
 
 @pytest.mark.parametrize("name", READERS)
 def test_where_logits_are_read(name, tmp_path, layouts):
-    home = test_trl_distillation if name == "gkd" else test_trl_experimental
-    assert_trains_the_same(lambda: home.trainer(name, tmp_path), layouts, shared_prompts=True)
+    make = lambda: test_trl_experimental.trainer(name, tmp_path)  # noqa: E731
+    assert_trains_the_same(make, layouts, shared_prompts=True)
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_student_and_teacher(name, tmp_path, layouts):
+    make = lambda: test_trl_distillation.trainer(name, tmp_path)  # noqa: E731
+    assert_trains_the_same(make, layouts, shared_prompts=True)
+    assert len(layouts) == 6, "two models, three steps"
 
 
 def earlier():
