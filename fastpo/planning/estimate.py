@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ..integrations.heads import linear_head
 from ..planner import default_budget, make_plan, pair_workspace
 from .live import Live
-from .models import WEIGHTS, Models, build, fake, optimizer_of
+from .models import WEIGHTS, Models, build, fake, optimizer_of, whole_at_once
 from .setting import Setting
 from .sharing import layout_for
 from .steps import Batch, Step, batch_of
@@ -46,9 +46,11 @@ class Estimate:
         return sum(self.parts.values())
 
     @classmethod
-    def of(cls, head: str, setting: Setting, phases: Phases, trained: int) -> Estimate:
-        """trained: bytes of parameters with a gradient."""
-        parts = _parts(setting, max(phases.values(), key=Counter.total), trained)
+    def of(
+        cls, head: str, setting: Setting, phases: Phases, trained: int, gathered: int
+    ) -> Estimate:
+        """trained: bytes of parameters with a gradient; gathered: of what is whole at once."""
+        parts = _parts(setting, max(phases.values(), key=Counter.total), trained, gathered)
         return cls(head, setting, parts, {name: x.total() for name, x in phases.items()})
 
 
@@ -72,6 +74,7 @@ class Session:
                 parameter.register_post_accumulate_grad_hook(self._is_gradient)
         self.ran = False
         self.trained = sum(p.numel() * p.itemsize for p in trained)
+        self.gathered = whole_at_once(setting, self.models.policy)
         self.vocab, self.hidden = linear_head(self.models.base).weight.shape
         if setting.distils:
             words = len(linear_head(self.models.copied).weight)
@@ -163,24 +166,22 @@ def _budget(setting: Setting, vocab: int, hidden: int) -> int:
     return max(own, (setting.memory or 0) // 16) if setting.device == "cuda" else own
 
 
-def _parts(setting: Setting, peak: Counter[str], trained: int) -> dict[str, int]:
+def _parts(setting: Setting, peak: Counter[str], trained: int, gathered: int) -> dict[str, int]:
     """Of the peak; what lies in shards is divided, what only devices have is added."""
     found = {name: max(peak[name], 0) for name in PARTS}
     found["temporaries"] += max(peak["other"], 0)
     if setting.devices > 1:
-        _divide(setting, found, trained)
+        _divide(setting, found, trained, gathered)
     if setting.device == "cuda":
         moving = found["activations"] + found["temporaries"] + found["head"]
         found["device"] += CONTEXT + WORKSPACE + int(FRAGMENTS * moving)
     return found
 
 
-def _divide(setting: Setting, found: dict[str, int], trained: int) -> None:
+def _divide(setting: Setting, found: dict[str, int], trained: int, gathered: int) -> None:
     if setting.strategy == "ddp":
         found["device"] += trained  # buckets that hold gradients a second time
         return
-    whole = found["weights"]
     for name in ("weights", "reference", "gradients", "optimizer"):
         found[name] = -(-found[name] // setting.devices)
-    # Two layers are whole at a time, the one at work and the next; a head and its embeddings, too.
-    found["device"] += whole // 8
+    found["device"] += gathered

@@ -57,7 +57,7 @@ class Depths:
         for held in phases.values():
             held["reference"] += self.rest
         trained = self._further(self.sessions[0].trained, self.sessions[-1].trained)
-        return Estimate.of(self.head, setting, phases, trained)
+        return Estimate.of(self.head, setting, phases, trained, self.sessions[0].gathered)
 
     def _further(self, first: int, last: int) -> int:
         return round(first + (last - first) * self.beyond)

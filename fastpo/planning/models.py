@@ -92,6 +92,23 @@ def size_of(setting: Setting, config: Any) -> int:
     return sum(x.numel() * x.itemsize for x in (*model.parameters(), *model.buffers()))
 
 
+def whole_at_once(setting: Setting, model: nn.Module) -> int:
+    """Bytes of which no device has a part only, with FSDP2 and ZeRO-3: what is in no layer, the
+    layer at work and the next one, and gradients of all that is at work."""
+
+    def size(module: nn.Module, trained: bool = False) -> int:
+        counted = (p for p in module.parameters() if p.requires_grad or not trained)
+        return sum(p.numel() * width(p) for p in counted)
+
+    def width(parameter: Tensor) -> int:
+        return 2 if setting.dtype == "bf16-mixed" else parameter.itemsize
+
+    stack = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=size)
+    layer = max(stack, key=size)
+    weights = size(model) - size(stack) + 2 * size(layer)
+    return weights + size(model, True) - size(stack, True) + size(layer, True)
+
+
 def fake(model: nn.Module, device: str) -> None:
     """What was built on "meta", on a device. PyTorch's own `to_empty` cannot swap fake tensors."""
     made: dict[int, Any] = {}

@@ -130,8 +130,8 @@ def plan_step(
         checkpointing, reference, budget, devices, strategy, prompt_rows.
 
     What no tensor shows is added for a GPU: 500 MiB of the driver, 64 MiB of library workspaces,
-    5 % of what comes and goes for the allocator; DDP's buckets; FSDP's and ZeRO-3's gathered
-    layers, an eighth of the weights.
+    5 % of what comes and goes for the allocator; DDP's buckets; what FSDP2 and ZeRO-3
+    have whole at once: all but the layers, the layer at work and the next one, their gradients.
 
     Raises ValueError for an unknown model, card, option, or a config that needs remote code.
     """
@@ -183,6 +183,4 @@ def _notes(setting: Setting) -> tuple[str, ...]:
         notes.append("prompts are computed once by fastpo.patch(shared_prompts=True)")
     if setting.checkpointing == "offload":
         notes.append("what layers keep lies in host memory, which is not counted here")
-    if setting.devices > 1 and setting.strategy != "ddp":
-        notes.append("gathered layers are taken for an eighth of the weights")
     return tuple(notes)

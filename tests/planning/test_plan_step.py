@@ -198,6 +198,28 @@ def test_less_where_less_is_kept():
         assert peak(trainer=trainer) < peak("trl", trainer=trainer)
 
 
+@pytest.mark.parametrize("lora", [None, "r=8"])
+def test_what_shards_have_whole_at_once(lora):
+    """Beside their part of everything: head and embeddings, two layers, gradients of those."""
+    config = copy.deepcopy(LLAMA)
+    config.num_hidden_layers = 3
+    common = {"dtype": "bf16", "context": 32, "search": False, "lora": lora}
+    one = fastpo.plan_step(config, **common).heads["fastpo"].estimate.parts
+    four = fastpo.plan_step(config, devices=4, strategy="fsdp2", **common)
+    found = four.heads["fastpo"].estimate.parts
+    assert found["weights"] == -(-one["weights"] // 4)
+    model = Session(four.setting, config, "fastpo").models.policy
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+
+    def size(module, trained=False):
+        counted = (p for p in module.parameters() if p.requires_grad or not trained)
+        return sum(p.numel() * p.itemsize for p in counted)
+
+    expected = size(model) - size(layers) + 2 * size(layers[1])
+    expected += size(model, True) - size(layers, True) + size(layers[1], True)
+    assert found["device"] - one["device"] == expected
+
+
 def test_tied_weights_are_one():
     with torch.device("meta"):
         config = LlamaConfig(**SIZES, num_hidden_layers=1, tie_word_embeddings=True)
