@@ -54,12 +54,20 @@ format: $(READY)
 TRL_VERSIONS := 1.13.0 1.14.0 1.15.0 1.16.0
 # What the GRPO trainers of 1.13 and 1.14 import without asking for it.
 UNASKED := requests certifi charset-normalizer urllib3
+# Before 1.13 lazy logits are all there is; each release with a transformers of its time.
+LAZY_TRL := 0.18.2:4.55.4 0.24.0:4.57.6 1.0.0:4.57.6 1.5.1:5.9.0 1.9.2:5.16.1 1.12.0:5.20.2
 matrix: $(READY)
 	set -e; for version in $(TRL_VERSIONS); do \
 	  $(BIN)/pip install -q --no-deps --upgrade --target build/trl-$$version trl==$$version \
 	    $(UNASKED); \
 	  PYTHONPATH=build/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile \
 	    tests/integrations/trl tests/integrations/attach/test_adapter.py; \
+	done
+	set -e; for both in $(LAZY_TRL); do \
+	  version=$${both%:*}; \
+	  $(BIN)/python .ci/overlay.py build/trl-$$version trl==$$version transformers==$${both#*:} requests; \
+	  PYTHONPATH=build/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	    tests/integrations/trl/test_trl_lazy.py tests/integrations/lazy/test_lazy_models.py; \
 	done
 
 # The gate of the kernels once more, with the Triton that torch 2.11 brings.

@@ -100,7 +100,11 @@ def tokenizer(words: int = 320) -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator([*QUESTIONS, *GOOD, *BAD], trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],  # before transformers 5 one more
     )
     fast.chat_template = _TEMPLATE
     return fast

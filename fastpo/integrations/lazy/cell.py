@@ -63,6 +63,13 @@ class Cell:
             self.version = self.values._version
         return self.values
 
+    def scale(self, scaled: Node) -> Graph:
+        """In place, before anything was computed: other views of these logits do not know."""
+        assert self.promise is not None
+        self.promise.family.changed.append(self.promise)
+        self.promise, self.graph = scaled, Graph(scaled)
+        return self.graph
+
     def promised(self, name: str) -> Tensor:
         """The values before any change in place."""
         if self.changed and self.promise is not None:

@@ -59,6 +59,10 @@ def remove() -> None:
     _Switch.own.clear()
 
 
+def installed() -> HeadOptions | None:
+    return _Switch.options
+
+
 @contextmanager
 def kept() -> Iterator[None]:
     """On exit it is on or off as it was on entry."""

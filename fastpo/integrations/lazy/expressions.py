@@ -47,8 +47,8 @@ _OVER_WORDS = _named("softmax log_softmax")
 _REDUCED = _named("""
     sum nansum mean logsumexp amax amin max min argmax argmin prod var std any all count_nonzero
 """)
-_OF_ALL = _named("sum mean max min amax amin any all")
-_TWO_STEPS = _named("sum mean")
+_OF_ALL = _named("sum nansum mean max min amax amin any all")
+_TWO_STEPS = _named("sum nansum mean")
 _STACKED = _named("sum mean logsumexp amax amin")
 _STACK = _named("stack")
 _CAT = _named("cat concat concatenate")

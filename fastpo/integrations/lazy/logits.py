@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,6 +49,10 @@ _LIKE = _names("""
     new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like empty_like full_like
     rand_like randn_like
 """)
+
+
+# In place, and a promise still where it is by a number.
+_SCALES = _names("mul_ multiply_ div_ divide_ true_divide_")
 
 
 class LazyLogits(Tensor):
@@ -93,6 +98,8 @@ class LazyLogits(Tensor):
         if found is not NotImplemented:
             return found
         if _in_place(name) or "out" in kwargs or name == "data":
+            if name in _SCALES and _fits(_factor, args[1:], kwargs) and _scale(name, *args):
+                return first
             return _change(func, name, args, kwargs)
         return _on_values(func, name, args, kwargs)
 
@@ -176,6 +183,21 @@ class _Made(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         found = [None] * len(needs) if grad is None else ctx.graph.gradients(grad, needs)
         return (None, *found)
+
+
+class _Scaled(torch.autograd.Function):
+    """The node of logits that were scaled in place."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: LazyLogits, graph: Any, factor: float) -> LazyLogits:
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(logits)
+        ctx.graph, ctx.factor = graph, factor
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        return None if grad is None else grad * ctx.factor, None, None
 
 
 class _Values(torch.autograd.Function):
@@ -307,6 +329,24 @@ def _change(func: Any, name: str, args: Any, kwargs: Any) -> Any:
             f"got {tuple(values.shape)}"
         )
     return found
+
+
+def _factor(by: float) -> None:
+    """What `_scale` takes."""
+
+
+def _scale(name: str, logits: Any, by: Any) -> bool:
+    """Of a promise of which nothing is computed yet, a promise; False for anything else."""
+    promise = _standing(logits)
+    if not isinstance(promise, Promise) or logits._cell.values is not None or logits._past:
+        return False
+    factor = by if name.startswith("mul") or not isinstance(by, int | float) or not by else 1 / by
+    scaled = promise.scaled(factor)
+    if scaled is NotImplemented:
+        return False
+    scaled = replace(scaled, edition=promise.edition + 1)
+    _Scaled.apply(logits, logits._cell.scale(scaled), factor)
+    return True
 
 
 def _in_place(name: str) -> bool:

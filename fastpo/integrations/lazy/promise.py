@@ -140,6 +140,7 @@ class Promise:
     outer: float = 1.0
     normalized: bool = False
     sign: float = 1.0
+    edition: int = 0  # how often these logits were scaled in place
 
     @classmethod
     def of(cls, head: Any, hidden: Tensor, own: HeadOptions = OWN, parts: Any = None) -> Promise:
@@ -250,7 +251,10 @@ class Promise:
 
     def same_logits(self, other: Any) -> bool:
         """Would memory of the model's logits be shared with those, apart from their rows?"""
-        maps = ((x.inner, x.capped, x.outer, x.normalized, x.sign, x.dtype) for x in (self, other))
+        maps = (
+            (x.inner, x.capped, x.outer, x.normalized, x.sign, x.dtype, x.edition)
+            for x in (self, other)
+        )
         shared = self.rows.untyped_storage().data_ptr() == other.rows.untyped_storage().data_ptr()
         return shared and next(maps) == next(maps)
 

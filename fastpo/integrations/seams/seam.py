@@ -162,16 +162,18 @@ def replace(replacements: Mapping[Seam, Make]) -> None:
             seam.write(replacement)
 
 
-def replace_when_imported(replacements: Mapping[Seam, Make]) -> None:
-    """`replace`, module by module: now where it is imported already, else when it will be."""
+def replace_when_imported(
+    replacements: Mapping[Seam, Make], put: Callable[[Mapping[Seam, Make]], None] = replace
+) -> None:
+    """`put`, module by module: now where it is imported already, else when it will be."""
     by_module: dict[str, dict[Seam, Make]] = {}
     for seam, make in replacements.items():
         by_module.setdefault(seam.module, {})[seam] = make
     imported = {name: part for name, part in by_module.items() if name in sys.modules}
-    replace({seam: make for part in imported.values() for seam, make in part.items()})
+    put({seam: make for part in imported.values() for seam, make in part.items()})
     for name, part in by_module.items():
         if name not in imported:
-            imports.after(name, functools.partial(replace, part))
+            imports.after(name, functools.partial(put, part))
 
 
 def restore(*seams: Seam) -> None:

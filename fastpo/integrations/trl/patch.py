@@ -84,21 +84,25 @@ def patch(
     own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
     sharing = True if shared_prompts else (False if padding_free else None)
     shared.check(sharing, whole_groups)
-    seams = _all(setting, own, sharing, whole_groups)
+    seams, plain = (
+        _all(setting, own, sharing, whole_groups),
+        HeadOptions(budget=budget, backend=backend),
+    )
+    dispensable = _without_seams(lazy) and objective is None and sharing is None
     try:
         made, now = _checked(seams, setting)
     except RuntimeError as error:
-        if not _without_seams(lazy) or objective is not None or sharing is not None:
+        if not dispensable:
             raise
-        say_once("lazy logits serve every trainer", str(error))
+        say_once(_INSTEAD, str(error))
         made, now, lazy = {}, {}, True
     restore(*_ADDED)  # by a call before this one, perhaps
-    replace_when_imported({seam: make for seam, make in made.items() if seam not in now})
-    replace(now)
+    everywhere.remove()
     if lazy:
-        everywhere.install(HeadOptions(budget=budget, backend=backend))
-    else:
-        everywhere.remove()
+        everywhere.install(plain)
+    later = {seam: make for seam, make in made.items() if seam not in now}
+    replace_when_imported(later, partial(_or_lazily, plain) if dispensable else replace)
+    replace(now)
 
 
 def _checked(
@@ -112,6 +116,18 @@ def _checked(
     for seam in (GATHER, *now):
         seam.read()
     return made, now
+
+
+_INSTEAD = "lazy logits serve the trainers whose own seams do not fit"
+
+
+def _or_lazily(options: HeadOptions, replacements: Mapping[Seam, Make]) -> None:
+    """`replace`, of a TRL that nobody has seen yet."""
+    try:
+        replace(replacements)
+    except RuntimeError as error:
+        say_once(_INSTEAD, str(error))
+        everywhere.install(options)
 
 
 def _without_seams(lazy: bool) -> bool:
@@ -139,9 +155,8 @@ def _all(
         **early.heads(own),
         **shared.replacements(sharing, whole_groups),
     }
-    return trl_logits.with_options(
-        made, HeadOptions(budget=own.budget, backend=own.backend), sharing
-    )
+    plain = HeadOptions(budget=own.budget, backend=own.backend)
+    return trl_logits.with_options(made, plain, sharing)
 
 
 _ADDED = tuple(shared.replacements(True, True))

@@ -96,7 +96,7 @@ ONE = {
     "most": lambda x: (x.softmax(-1) * WEIGHTS).topk(3, -1).values,
     "picked": lambda x: torch.sigmoid(x).gather(-1, LABELS[..., None]).squeeze(-1),
     "taken": lambda x: torch.take_along_dim(x.square(), LABELS[..., None], dim=-1),
-    "all_of_it": lambda x: x.exp().mean() + x.square().sum() * 0.01,
+    "all_of_it": lambda x: x.exp().mean() + x.square().sum() * 0.01 + x.nansum(),
     "counted": lambda x: (x > x.mean(-1, keepdim=True)).sum(-1).float() * x.logsumexp(-1),
     "clamped": lambda x: x.clamp(min=-1, max=1).mean(-1),
     "rows_masked": lambda x: (x.masked_fill(~MASK[..., None], 0.0)).square().sum(-1),
@@ -206,6 +206,28 @@ def test_bfloat16_sums_weight_gradients_in_float32():
         strict=True,
     ):
         assert_as_good_as_eager("it", ours, eager, truth)
+
+
+def test_logits_scaled_in_place_stay_a_promise():
+    """GRPO of TRL 1.0 divides by the temperature so."""
+    for read in (entropy, lambda x: x.logsumexp(-1)):
+        found = []
+        for lazy in (True, False):
+            (logits,), leaves = made(lazy)
+            part = logits[:, 1:]
+            part.div_(0.7).mul_(3)
+            out = read(part)
+            found.append((out, *torch.autograd.grad(out.sum(), leaves)))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert not cell.told
+
+
+def test_another_view_of_logits_scaled_in_place_is_not_read():
+    (logits,), _ = made(True)
+    rows = logits.view(-1, V)
+    logits.div_(0.7)
+    with pytest.raises(RuntimeError, match="expected no change in place through another view"):
+        rows.logsumexp(-1)
 
 
 def test_what_was_made_of_logits_stays_when_they_change():
