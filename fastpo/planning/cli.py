@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .names import DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS
+from .names import ATTENTION, DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS
 
 # argument of `plan_step`: what the help says of it; the others are below.
 _CHOICES = {
     "--trainer": (TRAINERS, "default: dpo"),
     "--dtype": (DTYPES, "of weights; mixed: float32; default: bf16"),
     "--optimizer": (OPTIMIZERS, "default: adamw"),
+    "--attention": (ATTENTION, "default: sdpa, with a mask"),
     "--reference": (REFERENCES, "default: the trainer's own"),
     "--strategy": (STRATEGIES, "default: ddp"),
 }

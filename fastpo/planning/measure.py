@@ -36,6 +36,8 @@ class _Job:
 def measure(setting: Setting, config: Any, head: str, teacher: Any = None) -> int:
     """Bytes at the peak of a step: of tensors on a GPU, else resident in a process of its own,
     beyond what it held before there was a model."""
+    if setting.attention == "flash" and setting.prompt_rows > 1 and setting.device == "cpu":
+        raise ValueError("attention: expected sdpa to measure shared prompts on a cpu, got flash")
     found: int = alone(_run, _Job(setting, config, head, teacher))
     return found
 

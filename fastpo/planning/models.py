@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from . import attention
 from .setting import Lora, Setting
 
 WEIGHTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # else float32
@@ -77,9 +78,11 @@ def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
 def made(setting: Setting, config: Any) -> Any:
     config = copy.deepcopy(config)
     config.use_cache = False
-    dtype = WEIGHTS.get(setting.dtype, torch.float32)
+    options: dict[str, Any] = {"dtype": WEIGHTS.get(setting.dtype, torch.float32)}
+    if setting.attention == "flash":
+        options["attn_implementation"] = attention.register()
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except ValueError as error:
         line = str(error).splitlines()[0]
         raise ValueError(f"model: expected a causal language model, got {line}") from error

@@ -22,4 +22,5 @@ PROMPT_ROWS = {"dpo": 2, "cpo": 2, "orpo": 2, "grpo": 8, "rloo": 8}
 DTYPES = ("bf16", "bf16-mixed", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 REFERENCES = ("model", "adapter-off", "precomputed", "none")
+ATTENTION = ("sdpa", "flash")
 STRATEGIES = ("ddp", "fsdp2", "zero3")

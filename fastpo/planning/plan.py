@@ -70,6 +70,8 @@ class StepPlan:
         if setting.dtype in ("bf16", "fp16"):
             dtype = {"bf16": "bfloat16", "fp16": "float16"}[setting.dtype]
             found["model_init_kwargs"] = {"dtype": dtype}
+        if setting.attention == "flash":
+            found.setdefault("model_init_kwargs", {})["attn_implementation"] = "flash_attention_2"
         if setting.reference == "precomputed":
             found["precompute_ref_log_probs"] = True
         if setting.teacher is not None:
@@ -127,7 +129,7 @@ def plan_step(
     measure: also run the real step, on a GPU if there is one, else on the CPU in a process of its
         own, and give what it held; for `device="cpu"` on the CPU.
     options: fields of `Setting`: trainer, dtype, device, context, batch, prompt, optimizer,
-        checkpointing, reference, budget, devices, strategy, prompt_rows.
+        attention, checkpointing, reference, budget, devices, strategy, prompt_rows.
 
     What no tensor shows is added for a GPU: 500 MiB of the driver, 64 MiB of library workspaces,
     5 % of what comes and goes for the allocator; DDP's buckets; what FSDP2 and ZeRO-3

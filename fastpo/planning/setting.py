@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ops.walks.checks import check_integer, check_number
-from .names import DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS
+from .names import ATTENTION, DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS
 
 HEADS = ("trl", "fastpo")
 
@@ -34,9 +34,9 @@ class Lora:
 class Setting:
     """One step. teacher: None for one as large as the model; memory: bytes of a device; context:
     tokens of a row, prompt and answer; batch: items of a device, pairs for DPO; prompt: its share
-    of the context; checkpointing: "none", "layers" or "offload"; reference: None for what the
-    trainer does by itself; prompt_rows: how many rows have the same prompt, which fastpo computes
-    once.
+    of the context; attention: "sdpa" has a mask of padded rows, "flash" none;
+    checkpointing: "none", "layers" or "offload"; reference: None for what the trainer does by
+    itself; prompt_rows: how many rows have the same prompt, which fastpo computes once.
     """
 
     model: str | Path
@@ -51,6 +51,7 @@ class Setting:
     prompt_rows: int = 1
     lora: Lora | None = None
     optimizer: str = "adamw"
+    attention: str = "sdpa"
     checkpointing: str = "none"
     reference: str | None = None
     budget: int | None = None
@@ -64,6 +65,7 @@ class Setting:
             "dtype": (self.dtype, DTYPES),
             "device": (self.device, ("cuda", "cpu")),
             "optimizer": (self.optimizer, OPTIMIZERS),
+            "attention": (self.attention, ATTENTION),
             "checkpointing": (self.checkpointing, ("none", "layers", "offload")),
             "reference": (self.reference, (None, *REFERENCES)),
             "strategy": (self.strategy, STRATEGIES),

@@ -47,7 +47,7 @@ def layout_for(model: Any, ids: Tensor) -> Layout | None:
         return layout if is_worth(cost, layout) else None
 
 
-def packed(model: Any, inputs: dict[str, Tensor], layout: Layout) -> Any:
+def packed(model: Any, inputs: dict[str, Any], layout: Layout) -> Any:
     """The backbone's output, padded again."""
     attention.install(model.config.get_text_config()._attn_implementation)
     return Packer().packed(model.base_model, inputs, layout)

@@ -21,7 +21,8 @@ def table(plan: Any) -> str:
     checkpointing = {"none": "", "layers": ", checkpointing", "offload": ", offloading"}
     lines = [
         f"{setting.trainer.upper()} of {setting.model}, {kind}, {setting.dtype}, "
-        f"{setting.optimizer}{checkpointing[setting.checkpointing]}: {setting.batch} x "
+        f"{setting.optimizer}{checkpointing[setting.checkpointing]}, {setting.attention}: "
+        f"{setting.batch} x "
         f"{setting.context:,} tokens"
         + (f", prompts of {setting.prompt_rows} rows" if setting.prompt_rows > 1 else "")
         + (f", {setting.devices} devices, {setting.strategy}" if setting.devices > 1 else ""),

@@ -106,6 +106,7 @@ MEASURED = {
     "lora": {"lora": Lora(), "context": 200},
     "checkpointed": {"checkpointing": "layers", "trainer": "sft", "batch": 4},
     "adafactor": {"optimizer": "adafactor", "trainer": "kto", "batch": 4},
+    "flash": {"attention": "flash", "context": 256},
     "shared": {"prompt_rows": 2, "prompt": 0.8, "context": 512},
     "shared, grouped": {"prompt_rows": 4, "prompt": 0.5, "trainer": "rloo", "batch": 8},
     "gkd": {"trainer": "gkd"},
@@ -182,12 +183,13 @@ def test_less_where_less_is_kept():
         setting = Setting("llama", **{"dtype": "bf16", "context": 256, "batch": 4, **options})
         return Depths(setting, LLAMA, head).estimate().peak
 
-    forward = {
-        kind: Depths(Setting("llama", context=512, batch=4, checkpointing=kind), LLAMA, "fastpo")
-        for kind in ("offload", "layers", "none")
-    }
-    held = [depths.estimate().phases["forward"] for depths in forward.values()]
+    def forward(**options):
+        setting = Setting("llama", context=512, batch=4, **options)
+        return Depths(setting, LLAMA, "fastpo").estimate().phases["forward"]
+
+    held = [forward(checkpointing=kind) for kind in ("offload", "layers", "none")]
     assert held == sorted(held) and len({*held}) == 3
+    assert held[-1] - forward(attention="flash") >= 8 * 512**2  # a mask for each row
     assert peak(reference="precomputed") < peak()
     assert peak(optimizer="adamw8bit") <= peak()
     assert peak(prompt_rows=2, prompt=0.8) < peak(prompt=0.8)
@@ -272,6 +274,7 @@ WRONG = {
     "trainer": (["--trainer", "ppo"], "trainer: expected one of dpo, "),
     "dtype": (["--dtype", "int8"], "dtype: expected one of bf16, "),
     "optimizer": (["--optimizer", "lion"], "optimizer: expected one of adamw, "),
+    "attention": (["--attention", "eager"], "attention: expected one of sdpa, flash, got"),
     "context": (["--context", "1"], "context: expected an integer >= 2, got 1"),
     "batch": (["--batch", "0"], "batch: expected an integer >= 1, got 0"),
     "prompt": (["--prompt", "1"], "prompt: expected a number in [0, 1), got 1"),
