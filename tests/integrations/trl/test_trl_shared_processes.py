@@ -1,6 +1,9 @@
-"""Shared prompts in two processes whose batches have layouts of their own: DDP, and FSDP2."""
+"""Shared prompts in two processes whose batches have layouts of their own: DDP, FSDP2, ZeRO-3."""
 
 from __future__ import annotations
+
+import os
+from importlib.util import find_spec
 
 import pytest
 
@@ -11,7 +14,7 @@ import _processes
 import _tiny as tiny
 import _trainers
 import torch
-from test_trl_sharded import FSDP, WHOLE, shard_on_a_cpu, whole
+from test_trl_sharded import FSDP, WHOLE, ZERO, shard_on_a_cpu, whole
 
 import fastpo
 from fastpo.integrations.sharing import backbone
@@ -32,40 +35,64 @@ def train(prefix, folder, changes):
     return logs, {name: whole(p) for name, p in trainer.model.named_parameters()}
 
 
-def process(rank, folder):
-    """Padded; then packed, with whole weights and in shards."""
-    sizes, packed = [], backbone.Packer.packed
+def process(rank, folder, sharded):
+    """Padded; then packed, with whole weights and in shards; and how each batch was packed."""
+    sizes, packed, runs, layouts = [], backbone.Packer.packed, {}, {}
 
     def noted(self, own, inputs, layout):
         sizes.append((layout.size, any(row.shared for row in layout.rows)))
         return packed(self, own, inputs, layout)
 
+    def shared(name, kind, *arguments):
+        sizes.clear()
+        with fastpo.patched(shared_prompts=True):
+            runs[name, kind] = train(*arguments)
+        layouts[name, kind] = list(sizes)
+
     backbone._LEAST, backbone.is_worth, backbone.Packer.packed = 1, lambda *_: True, noted
-    runs = {}
     for name, (prefix, ddp, _) in TRAINERS.items():
         runs[name, "own"] = train(prefix, folder, ddp)
-        with fastpo.patched(shared_prompts=True):
-            runs[name, "ddp"] = train(prefix, folder, ddp)
+        shared(name, "ddp", prefix, folder, ddp)
     shard_on_a_cpu()
     for name, (prefix, _, fsdp) in TRAINERS.items():
-        with fastpo.patched(shared_prompts=True):
-            runs[name, "fsdp"] = train(prefix, folder, fsdp)
-    torch.save((runs, sizes), folder / f"{rank}.pt")
+        shared(name, "sharded", prefix, folder, sharded or fsdp)
+    torch.save((runs, layouts), folder / f"{rank}.pt")
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared")
+def trained(folder, sharded, seconds):
     _trainers.saved(folder)
-    _processes.run(process, folder, seconds=240)
+    _processes.run(process, folder, sharded, seconds=seconds)
     return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("name", TRAINERS)
-def test_two_processes_train_the_same(name, kind, ranks):
-    (first, sizes), (second, others) = ranks
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("shared"), None, 240)
+
+
+@pytest.fixture(scope="module")
+def zero(tmp_path_factory):
+    """Its first run on a machine compiles an operator of DeepSpeed's for minutes."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_SIZE": str(_processes.PROCESSES)}
+    return trained(tmp_path_factory.mktemp("zero"), ZERO, 400)
+
+
+def assert_trained_the_same(name, kind, ranks):
+    (first, layouts), (second, others) = ranks
     _trainers.assert_same(first[name, kind], first[name, "own"])
     torch.testing.assert_close(second[name, kind][1], first[name, kind][1], rtol=0, atol=0)
-    assert len(sizes) == len(others) and sizes != others
+    sizes, other = layouts[name, kind], others[name, kind]
+    assert len(sizes) == len(other) and sizes != other
     assert any(shared for _, shared in sizes)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "sharded"])
+@pytest.mark.parametrize("name", TRAINERS)
+def test_two_processes_train_the_same(name, kind, fsdp):
+    assert_trained_the_same(name, kind, fsdp)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+@pytest.mark.parametrize("name", TRAINERS)
+def test_zero_3(name, zero):
+    assert_trained_the_same(name, "sharded", zero)
