@@ -3,8 +3,9 @@
 The process becomes the script's. `__main__` and the patch are there until the interpreter ends, and
 exit codes, uncaught exceptions and threads that outlive the last line are the interpreter's to
 handle. What cannot be the same: `sys.orig_argv`, the modules that are imported before the first
-line (torch, but not TRL), the calls below it that `inspect.stack()` shows, and whether `__file__`
-is still there at exit.
+line (torch, but not TRL), the calls below it that `inspect.stack()` shows, whether `__file__` is
+still there at exit, and PYTHONPATH and FASTPO_RUN, by which Python processes that the script starts
+are patched as well.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import builtins
 import io
 import itertools
+import json
 import os
 import runpy
 import sys
@@ -26,9 +28,13 @@ from .seams import imports
 from .seams.seam import Replacement, Seam, replace_when_imported
 
 _WHAT = "(script.py | folder | archive | - | -m module) [arguments]"
-USAGE = f"fastpo run [--shared-prompts] [--padding-free] {_WHAT}"
+USAGE = f"fastpo run [--lazy] [--shared-prompts] [--padding-free] {_WHAT}"
 # Before what is run: options of fastpo.patch.
-_OPTIONS = {"--shared-prompts": "shared_prompts", "--padding-free": "padding_free"}
+_OPTIONS = {
+    "--lazy": "lazy",
+    "--shared-prompts": "shared_prompts",
+    "--padding-free": "padding_free",
+}
 
 Options = dict[str, Any]  # of fastpo.patch
 
@@ -92,7 +98,8 @@ def _run(
         del sys.path[0]  # it was for the program that has run up to now
     if importable or not safe:
         sys.path.insert(0, place)
-    _patch_with_children(options)
+    patch_with_children(options)
+    _tell_processes(options)
     _clear_main()
     try:
         start()
@@ -135,13 +142,37 @@ def _hide_own_frames(error: BaseException) -> None:
     sys.excepthook = once
 
 
-def _patch_with_children(options: Options) -> None:
-    """At the import of TRL, before which the script may set what TRL's imports read."""
+def patch_with_children(options: Options) -> None:
+    """At the import of TRL, before which the script may set what TRL's imports read.
+
+    Lazy logits, which need no TRL, at that of transformers' models.
+    """
     replace_when_imported({_CHILDREN: partial(_Carrying, options=options)})
-    if "trl" in sys.modules:
-        _patch(options)
-    else:
-        imports.after("trl", partial(_patch, options))
+    actions: dict[str, Callable[[], None]] = {"trl": partial(_patch, options)}
+    if options.get("lazy"):
+        actions["transformers.modeling_utils"] = _make_lazy
+    for module, action in actions.items():
+        if module in sys.modules:
+            action()
+        else:
+            imports.after(module, action)
+
+
+def _make_lazy() -> None:
+    from ..ops.shards.gathered import HeadOptions
+    from .lazy import everywhere
+
+    everywhere.install(HeadOptions())
+
+
+def _tell_processes(options: Options) -> None:
+    """Python processes that the script starts are patched, too, whatever they run.
+
+    Until the interpreter ends its environment says so; one that ignores that is not.
+    """
+    places = [os.path.join(os.path.dirname(__file__), "startup"), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, places))
+    os.environ["FASTPO_RUN"] = json.dumps(options)
 
 
 def _patch(options: Options) -> None:
@@ -157,7 +188,7 @@ class _Carried:
         self.options = options
 
     def __reduce__(self) -> tuple[Callable[[Options], None], tuple[Options]]:
-        return _patch_with_children, (self.options,)
+        return patch_with_children, (self.options,)
 
 
 class _Carrying(Replacement):

@@ -141,7 +141,11 @@ def same_view(python, fastpo, folder, text=b"the rest"):
     assert (code, said) == (5, "")
     code, own, said = outcome(fastpo, folder, text)
     assert (code, said) == (5, "")
-    assert json.loads(own) == json.loads(view)
+    views = [json.loads(x) for x in (own, view)]
+    for name in ("PYTHONPATH", "FASTPO_RUN"):  # by these its processes are patched
+        for one in views:
+            one["environment"].pop(name, None)
+    assert views[0] == views[1]
 
 
 @pytest.mark.parametrize("name", VIEWS)
@@ -222,7 +226,7 @@ def test_nothing_to_run(argv, message, capsys):
     assert run_script(argv) == 2
     said = capsys.readouterr().err
     assert f"fastpo run: {message}\n" in said
-    options = "[--shared-prompts] [--padding-free]"
+    options = "[--lazy] [--shared-prompts] [--padding-free]"
     what = "(script.py | folder | archive | - | -m module) [arguments]"
     assert f"usage: fastpo run {options} {what}" in said
 
@@ -295,3 +299,44 @@ def test_options_of_the_patch(options, target, shared, tmp_path):
     code, said, errors = outcome(command, tmp_path)
     assert code == 0, errors
     assert said.splitlines() == [f"script {shared} --padding-free", f"child {shared}"]
+
+
+PROCESSES = """
+import os, subprocess, sys
+
+if len(sys.argv) > 1:
+    import transformers
+    import trl.trainer.utils as utils
+
+    lazy = type(vars(transformers.PreTrainedModel)["post_init"]).__module__
+    print(sys.argv[1], lazy, type(utils._ChunkedLogProbFunction).__module__)
+    sys.stdout.flush()
+if sys.argv[1:] != ["grandchild"]:
+    name = "child" if len(sys.argv) == 1 else "grandchild"
+    subprocess.run([sys.executable, "script.py", name], check=True)
+"""
+
+
+def test_processes_of_a_script_are_patched(tmp_path):
+    """`llamafactory-cli train` and `axolotl train` start others that train."""
+    pytest.importorskip("trl", minversion="1.15")
+    (tmp_path / "script.py").write_text(PROCESSES)
+    (tmp_path / "sitecustomize.py").write_text("import sys; print('own', sys.argv[1:])")
+    command = ["env", f"PYTHONPATH={tmp_path}", sys.executable, *FASTPO, "--lazy", "script.py"]
+    code, said, errors = outcome(command, tmp_path)
+    assert code == 0, errors
+    head = "fastpo.integrations.trl.head"
+    lines = [line for line in said.splitlines() if not line.startswith("own")]
+    lazy = "fastpo.integrations.lazy.everywhere"
+    assert lines == [f"child {lazy} {head}", f"grandchild {lazy} {head}"]
+    assert said.count("own") == 3, "the module of that name that was there is read, too"
+
+
+def test_a_process_that_imports_nothing_pays_little(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import subprocess, sys\n"
+        'code = \'import sys; print(sorted({"torch", "transformers", "trl"} & {*sys.modules}))\'\n'
+        "subprocess.run([sys.executable, '-c', code], check=True)\n"
+    )
+    code, said, errors = outcome([sys.executable, *FASTPO, "--lazy", "script.py"], tmp_path)
+    assert (code, said.strip()) == (0, "[]"), errors
