@@ -52,6 +52,7 @@ def _add_step(option: Any) -> None:
     option("--batch", type=int, metavar="B", help="items of a device, pairs for DPO; default: 1")
     option("--prompt", type=float, metavar="X", help="its share of the context; default: 0.5")
     option("--lora", metavar="r=16,targets=q_proj+v_proj", nargs="?", const="r=16")
+    option("--load-in-4bit", action="store_true", help="the adapted model, by bitsandbytes")
     option(
         "--gradient-checkpointing",
         dest="checkpointing",

@@ -16,8 +16,7 @@ from ..planner import default_budget, make_plan, pair_workspace
 from .live import Live
 from .models import WEIGHTS, Models, build, fake, optimizer_of, whole_at_once
 from .setting import Setting
-from .sharing import layout_for
-from .steps import Batch, Step, batch_of
+from .steps import Batch, Step, batch_of, layout_for
 
 MIB = 2**20
 # What no tensor shows, on a GPU: the driver's context and the libraries' workspaces.

@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
-from . import attention
+from .quantised import quantise
 from .setting import Lora, Setting
 
+# With "flash" in the name transformers would look for a kernel.
+_UNMASKED = "fastpo_unmasked"
 WEIGHTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # else float32
 
 
@@ -65,6 +70,8 @@ class Models:
 def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
     """On the device that torch makes tensors on."""
     policy = made(setting, config)
+    if setting.load_in_4bit:
+        quantise(policy)
     if setting.checkpointing != "none":
         _checkpoint(policy, offload=setting.checkpointing == "offload")
     copied = None
@@ -80,7 +87,7 @@ def made(setting: Setting, config: Any) -> Any:
     config.use_cache = False
     options: dict[str, Any] = {"dtype": WEIGHTS.get(setting.dtype, torch.float32)}
     if setting.attention == "flash":
-        options["attn_implementation"] = attention.register()
+        options["attn_implementation"] = _flash()
     try:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
     except ValueError as error:
@@ -93,6 +100,34 @@ def size_of(setting: Setting, config: Any) -> int:
     with torch.device("meta"):
         model = made(setting, config)
     return sum(x.numel() * x.itemsize for x in (*model.parameters(), *model.buffers()))
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    attention_mask: Any = None,
+    **_: Any,
+) -> None:
+    """None: causal."""
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+def _flash() -> str:
+    """Attention as a flash kernel has it: causal, without a mask, keys and values once for their
+    groups. What it keeps for the backward is what FlashAttention keeps: queries, keys, values, the
+    result and a number for each query and head.
+    """
+    AttentionMaskInterface.register(_UNMASKED, _mask)
+    AttentionInterface.register(_UNMASKED, _attend)
+    return _UNMASKED
 
 
 def whole_at_once(setting: Setting, model: nn.Module) -> int:

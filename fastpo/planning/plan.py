@@ -14,8 +14,7 @@ from .estimate import Estimate
 from .fits import Depths
 from .models import read_config
 from .names import LOGITS, SAMPLES
-from .setting import Lora, Setting
-from .sharing import of_ratio
+from .setting import Lora, Setting, of_ratio
 
 
 @dataclass(frozen=True)
@@ -128,8 +127,8 @@ def plan_step(
     search: also the longest context and the largest batch, each with the other as given.
     measure: also run the real step, on a GPU if there is one, else on the CPU in a process of its
         own, and give what it held; for `device="cpu"` on the CPU.
-    options: fields of `Setting`: trainer, dtype, device, context, batch, prompt, optimizer,
-        attention, checkpointing, reference, budget, devices, strategy, prompt_rows.
+    options: fields of `Setting`: trainer, dtype, device, context, batch, prompt, load_in_4bit,
+        optimizer, attention, checkpointing, reference, budget, devices, strategy, prompt_rows.
 
     What no tensor shows is added for a GPU: 500 MiB of the driver, 64 MiB of library workspaces,
     5 % of what comes and goes for the allocator; DDP's buckets; what FSDP2 and ZeRO-3
@@ -181,6 +180,11 @@ def _notes(setting: Setting) -> tuple[str, ...]:
     notes = []
     if setting.trainer in LOGITS:
         notes.append(f"TRL's {setting.trainer.upper()} trainer builds the logits of all positions")
+    if setting.load_in_4bit:
+        notes.append(
+            "in 4 bits by BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
+            "bnb_4bit_use_double_quant=True) as quantization_config"
+        )
     if setting.prompt_rows > 1:
         notes.append("prompts are computed once by fastpo.patch(shared_prompts=True)")
     if setting.checkpointing == "offload":

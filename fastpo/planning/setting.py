@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ..ops.walks.checks import check_integer, check_number
-from .names import ATTENTION, DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS
+from .names import (
+    ATTENTION,
+    DTYPES,
+    OPTIMIZERS,
+    PROMPT_ROWS,
+    REFERENCES,
+    STRATEGIES,
+    TRAINERS,
+)
 
 HEADS = ("trl", "fastpo")
 
@@ -35,7 +43,8 @@ class Setting:
     """One step. teacher: None for one as large as the model; memory: bytes of a device; context:
     tokens of a row, prompt and answer; batch: items of a device, pairs for DPO; prompt: its share
     of the context; attention: "sdpa" has a mask of padded rows, "flash" none;
-    checkpointing: "none", "layers" or "offload"; reference: None for what the trainer does by
+    load_in_4bit: the adapted model as bitsandbytes has it; checkpointing: "none", "layers" or
+    "offload"; reference: None for what the trainer does by
     itself; prompt_rows: how many rows have the same prompt, which fastpo computes once.
     """
 
@@ -50,6 +59,7 @@ class Setting:
     prompt: float = 0.5
     prompt_rows: int = 1
     lora: Lora | None = None
+    load_in_4bit: bool = False
     optimizer: str = "adamw"
     attention: str = "sdpa"
     checkpointing: str = "none"
@@ -82,6 +92,8 @@ class Setting:
         check_number("prompt", self.prompt, "a number in [0, 1)", lambda x: 0 <= x < 1)
         if self.reference == "adapter-off" and self.lora is None:
             raise ValueError("reference: expected an adapter (lora) with adapter-off, got none")
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("load_in_4bit: expected an adapter (lora) with it, got none")
         if self.distils and self.reference not in (None, "model"):
             wanted = f"none beside the teacher of {self.trainer}"
             raise ValueError(f"reference: expected {wanted}, got {self.reference!r}")
@@ -114,3 +126,19 @@ class Setting:
         if wanted is None:
             return self.reference or "none"
         return self.reference or ("model" if self.lora is None else "adapter-off")
+
+
+def of_ratio(text: str, trainer: str) -> dict[str, Any]:
+    """Fields of a `Setting`, of `P:C` or `P:C,K`; nothing of the prompt's size where it is ""."""
+    if trainer not in PROMPT_ROWS:
+        names = ", ".join(PROMPT_ROWS)
+        raise ValueError(f"shared_prompts: expected one of the trainers {names}, got {trainer!r}")
+    found = re.fullmatch(r"(?:(\d+):(\d+)(?:,(\d+))?)?", text)
+    numbers = [] if found is None else [int(x) for x in found.groups() if x is not None]
+    if found is None or 0 in numbers:
+        wanted = "P:C, prompt to answer, or P:C,K with K rows of a prompt"
+        raise ValueError(f"shared_prompts: expected {wanted}, got {text!r}")
+    fields: dict[str, Any] = {"prompt_rows": int(found[3] or PROMPT_ROWS[trainer])}
+    if found[1] is not None:
+        fields["prompt"] = int(found[1]) / (int(found[1]) + int(found[2]))
+    return fields

@@ -15,16 +15,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..integrations.heads import linear_head, logit_map
-from ..layout.tree import Layout
+from ..integrations.sharing import attention
+from ..integrations.sharing.backbone import Packer, layer_cost
+from ..layout.cost import is_worth
+from ..layout.tree import Layout, layout_of
 from ..ops.linear_divergence import linear_divergence
 from ..ops.linear_logps import linear_logps
 from .models import Models
 from .names import LOGITS
 from .setting import Setting
-from .sharing import packed
 
+_LEAST = 16  # tokens in common, as `shared_prompts` has it
 Enter = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -51,6 +55,25 @@ def batch_of(setting: Setting, vocab: int) -> Batch:
         ids[row, : first + 1] = ids[row - row % setting.prompt_rows, : first + 1]
     rows = (torch.arange(R).unsqueeze(1) * T + torch.arange(first, T - 1)).flatten()
     return Batch(ids, torch.ones_like(ids), rows, ids[:, first + 1 :].flatten())
+
+
+def layout_for(model: Any, ids: Tensor) -> Layout | None:
+    """What `shared_prompts` would pack the rows into; None where padded they cost less.
+
+    Outside of the mode in which tensors hold nothing: it looks at the words.
+    """
+    with unset_fake_temporarily():
+        mask, cost = torch.ones_like(ids), layer_cost(model.base_model)
+        layout = layout_of(ids, mask, least=_LEAST)
+        if cost.loses(layout):
+            layout = min(layout, layout_of(ids, mask, share=False), key=cost.packed)
+        return layout if is_worth(cost, layout) else None
+
+
+def _packed(model: Any, inputs: dict[str, Any], layout: Layout) -> Any:
+    """The backbone's output, padded again."""
+    attention.install(model.config.get_text_config()._attn_implementation)
+    return Packer().packed(model.base_model, inputs, layout)
 
 
 @dataclass
@@ -114,7 +137,7 @@ def _scored(model: Any, batch: Batch) -> Tensor:  # [N, H]
     if batch.layout is None:
         hidden: Tensor = model.base_model(**inputs)[0]
     else:
-        hidden = packed(model, inputs, batch.layout)[0]
+        hidden = _packed(model, inputs, batch.layout)[0]
     return hidden.flatten(0, 1).index_select(0, batch.rows)
 
 

@@ -18,6 +18,7 @@ _NAMES = {
 def table(plan: Any) -> str:
     setting = plan.setting
     kind = "full" if setting.lora is None else f"LoRA r={setting.lora.rank}"
+    kind += " on 4 bits" * setting.load_in_4bit
     checkpointing = {"none": "", "layers": ", checkpointing", "offload": ", offloading"}
     lines = [
         f"{setting.trainer.upper()} of {setting.model}, {kind}, {setting.dtype}, "

@@ -109,6 +109,7 @@ MEASURED = {
     "flash": {"attention": "flash", "context": 256},
     "shared": {"prompt_rows": 2, "prompt": 0.8, "context": 512},
     "shared, grouped": {"prompt_rows": 4, "prompt": 0.5, "trainer": "rloo", "batch": 8},
+    "4 bits": {"lora": Lora(), "load_in_4bit": True, "context": 400},
     "gkd": {"trainer": "gkd"},
     "distillation": {"trainer": "distillation", "lora": Lora()},
 }
@@ -117,6 +118,8 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_as_a_step_holds(name):
     """Within 15 % of resident memory, or 10 MiB, the noise of a process."""
+    if "bits" in name:
+        pytest.importorskip("bitsandbytes")
     config, teacher = copy.deepcopy(LLAMA), None
     config.update({"vocab_size": 16_000, "hidden_size": 256, "num_hidden_layers": 3})
     options = {"context": 128, "batch": 2, **MEASURED[name]}
@@ -200,6 +203,22 @@ def test_less_where_less_is_kept():
         assert peak(trainer=trainer) < peak("trl", trainer=trainer)
 
 
+def test_four_bits():
+    """Half a byte a number, a byte for 64, four for 256 of those, two tables; the head stays."""
+    shallow = copy.deepcopy(LLAMA)
+    shallow.num_hidden_layers = 1
+    common = {"lora": "r=8", "dtype": "bf16", "context": 32, "search": False}
+    plain = fastpo.plan_step(shallow, **common)
+    packed = fastpo.plan_step(shallow, load_in_4bit=True, **common)
+    assert "on 4 bits" in str(packed) and "bnb_4bit_quant_type='nf4'" in str(packed)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(shallow)
+    cells = [x.weight.numel() for x in model.model.modules() if isinstance(x, torch.nn.Linear)]
+    saved = sum(2 * n - (n // 2 + n // 64 + 4 * (-(-n // 64 // 256) + 273)) for n in cells)
+    parts = [plan.heads["fastpo"].estimate.parts["weights"] for plan in (plain, packed)]
+    assert parts[0] - parts[1] == saved
+
+
 @pytest.mark.parametrize("lora", [None, "r=8"])
 def test_what_shards_have_whole_at_once(lora):
     """Beside their part of everything: head and embeddings, two layers, gradients of those."""
@@ -280,6 +299,7 @@ WRONG = {
     "prompt": (["--prompt", "1"], "prompt: expected a number in [0, 1), got 1"),
     "lora": (["--lora", "rank=16"], "lora: expected r=16,targets=q_proj+v_proj, got"),
     "targets": (["--lora", "targets=nothing"], "lora: "),
+    "4 bits": (["--load-in-4bit"], "load_in_4bit: expected an adapter (lora) with it, got none"),
     "adapter": (["--reference", "adapter-off"], "reference: expected an adapter"),
     "data": (["--data", "nowhere.jsonl"], "data: expected a readable file, got nowhere.jsonl"),
     "picture": (["--plot", "nowhere/x.png"], "plot: expected a picture's path"),

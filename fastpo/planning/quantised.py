@@ -1,0 +1,79 @@
+"""A base model in 4 bits, as bitsandbytes keeps it for QLoRA: NF4, its scales quantised, too.
+
+Two numbers a byte, a byte of scale for 64 of them, a float32 for 256 of those, and two tables. For
+a product the weight exists in the dtype of the activations as long as that takes.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_BLOCK, _SECOND = 64, 256
+_TABLES = 16 + 256 + 1
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(packed)
+        ctx.shape = shape
+        return x @ x.new_empty(shape).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        assert ctx.saved_tensors
+        return grad @ grad.new_empty(ctx.shape), None, None
+
+
+class Packed(nn.Linear):
+    """The bytes of `bitsandbytes.nn.Linear4bit`, without its numbers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        cells, device = linear.weight.numel(), linear.weight.device
+        packed = torch.empty(-(-cells // 2), 1, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.bias = linear.bias
+        blocks = -(-cells // _BLOCK)
+        self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8, device=device))
+        second = torch.empty(-(-blocks // _SECOND) + _TABLES, dtype=torch.float32, device=device)
+        self.register_buffer("second", second)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.out_features, self.in_features
+        found: Tensor = _Product.apply(x, self.weight, shape)
+        if self.bias is not None:
+            found = found + self.bias
+        return found.clone()  # as PEFT does with what 4 bits gave
+
+
+def quantise(model: Any) -> None:
+    """All linear layers but the head; real ones by bitsandbytes."""
+    head = model.get_output_embeddings()
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child is not head:
+                setattr(parent, name, _packed(child))
+
+
+def _packed(linear: nn.Linear) -> nn.Linear:
+    if linear.weight.device.type == "meta":
+        return Packed(linear)
+    try:
+        bnb: Any = import_module("bitsandbytes.nn")
+    except ImportError as error:
+        raise ValueError("measure: expected bitsandbytes for 4 bits, got none") from error
+    options = {"compress_statistics": True, "quant_type": "nf4"}
+    bias = linear.bias is not None
+    made = bnb.Linear4bit(
+        linear.in_features, linear.out_features, bias, linear.weight.dtype, device="meta", **options
+    )
+    weight = bnb.Params4bit(linear.weight.detach(), requires_grad=False, **options)
+    made.weight, made.bias = weight.to(linear.weight.device), linear.bias
+    found: nn.Linear = made
+    return found
