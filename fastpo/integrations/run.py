@@ -150,7 +150,7 @@ def patch_with_children(options: Options) -> None:
     replace_when_imported({_CHILDREN: partial(_Carrying, options=options)})
     actions: dict[str, Callable[[], None]] = {"trl": partial(_patch, options)}
     if options.get("lazy"):
-        actions["transformers.modeling_utils"] = _make_lazy
+        actions |= {"transformers.modeling_utils": _make_lazy, "verl": _serve_verl}
     for module, action in actions.items():
         if module in sys.modules:
             action()
@@ -179,6 +179,13 @@ def _patch(options: Options) -> None:
     from .trl.patch import patch
 
     patch(**options)
+
+
+def _serve_verl() -> None:
+    from ..ops.shards.gathered import HeadOptions
+    from . import verl
+
+    verl.install(HeadOptions())
 
 
 class _Carried:
