@@ -58,7 +58,7 @@ _PICKED = _named("gather take_along_dim")
 
 def express(func: Any, args: Any, kwargs: Any) -> Any:
     """A `Rowwise`, or what a reduction gives; NotImplemented where only the logits will do."""
-    found = _ANSWERS.get(func)
+    found = ANSWERS.get(func)
     if found is None or "out" in kwargs or kwargs.get("inplace"):
         return NotImplemented
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Operand)]
@@ -313,7 +313,7 @@ def _losses(func: Any, args: Any, kwargs: Any) -> Any:
     return each.sum() / total if how == "mean" else NotImplemented
 
 
-_ANSWERS: dict[Any, Answer] = {
+ANSWERS: dict[Any, Answer] = {
     **dict.fromkeys(_WORD_BY_WORD, _recorded),
     **dict.fromkeys(_OVER_WORDS, _normalised),
     **dict.fromkeys(_REDUCED, _reduce),
