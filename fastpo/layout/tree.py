@@ -129,16 +129,15 @@ def layout_of(
     share: bool = True,
     least: int = 1,
 ) -> Layout:
-    """The layout of a batch, on its device; ids and mask are read on the host.
+    """The layout of a batch, on its device; ids and mask are read on the host, at once.
 
     share: False for packing alone. least: fewer common tokens are not shared. Raises ValueError for
     shapes, and for a mask with holes or an empty row.
     """
     device, (height, width) = ids.device, _shape(ids, mask)
-    ids = ids.cpu()
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.cpu() != 0
-    first, length = _extent(real)
-    cells = torch.where(real, ids + 1, 0)
+    cells = ids + 1 if mask is None else torch.where(mask.to(device) != 0, ids + 1, 0)
+    cells = cells.cpu()  # the one wait for a GPU
+    first, length = _extent(cells != 0)
     if share:
         keys = torch.cat((first.unsqueeze(1), cells), 1)
         distinct, which = torch.unique(keys, dim=0, return_inverse=True)  # sorted

@@ -133,6 +133,14 @@ def test_a_prompt_and_a_thousand_completions():
     assert layout.keys.index.shape == (sum(layout.lengths),)
 
 
+def test_a_batch_is_read_once(monkeypatch):
+    """A GPU waits for every copy to the host."""
+    copies, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda x: copies.append(x) or cpu(x))
+    layout_of(*padded([(0, [1, 2]), (1, [2])]))
+    assert len(copies) == 1
+
+
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [

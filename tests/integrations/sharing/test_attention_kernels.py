@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import pytest
@@ -18,6 +19,7 @@ from transformers import masking_utils, modeling_flash_attention_utils
 from transformers.integrations import flex_attention as flex_integration
 
 from fastpo.integrations.sharing import attention, packed
+from fastpo.integrations.sharing.backbone import shared_prompts
 from fastpo.layout.tree import layout_of
 
 WINDOW = {"sliding_window": 4}
@@ -260,3 +262,45 @@ def test_flex_attention(name, batch, flex):
     *found, handle = run(under(name, "flex_attention"), batch(), True)
     assert_same(found, expected(name, batch()))
     assert flex[-1].shape[-2:] == (handle.tokens.computed, handle.tokens.computed)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is compiled, by a backend that runs it as it is: generated code would take minutes."""
+    seen = []
+
+    def backend(graph, example_inputs):
+        seen.append(graph)
+        return graph.forward
+
+    wrapped = flex_integration.WrappedFlexAttention
+    monkeypatch.setattr(wrapped, "_instance", None)
+    monkeypatch.setattr(wrapped, "_is_flex_compiled", False)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    torch.compiler.reset()
+    yield seen
+    torch.compiler.reset()
+
+
+def of_shape(rows, width, common):
+    generator = torch.Generator().manual_seed(width)
+    ids = torch.randint(3, 300, (rows, width), generator=generator)
+    ids[1:, :common] = ids[0, :common]
+    mask = torch.ones_like(ids)
+    mask[1, width - rows :] = 0
+    return ids, mask
+
+
+@torch.no_grad()
+def test_torchs_flex_attention_over_20_shapes(graphs):
+    """Itself, and compiled for the first few alone: less than a block of tokens, and more."""
+    model, padded, counts = under("llama", "flex_attention")(), model_of("llama", "sdpa")(), []
+    with shared_prompts(model, always=True) as handle:
+        for i in range(20):
+            ids, mask = of_shape(2 + i % 3, 20 + 16 * i, 10 + 8 * i)
+            given = {"input_ids": ids, "attention_mask": mask}
+            found, own = (x.model(**given).last_hidden_state[mask != 0] for x in (model, padded))
+            torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-4)
+            counts.append(len(graphs))
+    assert handle.tokens.saved > 0.1
+    assert counts[0] > 0 and counts[6] == counts[-1] <= 10
