@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import parametrize
 
 from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.walks.checks import DTYPES
@@ -68,11 +67,8 @@ def _readable(head: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _of_fsdp1(head: Any) -> bool:
-    """FSDP1 marks what it flattens, or puts a view into its place that is no parameter."""
+    """Both mark their modules. FSDP1 flattens a weight, and in a forward has a view in its place;
+    FSDP2's is a parameter."""
     layer = head.get_base_layer() if is_adapter(head) else head
-    if parametrize.is_parametrized(layer, "weight"):
-        return False
-    replica = hasattr(layer, "_former_parameters")  # nn.DataParallel's
-    return hasattr(layer.weight, "_fsdp_flattened") or not (
-        "weight" in layer._parameters or replica
-    )
+    flat = not isinstance(layer.weight, nn.Parameter) or layer.weight.ndim != 2
+    return getattr(layer, "_is_fsdp_managed_module", False) and flat

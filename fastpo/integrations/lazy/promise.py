@@ -55,7 +55,12 @@ class Base:
         return Base(hidden, weight, bias, adapter, self.own, self.known.detach(), self.family)
 
     def check(self) -> None:
-        """Logits that a model had made would not change with its weights."""
+        """Logits that a model had made would not change with its weights, nor go with them."""
+        if self.weight.numel() and not self.weight.untyped_storage().size():
+            raise RuntimeError(
+                "lm_head.weight: expected to be there after the forward, got one given up; under "
+                "FSDP2 say reshard_after_forward=False for the module that holds it"
+            )
         names = ("hidden states", "lm_head.weight", "lm_head.bias", "lora_A", "lora_B")
         for name, x, version in zip(names, self.operands, self.versions, strict=True):
             if _version(x) != version:
@@ -213,6 +218,7 @@ class Promise:
         return replace(self, base=self.base.on(operands))
 
     def detach(self) -> Promise:
+        self.base.check()
         return self.on(tuple(None if x is None else x.detach() for x in self.base.operands))
 
     def joined(self, others: Sequence[Any], dim: int) -> Any:
