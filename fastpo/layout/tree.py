@@ -57,6 +57,7 @@ class Layout:
     """Where the tokens of a padded batch [R, T] stand in a packed row [S], and back."""
 
     shape: tuple[int, int]
+    real: tuple[int, ...]  # [R]: tokens of each row of the batch
     rows: tuple[Row, ...]  # in packed order
     tokens: Tensor  # [S] int64: cell of the padded batch, row by row, each packed token is from
     places: Copies  # packed [S] to padded [R·T]; pads get token 0
@@ -164,7 +165,8 @@ def layout_of(
         for r, (u, column) in enumerate(zip(which.tolist(), first.tolist(), strict=True))
         for run in _cut(paths[u], lengths[u])
     ]
-    return Layout((height, width), rows, packed, Copies.of(runs, len(packed), ids.numel(), device))
+    places = Copies.of(runs, len(packed), ids.numel(), device)
+    return Layout((height, width), tuple(length.tolist()), rows, packed, places)
 
 
 def _shape(ids: Tensor, mask: Tensor | None) -> tuple[int, int]:

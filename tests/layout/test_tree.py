@@ -175,3 +175,24 @@ def test_what_packing_is_worth():
     mask = torch.ones_like(apart)
     mask[1, 99] = 0
     assert not is_worth(cost, layout_of(apart, mask))
+
+
+def test_kernels_that_take_lengths_skip_what_masks_hide():
+    """Of long rows that are half prompt, where attention is nearly all."""
+    prompt = torch.arange(512).expand(2, 512)
+    layout = layout_of(torch.cat((prompt, 1000 + torch.arange(1024).view(2, 512)), 1))
+    masked, kernel = (LayerCost(token=1.0, pair=1.0, masks=x) for x in (True, False))
+    assert layout.rows[1].shared == 512 and layout.real == (1024, 1024)
+    assert not is_worth(masked, layout) and is_worth(kernel, layout)
+    assert not kernel.loses(layout)
+    assert kernel.packed(layout) == 1536 + 1024**2 / 2 + 512 * (512 + 256)
+
+
+def test_pads_cost_pairs_where_attention_is_masked():
+    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6)
+    full, (masked, kernel) = layout_of(ids), (LayerCost(1.0, 1.0, pads=x) for x in (True, False))
+    assert masked.padded(full) == kernel.padded(full) == 12 + 36
+    mask[1, 4:] = 0
+    padded = layout_of(ids, mask)
+    assert padded.real == (6, 4)
+    assert masked.padded(padded) == 12 + 72 and kernel.padded(padded) == 12 + 18 + 8

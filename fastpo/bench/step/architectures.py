@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
 )
+from transformers.utils import logging
 
 from ...demo import smollm2
 from ...demo.errors import DemoError
@@ -135,6 +136,7 @@ def build(
 def _policy(of: Architecture, dtype: torch.dtype) -> Any:
     if of.folder is None:
         return AutoModelForCausalLM.from_config(of.config, dtype=dtype)
+    logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(of.folder, dtype=dtype)
 
 

@@ -142,6 +142,13 @@ def install(implementation: str) -> None:
         AttentionInterface.register(implementation, _Attention(attention))
 
 
+def takes_lengths(implementation: str) -> bool:
+    """Is it a kernel that skips the pairs that pads and masks hide?"""
+    mask: Any = AttentionMaskInterface._global_mapping.get(implementation)
+    own = mask.original if isinstance(mask, _Mask) else mask
+    return own in (masking_utils.flash_attention_mask, masking_utils.flex_attention_mask)
+
+
 def _serve_eager() -> None:
     get = _EAGER.read()
     if hasattr(get, "hidden"):

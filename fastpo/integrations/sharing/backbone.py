@@ -25,6 +25,7 @@ from ..seams.handle import OURS, Handle, attached
 from ..seams.saying import say_once
 from . import attention, probe, refusals
 from .attention import Refused
+from .packed import runs_at_once
 
 # Common tokens below it cost a row its causal attention without a mask.
 _LEAST = 16
@@ -54,9 +55,8 @@ class Packer:
     share: bool = True
     always: bool = False
     tokens: Tokens = field(default_factory=Tokens)
-    # By what the model has been looked at as: why it is left alone, or None.
-    known: dict[Any, str | None] = field(default_factory=dict)
-    cost: LayerCost | None = None
+    # By what the model has been looked at as: why it is left alone, or what it costs.
+    known: dict[Any, str | LayerCost] = field(default_factory=dict)
 
     def run(self, model: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`own(*args, **kwargs)`, the backbone's forward, on a packed row where that is right."""
@@ -80,7 +80,7 @@ class Packer:
         """Of this batch; None where it is cheaper as it is. Raises Refused."""
         refusals.check_config(model.config, inputs)
         # Before the batch: every process of a sharded model probes it at its first call.
-        self._check(model, own, inputs)
+        cost = self._checked(model, own, inputs)
         refusals.check_call(inputs)
         share = self.share and not refusals.drops(model)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -89,12 +89,11 @@ class Packer:
         except ValueError as error:
             raise Refused(str(error)) from error
         refusals.check_rotation(model, layout)
-        self.cost = self.cost or layer_cost(model)
-        if not self.always and self.cost.loses(layout):
-            layout = min(layout, layout_of(ids, mask, share=False), key=self.cost.packed)
-        return layout if self.always or is_worth(self.cost, layout) else None
+        if not self.always and cost.loses(layout):
+            layout = min(layout, layout_of(ids, mask, share=False), key=cost.packed)
+        return layout if self.always or is_worth(cost, layout) else None
 
-    def _check(self, model: Any, own: Any, inputs: dict[str, Any]) -> None:
+    def _checked(self, model: Any, own: Any, inputs: dict[str, Any]) -> LayerCost:
         weight = next(model.parameters())
         implementation = model.config.get_text_config()._attn_implementation
         # Weights that are offloaded are on no device between calls.
@@ -106,16 +105,17 @@ class Packer:
                 refusals.check_model(model)
                 attention.install(implementation)
                 probe.check(self, model, own, device)
-                self.known[key] = None
+                self.known[key] = layer_cost(model, device)
             except Refused as refused:
                 self.known[key] = str(refused)
-        why = self.known[key]
-        if why is not None:
-            raise Refused(why)
+        found = self.known[key]
+        if isinstance(found, str):
+            raise Refused(found)
         if not attention.stands(implementation):
             raise Refused(f"attention {implementation!r} of somebody else's")
         if refusals.compiled(model):
             raise Refused("layers that are compiled")
+        return found
 
     def _count(self, ids: Any, layout: Layout | None) -> None:
         if isinstance(ids, Tensor):
@@ -182,15 +182,19 @@ def _say_compiled(model: str) -> None:
     say_once(f"{model} keeps its padded batch", "it is compiled")
 
 
-def layer_cost(model: nn.Module) -> LayerCost:
+def layer_cost(model: nn.Module, device: torch.device | None = None) -> LayerCost:
     """Of all layers but embeddings, in FLOPs: routed experts as if all were active, and heads that
-    are together as wide as hidden states."""
+    are together as wide as hidden states. device: where it runs, if that matters."""
     config: Any = model.config
     config = config.get_text_config()
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     parameters = (p for p in model.parameters() if id(p) not in tables)
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in parameters)  # ZeRO-3's are empty
-    return LayerCost(2.0 * weights, 4.0 * config.hidden_size * config.num_hidden_layers)
+    kernel, dtype = config._attn_implementation, next(model.parameters()).dtype
+    lengths = attention.takes_lengths(kernel)
+    at_once = kernel == "sdpa" and device is not None and runs_at_once(device, dtype)
+    pair = 4.0 * config.hidden_size * config.num_hidden_layers
+    return LayerCost(2.0 * weights, pair, pads=not lengths, masks=not (lengths or at_once))
 
 
 def backbone_of(model: nn.Module) -> PreTrainedModel:

@@ -23,6 +23,7 @@ from ...layout.tree import Layout, Row
 
 Function = Callable[..., Any]
 _WIDEST = 256  # head size of flash kernels
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,13 +194,18 @@ def _varlen_attn() -> Function | None:
     return varlen_attn if {"scale", "window_size", "enable_gqa"} <= set(known) else None
 
 
+def runs_at_once(device: torch.device, dtype: torch.dtype) -> bool:
+    """Are there tensors for which torch's kernel takes all rows?"""
+    return device.type == "cuda" and dtype in _HALVES and _varlen_attn() is not None
+
+
 def _fits_varlen(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
     if not query.is_cuda:
         return False
     same = query.shape[-1] == value.shape[-1] <= _WIDEST
     extra = kwargs.get("dropout") or kwargs.get("is_causal") is False
     special = any(kwargs.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
-    return query.dtype in (torch.bfloat16, torch.float16) and same and not extra and not special
+    return query.dtype in _HALVES and same and not extra and not special
 
 
 @dataclass(frozen=True, eq=False)

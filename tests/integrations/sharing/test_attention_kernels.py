@@ -18,7 +18,7 @@ from torch.nn.attention import flex_attention
 from transformers import masking_utils, modeling_flash_attention_utils
 from transformers.integrations import flex_attention as flex_integration
 
-from fastpo.integrations.sharing import attention, packed
+from fastpo.integrations.sharing import attention, backbone, packed
 from fastpo.integrations.sharing.backbone import shared_prompts
 from fastpo.layout.tree import layout_of
 
@@ -229,6 +229,27 @@ def fake(head=64, value=None, dtype=torch.bfloat16, device="cuda"):
 )
 def test_where_torchs_kernel_runs(tensors, options, fits):
     assert packed._fits_varlen(*fake(**tensors), options) == fits
+
+
+KINDS = {"flash_attention_2": (False, False), "flex_attention": (False, False)}
+KINDS |= {"sdpa": (True, True), "eager": (True, True), "nobody's": (True, True)}
+
+
+@pytest.mark.parametrize("implementation", KINDS)
+def test_what_a_kernel_costs(implementation, monkeypatch):
+    """Whether pads and masks cost pairs; looked up through our hooks, too."""
+    model = under("llama", implementation)().model
+    costs = [backbone.layer_cost(model)]
+    if implementation != "nobody's":
+        attention.install(implementation)
+    costs.append(backbone.layer_cost(model))
+    assert {(cost.pads, cost.masks) for cost in costs} == {KINDS[implementation]}
+
+
+def test_torchs_kernel_skips_what_masks_hide(varlen):
+    model, gpu = under("llama", "sdpa")().model, torch.device("cuda")
+    found = [backbone.layer_cost(model.to(x), gpu).masks for x in (torch.float32, torch.bfloat16)]
+    assert found == [True, False] and backbone.layer_cost(model).masks
 
 
 @pytest.fixture
