@@ -90,20 +90,29 @@ class Session:
         models = Models(self.models.policy, self.models.copied, setting)
         found: Phases = {}
 
+        under_way = ""
+
+        def mark(name: str) -> None:
+            nonlocal under_way
+            found[under_way] = self.live.at_peak
+            self.live.forget_peak()
+            under_way = name
+
         @contextmanager
         def enter(name: str) -> Iterator[None]:
-            self.live.forget_peak()
             label = {"forward": "activations", "optimizer": "optimizer"}.get(name, "temporaries")
+            mark(name)
             with self.live.as_(label):
                 yield
-            found[name] = self.live.at_peak
+            mark("")
 
-        step = Step(setting, models, self.head, self.optimizer, enter)
+        step = Step(setting, models, self.head, self.optimizer, enter, mark)
         known = self._shared(setting) if self.shares else None
         for _ in range(1 if self.ran else 2):  # the optimizer has its state from the first on
             with self.fake, self.live:
                 step.run(known or batch_of(setting, self.vocab))
         self.ran = True
+        del found[""]  # between them nothing is made
         return found
 
     @property
@@ -169,6 +178,7 @@ def _parts(setting: Setting, peak: Counter[str], trained: int, gathered: int) ->
     """Of the peak; what lies in shards is divided, what only devices have is added."""
     found = {name: max(peak[name], 0) for name in PARTS}
     found["temporaries"] += max(peak["other"], 0)
+    found["temporaries"] += peak.total() - sum(found.values())  # no part is less than nothing
     if setting.devices > 1:
         _divide(setting, found, trained, gathered)
     if setting.device == "cuda":

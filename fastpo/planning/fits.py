@@ -100,8 +100,8 @@ def _guess(fits: list[tuple[int, int]], over: tuple[int, int], limit: int, most:
     other, at_other = over if over[0] else fits[-2]
     slope = max((at_other - at_low) / (other - low), 1)
     further = int((limit - at_low) / slope)
-    if not over[0]:
-        return min(low + max(further, 1) + low // 50, most)
+    if not over[0]:  # where another phase was the largest, the line rises too little
+        return min(low + max(further, 1) + low // 50, 8 * low, most)
     # Memory bends upwards: a straight line to what is over aims low, never far.
     return min(max(low + further, low + 1 + (over[0] - low) // 8), over[0] - 1)
 

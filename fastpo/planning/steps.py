@@ -78,13 +78,18 @@ def _packed(model: Any, inputs: dict[str, Any], layout: Layout) -> Any:
 
 @dataclass
 class Step:
-    """enter: marks what is under way: "reference", "forward", "backward", "optimizer"."""
+    """enter: marks what is under way: "reference", "forward", "backward", "optimizer".
+
+    mark: what goes on inside of it: the head after the layers, and before them in the backward. A
+    model of more layers has its peak in another one of these, never in the middle of one.
+    """
 
     setting: Setting
     models: Models
     head: str
     optimizer: Any
     enter: Enter
+    mark: Callable[[str], None] = lambda name: None
 
     def run(self, batch: Batch) -> None:
         distils = self.setting.distils
@@ -114,14 +119,24 @@ class Step:
         if self.head == "fastpo" or self.setting.trainer not in LOGITS:
             own = model if model is not self.models.policy else base
             score = _fastpo if self.head == "fastpo" else _trl_fused
-            return score(own, _scored(own, batch), batch.labels, self.setting.budget)
-        return _of_logits(_logits(model, batch), batch)
+            hidden = self._between(_scored(own, batch))
+            return score(own, hidden, batch.labels, self.setting.budget)
+        return _of_logits(self._between(_logits(model, batch)), batch)
+
+    def _between(self, x: Tensor) -> Tensor:
+        """What the layers hand to the head."""
+        if x.requires_grad:
+            self.mark("head")
+            x.register_hook(lambda _: self.mark("layers' backward"))
+        else:
+            self.mark("reference's head")
+        return x
 
     def _distilled(self, batch: Batch) -> Tensor:
         """The student's pass, then the teacher's, as both trainers have it."""
         whole = self.head == "trl" and self.setting.trainer in LOGITS
         get = _logits if whole else _scored
-        student = get(self.models.policy if whole else self.models.base, batch)
+        student = self._between(get(self.models.policy if whole else self.models.base, batch))
         with self.models.other() as other:
             teacher = get(other, batch)
         beta = _beta(self.setting.trainer)

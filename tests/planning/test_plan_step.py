@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import importlib
 import json
+from collections import Counter
 
 import pytest
 
@@ -24,7 +25,7 @@ import fastpo
 from fastpo import cli
 from fastpo.planning import fits
 from fastpo.planning.cards import CARDS, memory_of
-from fastpo.planning.estimate import Session
+from fastpo.planning.estimate import Estimate, Session
 from fastpo.planning.fits import Depths
 from fastpo.planning.live import Live
 from fastpo.planning.measure import measure
@@ -239,6 +240,25 @@ def test_what_shards_have_whole_at_once(lora):
     expected = size(model) - size(layers) + 2 * size(layers[1])
     expected += size(model, True) - size(layers, True) + size(layers[1], True)
     assert found["device"] - one["device"] == expected
+
+
+def test_parts_add_up_where_one_would_be_less_than_nothing():
+    """One run's peak has the head's tensors, the next one's a layer's: their total still grows."""
+    phases = {"backward": Counter({"weights": 100, "activations": -20, "temporaries": 50})}
+    setting = Setting("llama", device="cpu")
+    found = Estimate.of("fastpo", setting, phases, trained=0, gathered=0)
+    assert found.peak == 130 and min(found.parts.values()) == 0
+
+
+def test_head_and_layers_have_peaks_of_their_own():
+    shallow = copy.deepcopy(LLAMA)
+    shallow.num_hidden_layers = 2
+    for trainer in ("dpo", "orpo", "gkd"):
+        setting = Setting("llama", trainer=trainer, context=64)
+        for head in HEADS:
+            found = Session(setting, shallow, head).phases(setting)
+            order = [x for x in found if "reference" not in x]
+            assert order == ["forward", "head", "backward", "layers' backward", "optimizer"]
 
 
 def test_tied_weights_are_one():
