@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 REAL := $(VENV)/real
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo demo-real test fuzz lint format triton cuda bench figures gpu gpu-wheels matrix clean
+.PHONY: setup demo demo-real test fuzz lint format triton cuda bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -69,6 +69,23 @@ matrix: $(READY)
 	  PYTHONPATH=build/trl-$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
 	    tests/integrations/trl/test_trl_lazy.py tests/integrations/lazy/test_lazy_models.py; \
 	done
+
+# Frameworks by their own commands, with fastpo and without, on tiny models and data: what they pin,
+# and of the rest what a run on a CPU imports.
+LLAMAFACTORY := transformers==4.57.6 trl==0.24.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0 \
+  'tyro<0.9' omegaconf fire hf-transfer
+SWIFT := transformers==4.57.6 trl==0.24.0 peft==0.20.0 datasets==4.8.4 modelscope einops dacite \
+  json-repair msgspec
+frameworks: $(READY)
+	$(BIN)/python .ci/overlay.py build/llamafactory $(LLAMAFACTORY)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/llamafactory llamafactory==0.9.5
+	$(BIN)/python .ci/overlay.py build/swift $(SWIFT)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/swift ms-swift==4.6.0
+	set -e; for name in llamafactory swift; do \
+	  $(BIN)/python benchmarks/frameworks/run.py $$name \
+	    --out benchmarks/results/frameworks_$$name.json; \
+	done
+	$(BIN)/fastpo bench readme docs/frameworks.md
 
 # The gate of the kernels once more, with the Triton that torch 2.11 brings.
 TRITON := 3.6.0

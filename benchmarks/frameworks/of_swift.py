@@ -1,0 +1,121 @@
+"""ms-swift: `swift rlhf` and `swift sft`, which start a Python process for their work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from cases import Case, Framework, Pairs, Sizes
+
+# A reward that differs between completions of a model that has learned nothing.
+_REWARD = """\
+from swift.rewards import ORM, orms
+
+
+class Characters(ORM):
+    def __call__(self, completions, **kwargs):
+        return [len(text) / 1000 for text in completions]
+
+
+orms["characters"] = Characters
+"""
+
+
+def _rlhf(kind: str, **options: Any) -> dict[str, Any]:
+    return {"command": "rlhf", "rlhf_type": kind, **options}
+
+
+_GRPO = _rlhf(
+    "grpo",
+    num_generations=2,
+    reward_funcs="characters",
+    external_plugins="reward.py",
+    beta=0.1,
+    temperature=1.0,
+)
+CASES = (
+    Case("DPO", "pairs", _rlhf("dpo")),
+    Case("DPO, LoRA", "pairs", _rlhf("dpo"), lora=True),
+    Case("CPO", "pairs", _rlhf("cpo")),
+    Case("SimPO", "pairs", _rlhf("simpo")),
+    Case("ORPO", "pairs", _rlhf("orpo")),
+    Case("KTO", "single", _rlhf("kto")),
+    Case("KTO, LoRA", "single", _rlhf("kto"), lora=True),
+    Case("GRPO", "prompts", _GRPO),
+    Case("SFT", "text", {"command": "sft"}),
+    Case("SFT, LoRA", "text", {"command": "sft"}, lora=True),
+)
+
+
+def _said(prompt: str, *answer: str) -> list[dict[str, str]]:
+    turns = zip(("user", "assistant"), (prompt, *answer), strict=False)
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def prepare(folder: Path, pairs: Pairs) -> None:
+    both = 2 * pairs
+    rows = {
+        "pairs": [
+            {"messages": _said(x["prompt"], x["chosen"]), "rejected_response": x["rejected"]}
+            for x in pairs
+        ],
+        "single": [
+            {"messages": _said(x["prompt"], x["chosen" if i % 2 else "rejected"])}
+            | {"label": bool(i % 2)}
+            for i, x in enumerate(both)
+        ],
+        "text": [{"messages": _said(x["prompt"], x["chosen"])} for x in both],
+        "prompts": [{"messages": _said(x["prompt"])} for x in pairs],
+    }
+    for name, table in rows.items():
+        lines = "\n".join(map(json.dumps, table))
+        (folder / f"{name}.jsonl").write_text(lines + "\n")
+    (folder / "reward.py").write_text(_REWARD)
+
+
+def arguments(folder: Path, case: Case, out: Path, sizes: Sizes) -> list[str]:
+    options = dict(case.options)
+    settings = {
+        "model": folder / "model",
+        "model_type": "qwen2",
+        "template": "default",
+        "dataset": folder / f"{case.data}.jsonl",
+        "max_length": sizes.length,
+        "output_dir": out,
+        "add_version": "false",
+        "tuner_type": "lora" if case.lora else "full",
+        "torch_dtype": "float32",
+        "per_device_train_batch_size": sizes.pairs * (1 if case.data == "pairs" else 2),
+        "gradient_accumulation_steps": 1,
+        "max_steps": sizes.steps,
+        "learning_rate": 0.5,
+        "lr_scheduler_type": "constant",
+        "warmup_ratio": 0,
+        "optim": "sgd",
+        "logging_steps": 1,
+        "save_steps": sizes.steps,
+        "save_only_model": "true",
+        "report_to": "none",
+        "use_cpu": "true",
+        "gradient_checkpointing": "false",
+        "dataloader_num_workers": 0,
+        "load_from_cache_file": "false",
+    }
+    command = options.pop("command")
+    if case.data == "prompts":
+        settings["max_completion_length"] = sizes.length * 3 // 4
+    given = {**settings, **options}
+    return [command, *(str(x) for name, value in given.items() for x in (f"--{name}", value))]
+
+
+SWIFT = Framework(
+    "ms-swift",
+    "swift",
+    "ms_swift",
+    "swift.cli.main",
+    CASES,
+    prepare,
+    arguments,
+    {},
+)

@@ -1,0 +1,1 @@
+"""LLaMA-Factory imports it for sounds; texts need nothing of it."""
