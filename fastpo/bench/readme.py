@@ -60,6 +60,7 @@ def render(report: Report, name: str) -> str:
         "shared": _shared,
         "primitives": _primitives,
         "trainers": _trainers,
+        "frameworks": _frameworks,
         "real model": _real_model,
         "plan errors": _plan_errors,
     }
@@ -261,6 +262,25 @@ def _trainers(report: Report) -> Iterator[str]:
         memory = f"{own['mib']:,.0f} MiB | {ours['mib']:,.0f} MiB"
         load = " and ".join(f"{row['load_average'][0]:.1f}" for row in (own, ours))
         yield f"| {name} | {memory} | {own['step_s']:.1f} s | {ours['step_s']:.1f} s | {load} |"
+
+
+def _frameworks(report: Report) -> Iterator[str]:
+    yield (
+        f"{report['framework']} {report['version']}, V {report['V']:,}, T {report['T']:,}, "
+        f"H {report['H']}, {report['dtype']}, {report['threads']} thread of an {report['device']} "
+        f"({report['capability']}), steps 1 to {report['steps']}:"
+    )
+    yield ""
+    yield "| | memory | with fastpo | step | with fastpo | load | full logits in |"
+    yield "| --- |" + " --- |" * 6
+    for row in report["rows"]:
+        own, ours = row["plain"], row["fastpo"]
+        load = " and ".join(f"{run['load_average'][0]:.1f}" for run in (own, ours))
+        yield (
+            f"| {row['case']} | {own['mib']:,.0f} MiB | {ours['mib']:,.0f} MiB | "
+            f"{own['step_s']:.1f} s | {ours['step_s']:.1f} s | {load} | "
+            f"{'; '.join(row['full_logits']) or '–'} |"
+        )
 
 
 def _real_model(report: Report) -> Iterator[str]:

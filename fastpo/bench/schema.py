@@ -87,6 +87,9 @@ WHATS: dict[str, dict[str, Any]] = {
     | {**dict.fromkeys("NVHk", COUNT), "logits_mib": NUMBER, "rows": [_PRIMITIVE]},
     "trainers": _MACHINE
     | {**dict.fromkeys("VTH", COUNT), "rows": [{"trainer": TEXT, "patched": FLAG} | _MEASURED]},
+    "frameworks": _MACHINE
+    | {**dict.fromkeys("VTH", COUNT), "steps": COUNT, "framework": TEXT, "version": TEXT}
+    | {"rows": [{"case": TEXT, "plain": _MEASURED, "fastpo": _MEASURED, "full_logits": [TEXT]}]},
     "real model": {
         **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
         "model": TEXT,

@@ -471,6 +471,29 @@ def test_readme_without_a_table_is_refused(tmp_path):
         readme.rewrite(page, write=False)
 
 
+def test_a_framework_has_a_row_for_each_case():
+    def took(mib):
+        return {"mib": mib, "step_s": mib / 100, "load_average": [1.0, 2.0, 3.0]}
+
+    cases = {"DPO": ["numpy (loss.py:7) is computed on full logits"], "KTO": []}
+    report = {k: v for k, v in HEAD.items() if k != "shapes"} | {
+        "what": "frameworks",
+        "framework": "ms-swift",
+        "version": "4.6.0",
+        **dict(zip("VTH", (5000, 256, 64), strict=True)),
+        "steps": 3,
+        "rows": [
+            {"case": name, "plain": took(2000), "fastpo": took(700), "full_logits": said}
+            for name, said in cases.items()
+        ],
+    }
+    text = readme.render(report, "r.json")
+    assert text.startswith("ms-swift 4.6.0, V 5,000, T 256, H 64, ")
+    row = "2,000 MiB | 700 MiB | 20.0 s | 7.0 s | 1.0 and 1.0 |"
+    assert f"| DPO | {row} numpy (loss.py:7) is computed on full logits |" in text
+    assert f"| KTO | {row} – |" in text
+
+
 def test_an_error_that_is_not_finite_is_in_the_table():
     rows = [row | {"errors": {"logps": None}} for row in HEAD["rows"]]
     assert "| eager | 1.05 | – | not finite |" in readme.render(HEAD | {"rows": rows}, "r.json")
@@ -481,7 +504,8 @@ def test_an_error_that_is_not_finite_is_in_the_table():
     [
         (
             [],
-            "what: expected head, step, shared, sweep, primitives, trainers, real model, "
+            "what: expected head, step, shared, sweep, primitives, trainers, frameworks, "
+            "real model, "
             "plan errors of fastpo bench",
         ),
         (HEAD | {"rows": {}}, "rows: expected a list, got an object"),
