@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 from collections.abc import Iterator
@@ -63,6 +64,7 @@ def render(report: Report, name: str) -> str:
         "frameworks": _frameworks,
         "real model": _real_model,
         "plan errors": _plan_errors,
+        "plan contexts": _plan_contexts,
     }
     if report["what"] not in parts:
         raise BenchError(f"{name}: expected a report of {', '.join(parts)}, got {report['what']}")
@@ -338,3 +340,28 @@ def _plan_errors(report: Report) -> Iterator[str]:
         f"MiB told, and how much more or less than was held, {_machine(report)}: {len(errors)} "
         f"cases, {sum(errors) / len(errors):.1%} off on average, at most {max(errors):.1%}."
     )
+
+
+def _plan_contexts(report: Report) -> Iterator[str]:
+    """A table for each model; every row has what those above it have."""
+    length = report["batch_context"]
+    heads = {"trl": "TRL", "fastpo": "TRL + fastpo"}
+    for i, model in enumerate(report["models"]):
+        yield from [""] * (i > 0)
+        yield (
+            f"`{model['name']}` ({model['weights'] / 2**30:.1f} GiB of weights), "
+            f"{'LoRA' if model['lora'] else 'trained whole'}, on a {model['card'].upper()} "
+            f"({model['memory'] / 2**30:.1f} GiB): the longest context of one pair, and the most "
+            f"pairs of {length:,} tokens."
+        )
+        yield ""
+        names = [f"{what}, {name}" for what in ("context", "pairs") for name in heads.values()]
+        yield f"| | {' | '.join(names)} |"
+        yield "| --- |" + " --- |" * len(names)
+        rows = [row for row in report["rows"] if row["model"] == model["name"]]
+        found = {(row["way"], row["head"], x): row[x] for row in rows for x in ("context", "batch")}
+        for n, way in enumerate(dict.fromkeys(row["way"] for row in rows)):
+            keys = itertools.product(("context", "batch"), heads)
+            cells = (found.get((way, head, what)) for what, head in keys)
+            shown = " | ".join("–" if x is None else f"{x:,}" if x else "none" for x in cells)
+            yield f"| {'+ ' * (n > 0)}{way} | {shown} |"

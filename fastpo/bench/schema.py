@@ -111,6 +111,17 @@ WHATS: dict[str, dict[str, Any]] = {
             | dict.fromkeys(("told", "held"), POSITIVE)
         ],
     },
+    "plan contexts": {
+        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        "batch_context": COUNT,
+        "models": [
+            {"name": TEXT, "card": TEXT, "memory": COUNT, "weights": COUNT, "lora": FLAG},
+        ],
+        "rows": [
+            dict.fromkeys(("model", "way", "head"), TEXT)
+            | dict.fromkeys(("context", "batch"), NUMBER)
+        ],
+    },
 }
 
 

@@ -471,6 +471,27 @@ def test_readme_without_a_table_is_refused(tmp_path):
         readme.rewrite(page, write=False)
 
 
+def test_what_fits_is_in_a_table_for_each_model():
+    rows = [
+        ("a", "bare", "trl", 0, 3),
+        ("a", "bare", "fastpo", 4096, 8),
+        ("b", "bare", "trl", 1, 1),
+    ]
+    rows += [("a", "more", "fastpo", 8192, 9)]
+    names = ("model", "way", "head", "context", "batch")
+    model = {"card": "h100", "memory": 79 * 2**30, "weights": 2**30, "lora": True}
+    report = {k: v for k, v in HEAD.items() if k != "shapes"} | {
+        "what": "plan contexts",
+        "batch_context": 2048,
+        "models": [model | {"name": name} for name in "ab"],
+        "rows": [dict(zip(names, row, strict=True)) for row in rows],
+    }
+    text = readme.render(report, "r.json")
+    assert "`a` (1.0 GiB of weights), LoRA, on a H100 (79.0 GiB)" in text
+    assert "| bare | none | 4,096 | 3 | 8 |\n| + more | – | 8,192 | – | 9 |" in text
+    assert text.count("| context, TRL |") == 2
+
+
 def test_a_framework_has_a_row_for_each_case():
     def took(mib):
         return {"mib": mib, "step_s": mib / 100, "load_average": [1.0, 2.0, 3.0]}
@@ -506,7 +527,7 @@ def test_an_error_that_is_not_finite_is_in_the_table():
             [],
             "what: expected head, step, shared, sweep, primitives, trainers, frameworks, "
             "real model, "
-            "plan errors of fastpo bench",
+            "plan errors, plan contexts of fastpo bench",
         ),
         (HEAD | {"rows": {}}, "rows: expected a list, got an object"),
         (HEAD | {"rows": [None]}, "rows[0]: expected an object, got null"),
