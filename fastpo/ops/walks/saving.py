@@ -23,8 +23,9 @@ def stays() -> AbstractContextManager[None]:
     """What is saved inside stays on its device, as if there were no hooks.
 
     Hooks that offload activations would send up to 4·V·H bytes of probabilities, and the weight,
-    to the host and back, which spares one product of the head: the budget says how much may stay. Those of a checkpoint count what is saved, and drop it. In a graph that is compiled
-    nothing is known of hooks.
+    to the host and back, which spares one product of the head: the budget says how much may stay.
+    Those of a checkpoint count what is saved, and drop it. In a graph that is compiled nothing is
+    known of hooks.
     """
     if torch.compiler.is_compiling() or saving_hooks() is None or checkpointed():
         return nullcontext()
