@@ -152,7 +152,7 @@ class _Sums:
         if self.needs[id(base.hidden)]:
             self.rows(base.hidden, rows, grad @ self.plan.weights[which])
         if self.needs[id(base.weight)]:
-            self.plus(base.weight, grad.t() @ base.hidden.detach().index_select(0, rows))
+            self.product(base.weight, grad.t(), base.hidden.detach().index_select(0, rows))
         if base.bias is not None and self.needs[id(base.bias)]:
             self.plus(base.bias, grad.sum(0, dtype=torch.float32))
         if base.adapter is not None:
@@ -160,13 +160,21 @@ class _Sums:
             if self.needs[id(down)]:
                 self.rows(down, rows, grad @ up.detach().to(grad.dtype))
             if self.needs[id(up)]:
-                self.plus(up, grad.t() @ down.detach().index_select(0, rows).to(grad.dtype))
+                self.product(up, grad.t(), down.detach().index_select(0, rows).to(grad.dtype))
 
     def plus(self, x: Tensor, grad: Tensor) -> None:
         if id(x) in self.sums:
             self.sums[id(x)] += grad
         else:
             self.sums[id(x)] = grad.to(_sum_dtype(x))
+
+    def product(self, x: Tensor, one: Tensor, other: Tensor) -> None:
+        """`plus` of one @ other; in float32 there is no second tensor of that size."""
+        total = self.sums.get(id(x))
+        if total is None or total.dtype != one.dtype:
+            self.plus(x, one @ other)
+        else:
+            total.addmm_(one, other)
 
     def rows(self, x: Tensor, rows: Tensor, grad: Tensor) -> None:
         total = self.sums.get(id(x))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...ops.walks.saving import saving_hooks
+from .blocks import fits_one_block
 from .rowwise import Node
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Cell:
         """The logits; `name` is what cannot do without them."""
         if self.values is None:
             assert self.graph is not None
-            tell(name)
+            self.tell(name)
             self.values = self.graph.logits(name)
             self.version = self.values._version
         return self.values
@@ -69,6 +70,11 @@ class Cell:
         self.promise.family.changed.append(self.promise)
         self.promise, self.graph = scaled, Graph(scaled)
         return self.graph
+
+    def tell(self, name: str) -> None:
+        """That it needs the logits, if they are more than a block."""
+        if self.promise is not None and not fits_one_block(self.promise):
+            _tell(name)
 
     def promised(self, name: str) -> Tensor:
         """The values before any change in place."""
@@ -117,7 +123,7 @@ def _uncounted() -> Any:
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
-def tell(name: str) -> None:
+def _tell(name: str) -> None:
     """Once for each operation and caller."""
     place = _caller()
     if (name, place) not in told:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .blocks import fits_one_block, reduced
+from .patterns import expectation
 from .promise import Family, Promise
 from .rowwise import Node, Root, Rowwise, Slot
 
@@ -49,6 +50,7 @@ _REDUCED = _named("""
 """)
 _OF_ALL = _named("sum nansum mean max min amax amin any all")
 _TWO_STEPS = _named("sum nansum mean")
+_SUMS = _named("sum")
 _STACKED = _named("sum mean logsumexp amax amin")
 _STACK = _named("stack")
 _CAT = _named("cat concat concatenate")
@@ -91,7 +93,9 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     args, kwargs = tree_map(put, (args, kwargs))
     tensors, nodes = zip(*((x.tensor, x.node) for x in parents), strict=True)
-    return _typed(Root(_here(func, node.device), args, kwargs, tensors, nodes, tuple(numbers)))
+    return _typed(
+        Root(func, _here(func, node.device), args, kwargs, tensors, nodes, tuple(numbers))
+    )
 
 
 def _allowed(x: Any, node: Node) -> bool:
@@ -216,7 +220,7 @@ def _stack(func: Any, args: Any, kwargs: Any) -> Any:
     each = _recorded(_first_of, tuple(parts), {})
     if each is NotImplemented:
         return each
-    return replace(each, root=replace(each.root, func=_stacked), stacked=len(parts))
+    return replace(each, root=replace(each.root, op=_stacked, func=_stacked), stacked=len(parts))
 
 
 def _first_of(*parts: Tensor) -> Tensor:
@@ -234,7 +238,7 @@ def _unstacked(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     stack = args[0].node
     run = _here(lambda *parts: func(torch.stack(parts), 0), stack.device)
-    return replace(stack, root=replace(stack.root, func=run, family=Family()), stacked=0)
+    return replace(stack, root=replace(stack.root, op=func, func=run, family=Family()), stacked=0)
 
 
 # Reduced
@@ -246,6 +250,10 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     node, found = args[0].node, _over_words(args, kwargs)
     if found is not None:
         (_, *rest), more = found
+        alone = len(rest) + len(more) == 1
+        known = expectation(node) if func in _SUMS and alone else None
+        if known is not None:
+            return known
         run = _here(func, node.device)
         return reduced(node, [], lambda x, _: run(x, *rest, **more))
     dtype = kwargs.get("dtype")

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .cell import Cell, tell
+from .cell import Cell
 from .expressions import Operand, express
 from .functions import FUNCTIONS, VIEWS
 from .promise import Promise
@@ -142,8 +142,7 @@ class LazyLogits(Tensor):
 
     def _seen(self, name: str) -> Tensor:
         """A tensor of the values whose gradient comes by this one."""
-        if self._cell.promise is not None:
-            tell(name)
+        self._cell.tell(name)
         wanted = self.requires_grad and torch.is_grad_enabled()
         if self.requires_grad and not wanted:  # perhaps in a function that has this tensor's node
             self._expect_whole(name)

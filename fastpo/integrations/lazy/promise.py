@@ -235,6 +235,10 @@ class Promise:
         one = Base(hidden, base.weight, base.bias, adapter, base.own, Known.of(hidden))
         return replace(self, base=one, rows=torch.cat(rows, dim))
 
+    def alike(self, other: Promise) -> bool:
+        """The same reading of the same rows of one call of the head?"""
+        return self.base is other.base and self.rows is other.rows and self._alike(other)
+
     def _alike(self, other: Promise) -> bool:
         mine, theirs = (
             (x.inner, x.capped, x.outer, x.normalized, x.sign, x.dtype, x.rows.ndim, x.base.own)

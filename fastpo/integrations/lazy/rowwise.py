@@ -30,9 +30,10 @@ class Slot:
 
 @dataclass(frozen=True, eq=False)
 class Root:
-    """`func` of whole rows: of other lazy tensors [*shape, V] and of numbers [*shape, 1]."""
+    """`op` of whole rows: of other lazy tensors [*shape, V] and of numbers [*shape, 1]."""
 
-    func: Callable[..., Any]
+    op: Any  # of torch
+    func: Callable[..., Any]  # the same, as it runs
     args: Any
     kwargs: Any
     parents: tuple[Any, ...]  # LazyLogits

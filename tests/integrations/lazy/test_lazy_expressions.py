@@ -47,6 +47,10 @@ def entropy_of_chunks(x):
     return torch.cat([entropy(part) for part in parts])
 
 
+def collision(x):
+    return x.softmax(-1).square().sum(-1).log()
+
+
 def kl(x, y):
     p, q = x.log_softmax(-1), y.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1)
@@ -89,7 +93,7 @@ ONE = {
     "entropy_of_chunks": entropy_of_chunks,
     "categorical": lambda x: Categorical(logits=x).entropy(),
     "categorical_logps": lambda x: Categorical(logits=x / 0.7).log_prob(LABELS),
-    "collision": lambda x: x.softmax(-1).square().sum(-1).log(),
+    "collision": collision,
     "top": lambda x: x.softmax(-1).max(dim=-1).values,
     "greatest": lambda x: x.amax(-1, keepdim=True) - x.amin(dim=[2], keepdim=True),
     "spread": lambda x: x.std(-1) + x.var(dim=-1, unbiased=False),
@@ -150,7 +154,8 @@ def results(read, lazy, dtype=torch.float32, seeds=(0,), low=torch.float32):
 
 
 # These ask log-probabilities or log-sum-exps, too, whose walk has tiles of its own.
-WALKED = {"entropy_by_lse", "categorical", "categorical_logps", "counted", "row_by_row", "z_loss"}
+WALKED = {"entropy", "entropy_by_lse", "entropy_of_chunks", "of_some", "one_text", "joined"}
+WALKED |= {"categorical", "categorical_logps", "counted", "row_by_row", "z_loss", "checkpointed"}
 WALKED |= {"joined_along"}
 CASES = [(name, read, (0,)) for name, read in ONE.items()]
 CASES += [(name, read, (0, 3)) for name, read in TWO.items()]
@@ -170,6 +175,12 @@ def test_values_gradients_and_memory(name, read, seeds):
         assert widest.elements <= max(H * V, 2 * B * T * H) < B * T * V // 5
 
 
+@pytest.mark.parametrize("read", [entropy, entropy_by_lse])
+def test_an_entropy_is_a_walk_over_the_words(read, monkeypatch):
+    monkeypatch.setattr(blocks, "_Blocks", None)
+    test_values_gradients_and_memory("entropy_by_lse", read, (0,))
+
+
 def test_one_head_twice_is_joined():
     """Chosen and rejected through one head: one walk over the words."""
     head, x, y = nn.Linear(H, V), *torch.randn(2, B, T, H).requires_grad_().unbind()
@@ -183,7 +194,7 @@ def test_one_head_twice_is_joined():
     torch.testing.assert_close(ours, own)
 
 
-@pytest.mark.parametrize("read", [entropy, lambda x: x.softmax(-1).max(-1).values])
+@pytest.mark.parametrize("read", [collision, lambda x: x.softmax(-1).max(-1).values])
 def test_autocast(read):
     """Casts of the forward hold in the backward, which runs outside."""
 
@@ -201,8 +212,8 @@ def test_bfloat16_sums_weight_gradients_in_float32():
     """One rounding, however many blocks there are."""
     low = torch.bfloat16
     for ours, eager, truth in zip(
-        *(results(entropy, lazy, low, low=low) for lazy in (True, False)),
-        results(entropy, False, torch.float64, low=low),
+        *(results(collision, lazy, low, low=low) for lazy in (True, False)),
+        results(collision, False, torch.float64, low=low),
         strict=True,
     ):
         assert_as_good_as_eager("it", ours, eager, truth)
@@ -285,7 +296,7 @@ def test_without_gradient_nothing_is_kept():
 
 def test_heads_that_change_before_the_backward_are_an_error():
     (logits,), (_, weight, _) = made(True)
-    loss = entropy(logits).sum()
+    loss = collision(logits).sum()
     with torch.no_grad():
         weight.mul_(2)
     with pytest.raises(RuntimeError, match="expected to be read before"):

@@ -99,7 +99,7 @@ READINGS = {
 
 
 @pytest.mark.parametrize("name", READINGS)
-def test_readings_and_their_gradients(name, logits, labels, told, request):
+def test_readings_and_their_gradients(name, logits, labels, told):
     lazy, real, leaves = logits
     read = READINGS[name]
     found, expected = read(lazy, labels), read(real, labels)
@@ -111,9 +111,7 @@ def test_readings_and_their_gradients(name, logits, labels, told, request):
         mine = torch.zeros_like(own) if mine is None else mine
         slack = 1e-5 * max(1.0, own.abs().max().item())
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=slack)
-    means = name in ("mean", "sum", "row_means", "smoothed", "label_smoother")
-    capped = "capped" in request.node.name
-    assert bool(told()) == (capped and means)
+    assert not told()
 
 
 def test_argmax_and_entropy(logits, labels):
@@ -178,9 +176,9 @@ def test_anything_else_gets_the_logits(name, logits):
 def test_it_says_so_once(logits, told, caplog):
     lazy = logits[0]
     for _ in range(2):
-        lazy.exp()
-        torch.softmax(lazy, -1)
-    assert told() == {"exp", "softmax"}
+        lazy.cumsum(-1)
+        torch.cumprod(lazy, -1)
+    assert told() == {"cumsum", "cumprod"}
     assert len(caplog.records) == 2
 
 
