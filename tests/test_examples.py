@@ -23,6 +23,8 @@ COMMANDS = {
     "dpo": ["dpo.py"],
     "trainer": ["trainer.py"],
     "loop": ["loop.py"],
+    "lazy_loop": ["lazy_loop.py"],
+    "lazy_loop_accelerate": ["lazy_loop.py", "--accelerate"],
     "sharded_head": ["sharded_head.py"],
     "by_name": ["by_name.py", "simpo", "beta=2.0"],
     "by_name_groups": ["by_name.py", "infonca"],
