@@ -42,6 +42,7 @@ SIZES = {
     "vocab_size": 3000,
 }
 LLAMA = LlamaConfig(**SIZES, num_hidden_layers=8)
+SHALLOW = LlamaConfig(**SIZES, num_hidden_layers=1)
 MIB = 2**20
 
 
@@ -373,7 +374,7 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
 
 def test_a_ratio_says_how_prompts_are():
     def planned(given, **options):
-        return fastpo.plan_step(LLAMA, context=32, search=False, shared_prompts=given, **options)
+        return fastpo.plan_step(SHALLOW, context=32, search=False, shared_prompts=given, **options)
 
     shallow = planned("3:1")
     assert (shallow.setting.prompt, shallow.setting.prompt_rows) == (0.75, 2)
@@ -391,6 +392,6 @@ def test_cards():
 
 @pytest.mark.parametrize("checkpointing", ["layers", "offload"])
 def test_nobody_is_warned(checkpointing, recwarn):
-    fastpo.plan_step(LLAMA, lora="r=8", checkpointing=checkpointing, context=32)
-    fastpo.plan_step(LLAMA, trainer="gkd", context=32)
+    fastpo.plan_step(SHALLOW, lora="r=8", checkpointing=checkpointing, context=32)
+    fastpo.plan_step(SHALLOW, trainer="gkd", context=32)
     assert not [str(x.message) for x in recwarn]
