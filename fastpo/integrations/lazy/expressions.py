@@ -148,7 +148,7 @@ def _typed(root: Root) -> Any:
     try:
         with torch.no_grad():
             made = replace(root, args=args, kwargs=kwargs).of(parents, numbers)
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError, IndexError):
         return NotImplemented  # whatever is wrong, the logits will tell
     if not isinstance(made, Tensor) or made.shape != (*one, 2) or made.device != node.device:
         return NotImplemented
@@ -306,19 +306,18 @@ def _losses(func: Any, args: Any, kwargs: Any) -> Any:
     weight, ignored = given.get("weight"), given.get("ignore_index", -100)
     old = given.get("size_average") is not None or given.get("reduce") is not None
     fits = isinstance(target, Tensor) and target.dtype == torch.int64
-    if old or not fits or node.ndim != 2 or target.shape != node.rows.shape:
+    fits = fits and not old and how in ("none", "sum", "mean")
+    if not fits or node.ndim != 2 or target.shape != node.rows.shape:
         return NotImplemented
     if weight is not None and (weight.requires_grad or weight.shape != node.shape[-1:]):
         return NotImplemented
     run = partial(_here(func, node.device), **{**given, "reduction": "none"})
     each = reduced(node, [target], lambda x, numbers: run(x, numbers[0]))
-    if how == "none":
-        return each
-    if how == "sum":
-        return each.sum()
+    if how != "mean":
+        return each if how == "none" else each.sum()
     kept = target != ignored
-    total = kept.sum() if weight is None else weight[target[kept]].sum()
-    return each.sum() / total if how == "mean" else NotImplemented
+    weights = kept if weight is None else weight[target.masked_fill(~kept, 0)] * kept
+    return each.sum() / weights.sum()
 
 
 ANSWERS: dict[Any, Answer] = {
