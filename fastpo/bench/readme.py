@@ -65,6 +65,7 @@ def render(report: Report, name: str) -> str:
         "real model": _real_model,
         "plan errors": _plan_errors,
         "plan contexts": _plan_contexts,
+        "lazy logits": _lazy_logits,
     }
     if report["what"] not in parts:
         raise BenchError(f"{name}: expected a report of {', '.join(parts)}, got {report['what']}")
@@ -283,6 +284,24 @@ def _frameworks(report: Report) -> Iterator[str]:
             f"{own['step_s']:.1f} s | {ours['step_s']:.1f} s | {load} | "
             f"{'; '.join(row['full_logits']) or '–'} |"
         )
+
+
+def _lazy_logits(report: Report) -> Iterator[str]:
+    """A row for each reading; memory and time with the model's own logits, and with lazy ones."""
+    shape = report["shape"]
+    yield (
+        f"{shape['tokens']:,} tokens, V {shape['vocab']:,}, H {shape['hidden']}, "
+        f"{shape['dtype']}, forward and backward of the head {_machine(report)}, CPU time:"
+    )
+    yield ""
+    yield "| read of the logits | memory | lazy | time | lazy |"
+    yield "| --- |" + " --- |" * 4
+    rows = {(row["reading"], row["logits"]): row for row in report["rows"]}
+    for reading in dict.fromkeys(row["reading"] for row in report["rows"]):
+        own, lazy = (rows[reading, how] for how in ("own", "lazy"))
+        memory = " | ".join(f"{row['extra_mib']:,.0f} MiB" for row in (own, lazy))
+        times = " | ".join(f"{row['cpu_s']:.1f} s" for row in (own, lazy))
+        yield f"| {reading} | {memory} | {times} |"
 
 
 def _real_model(report: Report) -> Iterator[str]:

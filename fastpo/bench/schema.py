@@ -111,6 +111,13 @@ WHATS: dict[str, dict[str, Any]] = {
             | dict.fromkeys(("told", "held"), POSITIVE)
         ],
     },
+    "lazy logits": {
+        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        "shape": {**_SIZE, "dtype": TEXT},
+        "rows": [
+            dict.fromkeys(("reading", "logits"), TEXT) | {"cpu_s": POSITIVE, "extra_mib": NUMBER}
+        ],
+    },
     "plan contexts": {
         **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
         "batch_context": COUNT,

@@ -122,7 +122,7 @@ class Session:
     def _shared(self, setting: Setting) -> Batch:
         """With words, by which a layout is found."""
         batch = batch_of(setting, self.vocab)
-        return replace(batch, layout=layout_for(self.models.base, batch.ids))
+        return replace(batch, layout=layout_for(self.models.base, batch.ids, setting.attention))
 
     def _plan_head(self, setting: Setting) -> None:
         dtype = torch.bfloat16 if setting.dtype == "bf16-mixed" else WEIGHTS.get(setting.dtype)

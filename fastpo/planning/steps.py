@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
 
@@ -57,13 +57,16 @@ def batch_of(setting: Setting, vocab: int) -> Batch:
     return Batch(ids, torch.ones_like(ids), rows, ids[:, first + 1 :].flatten())
 
 
-def layout_for(model: Any, ids: Tensor) -> Layout | None:
+def layout_for(model: Any, ids: Tensor, kernel: str) -> Layout | None:
     """What `shared_prompts` would pack the rows into; None where padded they cost less.
 
-    Outside of the mode in which tensors hold nothing: it looks at the words.
+    Outside of the mode in which tensors hold nothing: it looks at the words. kernel: of attention;
+    "flash" takes lengths of rows, whatever the model runs with here.
     """
     with unset_fake_temporarily():
         mask, cost = torch.ones_like(ids), layer_cost(model.base_model)
+        if kernel == "flash":
+            cost = replace(cost, pads=False, masks=False)
         layout = layout_of(ids, mask, least=_LEAST)
         if cost.loses(layout):
             layout = min(layout, layout_of(ids, mask, share=False), key=cost.packed)
