@@ -167,7 +167,7 @@ def _add_step(kinds: argparse._SubParsersAction) -> None:
         "--model",
         metavar="NAME",
         help="tiny, small, medium, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, llama-3-8b-lora: "
-        "random weights; smollm2: that of 'fastpo[real]'; "
+        "random weights; smollm2: trained, see README; "
         "default: small on a CPU, with --shared-prompts medium, qwen2.5-0.5b on a GPU",
     )
     add("--lengths", nargs="+", type=int, metavar="T", help="tokens of a row; default: 256")
