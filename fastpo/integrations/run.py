@@ -150,7 +150,8 @@ def patch_with_children(options: Options) -> None:
     replace_when_imported({_CHILDREN: partial(_Carrying, options=options)})
     actions: dict[str, Callable[[], None]] = {"trl": partial(_patch, options)}
     if options.get("lazy"):
-        actions |= {"transformers.modeling_utils": _make_lazy, "verl": _serve_verl}
+        more = {"verl": _serve_verl, "openrlhf": _serve_openrlhf}
+        actions |= {"transformers.modeling_utils": _make_lazy, **more}
     for module, action in actions.items():
         if module in sys.modules:
             action()
@@ -186,6 +187,12 @@ def _serve_verl() -> None:
     from . import verl
 
     verl.install(HeadOptions())
+
+
+def _serve_openrlhf() -> None:
+    from . import openrlhf
+
+    openrlhf.install()
 
 
 class _Carried:

@@ -6,7 +6,6 @@ and chunks of PyTorch. Both build logits, of a tile or a chunk, in each pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -20,9 +19,17 @@ from ..ops.vocab_parallel_logps import score_sharded, vocab_parallel_logps
 from ..ops.walks.checks import DTYPES
 from .lazy.logits import promise_of
 from .seams.saying import say_once
-from .seams.seam import Make, Replacement, Seam, replace, replace_when_imported, restore
+from .seams.seam import (
+    Make,
+    Replacement,
+    Seam,
+    replace_when_imported,
+    replace_where_they_fit,
+    restore,
+)
 
 _OUTPUTS = ("logps", "entropy")
+_OTHERWISE = "verl keeps its own head"
 
 
 class _Head(Replacement):
@@ -55,7 +62,7 @@ class _Kernels(_Head):
     ) -> tuple[Tensor, Tensor]:
         served = isinstance(temperature, int | float) and reduction == "none"
         if not served or hidden.dtype not in DTYPES:
-            say_once("verl keeps its own head", f"reduction={reduction}, dtype={hidden.dtype}")
+            say_once(_OTHERWISE, f"reduction={reduction}, dtype={hidden.dtype}")
             own: tuple[Tensor, Tensor] = self.original(
                 hidden, weight, labels, temperature, reduction, dist_process_group
             )
@@ -117,7 +124,7 @@ class _Chunks(_Head):
         chunk_size: int = 512,
     ) -> tuple[Tensor, Tensor]:
         if not isinstance(temperature, int | float) or hidden_states.dtype not in DTYPES:
-            say_once("verl keeps its own head", f"dtype={hidden_states.dtype}")
+            say_once(_OTHERWISE, f"dtype={hidden_states.dtype}")
             own: tuple[Tensor, Tensor] = self.original.apply(
                 hidden_states, vocab_weights, input_ids, temperature, chunk_size
             )
@@ -171,17 +178,9 @@ def install(options: HeadOptions) -> None:
         _CHUNKS: partial(_Chunks, options=options),
         _LOGPS: _Logps,
     }
-    replace_when_imported(made, _where_it_fits)
+    put = partial(replace_where_they_fit, _OTHERWISE, beside=(_SIGNATURE,))
+    replace_when_imported(made, put)
 
 
 def remove() -> None:
     restore(*SEAMS)
-
-
-def _where_it_fits(replacements: Mapping[Seam, Make]) -> None:
-    try:
-        if _FUNCTION in replacements:
-            _SIGNATURE.read()
-        replace(replacements)
-    except RuntimeError as error:
-        say_once("verl keeps its own head", str(error))

@@ -6,7 +6,7 @@ import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, metadata
@@ -14,6 +14,7 @@ from types import MethodType
 from typing import Any
 
 from . import imports
+from .saying import say_once
 
 
 class Replacement:
@@ -174,6 +175,21 @@ def replace_when_imported(
     for name, part in by_module.items():
         if name not in imported:
             imports.after(name, functools.partial(put, part))
+
+
+def replace_where_they_fit(
+    otherwise: str, replacements: Mapping[Seam, Make], beside: Sequence[Seam] = ()
+) -> None:
+    """`replace`, when those of `beside` in the same modules fit as well; else the log says once why
+    it is `otherwise`."""
+    modules = {seam.module for seam in replacements}
+    try:
+        for seam in beside:
+            if seam.module in modules:
+                seam.read()
+        replace(replacements)
+    except RuntimeError as error:
+        say_once(otherwise, str(error))
 
 
 def restore(*seams: Seam) -> None:

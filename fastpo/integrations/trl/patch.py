@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from ...ops.shards.gathered import HeadOptions
-from .. import verl
+from .. import openrlhf, verl
 from ..lazy import everywhere
 from ..seams.saying import say_once
 from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
@@ -42,8 +42,8 @@ def patch(
     """Puts `fastpo.linear_logps` under every TRL trainer of this process until `unpatch`.
 
     TRL before 1.13, or newer than any known and of other seams, is served by lazy logits
-    (`fastpo.lazy_logits`) in every model, and the log says so. verl's fused heads, and its
-    log-probabilities of lazy logits, run on fastpo's head, too.
+    (`fastpo.lazy_logits`) in every model, and the log says so. verl's fused heads, and what
+    verl and OpenRLHF read of lazy logits, run on fastpo's head, too.
 
     Trainers keep their losses and metrics. `loss_type` of DPOConfig and KTOConfig also takes the
     keys of `fastpo.objectives`, with `beta`, `label_smoothing` and the KTO weights of the config
@@ -101,6 +101,7 @@ def patch(
     restore(*_ADDED)  # by a call before this one, perhaps
     everywhere.remove()
     verl.install(plain)
+    openrlhf.install()
     if lazy:
         everywhere.install(plain)
     later = {seam: make for seam, make in made.items() if seam not in now}
@@ -174,11 +175,12 @@ def unpatch() -> None:
     restore(*SEAMS)
     everywhere.remove()
     verl.remove()
+    openrlhf.remove()
 
 
 @contextmanager
 def patched(**options: Any) -> Iterator[None]:
     """`patch(**options)` for the length of a block; afterwards TRL is what it was before."""
-    with kept(*SEAMS, *verl.SEAMS), everywhere.kept():
+    with kept(*SEAMS, *verl.SEAMS, *openrlhf.SEAMS), everywhere.kept():
         patch(**options)
         yield
