@@ -1,4 +1,4 @@
-"""What OpenRLHF reads of lazy logits: its own module where it is installed, else one of its shape."""
+"""What OpenRLHF reads of lazy logits: its own module where it is there, else one of its shape."""
 
 from __future__ import annotations
 
