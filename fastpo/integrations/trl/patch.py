@@ -86,10 +86,8 @@ def patch(
     own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
     sharing = True if shared_prompts else (False if padding_free else None)
     shared.check(sharing, whole_groups)
-    seams, plain = (
-        _all(setting, own, sharing, whole_groups),
-        HeadOptions(budget=budget, backend=backend),
-    )
+    plain = HeadOptions(budget=budget, backend=backend)
+    seams = _all(setting, own, sharing, whole_groups)
     dispensable = _without_seams(lazy) and objective is None and sharing is None
     try:
         made, now = _checked(seams, setting)
@@ -99,14 +97,18 @@ def patch(
         say_once(_INSTEAD, str(error))
         made, now, lazy = {}, {}, True
     restore(*_ADDED)  # by a call before this one, perhaps
-    everywhere.remove()
-    verl.install(plain)
-    openrlhf.install()
+    later = {seam: make for seam, make in made.items() if seam not in now}
+    if dispensable:
+        everywhere.remove()  # what does not fit asks for it again
+        replace_when_imported(later, partial(_or_lazily, plain))
+    else:
+        replace_when_imported(later)
+        everywhere.remove()
+    replace(now)
     if lazy:
         everywhere.install(plain)
-    later = {seam: make for seam, make in made.items() if seam not in now}
-    replace_when_imported(later, partial(_or_lazily, plain) if dispensable else replace)
-    replace(now)
+    verl.install(plain)
+    openrlhf.install()
 
 
 def _checked(
