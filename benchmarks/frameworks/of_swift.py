@@ -8,32 +8,11 @@ from typing import Any
 
 from cases import Case, Framework, Pairs, Sizes
 
-# A reward that differs between completions of a model that has learned nothing.
-_REWARD = """\
-from swift.rewards import ORM, orms
-
-
-class Characters(ORM):
-    def __call__(self, completions, **kwargs):
-        return [len(text) / 1000 for text in completions]
-
-
-orms["characters"] = Characters
-"""
-
 
 def _rlhf(kind: str, **options: Any) -> dict[str, Any]:
     return {"command": "rlhf", "rlhf_type": kind, **options}
 
 
-_GRPO = _rlhf(
-    "grpo",
-    num_generations=2,
-    reward_funcs="characters",
-    external_plugins="reward.py",
-    beta=0.1,
-    temperature=1.0,
-)
 CASES = (
     Case("DPO", "pairs", _rlhf("dpo")),
     Case("DPO, LoRA", "pairs", _rlhf("dpo"), lora=True),
@@ -41,10 +20,7 @@ CASES = (
     Case("SimPO", "pairs", _rlhf("simpo")),
     Case("ORPO", "pairs", _rlhf("orpo")),
     Case("KTO", "single", _rlhf("kto")),
-    Case("KTO, LoRA", "single", _rlhf("kto"), lora=True),
-    Case("GRPO", "prompts", _GRPO),
     Case("SFT", "text", {"command": "sft"}),
-    Case("SFT, LoRA", "text", {"command": "sft"}, lora=True),
 )
 
 
@@ -66,12 +42,10 @@ def prepare(folder: Path, pairs: Pairs) -> None:
             for i, x in enumerate(both)
         ],
         "text": [{"messages": _said(x["prompt"], x["chosen"])} for x in both],
-        "prompts": [{"messages": _said(x["prompt"])} for x in pairs],
     }
     for name, table in rows.items():
         lines = "\n".join(map(json.dumps, table))
         (folder / f"{name}.jsonl").write_text(lines + "\n")
-    (folder / "reward.py").write_text(_REWARD)
 
 
 def arguments(folder: Path, case: Case, out: Path, sizes: Sizes) -> list[str]:
@@ -103,8 +77,6 @@ def arguments(folder: Path, case: Case, out: Path, sizes: Sizes) -> list[str]:
         "load_from_cache_file": "false",
     }
     command = options.pop("command")
-    if case.data == "prompts":
-        settings["max_completion_length"] = sizes.length * 3 // 4
     given = {**settings, **options}
     return [command, *(str(x) for name, value in given.items() for x in (f"--{name}", value))]
 
