@@ -94,7 +94,8 @@ def patch(
     except RuntimeError as error:
         if not dispensable:
             raise
-        say_once(_INSTEAD, str(error))
+        if not lazy:
+            say_once(_INSTEAD, str(error))
         made, now, lazy = {}, {}, True
     restore(*_ADDED)  # by a call before this one, perhaps
     later = {seam: make for seam, make in made.items() if seam not in now}
