@@ -180,7 +180,13 @@ ENDINGS = {
         call()
         """,
     "syntax": "def",
-    "interrupt": "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)",
+    # A shell's background jobs are born deaf to it.
+    "interrupt": """
+        import os, signal, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+        """,
     "terminate": "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)",
     "nobody reads": """
         import os

@@ -76,7 +76,7 @@ class _Plan:
     def blocks(self) -> Iterator[Tensor]:
         """Which rows of the node's; at least one block, perhaps of none."""
         size = max(1, _cells(self.node) // max(self.node.shape[-1], 1))
-        rows = torch.arange(self.node.rows.numel(), device=self.node.device)
+        rows = torch.arange(self.node.rows.numel(), dtype=torch.int64, device=self.node.device)
         yield from rows.split(size)
 
 

@@ -152,8 +152,8 @@ def _typed(root: Root) -> Any:
         return NotImplemented  # whatever is wrong, the logits will tell
     if not isinstance(made, Tensor) or made.shape != (*one, 2) or made.device != node.device:
         return NotImplemented
-    rows = torch.arange(node.rows.numel(), device=node.device).view(node.rows.shape)
-    return Rowwise(root, rows, node.shape[-1], made.dtype)
+    rows = torch.arange(node.rows.numel(), dtype=torch.int64, device=node.device)
+    return Rowwise(root, rows.view(node.rows.shape), node.shape[-1], made.dtype)
 
 
 def _normalised(func: Any, args: Any, kwargs: Any) -> Any:

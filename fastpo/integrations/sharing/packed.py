@@ -150,7 +150,7 @@ class Sdpa(Rows):
         if self.skips and not row.shared and (left < 0 or length <= left + 1):
             return None
         if dtype not in self.made:
-            numbers = torch.arange(2 * longest - 1, device="cpu")
+            numbers = torch.arange(2 * longest - 1, dtype=torch.int64, device="cpu")
             first = longest - 1 - left if left >= 0 else 0
             hidden = (numbers < first) | (numbers >= longest)
             line = torch.zeros_like(numbers, dtype=dtype)
