@@ -8,6 +8,7 @@ import os
 import runpy
 import sys
 from importlib.machinery import PathFinder
+from importlib.util import find_spec
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -22,7 +23,8 @@ def _next() -> None:
 
 def _patch() -> None:
     given = os.environ.get("FASTPO_RUN")
-    if given is not None:
+    # The Python of another environment has no fastpo, and nothing to patch.
+    if given is not None and find_spec("fastpo") is not None:
         from fastpo.integrations.run import patch_with_children
 
         patch_with_children(json.loads(given))
