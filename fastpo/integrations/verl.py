@@ -6,6 +6,7 @@ and chunks of PyTorch. Both build logits, of a tile or a chunk, in each pass.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,12 +40,7 @@ class _Head(Replacement):
 
     def score(self, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float) -> Any:
         """[N] of hidden [N, H] and a whole head [V, H]."""
-        options = HeadOptions(
-            temperature=temperature,
-            outputs=_OUTPUTS,
-            budget=self.options.budget,
-            backend=self.options.backend,
-        )
+        options = replace(self.options, temperature=temperature, outputs=_OUTPUTS)
         return score_sharded(hidden, weight, None, labels, options)
 
 

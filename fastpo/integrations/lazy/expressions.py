@@ -18,7 +18,7 @@ from .promise import Family, Promise
 from .rowwise import Node, Root, Rowwise, Slot
 
 Answer = Callable[..., Any]
-_NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.memory_format)
+_NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,7 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _allowed(x: Any, node: Node) -> bool:
     """Does this argument belong to rows, or to all of them alike?"""
-    if isinstance(x, Operand | int | float | bool | str | None | torch.dtype | torch.device):
+    if isinstance(x, (Operand, *_NUMBERS)):
         return True
     if not isinstance(x, Tensor) or (x.ndim and x.device != node.device):
         return False

@@ -18,20 +18,13 @@ import transformers
 from _tiny import one_thread  # noqa: F401
 
 import fastpo
-from fastpo.integrations.lazy import blocks, cell
+from fastpo.integrations.lazy import cell
 from fastpo.integrations.lazy.logits import LazyLogits
-from fastpo.integrations.seams.saying import say_once
 
 ARCHITECTURES = ["llama", "gemma2", "cohere", "granite", "phi", "qwen2_moe", "falcon_h1"]
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    monkeypatch.setattr(blocks, "BYTES", {"cpu": 1})
-    monkeypatch.setattr(cell, "told", set())
-    say_once.cache_clear()
-    yield
-    fastpo.unpatch()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 @pytest.fixture(params=["one", "all"])

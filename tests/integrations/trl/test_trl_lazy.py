@@ -17,22 +17,14 @@ import _trainers
 from _tiny import one_thread  # noqa: F401
 
 import fastpo
-from fastpo.integrations.lazy import blocks, cell, everywhere
-from fastpo.integrations.seams.saying import say_once
+from fastpo.integrations.lazy import cell, everywhere
 from fastpo.integrations.trl import light
 from fastpo.integrations.trl.head import GATHER
 
 GENERATION = {"num_generations": 2, "max_completion_length": 4}
 
 
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch):
-    """Logits of the tiny models, too, are more than a block."""
-    monkeypatch.setattr(blocks, "BYTES", {"cpu": 1})
-    monkeypatch.setattr(cell, "told", set())
-    say_once.cache_clear()
-    yield
-    fastpo.unpatch()
+pytestmark = pytest.mark.usefixtures("afresh")
 
 
 def pretend(monkeypatch, version):
