@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from fastpo.bench import machine, readme
+from fastpo.bench.report import grow
 from fastpo.bench.step.architectures import ADAPTED, RANK, architecture
 from fastpo.planning.cards import memory_of
 from fastpo.planning.fits import Depths
@@ -83,14 +83,9 @@ def main() -> None:
     torch.set_num_threads(1)
     report = machine.facts("cpu") | {"what": "plan contexts", "batch_context": CONTEXT, "rows": []}
     report["models"] = [about(model) for model in CARDS]
-    if options.out.exists():
-        report["rows"] = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
-    known = {(row["model"], row["way"], row["head"]) for row in report["rows"]}
-    cases = [case for case in itertools.product(CARDS, WAYS, HEADS) if case not in known]
-    cases = [case for case in cases if case[1:] != (SHARED, "trl")]  # TRL alone shares none
-    for case in cases[: options.runs]:
-        report["rows"].append(row(*case))
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    cases = itertools.product(CARDS, WAYS, HEADS)
+    shared = (case for case in cases if case[1:] != (SHARED, "trl"))  # TRL alone shares none
+    grow(report, options.out, shared, row, options.runs)
     if PAGE.exists():
         readme.rewrite(PAGE, write=True)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import torch
 import transformers as T
 
 from fastpo.bench import machine, readme
+from fastpo.bench.report import grow
 from fastpo.planning.fits import Depths
 from fastpo.planning.measure import measure
 from fastpo.planning.setting import HEADS, Lora, Setting
@@ -73,13 +73,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     report = machine.facts("cpu") | {"what": "plan errors", "rows": []}
-    if options.out.exists():
-        report["rows"] = json.loads(options.out.read_text(encoding="utf-8"))["rows"]
-    known = {(row["model"], row["way"], row["head"]) for row in report["rows"]}
-    cases = [case for case in itertools.product(KINDS, WAYS, HEADS) if case not in known]
-    for case in cases[: options.runs]:
-        report["rows"].append(row(*case))
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    grow(report, options.out, itertools.product(KINDS, WAYS, HEADS), row, options.runs)
     readme.rewrite(PAGE, write=True)
 
 

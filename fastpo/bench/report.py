@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,23 @@ def read(path: Path) -> Report:
         raise BenchError(f"{path}: expected a report of fastpo bench, got no JSON") from None
     check(report, path)
     return report
+
+
+def grow(
+    report: Report,
+    path: Path,
+    cases: Iterable[tuple[str, str, str]],  # model, way, head
+    row: Callable[[str, str, str], Report],
+    runs: int | None,
+) -> None:
+    """Rows that the file has, and those of the cases it lacks, written one by one; no more than
+    `runs` of them."""
+    if path.exists():
+        report["rows"] = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    known = {(made["model"], made["way"], made["head"]) for made in report["rows"]}
+    for case in [case for case in cases if case not in known][:runs]:
+        report["rows"].append(row(*case))
+        write(report, path)
 
 
 def where(report: Report) -> str:
