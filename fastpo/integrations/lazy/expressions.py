@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .blocks import fits_one_block, reduced
+from .functions import of_torch
 from .patterns import expectation
 from .promise import Family, Promise
 from .rowwise import Node, Root, Rowwise, Slot
@@ -30,9 +30,7 @@ class Operand:
 
 
 def _named(names: str) -> set[Any]:
-    """By their names in torch, torch.Tensor and torch.nn.functional."""
-    owners = (torch, Tensor, F)
-    return {getattr(o, name) for name in names.split() for o in owners if hasattr(o, name)}
+    return {func for name in names.split() for func in of_torch(name)}
 
 
 _WORD_BY_WORD = _named("""

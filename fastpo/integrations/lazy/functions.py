@@ -23,6 +23,11 @@ from .promise import Promise
 Answer = Callable[..., Any]
 
 
+def of_torch(name: str) -> list[Any]:
+    """What torch, torch.Tensor and torch.nn.functional call so."""
+    return [getattr(owner, name) for owner in (torch, Tensor, F) if hasattr(owner, name)]
+
+
 def _last(logits: Promise, dim: Any) -> bool:
     return (
         isinstance(dim, int)
@@ -306,7 +311,6 @@ def argmax(logits: Promise, dim: Any = None, keepdim: bool = False) -> Any:
     return ids.view(logits.rows.shape)
 
 
-# By their names in torch, torch.Tensor and torch.nn.functional.
 _VIEWS: dict[str, Answer] = {
     "__getitem__": getitem,
     "__iter__": lambda logits: iter(unbind(logits)),
@@ -349,13 +353,9 @@ _NAMED: dict[str, Answer] = {
 }
 
 
-def _found(named: dict[str, Answer]) -> dict[Any, Answer]:
-    owners = (torch, Tensor, F)
-    return {getattr(o, name): f for name, f in named.items() for o in owners if hasattr(o, name)}
-
-
-FUNCTIONS = _found(_NAMED)
-VIEWS = _found(_VIEWS)  # of anything made of rows
+FUNCTIONS = {func: answer for name, answer in _NAMED.items() for func in of_torch(name)}
+# Of anything made of rows.
+VIEWS = {func: answer for name, answer in _VIEWS.items() for func in of_torch(name)}
 FUNCTIONS[F.log_softmax] = lambda logits, dim=None, _stacklevel=3, dtype=None: log_softmax(
     logits, dim, dtype
 )
