@@ -1,14 +1,13 @@
-"""The table of objectives as text: for a reader in a terminal, and as docs/objectives.md.
+"""The table of objectives as text.
 
     describe()        every entry: what it needs, its defaults, its paper
     describe("dpo")   one entry in full
 
-`python -m fastpo.objectives > docs/objectives.md` writes the page.
+`docs/_ext/objective_pages.py` writes the documentation's pages from the same.
 """
 
 import importlib
 import inspect
-import re
 import textwrap
 from collections.abc import Iterator
 
@@ -18,23 +17,12 @@ from ._registry import Entry, families, lookup, quantities_of
 _WIDTHS = (26, 40, 32, 17)
 _HEADER = ("key", "quantities", "defaults", "paper")
 _LEGEND = "? may be absent"
-_INTRO = """\
-# Objectives
-
-Written by `python -m fastpo.objectives`; `fastpo.objectives.describe(key)` prints one entry.
-
-`get(key, **hyperparameters)` gives the function. It takes its quantities by keyword, `?` marks
-those that may be absent, and returns one loss per row: the mean is the caller's. Gradient flows
-into the quantities marked `∂`; the others are constants. Shapes: `B` pairs, `N` rows, `G` groups,
-`T` positions, `K` models or words, `P` positions of `V` words, `M` and `U` rows of other kinds,
-`C`, `D`, `E` widths. `σ` is the logistic function, `sg(x)` is x without gradient, and
-`exp⁺(x)` is e to the power of min(x, 40)."""
 
 
 def describe(key: str | None = None, *, family: str | None = None) -> str:
     """The table, or the whole entry of a key or alias. `family`: only that part of the table."""
     if key is not None:
-        return _whole(lookup(key))
+        return whole(lookup(key))
     known = families()
     if family is not None and family not in known:
         raise ValueError(f"family: expected one of {', '.join(known)}, got {family!r}")
@@ -43,32 +31,12 @@ def describe(key: str | None = None, *, family: str | None = None) -> str:
     return "\n\n".join([*parts, _LEGEND])
 
 
-def page() -> str:
-    """docs/objectives.md: a table per family, then every entry. Only what the library ships."""
-    blocks = [_INTRO]
-    entries: list[Entry] = []
-    for family, keys in families().items():
-        ours = [entry for entry in map(lookup, keys) if _shipped(entry)]
-        rows = [f"| {' | '.join(_markdown(entry))} |" for entry in ours]
-        head = [f"| {' | '.join(_HEADER)} |", "|---" * len(_HEADER) + "|"]
-        blocks += [f"## {family}", _sentence(family), "\n".join([*head, *rows])]
-        entries += ours
-    blocks.append("## Entries")
-    for entry in entries:
-        blocks += [f"### {entry.key}", f"```text\n{_whole(entry)}\n```"]
-    return "\n\n".join(blocks) + "\n"
-
-
-def _shipped(entry: Entry) -> bool:
-    return entry.function.__module__.startswith(__package__ or "")
-
-
 def _sentence(family: str) -> str:
     """The first line of the family's module."""
     return (inspect.getdoc(importlib.import_module(f".{family}", __package__)) or "").split("\n")[0]
 
 
-def _cells(entry: Entry) -> tuple[list[str], list[str], list[str], list[str]]:
+def cells(entry: Entry) -> tuple[list[str], list[str], list[str], list[str]]:
     """What the table says of an entry, as words that may be wrapped between."""
     aliases = [f"({', '.join(entry.aliases)})"] if entry.aliases else []
     names = [n + "?" * (not needed) for n, needed in quantities_of(entry.function).items()]
@@ -85,7 +53,7 @@ def _table(family: str, keys: tuple[str, ...]) -> str:
     lines = [f"{family} ({len(keys)}): {_sentence(family)}", ""]
     lines += _row(*([title] for title in _HEADER))
     for entry in map(lookup, keys):
-        lines += _row(*_cells(entry))
+        lines += _row(*cells(entry))
     return "\n".join(lines)
 
 
@@ -106,15 +74,7 @@ def _wrap(text: str, width: int) -> list[str]:
     return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
 
 
-def _markdown(entry: Entry) -> list[str]:
-    (key, *aliases), names, defaults, papers = _cells(entry)
-    first = [f"[`{key}`](#{key})", *aliases]
-    code = [", ".join(f"`{word}`" for word in words) for words in (names, defaults)]
-    link = re.sub(r"arXiv:([\d.]+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", ", ".join(papers))
-    return [" ".join(first), *code, link]
-
-
-def _whole(entry: Entry) -> str:
+def whole(entry: Entry) -> str:
     parts = [_title(entry), _signature(entry), _text(entry)]
     quantities = [_quantity(entry, *item) for item in quantities_of(entry.function).items()]
     parts.append(_section("quantities", quantities))

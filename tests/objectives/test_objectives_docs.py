@@ -1,7 +1,6 @@
 """The table as text: nothing missing, nothing stale."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,30 +11,68 @@ from fastpo import objectives
 from fastpo.objectives import _describe, _registry, describe
 from fastpo.objectives._registry import lookup, quantities_of
 
-PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
+DOCS = Path(__file__).parents[2] / "docs"
+sys.path.insert(0, str(DOCS / "_ext"))
+
+import notation
+import objective_pages
+
 KEYS = objectives.available()
+PAGES = objective_pages.pages()
+HEADING = re.compile(r"^#{2,3} (\w+)$", re.M)
 
 
-def test_the_page_is_the_table():
-    written = PAGE.read_text(encoding="utf-8")
-    assert written == _describe.page(), "run: python -m fastpo.objectives > docs/objectives.md"
+@pytest.mark.parametrize("name", PAGES)
+def test_the_pages_are_the_table(name):
+    written = (DOCS / name).read_text(encoding="utf-8")
+    assert written == PAGES[name], "run: python docs/_ext/objective_pages.py"
 
 
-def test_the_command_writes_the_page():
-    command = [sys.executable, "-X", "utf8", "-W", "error", "-m", "fastpo.objectives"]
-    run = subprocess.run(command, capture_output=True, encoding="utf-8", check=True)
-    assert run.stdout == _describe.page()
-    assert run.stderr == ""
+def test_no_page_is_left_over():
+    there = {f"objectives/{path.name}" for path in (DOCS / "objectives").glob("*.md")}
+    assert there == PAGES.keys() - {"objectives.md"}
 
 
-def test_links_of_the_page():
-    page = _describe.page()
-    links = re.findall(r"\]\(#(\w+)\)", page)
-    assert links == re.findall(r"^### (\w+)$", page, re.M)
-    assert set(links) == set(KEYS)
-    table = [line for line in page.splitlines() if line.startswith("| [")]
-    assert all(line.count("|") == 5 for line in table)
-    assert len(table) == len(KEYS)
+def test_links_of_the_pages():
+    """From the table of all to the entries of a family, and from its own table."""
+    found = []
+    for family, keys in objectives.families().items():
+        page = PAGES[f"objectives/{family}.md"]
+        assert re.findall(r"\]\(#(\w+)\)", page) == list(keys)
+        assert [key for key in HEADING.findall(page) if key != "Entries"] == list(keys)
+        found += [(family, key) for key in keys]
+    links = re.findall(r"\]\(objectives/(\w+)\.md#(\w+)\)", PAGES["objectives.md"])
+    assert links == found
+    assert {key for _, key in links} == set(KEYS)
+    table = [line for line in PAGES["objectives.md"].splitlines() if line.startswith("| [")]
+    assert all(line.count("|") == 4 for line in table)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("-log σ(β·Δ) of the batch.", r"$-\log \, \sigma (\beta \cdot \Delta)$ of the batch."),
+        ("a word and a = b_i² ± ĉ", r"a word and $a = b_{i}^{2} \pm \hat{c}$"),
+        ("|w|₁ ≥ 1e-6, x ∈ s: y", r"$\vert w \vert _{1} \ge 10^{-6}$, $x \in s$: $y$"),
+        ("Σ_{k<K} e^{s_k} / sft_weight", r"$\sum _{k<K} \, e^{s_{k}} / \texttt{sft\_weight}$"),
+        ("log Σ_{j ranked k} x", r"$\log \, \sum _{j ~\text{ranked}~ k} \, x$"),
+        ("L(z - beta; t), at beta.", r"$L(z - \texttt{beta}; t)$, at `beta`."),
+        ("1 where none, else 0.", "1 where none, else 0."),
+    ],
+)
+def test_notation(text, shown):
+    assert notation.rendered(text, {"sft_weight", "beta"}) == shown
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_formula_is_whole(key):
+    """Spans of mathematics are closed, and so are their braces; no sign of the docstring is left."""
+    shown = objective_pages.formula(lookup(key))
+    spans = re.findall(r"\$(.*?)\$", shown)
+    assert shown.count("$") == 2 * len(spans)
+    assert all(span.count("{") == span.count("}") for span in spans)
+    assert all(span.isascii() for span in spans)
+    assert all(word.isascii() or word in "‖" for word in re.sub(r"\$.*?\$", "", shown).split())
 
 
 def test_the_table_has_everything():
@@ -118,4 +155,4 @@ def test_rows_of_ones_own(monkeypatch):
 
     assert "∂ chosen_rewards  [B]\n" in describe("mine")
     assert "mine" in describe(family="pairs")
-    assert "mine" not in re.findall(r"^### (\w+)$", _describe.page(), re.M)
+    assert "mine" not in HEADING.findall("".join(objective_pages.pages().values()))

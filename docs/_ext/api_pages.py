@@ -1,0 +1,5 @@
+"""The API page."""
+
+
+def text() -> str:
+    return ""

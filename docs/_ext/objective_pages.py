@@ -1,0 +1,156 @@
+"""The pages of the objectives: a table of all of them, and for each family a page of entries.
+
+`python docs/_ext/objective_pages.py` writes docs/objectives.md and docs/objectives/.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+
+from notation import rendered
+
+from fastpo.objectives import _describe
+from fastpo.objectives._registry import Entry, families, lookup, quantities_of
+
+DOCS = Path(__file__).parents[1]
+PACKAGE = "fastpo.objectives"
+TITLES = {
+    "transforms": "Transforms",
+    "pairs": "Pairs",
+    "tokens": "Pairs, token level",
+    "groups": "Groups",
+    "singles": "Single responses",
+    "policy_gradient": "Policy gradient",
+    "distillation": "Distillation",
+    "rewards": "Reward models",
+    "denoising": "Denoising",
+}
+_NOTE = "<!-- Written by `python docs/_ext/objective_pages.py` from the docstrings. -->"
+_INTRO = """\
+`fastpo.objectives.get(key, **hyperparameters)` gives the function; `fastpo objectives KEY` prints
+an entry in a terminal. A key trains by its name in TRL's trainers: see [Training](training.md).
+
+Each is a plain function of named quantities. It takes them by keyword, `?` marks those that may be
+absent, and returns one loss per row: the mean is the caller's. Gradient flows into the quantities
+marked `∂`; the others are constants. Shapes: `B` pairs, `N` rows, `G` groups, `T` positions, `K`
+models or words, `P` positions of `V` words, `M` and `U` rows of other kinds, `C`, `D`, `E` widths.
+$\\sigma$ is the logistic function, $\\mathrm{sg}(x)$ is $x$ without gradient, $\\exp^{+}(x)$ is
+$e^{\\min(x, 40)}$, and $L(z; t) = -t \\cdot \\log \\sigma(z) - (1 - t) \\cdot \\log \\sigma(-z)$."""
+
+
+def pages() -> dict[str, str]:
+    """Text by path below docs/. Only what the library ships."""
+    shipped = {
+        family: [entry for entry in map(lookup, keys) if _shipped(entry)]
+        for family, keys in families().items()
+    }
+    found = {f"objectives/{name}.md": _page(name, entries) for name, entries in shipped.items()}
+    return {"objectives.md": _overview(shipped), **found}
+
+
+def _shipped(entry: Entry) -> bool:
+    return entry.function.__module__.startswith(PACKAGE)
+
+
+def _overview(shipped: dict[str, list[Entry]]) -> str:
+    """One table for each family: key, formula, paper."""
+    total = sum(map(len, shipped.values()))
+    blocks = [_NOTE, "# Objectives", f"{total} of them, by family.", _INTRO]
+    for family, entries in shipped.items():
+        page = f"objectives/{family}.md"
+        blocks += [f"## {TITLES[family]}", f"[{_count(entries)}]({page}). {_sentence(family)}"]
+        rows = [f"| {_link(e, page)} | {formula(e)} | {_paper(e)} |" for e in entries]
+        blocks.append("\n".join(["| key | formula | paper |", "| --- | --- | --- |", *rows]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _count(entries: list[Entry]) -> str:
+    return f"{len(entries)} entries in full"
+
+
+def _link(entry: Entry, page: str = "") -> str:
+    aliases = f" ({', '.join(entry.aliases)})" if entry.aliases else ""
+    return f"[`{entry.key}`]({page}#{entry.key}){aliases}"
+
+
+def _page(family: str, entries: list[Entry]) -> str:
+    head = "| key | quantities | defaults |\n| --- | --- | --- |\n"
+    table = head + "\n".join(f"| {' | '.join(_row(entry))} |" for entry in entries)
+    blocks = [_NOTE, f"# {TITLES[family]}", _sentence(family)]
+    blocks += [f"Notation and shapes: [all objectives](../objectives.md). {_PICTURES}", table]
+    modules = groupby(entries, lambda entry: entry.function.__module__)
+    for module, members in [(name, list(found)) for name, found in modules]:
+        blocks += _heading(module, alone=len(members) == len(entries))
+        for entry in members:
+            blocks += _entry(entry)
+    return "\n\n".join(blocks) + "\n"
+
+
+_PICTURES = (
+    "On the site each objective of a margin or a log-ratio has a picture: the loss, and dashed its "
+    "gradient."
+)
+
+
+def _row(entry: Entry) -> Iterator[str]:
+    _, names, defaults, _ = _describe.cells(entry)
+    yield _link(entry)
+    for words in (names, defaults):
+        yield ", ".join(f"`{word}`" for word in words)
+
+
+def _heading(module: str, alone: bool) -> Iterator[str]:
+    """What the module is about, and its letters."""
+    first, *rest = _paragraphs(importlib.import_module(module))
+    title = re.sub(r"( All return .*|\. Family .*)$", "", first).rstrip(".")
+    yield "## Entries" if alone else f"## {title}"
+    text = [p for p in rest if not re.match(r"The family outgrows|Siblings|  ", p)]
+    returned = re.search(r"All return [^.]*\.", first)
+    if returned and not alone:
+        text.append(returned[0])
+    yield from (re.sub(r'^Family "\w+"[^.]*\. ?', "", p) for p in text)
+
+
+def _paragraphs(documented: object) -> list[str]:
+    text = inspect.cleandoc(getattr(documented, "__doc__", None) or "")
+    return [p if p.startswith("  ") else " ".join(p.split()) for p in text.split("\n\n")]
+
+
+def _sentence(family: str) -> str:
+    return _paragraphs(importlib.import_module(f"{PACKAGE}.{family}"))[0]
+
+
+def _entry(entry: Entry) -> Iterator[str]:
+    yield f"### {entry.key}"
+    also = f"Also {', '.join(f'`{alias}`' for alias in entry.aliases)}." if entry.aliases else ""
+    if also or entry.paper:
+        yield " ".join(filter(None, (_paper(entry) + "." * bool(entry.paper), also)))
+    yield formula(entry)
+    yield f"```text\n{_describe.whole(entry)}\n```"
+
+
+def _paper(entry: Entry) -> str:
+    return re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", entry.paper)
+
+
+def formula(entry: Entry) -> str:
+    """The first paragraph of the docstring, its mathematics as LaTeX."""
+    keys = {key for members in families().values() for key in members}
+    names = {*quantities_of(entry.function), *entry.parameters, *entry.outputs, *keys}
+    return rendered(_paragraphs(inspect.unwrap(entry.function))[0], names)
+
+
+def main() -> None:
+    for name, text in pages().items():
+        path = DOCS / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""What the site has beyond the Markdown that GitHub shows: navigation, pictures, the API, MathML.
+
+Nothing here asks the network: formulas are MathML, pictures SVG in the page, so that both follow
+the reader's light or dark colours.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import api_pages
+import curve_pictures
+import report_pictures
+from latex2mathml.converter import convert
+from sphinx.application import Sphinx
+
+DOCS = Path(__file__).parents[1]
+NAVIGATION = {
+    "Use it": (
+        "installing",
+        "how-it-works",
+        "drop-in",
+        "training",
+        "objectives",
+        "lazy-logits",
+        "frameworks",
+    ),
+    "More of it": ("longer-contexts", "shared-prompts", "many-devices", "planning", "sampler"),
+    "Know it": ("benchmarks", "kernels", "reliability", "faq", "limits"),
+    "Look it up": ("api", "changelog"),
+}
+_IMAGE = re.compile(r"^!\[([^\]]*)\]\((pictures/\w+\.svg)\)$", re.M)
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
+    app.connect("source-read", _completed)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def _completed(app: Sphinx, name: str, source: list[str]) -> None:
+    """The page as the site has it."""
+    text = _IMAGE.sub(_inlined, source[0])
+    if name == "index":
+        text += "".join(_toctree(caption, pages) for caption, pages in NAVIGATION.items())
+    elif name == "objectives":
+        found = sorted(path.stem for path in (DOCS / "objectives").glob("*.md"))
+        text += _toctree("", [f"objectives/{stem}" for stem in found])
+    elif name.startswith("objectives/"):
+        text = curve_pictures.added(text)
+    elif name == "api":
+        text += api_pages.text()
+    elif name == "changelog" and (DOCS.parent / "CHANGELOG.md").exists():
+        text = (DOCS.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    source[0] = report_pictures.added(text)
+
+
+def _toctree(caption: str, pages: Any) -> str:
+    there = [page for page in pages if (DOCS / f"{page}.md").exists()]
+    head = ["", "", "```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), ""]
+    return "\n".join([*head, *there, "```", ""])
+
+
+def _inlined(found: re.Match[str]) -> str:
+    """In the page its colours are the page's."""
+    alt, name = found.groups()
+    svg = (DOCS / name).read_text(encoding="utf-8")
+    body = re.sub(r"\n\s*", " ", svg[svg.index("<svg") :])
+    return f'<figure class="picture" role="img" aria-label="{alt}">{body}</figure>'
+
+
+def _inline(writer: Any, node: Any) -> None:
+    writer.body.append(mathml(node.astext(), "inline"))
+
+
+def _block(writer: Any, node: Any) -> None:
+    writer.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
+    from docutils.nodes import SkipNode
+
+    raise SkipNode
+
+
+def mathml(latex: str, display: str) -> str:
+    return convert(latex, display=display).replace(r"\_", "_")
