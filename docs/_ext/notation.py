@@ -9,11 +9,6 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_GREEK = {
-    **{chr(0x3B1 + i): name for i, name in enumerate("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho varsigma sigma tau upsilon phi chi psi omega".split())},
-    "Δ": "Delta",
-    "Σ": "sum",
-}  # fmt: skip
 _SIGNS = {
     "·": r" \cdot ",
     "±": r" \pm ",
@@ -169,8 +164,14 @@ def _base(name: str) -> str:
 
 def _letter(letter: str) -> str:
     bare = letter[0]
-    shown = rf"\{_GREEK[bare]} " if bare in _GREEK else bare
+    shown = bare if bare.isascii() else rf"\{_greek(bare)} "
     return rf"\hat{{{shown.strip()}}}" if len(letter) > 1 else shown
+
+
+def _greek(letter: str) -> str:
+    """The command, by the letter's name: lambda is LAMDA there."""
+    name = unicodedata.name(letter).rpartition(" ")[2].lower().replace("lamda", "lambda")
+    return {"Σ": "sum"}.get(letter) or (name.capitalize() if letter.isupper() else name)
 
 
 def _below(low: str) -> str:

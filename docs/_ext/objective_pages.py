@@ -40,7 +40,7 @@ absent, and returns one loss per row: the mean is the caller's. Gradient flows i
 marked `∂`; the others are constants. Shapes: `B` pairs, `N` rows, `G` groups, `T` positions, `K`
 models or words, `P` positions of `V` words, `M` and `U` rows of other kinds, `C`, `D`, `E` widths.
 $\\sigma$ is the logistic function, $\\mathrm{sg}(x)$ is $x$ without gradient, $\\exp^{+}(x)$ is
-$e^{\\min(x, 40)}$, and $L(z; t) = -t \\cdot \\log \\sigma(z) - (1 - t) \\cdot \\log \\sigma(-z)$."""
+$e^{\\min(x, 40)}$; $L(z; t)$ is $-t \\cdot \\log \\sigma(z) - (1 - t) \\cdot \\log \\sigma(-z)$."""
 
 
 def pages() -> dict[str, str]:

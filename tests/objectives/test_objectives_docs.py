@@ -1,9 +1,10 @@
 """The table as text: nothing missing, nothing stale."""
 
 import re
-import sys
 from pathlib import Path
 
+import notation
+import objective_pages
 import pytest
 from torch import Tensor
 
@@ -12,11 +13,6 @@ from fastpo.objectives import _describe, _registry, describe
 from fastpo.objectives._registry import lookup, quantities_of
 
 DOCS = Path(__file__).parents[2] / "docs"
-sys.path.insert(0, str(DOCS / "_ext"))
-
-import notation
-import objective_pages
-
 KEYS = objectives.available()
 PAGES = objective_pages.pages()
 HEADING = re.compile(r"^#{2,3} (\w+)$", re.M)
@@ -66,7 +62,7 @@ def test_notation(text, shown):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_formula_is_whole(key):
-    """Spans of mathematics are closed, and so are their braces; no sign of the docstring is left."""
+    """Spans of mathematics are closed, and so are their braces; no other sign is left."""
     shown = objective_pages.formula(lookup(key))
     spans = re.findall(r"\$(.*?)\$", shown)
     assert shown.count("$") == 2 * len(spans)
