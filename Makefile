@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 REAL := $(VENV)/real
+SITE := $(VENV)/docs
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo demo-real test fuzz lint format triton cuda bench figures gpu gpu-wheels matrix frameworks clean
+.PHONY: setup demo demo-real test fuzz lint format docs triton cuda bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -86,6 +87,14 @@ frameworks: $(READY)
 	    --out benchmarks/results/frameworks_$$name.json; \
 	done
 	$(BIN)/fastpo bench readme docs/frameworks.md
+
+# The site in build/site, without a network; a warning is an error.
+$(SITE): $(READY)
+	$(BIN)/pip install -q -c constraints.txt 'fastpo[docs]'
+	touch $(SITE)
+
+docs: $(SITE)
+	$(BIN)/python -m sphinx -q -E -a -W --keep-going -b html docs build/site
 
 # The gate of the kernels once more, with the Triton that torch 2.11 brings.
 TRITON := 3.6.0
