@@ -20,8 +20,8 @@ T* pointer(uintptr_t address) {
 
 ForwardTile forward_tile(uintptr_t tile, int64_t tile_stride, int64_t n, int64_t v, int64_t first,
                          uintptr_t labels, uintptr_t bias, uintptr_t state, int64_t state_stride,
-                         float inner, float cap, int stats, uintptr_t kept, int kept_dtype,
-                         int64_t kept_stride, uintptr_t anchors, bool fold_cap) {
+                         float inner, float cap, uintptr_t inverse, int stats, uintptr_t kept,
+                         int kept_dtype, int64_t kept_stride, uintptr_t anchors, bool fold_cap) {
   return {pointer<const float>(tile),
           tile_stride,
           n,
@@ -31,7 +31,7 @@ ForwardTile forward_tile(uintptr_t tile, int64_t tile_stride, int64_t n, int64_t
           pointer<const float>(bias),
           pointer<float>(state),
           state_stride,
-          {inner, cap},
+          {inner, cap, pointer<const double>(inverse)},
           stats,
           pointer<void>(kept),
           static_cast<DType>(kept_dtype),
@@ -43,8 +43,8 @@ ForwardTile forward_tile(uintptr_t tile, int64_t tile_stride, int64_t n, int64_t
 BackwardTile backward_tile(uintptr_t source, int source_dtype, int64_t source_stride,
                            uintptr_t anchors, int64_t n, int64_t v, int64_t first, uintptr_t labels,
                            uintptr_t bias, uintptr_t grads, int64_t grads_stride, float inner,
-                           float cap, float factor, bool entropy_grad, uintptr_t out, int out_dtype,
-                           int64_t out_stride) {
+                           float cap, uintptr_t inverse, float factor, bool entropy_grad,
+                           uintptr_t out, int out_dtype, int64_t out_stride) {
   return {pointer<const void>(source),
           static_cast<DType>(source_dtype),
           source_stride,
@@ -56,7 +56,7 @@ BackwardTile backward_tile(uintptr_t source, int source_dtype, int64_t source_st
           pointer<const float>(bias),
           pointer<const float>(grads),
           grads_stride,
-          {inner, cap},
+          {inner, cap, pointer<const double>(inverse)},
           factor,
           entropy_grad,
           pointer<void>(out),
@@ -65,11 +65,12 @@ BackwardTile backward_tile(uintptr_t source, int source_dtype, int64_t source_st
 }
 
 PairSide pair_side(uintptr_t tile, int64_t tile_stride, uintptr_t bias, float inner, float cap,
-                   float factor, uintptr_t out, int out_dtype, int64_t out_stride) {
+                   uintptr_t inverse, float factor, uintptr_t out, int out_dtype,
+                   int64_t out_stride) {
   return {pointer<const float>(tile),
           tile_stride,
           pointer<const float>(bias),
-          {inner, cap},
+          {inner, cap, pointer<const double>(inverse)},
           factor,
           pointer<void>(out),
           static_cast<DType>(out_dtype),
@@ -103,20 +104,20 @@ void bind_tiles(py::module_& m) {
   py::class_<ForwardTile>(m, "ForwardTile")
       .def(py::init(&forward_tile), py::kw_only(), arg("tile"), arg("tile_stride"), arg("n"),
            arg("v"), arg("first"), arg("labels"), arg("bias"), arg("state"), arg("state_stride"),
-           arg("inner"), arg("cap"), arg("stats"), arg("kept"), arg("kept_dtype"),
+           arg("inner"), arg("cap"), arg("inverse"), arg("stats"), arg("kept"), arg("kept_dtype"),
            arg("kept_stride"), arg("anchors"), arg("fold_cap"));
   py::class_<BackwardTile>(m, "BackwardTile")
       .def(py::init(&backward_tile), py::kw_only(), arg("source"), arg("source_dtype"),
            arg("source_stride"), arg("anchors"), arg("n"), arg("v"), arg("first"), arg("labels"),
-           arg("bias"), arg("grads"), arg("grads_stride"), arg("inner"), arg("cap"), arg("factor"),
-           arg("entropy_grad"), arg("out"), arg("out_dtype"), arg("out_stride"));
+           arg("bias"), arg("grads"), arg("grads_stride"), arg("inner"), arg("cap"), arg("inverse"),
+           arg("factor"), arg("entropy_grad"), arg("out"), arg("out_dtype"), arg("out_stride"));
 }
 
 void bind_pairs(py::module_& m) {
   using py::arg;
   py::class_<PairSide>(m, "PairSide")
       .def(py::init(&pair_side), py::kw_only(), arg("tile"), arg("tile_stride"), arg("bias"),
-           arg("inner"), arg("cap"), arg("factor"), arg("out"), arg("out_dtype"),
+           arg("inner"), arg("cap"), arg("inverse"), arg("factor"), arg("out"), arg("out_dtype"),
            arg("out_stride"));
   py::class_<PairTile>(m, "PairTile")
       .def(py::init([](const PairSide& student, const PairSide& teacher, int64_t n, int64_t v,

@@ -18,14 +18,18 @@ def linear_logps(
     labels: Tensor,  # [...] int64 in [0, V) or ignore_index
     *,
     bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
 ) -> TokenStats:
     """All statistics of `fastpo.linear_logps`, in the dtype of the inputs, by autograd."""
-    z = _logits(hidden, weight, bias, softcap, logit_scale) / temperature
+    z = _logits(hidden, weight, bias, softcap, logit_scale) / _per_row(temperature)
     return _statistics(z, labels, ignore_index)
+
+
+def _per_row(temperature: float | Tensor) -> float | Tensor:
+    return temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
 
 
 def _logits(
@@ -155,20 +159,21 @@ def linear_divergence(
     alpha: float = 0.5,
     bias: Tensor | None = None,  # [V]
     teacher_bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
+    teacher_temperature: float | Tensor | None = None,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
 ) -> DivergenceStats:
     """`fastpo.linear_divergence` in the dtype of the inputs, by autograd, into the teacher too."""
-    z = _logits(hidden, weight, bias, softcap, logit_scale) / temperature
+    z = _logits(hidden, weight, bias, softcap, logit_scale) / _per_row(temperature)
     other = _logits(
         teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale
     )
     s = torch.log_softmax(z, -1)
-    t = torch.log_softmax(other / (teacher_temperature or temperature), -1)
+    tempered = temperature if teacher_temperature is None else teacher_temperature
+    t = torch.log_softmax(other / _per_row(tempered), -1)
     p, q = s.exp(), t.exp()
     limits = {("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl"}
     limits |= {("alpha", 1.0): "forward_kl", ("alpha", 0.0): "reverse_kl"}

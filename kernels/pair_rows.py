@@ -17,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._blocks import row_blocks
-from .rows import FIXED_ROUNDING, LOG_FLOOR, _check_unit_columns, _exp, _exp_of_row, _logits, _max
+from .rows import (
+    FIXED_ROUNDING,
+    LOG_FLOOR,
+    _check_unit_columns,
+    _exp,
+    _exp_of_row,
+    _logits,
+    _max,
+    _tempered,
+)
 from .rows import LOWEST as ORIGIN
 
 # The rows of `state`, `constants` and `factors`; see fastpo/ops/rows/pair/backend.py.
@@ -64,6 +73,8 @@ def pair_softmaxes_kernel(
     t_ptr,  # [n, width] float32
     s_bias_ptr,  # [width] float32, from the tiles' first word on, or None
     t_bias_ptr,
+    s_inverse_ptr,  # [n] float64, or None
+    t_inverse_ptr,
     state_ptr,  # [6, n] float32
     width,
     s_stride,
@@ -83,6 +94,7 @@ def pair_softmaxes_kernel(
     n = tl.program_id(0).to(tl.int64)
     s_ptr += n * s_stride
     t_ptr += n * t_stride
+    s_post, t_post = _tempered(s_post, s_inverse_ptr, n), _tempered(t_post, t_inverse_ptr, n)
     state_ptr += n
     m = tl.load(state_ptr + MAX * stride_state)
     mass = tl.load(state_ptr + MASS * stride_state)
@@ -165,6 +177,8 @@ def pair_values_kernel(
     t_ptr,  # [n, width] float32
     s_bias_ptr,  # [width] float32, from the tiles' first word on, or None
     t_bias_ptr,
+    s_inverse_ptr,  # [n] float64, or None
+    t_inverse_ptr,
     constants_ptr,  # [4, n] float32
     sums_ptr,  # [3, n] float64
     width,
@@ -187,6 +201,7 @@ def pair_values_kernel(
     n = tl.program_id(0).to(tl.int64)
     s_ptr += n * s_stride
     t_ptr += n * t_stride
+    s_post, t_post = _tempered(s_post, s_inverse_ptr, n), _tempered(t_post, t_inverse_ptr, n)
     sums_ptr += n
     s_shift, s_log_mass, t_shift, t_log_mass = _constants(constants_ptr + n, stride_constants)
     # float32 within the tile; promoted where they join the float64 sums.
@@ -225,6 +240,8 @@ def pair_gradients_kernel(
     t_ptr,  # [n, width] float32
     s_bias_ptr,  # [width] float32, from the tiles' first word on, or None
     t_bias_ptr,
+    s_inverse_ptr,  # [n] float64, or None
+    t_inverse_ptr,
     constants_ptr,  # [4, n] float32
     factors_ptr,  # [3, n] float32
     s_out_ptr,  # [n, width], or None
@@ -258,6 +275,7 @@ def pair_gradients_kernel(
     read = v < tl.where(grad == 0, 0, width)
     s_ptr += n * s_stride
     t_ptr += n * t_stride
+    s_post, t_post = _tempered(s_post, s_inverse_ptr, n), _tempered(t_post, t_inverse_ptr, n)
     u = _logits(s_ptr, s_bias_ptr, v, read, s_scale, S_SOFTCAP)
     s = _max((u * s_post - s_shift) - s_log_mass, LOWEST)
     t_u = _logits(t_ptr, t_bias_ptr, v, read, t_scale, T_SOFTCAP)
@@ -266,10 +284,12 @@ def pair_gradients_kernel(
     _, ds, dt = _terms(s, t, p, q, s_weight, t_weight, scale, KIND)
     total_ptr = factors_ptr + TOTAL * stride_factors
     if s_out_ptr is not None:
+        s_factor = _tempered(s_factor, s_inverse_ptr, n)
         dx = _dproducts(ds, p, u, total_ptr, grad, s_factor, S_SOFTCAP)
         tl.store(s_out_ptr + n * s_stride_out + v, dx, mask=v < width)
     if t_out_ptr is not None:
         total_ptr += stride_factors
+        t_factor = _tempered(t_factor, t_inverse_ptr, n)
         dx = _dproducts(dt, q, t_u, total_ptr, grad, t_factor, T_SOFTCAP)
         tl.store(t_out_ptr + n * t_stride_out + v, dx, mask=v < width)
 
@@ -281,8 +301,9 @@ class PairSide(NamedTuple):
     bias: Tensor | None  # [V] float32
     scale: float  # inside the soft-cap's tanh
     post: float  # z = post·x, or post·tanh(scale·x)
+    inverse: Tensor | None  # [n] float64, multiplies z of each row
     softcap: bool
-    factor: float  # dz/dx without the soft-cap
+    factor: float  # dz/dx without the soft-cap and `inverse`
 
 
 class PairTerms(NamedTuple):
@@ -376,12 +397,14 @@ def pair_gradients(
 
 def _operands(sides: Sides, first: int) -> dict[str, object]:
     """What all three kernels read the tiles with."""
-    _check_unit_columns(*(side.tile for side in sides), *(side.bias for side in sides))
+    for side in sides:
+        _check_unit_columns(side.tile, side.bias, side.inverse)
     found: dict[str, object] = {"width": sides[0].tile.shape[1]}
     for name, side in zip(("s", "t"), sides, strict=True):
         found[f"{name}_ptr"] = side.tile
         found[f"{name}_stride"] = side.tile.stride(0)
         found[f"{name}_bias_ptr"] = None if side.bias is None else side.bias[first:]
+        found[f"{name}_inverse_ptr"] = side.inverse
         found[f"{name}_scale"], found[f"{name}_post"] = side.scale, side.post
         found[f"{name.upper()}_SOFTCAP"] = side.softcap
     return found

@@ -94,6 +94,14 @@ def _logits(row_ptr, bias_ptr, v, mask, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _tempered(number, inverse_ptr, n):
+    """Over the row's own temperature, where rows have one."""
+    if inverse_ptr is not None:
+        number = (number * tl.load(inverse_ptr + n)).to(tl.float32)
+    return number
+
+
+@triton.jit
 def _column(labels_ptr, n, first, width):
     """Column of the row's label, clamped to [-1, width] before it becomes int32.
 
@@ -119,6 +127,7 @@ def rows_fwd_kernel(
     scale,
     post,
     headroom,
+    inverse_ptr,  # [n] float64, or None
     WITH_MOMENT: tl.constexpr,
     WITH_SQUARES: tl.constexpr,
     WITH_SUM: tl.constexpr,
@@ -131,6 +140,7 @@ def rows_fwd_kernel(
     n = tl.program_id(0).to(tl.int64)
     row_ptr = tile_ptr + n * stride_tile
     state_ptr += n
+    post = _tempered(post, inverse_ptr, n)
     m = tl.load(state_ptr + MAX * stride_state)
     others = tl.load(state_ptr + OTHERS * stride_state)
     if WITH_MOMENT:
@@ -215,6 +225,7 @@ def rows_bwd_kernel(
     scale,
     post,
     factor,
+    inverse_ptr,  # [n] float64, or None
     SOFTCAP: tl.constexpr,
     ENTROPY_GRAD: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -223,6 +234,8 @@ def rows_bwd_kernel(
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_ptr = source_ptr + n * stride_source
     grads_ptr += n
+    post = _tempered(post, inverse_ptr, n)
+    factor = _tempered(factor, inverse_ptr, n)
     shift = tl.load(grads_ptr + SHIFT * stride_grads)
     log_mass = tl.load(grads_ptr + LOG_MASS * stride_grads)
     common = tl.load(grads_ptr + COMMON * stride_grads) * factor
@@ -265,6 +278,7 @@ def rows_fwd(
     *,
     scale: float,  # inside the soft-cap's tanh
     post: float,  # z = post·x, or post·tanh(scale·x)
+    inverse: Tensor | None,  # [n] float64, multiplies z of each row
     softcap: bool,
     stats: int,  # bits, see rows_fwd_kernel's WITH_ flags in their order
     headroom: float,
@@ -273,7 +287,7 @@ def rows_fwd(
     n, width = tile.shape
     if n == 0:
         return
-    _check_unit_columns(tile, labels, bias, state, kept, anchors)
+    _check_unit_columns(tile, labels, bias, state, kept, anchors, inverse)
     blocks = row_blocks(width)
     with torch.cuda.device_of(tile):
         rows_fwd_kernel[(n,)](
@@ -291,6 +305,7 @@ def rows_fwd(
             scale,
             post,
             headroom,
+            inverse,
             WITH_MOMENT=bool(stats & 1),
             WITH_SQUARES=bool(stats & 2),
             WITH_SUM=bool(stats & 4),
@@ -314,14 +329,15 @@ def rows_bwd(
     *,
     scale: float,
     post: float,
-    factor: float,  # dz/dx without the soft-cap
+    inverse: Tensor | None,  # [n] float64
+    factor: float,  # dz/dx without the soft-cap and `inverse`
     softcap: bool,
     entropy_grad: bool,
 ) -> None:
     n, width = source.shape
     if n == 0:
         return
-    _check_unit_columns(source, anchors, labels, bias, grads, out)
+    _check_unit_columns(source, anchors, labels, bias, grads, out, inverse)
     blocks = row_blocks(width)
     with torch.cuda.device_of(source):
         rows_bwd_kernel[(n, triton.cdiv(width, blocks.v))](
@@ -339,6 +355,7 @@ def rows_bwd(
             scale,
             post,
             factor,
+            inverse,
             SOFTCAP=softcap,
             ENTROPY_GRAD=entropy_grad,
             BLOCK_V=blocks.v,

@@ -22,7 +22,7 @@ struct RowGrads {
 
 inline RowGrads row_grads(const BackwardTile& t, int64_t row) {
   const auto field = [&](int k) { return t.grads[k * t.grads_stride + row]; };
-  const double factor = t.factor;
+  const double factor = t.map.tempered(t.factor, row);
   return {field(fastpo::kShift), field(fastpo::kLogMass), field(fastpo::kCommon) * factor,
           t.entropy_grad ? field(fastpo::kEntropy) * factor : 0.0, field(fastpo::kLabel)};
 }
@@ -40,7 +40,8 @@ struct FromProducts {
   Float shift, log_mass, common, entropy;
 
   FromProducts(const BackwardTile& t, const RowGrads& g, int64_t row)
-      : logits(t.map, t.bias, t.first, static_cast<const float*>(t.source) + row * t.source_stride),
+      : logits(t.map.of_row(row), t.bias, t.first,
+               static_cast<const float*>(t.source) + row * t.source_stride),
         shift(S::set(g.shift)),
         log_mass(S::set(g.log_mass)),
         common(S::set(static_cast<float>(g.common))),
@@ -94,7 +95,7 @@ struct FromKeptLog {
       : kept(static_cast<const Kept*>(t.source) + row * t.source_stride),
         common(S::set(static_cast<float>(g.common))),
         entropy(S::set(static_cast<float>(g.entropy))),
-        cap(t.map.cap) {
+        cap(t.map.of_row(row).cap) {
     const double log_unit = ::log(static_cast<double>(kUnit<Kept>));
     const double log_p = kept_shift(t, g, row) - log_unit;
     log_scale = S::set(static_cast<float>(log_p));

@@ -183,7 +183,7 @@ inline Target<Kept> make_target(const ForwardTile& t, int64_t row, float m) {
 template <class S, bool kCap, bool kStats, class Kept>
 [[gnu::flatten]] void forward_row(const ForwardTile& t, int64_t row) {
   float* state = t.state + row;
-  const Logits<S, kCap> logits(t.map, t.bias, t.first, t.tile + row * t.tile_stride);
+  const Logits<S, kCap> logits(t.map.of_row(row), t.bias, t.first, t.tile + row * t.tile_stride);
   const Split split = split_at(t.labels[row], t.first, t.v);
   const float m = fold_peaks(t, logits, split, state);
   const Target<Kept> target = make_target<Kept>(t, row, m);

@@ -44,8 +44,9 @@ template <class S, class Use>
 inline auto with_logits(const PairTile& t, int side, int64_t row, Use&& use) {
   const PairSide& head = t.sides[side];
   const float* x = head.tile + row * head.tile_stride;
-  if (head.map.cap > 0) return use(Logits<S, true>(head.map, head.bias, t.first, x));
-  return use(Logits<S, false>(head.map, head.bias, t.first, x));
+  const LogitMap map = head.map.of_row(row);
+  if (head.map.cap > 0) return use(Logits<S, true>(map, head.bias, t.first, x));
+  return use(Logits<S, false>(map, head.bias, t.first, x));
 }
 
 template <class S, bool kCap>
@@ -275,8 +276,8 @@ void pair_gradients_row(const PairGradients& t, int64_t row) {
     for (int i = 0; i < 2; ++i) {
       const PairSide& side = t.sides[i];
       if (side.out == nullptr) continue;
-      turn(block, i, factor(fastpo::kPairTotal + i), grad * side.factor);
-      if (side.map.cap > 0) cap_slope(block, i, side.map.cap);
+      turn(block, i, factor(fastpo::kPairTotal + i), grad * side.map.tempered(side.factor, row));
+      if (side.map.cap > 0) cap_slope(block, i, side.map.of_row(row).cap);
       write_gradient(side, row, block, block.df[i]);
     }
   });

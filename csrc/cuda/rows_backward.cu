@@ -14,8 +14,9 @@ struct RowGrads {
 
 __device__ inline RowGrads row_grads(const BackwardTile& t, int64_t row) {
   const auto field = [&](int k) { return t.grads[k * t.grads_stride + row]; };
-  return {field(fastpo::kShift), field(fastpo::kLogMass), field(fastpo::kCommon) * t.factor,
-          t.entropy_grad ? field(fastpo::kEntropy) * t.factor : 0.0f, field(fastpo::kLabel)};
+  const float factor = t.map.tempered(t.factor, row);
+  return {field(fastpo::kShift), field(fastpo::kLogMass), field(fastpo::kCommon) * factor,
+          t.entropy_grad ? field(fastpo::kEntropy) * factor : 0.0f, field(fastpo::kLabel)};
 }
 
 // From raw products.
@@ -25,7 +26,7 @@ struct FromProducts {
   RowGrads g;
 
   __device__ FromProducts(const BackwardTile& t, const RowGrads& grads, int64_t row)
-      : logits{t.map, t.bias == nullptr ? nullptr : t.bias + t.first,
+      : logits{t.map.of_row(row), t.bias == nullptr ? nullptr : t.bias + t.first,
                static_cast<const float*>(t.source) + row * t.source_stride},
         g(grads) {}
 
@@ -64,7 +65,7 @@ struct FromKept {
         log_scale(static_cast<float>(static_cast<double>(t.anchors[row]) - grads.shift -
                                      grads.log_mass - kLogUnit)),
         scale(expf(log_scale)),
-        cap(t.map.cap) {}
+        cap(t.map.of_row(row).cap) {}
 
   __device__ const Kept* source() const { return kept; }
 

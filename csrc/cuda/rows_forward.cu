@@ -142,7 +142,7 @@ template <bool kCap, bool kStats, class Kept>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const ForwardTile t) {
   const int64_t row = blockIdx.x;
   const float* bias = t.bias == nullptr ? nullptr : t.bias + t.first;
-  const Logits<kCap> logits{t.map, bias, t.tile + row * t.tile_stride};
+  const Logits<kCap> logits{t.map.of_row(row), bias, t.tile + row * t.tile_stride};
   const int64_t word = t.labels[row];
   // A label left of the tile is left of every column; the difference of any two words is exact.
   const int64_t label = word < t.first ? -1 : word - t.first;

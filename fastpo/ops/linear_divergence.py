@@ -16,6 +16,7 @@ from .rows import backend as R
 from .rows import registry
 from .rows.pair.backend import KINDS, Rule
 from .rows.torch import logits
+from .tiles.tiled import TileSource, tiled
 from .walks import divergence as walk
 from .walks.checks import (
     check_flag,
@@ -27,6 +28,7 @@ from .walks.checks import (
     check_whole,
     compute_dtype,
     given,
+    per_row,
     shape_of,
 )
 from .walks.derivatives import check_plain, first_derivatives
@@ -53,9 +55,9 @@ class DivergenceStats(NamedTuple):
 
 def linear_divergence(
     hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor,  # [V, H]
+    weight: Tensor | TileSource,  # [V, H]
     teacher_hidden: Tensor,  # [..., H']
-    teacher_weight: Tensor,  # [V, H']
+    teacher_weight: Tensor | TileSource,  # [V, H']
     *,
     kind: str,
     beta: float = 0.5,
@@ -63,8 +65,8 @@ def linear_divergence(
     mask: Tensor | None = None,  # [...] bool
     bias: Tensor | None = None,  # [V]
     teacher_bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
-    teacher_temperature: float | None = None,
+    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
+    teacher_temperature: float | Tensor | None = None,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -81,6 +83,7 @@ def linear_divergence(
         "alpha" (Σ q^α·p^{1-α} - 1)/(α·(α-1)), its limits at 0 and 1 the KLs; "tvd" ½·Σ|p - q|.
         No temperature² factor. beta in [0, 1] and alpha, finite, are read by their kind only.
     mask: False leaves a token out: 0, no gradient. None: all are scored.
+    temperature: of each token where it is a tensor, as in `linear_logps`.
     teacher_temperature: None: that of the student.
     teacher_grad: gradient into the teacher's tensors, too, where they require it.
     outputs: of divergence and entropy.
@@ -92,6 +95,7 @@ def linear_divergence(
     summed in float32 and rounded once. Raises ValueError for shapes, dtypes, devices and options.
     A NaN or infinite hidden state gives NaN in its row.
     """
+    weight, teacher_weight = tiled(weight), tiled(teacher_weight)
     everything = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask)
     check_plain("linear_divergence", everything)
     labels = _labels(hidden, mask)
@@ -100,8 +104,11 @@ def linear_divergence(
     _rule(kind, beta, alpha)
     check_names("outputs", outputs, _OUTPUTS)
     check_flag("teacher_grad", teacher_grad)
+    left_out = None if mask is None else _LEFT_OUT
+    number, inverse = per_row(temperature, labels, left_out)
     tempered = temperature if teacher_temperature is None else teacher_temperature
-    check_options(temperature, softcap, logit_scale, ("logps",), budget)
+    tempered, teacher_inverse = per_row(tempered, labels, left_out, "teacher_temperature")
+    check_options(number, softcap, logit_scale, ("logps",), budget)
     check_map(tempered, teacher_softcap, teacher_logit_scale, of="teacher_")
     if not teacher_grad:
         teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
@@ -112,15 +119,16 @@ def linear_divergence(
     )
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     options = (
-        *(float(temperature), softcap and float(softcap), float(logit_scale)),
+        *(float(number), softcap and float(softcap), float(logit_scale)),
         *(float(tempered), teacher_softcap and float(teacher_softcap), float(teacher_logit_scale)),
         *(kind, float(beta), float(alpha)),
-        *(None if mask is None else _LEFT_OUT, ",".join(outputs)),
+        *(left_out, ",".join(outputs)),
         *(compute_dtype(hidden), compute_dtype(teacher_hidden)),
         *(registry.choose(backend, hidden.device), budget if trained else 0),
     )
     with stays():
-        found = _Divergence.apply(labels.flatten(), options, *tensors)
+        rows = labels.flatten(), inverse, teacher_inverse
+        found = _Divergence.apply(*rows, options, *tensors)
     named = dict(zip(_OUTPUTS, found, strict=True))
     return DivergenceStats(**{name: named[name].view(labels.shape) for name in outputs})
 
@@ -135,6 +143,7 @@ _SCHEMA = (
 
 
 def _spec(
+    inverses: Any,  # of student and teacher, [N] or None
     *options: Any,  # as the schema has them
 ) -> DivergenceSpec:
     kind, beta, alpha, ignore_index, outputs, dtype, teacher_dtype, backend, budget = options[6:]
@@ -148,36 +157,39 @@ def _spec(
         head_grad=False,
         budget=0,
     )
-    maps = R.LogitMap(*options[:3]), R.LogitMap(*options[3:6])
+    student, teacher = (
+        R.LogitMap(*options[i : i + 3], inverse=inverse)
+        for i, inverse in zip((0, 3), inverses, strict=True)
+    )
     rule = _rule(kind, beta, alpha)
     dtypes = (dtype, teacher_dtype)
-    return DivergenceSpec(head, maps, dtypes, rule, tuple(outputs.split(",")), budget)
+    return DivergenceSpec(head, (student, teacher), dtypes, rule, tuple(outputs.split(",")), budget)
 
 
-def _forward(labels: Tensor, tensors: Any, *options: Any) -> tuple[Tensor, ...]:
-    return tuple(walk.forward(_operands(tensors), labels, _spec(*options)))
+def _forward(labels: Tensor, inverses: Any, tensors: Any, *options: Any) -> tuple[Tensor, ...]:
+    return tuple(walk.forward(_operands(tensors), labels, _spec(inverses, *options)))
 
 
 _forward_op = torch.library.custom_op(
     "fastpo::linear_divergence",
     _forward,
     mutates_args=(),
-    schema=f"(Tensor labels, Tensor?[] tensors, {_SCHEMA}) "
+    schema=f"(Tensor labels, Tensor?[] inverses, Tensor?[] tensors, {_SCHEMA}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_forward_op.register_fake
-def _(labels: Tensor, tensors: Any, *options: Any) -> tuple[Tensor, ...]:
-    return tuple(walk.fake_forward(_operands(tensors), labels, _spec(*options)))
+def _(labels: Tensor, inverses: Any, tensors: Any, *options: Any) -> tuple[Tensor, ...]:
+    return tuple(walk.fake_forward(_operands(tensors), labels, _spec(inverses, *options)))
 
 
 def _backward(
-    grad: Tensor, labels: Tensor, saved: Any, tensors: Any, needs: Any, *options: Any
+    grad: Tensor, labels: Tensor, inverses: Any, saved: Any, tensors: Any, needs: Any, *options: Any
 ) -> list[Tensor]:
     """Of each tensor, empty where it needs none."""
     operands, (constants, totals, kept) = _operands(tensors), saved
-    sides, spec = (needs[:3], needs[3:]), _spec(*options)
+    sides, spec = (needs[:3], needs[3:]), _spec(inverses, *options)
     found = walk.backward(grad, operands, labels, constants, totals, kept, spec, sides)
     grads: list[Tensor] = []
     for side, own in zip(found, operands, strict=True):
@@ -190,13 +202,15 @@ _backward_op = torch.library.custom_op(
     "fastpo::linear_divergence_backward",
     _backward,
     mutates_args=(),
-    schema="(Tensor grad, Tensor labels, Tensor[] saved, Tensor?[] tensors, bool[] needs, "
-    f"{_SCHEMA}) -> Tensor[]",
+    schema="(Tensor grad, Tensor labels, Tensor?[] inverses, Tensor[] saved, Tensor?[] tensors, "
+    f"bool[] needs, {_SCHEMA}) -> Tensor[]",
 )
 
 
 @_backward_op.register_fake
-def _(grad: Tensor, labels: Any, saved: Any, tensors: Any, needs: Any, *_: Any) -> list[Tensor]:
+def _(
+    grad: Tensor, labels: Any, inverses: Any, saved: Any, tensors: Any, needs: Any, *_: Any
+) -> list[Tensor]:
     pairs = zip(tensors, needs, strict=True)
     return [torch.empty_like(x) if need else grad.new_empty(0) for x, need in pairs]
 
@@ -207,15 +221,21 @@ def _traced(labels: Tensor) -> bool:
 
 
 class _Divergence(torch.autograd.Function):
-    """Of labels, options, then hidden, weight and bias of student and teacher."""
+    """Of labels, inverses, options, then hidden, weight and bias of student and teacher."""
 
     @staticmethod
     def forward(
-        ctx: Any, labels: Tensor, options: tuple, *tensors: Tensor | None
+        ctx: Any,
+        labels: Tensor,
+        inverse: Tensor | None,
+        teacher_inverse: Tensor | None,
+        options: tuple,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         run = _forward_op if _traced(labels) else _forward
-        divergence, entropy, *saved = run(labels, tensors, *options)
-        ctx.save_for_backward(labels, *saved, *tensors)
+        inverses = inverse, teacher_inverse
+        divergence, entropy, *saved = run(labels, inverses, tensors, *options)
+        ctx.save_for_backward(labels, *inverses, *saved, *tensors)
         ctx.options = options
         ctx.mark_non_differentiable(entropy)
         return divergence, entropy
@@ -224,12 +244,13 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         check_plain("linear_divergence", (grad,))
         labels, *saved = ctx.saved_tensors
-        saved, tensors = saved[:3], saved[3:]
-        needs = ctx.needs_input_grad[2:]
+        inverses, saved, tensors = saved[:2], saved[2:5], saved[5:]
+        needs = ctx.needs_input_grad[4:]
         run = _backward_op if _traced(labels) else _backward
-        found = run(grad, labels, saved, tensors, needs, *ctx.options)
+        found = run(grad, labels, inverses, saved, tensors, needs, *ctx.options)
         grads = tuple(x if need else None for x, need in zip(found, needs, strict=True))
-        return None, None, *first_derivatives("linear_divergence", grads, (grad, *tensors))
+        found = first_derivatives("linear_divergence", grads, (grad, *tensors))
+        return *(None,) * 4, *found
 
 
 def _operands(tensors: Any) -> list[Operands]:
@@ -238,7 +259,7 @@ def _operands(tensors: Any) -> list[Operands]:
 
 def linear_topk_divergence(
     hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor,  # [V, H]
+    weight: Tensor | TileSource,  # [V, H]
     teacher_ids: Tensor,  # [..., K] int64 in [0, V)
     teacher_logps: Tensor,  # [..., K] nats, over the whole vocabulary
     *,
@@ -261,6 +282,7 @@ def linear_topk_divergence(
 
     Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
     """
+    weight = tiled(weight)
     check_plain("linear_topk_divergence", (hidden, weight, bias, teacher_ids, teacher_logps, mask))
     labels = _labels(hidden, mask)
     check_tensors(hidden, weight, labels, bias)
@@ -308,7 +330,16 @@ def _listed_logps(
     z = logits(x, 0, None, logit_map)
     best = z.detach().argmax(-1, keepdim=True)
     words = torch.where(labels == _LEFT_OUT, labels, ids.gather(-1, best).squeeze(-1))
-    logps = linear_logps(hidden, weight, words, bias=bias, **vars(logit_map), **options).logps
+    logps = linear_logps(
+        hidden,
+        weight,
+        words,
+        bias=bias,
+        temperature=logit_map.temperature,
+        softcap=logit_map.softcap,
+        logit_scale=logit_map.logit_scale,
+        **options,
+    ).logps
     assert logps is not None
     return logps.unsqueeze(-1) + (z - z.gather(-1, best))
 

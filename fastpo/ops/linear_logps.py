@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .rows import backend as R
 from .rows import fastest
+from .tiles.tiled import Tiled, TileSource, tiled
 from .walks import forward as driver
-from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype
+from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype, per_row
 from .walks.derivatives import check_plain, first_derivatives, refused
 from .walks.lending import Loan
 from .walks.saving import stays
@@ -40,11 +41,11 @@ class TokenStats(NamedTuple):
 
 def linear_logps(
     hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor,  # [V, H]
+    weight: Tensor | TileSource,  # [V, H]
     labels: Tensor,  # [...] int64 in [0, V) or ignore_index
     *,
     bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
@@ -61,6 +62,11 @@ def linear_logps(
     whatever the other rows are, with and without gradient: on a CPU on every backend, on a GPU on
     "anchored" and "cutlass". On the others there cuBLAS chooses a kernel by the number of rows.
 
+    temperature: a tensor of any shape that broadcasts to the labels' gives each token its own, with
+        no gradient; what stands at ignored tokens is not read.
+    weight: a tile source, of a quantised head for one (`fastpo.tile_source`), makes words a tile at
+        a time and is frozen; "anchored" and "cutlass" run as "triton" on it.
+    bias: also what the field calls logit_bias or, as the logarithm of weights, class weights.
     ignore_index: rows with this label give 0 and receive no gradient. None: every row is scored,
         which on a GPU saves masking the hidden states.
     outputs: names of the `TokenStats` fields to compute.
@@ -80,9 +86,11 @@ def linear_logps(
     primitives where a gradient is differentiated again, in forward-mode AD and under torch.func's
     transforms. A NaN or infinite hidden state gives a NaN log-probability in its row.
     """
+    weight = tiled(weight)
     check_plain("linear_logps", (hidden, weight, labels, bias))
     check_tensors(hidden, weight, labels, bias)
-    check_options(temperature, softcap, logit_scale, outputs, budget, ignore_index)
+    number, inverse = per_row(temperature, labels, ignore_index)
+    check_options(number, softcap, logit_scale, outputs, budget, ignore_index)
     if backend is not None and not isinstance(backend, str):
         raise ValueError(f"backend: expected a name or None, got {backend!r}")
     grad = torch.is_grad_enabled()
@@ -93,7 +101,8 @@ def linear_logps(
             weight,
             bias,
             labels.reshape(-1),
-            float(temperature),
+            inverse,
+            float(number),
             None if softcap is None else float(softcap),
             float(logit_scale),
             ignore_index,
@@ -112,6 +121,7 @@ def linear_logps(
 
 def _spec(
     hidden: Tensor,
+    inverse: Tensor | None,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
@@ -125,7 +135,7 @@ def _spec(
     lends: bool,
 ) -> driver.HeadSpec:
     return driver.HeadSpec(
-        R.LogitMap(temperature, softcap, logit_scale),
+        R.LogitMap(temperature, softcap, logit_scale, inverse),
         ignore_index,
         tuple(outputs.split(",")),
         dtype,
@@ -145,6 +155,7 @@ def _forward_op(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    inverse: Tensor | None,  # [N] float64, 1/temperature
     temperature: float,
     softcap: float | None,
     logit_scale: float,
@@ -161,6 +172,7 @@ def _forward_op(
 ]:
     spec = _spec(
         hidden,
+        inverse,
         temperature,
         softcap,
         logit_scale,
@@ -174,6 +186,12 @@ def _forward_op(
         lends,
     )
     return tuple(driver.forward(hidden, weight, bias, labels, spec))  # type: ignore[return-value]
+
+
+@_forward_op.register_torch_dispatch(Tiled)
+def _(_: Any, func: Any, types: Any, args: tuple, kwargs: Any) -> tuple:
+    hidden, weight, bias, labels, *options = args
+    return tuple(driver.forward(hidden, weight, bias, labels, _spec(hidden, *options)))
 
 
 @_forward_op.register_vmap
@@ -193,6 +211,7 @@ def _backward_op(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    inverse: Tensor | None,
     saved: list[Tensor],
     needs: list[bool],
     temperature: float,
@@ -209,6 +228,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     spec = _spec(
         hidden,
+        inverse,
         temperature,
         softcap,
         logit_scale,
@@ -233,6 +253,7 @@ def _(
     weight: Tensor,
     bias: Any,
     labels: Any,
+    inverse: Any,
     saved: Any,
     needs: Any,
     *_: Any,
@@ -272,7 +293,7 @@ def _walk_back(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    hidden, weight, bias, labels, *options = inputs
+    hidden, weight, bias, labels, inverse, *options = inputs
     # Statistics are often only logged: without this their absent gradients arrive as zeros, and a
     # frozen head would recompute all logits for nothing.
     ctx.set_materialize_grads(False)
@@ -288,27 +309,27 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         fields.anchors,
         fields.direction,
     )
-    ctx.save_for_backward(hidden, weight, bias, labels, *output)
+    ctx.save_for_backward(hidden, weight, bias, labels, inverse, *output)
     ctx.options, ctx.loan = options, Loan()
 
 
 def _backward(ctx: Any, *results: Any) -> tuple:
     grads = driver.Forward(*results)
-    hidden, weight, bias, labels, *saved = ctx.saved_tensors
+    hidden, weight, bias, labels, inverse, *saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     given = [grads.logps, grads.entropy, grads.lse]
     check_plain("linear_logps", given)
     operands = (hidden, weight, bias)
     found: Any
     if type(driver.Forward(*saved).kept) is Tensor:
-        spec = _spec(hidden, *ctx.options)
+        spec = _spec(hidden, inverse, *ctx.options)
         found = _walk_back(given, *operands, labels, saved, needs, spec, ctx.loan)
     else:  # traced: an operator may not return memory of an argument
         *options, _ = ctx.options
-        found = _backward_op(given, *operands, labels, saved, needs, *options, False)
+        found = _backward_op(given, *operands, labels, inverse, saved, needs, *options, False)
     leaves = tuple(x if need else None for x, need in zip(found, needs, strict=True))
     leaves = first_derivatives("linear_logps", leaves, (*given, *operands))
-    return (*leaves, *(None for _ in range(1 + len(ctx.options))))
+    return (*leaves, *(None for _ in range(2 + len(ctx.options))))
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

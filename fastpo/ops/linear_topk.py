@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .rows import backend as R
 from .rows import registry
+from .tiles.tiled import TileSource, tiled
 from .walks import topk as walk
 from .walks.checks import (
     check_integer,
@@ -73,7 +74,7 @@ def sample_topk(
 
 def linear_topk(
     hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor,  # [V, H]
+    weight: Tensor | TileSource,  # [V, H]
     k: int,
     *,
     exclude: Tensor | None = None,  # [...] int64
@@ -90,6 +91,7 @@ def linear_topk(
     Of words with the same z the lowest comes first, on every device. Memory is that of
     `linear_logps` and [..., k]; the logits exist only as tiles.
 
+    weight: as in `linear_logps`.
     exclude: a word per token that is left out of its list, though not of the softmax; negative:
         none. The alternatives of arXiv:2312.16682 are drawn from such a list.
     mask: False leaves a token out: zeros, no gradient. None: all are scored.
@@ -101,6 +103,7 @@ def linear_topk(
     `exclude`) and, on a CPU, for an excluded word that is not there. RuntimeError when a named
     backend is missing. A NaN or infinite hidden state gives NaN in its row.
     """
+    weight = tiled(weight)
     check_plain("linear_topk", (hidden, weight, bias, exclude, mask))
     check_whole(hidden=hidden, **given(exclude=exclude, mask=mask))
     tokens = hidden.shape[:-1]

@@ -11,6 +11,7 @@ from torch import Tensor
 from .linear_logps import TokenStats
 from .rows import backend as R
 from .rows import registry
+from .tiles.tiled import TileSource, tiled
 from .walks import mixture
 from .walks.checks import (
     OUTPUTS,
@@ -27,7 +28,7 @@ from .walks.saving import stays
 
 def mixed_linear_logps(
     hiddens: Sequence[Tensor],  # M of [..., H_i] float32 / bfloat16 / float16
-    weights: Sequence[Tensor],  # M of [V, H_i]
+    weights: Sequence[Tensor | TileSource],  # M of [V, H_i]
     coefficients: Sequence[float] | Tensor,  # M, or [M], or per token [..., M]
     labels: Tensor,  # [...] int64 in [0, V) or ignore_index
     *,
@@ -56,6 +57,7 @@ def mixed_linear_logps(
     """
     heads = _count("hiddens", hiddens)
     _count("weights", weights)
+    weights = [tiled(weight) for weight in weights]
     biases = _one_per_head("biases", biases, heads, None)
     softcaps = _one_per_head("softcaps", softcaps, heads, None)
     logit_scales = _one_per_head("logit_scales", logit_scales, heads, 1.0)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from .linear_logps import TokenStats, linear_logps
-from .walks.checks import OUTPUTS, check_hidden, check_whole, given, shape_of
+from .walks.checks import OUTPUTS, check_hidden, check_whole, each_row, given, shape_of
 from .walks.derivatives import check_plain
 
 
@@ -17,7 +19,7 @@ def multi_head_logps(
     heads: Tensor,  # [...] int64 in [0, K)
     *,
     bias: Tensor | None = None,  # [K, V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
@@ -47,11 +49,17 @@ def multi_head_logps(
     words = labels.reshape(-1).index_select(0, order).split(sizes)
     # unbind, whose backward stacks; indexing would add K gradients of the size of all heads.
     biases = [None] * len(sizes) if bias is None else bias.unbind()
+    temperatures: Sequence[float | Tensor]
+    if isinstance(temperature, Tensor):
+        each = each_row(temperature, labels, ignore_index)
+        temperatures = each.reshape(-1).index_select(0, order).split(sizes)
+    else:
+        temperatures = [temperature] * len(sizes)
     groups = [
         linear_logps(
             *operands,
             bias=offset,
-            temperature=temperature,
+            temperature=own,
             softcap=softcap,
             logit_scale=logit_scale,
             ignore_index=ignore_index,
@@ -59,7 +67,9 @@ def multi_head_logps(
             budget=budget,
             backend=backend,
         )
-        for *operands, offset in zip(rows, weight.unbind(), words, biases, strict=True)
+        for *operands, offset, own in zip(
+            rows, weight.unbind(), words, biases, temperatures, strict=True
+        )
     ]
     return TokenStats(
         **{

@@ -16,14 +16,23 @@ from torch.distributed.tensor import DTensor, Shard
 from .linear_logps import TokenStats
 from .shards.gathered import HeadOptions, score, whole
 from .shards.tokens import Tokens, count
-from .walks.checks import check_flag, check_integer, check_kind, check_tensors, given, shape_of
+from .tiles.tiled import TileSource, tiled
+from .walks.checks import (
+    check_flag,
+    check_integer,
+    check_kind,
+    check_tensors,
+    given,
+    per_row,
+    shape_of,
+)
 from .walks.derivatives import check_plain
 from .walks.vocab_shard import VocabShard
 
 
 def vocab_parallel_logps(
     hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor,  # [words, H], or a DTensor [V, H] in shards of words
+    weight: Tensor | TileSource,  # [words, H], or a DTensor [V, H] in shards of words
     labels: Tensor,  # [...] int64 in [0, V) or ignore_index
     *,
     first: int | None = None,
@@ -31,7 +40,7 @@ def vocab_parallel_logps(
     group: dist.ProcessGroup | None = None,
     own_tokens: bool = False,
     bias: Tensor | None = None,  # [words], or a DTensor [V]
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
@@ -58,12 +67,15 @@ def vocab_parallel_logps(
     where shards do not make up [0, V) on a CPU, elsewhere log-probabilities are NaN then;
     RuntimeError without an initialised process group.
     """
+    weight = tiled(weight)
     check_plain("vocab_parallel_logps", (hidden, weight, labels, bias))
     check_kind(weight=weight, **given(bias=bias))
     check_flag("own_tokens", own_tokens)
     part = _part(weight, bias, first, vocab, group)
+    check_kind(labels=labels)
+    number, inverse = per_row(temperature, labels, ignore_index)
     options = HeadOptions(
-        temperature,
+        number,
         softcap,
         logit_scale,
         outputs,
@@ -76,10 +88,10 @@ def vocab_parallel_logps(
     check_tensors(hidden, part.weight, labels, part.bias)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if not own_tokens:
-        stats = score(rows, part.weight, part.bias, targets, options)
+        stats = score(rows, part.weight, part.bias, targets, options, inverse=inverse)
     else:
         tokens = count(len(rows), rows.device, part.shard.group)
-        stats = score_own(tokens, rows, part.weight, part.bias, targets, options)
+        stats = score_own(tokens, rows, part.weight, part.bias, targets, options, inverse)
     return TokenStats(**{name: getattr(stats, name).view(labels.shape) for name in outputs})
 
 
@@ -90,10 +102,13 @@ def score_own(
     bias: Tensor | None,
     labels: Tensor,  # [n]
     options: HeadOptions,
+    inverse: Tensor | None = None,  # [n]
 ) -> TokenStats:
     """`score` of the tokens of all processes, of which each gets its own."""
     everything = tokens.gather_hidden(hidden), weight, bias, tokens.gather(labels)
-    return TokenStats(*(None if x is None else tokens.own(x) for x in score(*everything, options)))
+    inverse = None if inverse is None else tokens.gather(inverse)
+    stats = score(*everything, options, inverse=inverse)
+    return TokenStats(*(None if x is None else tokens.own(x) for x in stats))
 
 
 def score_sharded(

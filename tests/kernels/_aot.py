@@ -42,7 +42,9 @@ OTHERS = (86, 89, 100, 120)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64", torch.float64: "*fp64"}
+ROWS = 16
 PLAIN, CAPPED = R.LogitMap(0.7), R.LogitMap(0.7, 30.0)
+OWN = R.LogitMap(1.0, 30.0, inverse=torch.ones(ROWS, dtype=torch.float64))
 ALL = sum(R.STATS.values())
 TRL = sum(R.STATS[name] for name in ("entropy", "mean_logits", "is_top1"))  # what its trainers ask
 
@@ -58,6 +60,7 @@ FORWARD = [
     (8191, True, CAPPED, ALL, None, False),
     (8191, True, CAPPED, ALL, FP16, True),
     (256, False, PLAIN, ALL, BF16, False),
+    (8192, False, OWN, ALL, BF16, True),
     (1, True, PLAIN, ALL, FP32, False),
 ]
 
@@ -71,6 +74,7 @@ BACKWARD = [
     (8191, True, CAPPED, None, True, FP16),
     (8191, False, CAPPED, FP32, True, FP32),
     (256, False, PLAIN, FP32, False, FP32),
+    (8192, False, OWN, None, True, BF16),
     (1, True, CAPPED, None, True, FP32),
 ]
 
@@ -93,6 +97,7 @@ ANCHORED = [
 PAIRS = [
     (8192, False, (PLAIN, PLAIN), (BF16, None)),
     (8191, True, (CAPPED, CAPPED), (FP32, FP16)),
+    (8192, False, (PLAIN, OWN), (BF16, BF16)),
 ]
 
 
@@ -137,7 +142,7 @@ def bound(name: str, kernel: triton.JITFunction, args: tuple, named: dict[str, o
 
 
 def launches() -> Iterator[Launch]:
-    n = 16
+    n = ROWS
     labels, numbers = torch.zeros(n, dtype=torch.int64), torch.zeros(n)
     for width, biased, logit_map, stats, dtype, fold in FORWARD:
         bias = torch.zeros(width) if biased else None
@@ -213,7 +218,7 @@ def pair_launches(
     maps: tuple[R.LogitMap, R.LogitMap],
     dtypes: tuple[torch.dtype | None, torch.dtype | None],
 ) -> Iterator[Launch]:
-    n = 16
+    n = ROWS
     bias, numbers = torch.zeros(width) if biased else None, torch.zeros(P.STATE, n)
     sides = tuple(P.Side(torch.empty(n, width), bias, logit_map) for logit_map in maps)
     outs = tuple(None if x is None else torch.empty(n, width, dtype=x) for x in dtypes)
@@ -234,7 +239,8 @@ def pair_launches(
 
 
 def _words(biased: bool, logit_map: R.LogitMap) -> str:
-    return ("bias " if biased else "") + ("softcap " if logit_map.softcap else "")
+    own = "temperatures " if logit_map.inverse is not None else ""
+    return ("bias " if biased else "") + ("softcap " if logit_map.softcap else "") + own
 
 
 def _short(dtype: torch.dtype | None) -> str:

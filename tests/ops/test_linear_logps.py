@@ -336,7 +336,7 @@ def test_compiles_into_one_graph(backend):
 def test_operator_registration():
     x = make_head(6, 50, 8, device=DEVICE).like(torch.float32)
     arguments = (
-        x.hidden, x.weight, None, x.labels, 1.0, None, 1.0, -100, "logps,entropy",
+        x.hidden, x.weight, None, x.labels, None, 1.0, None, 1.0, -100, "logps,entropy",
         torch.float32, "torch", True, True, None, True,
     )  # fmt: skip
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -29,10 +29,20 @@ constexpr float kLowest = -3.402823466e+38f;
 // float16 `kept` is anchored at 2^14 times the maximum, see `headroom` there.
 constexpr float kHalfHeadroom = 9.704060527839234f;
 
-// u = inner·(x + bias);  z = u, or cap·tanh(u) when cap > 0.
+// u = inner·(x + bias);  z = u, or cap·tanh(u) when cap > 0, times the row's own 1/temperature.
 struct LogitMap {
   float inner;
   float cap;
+  const double* inverse;  // [n] or null
+
+  constexpr float tempered(float x, int64_t row) const {
+    return inverse == nullptr ? x : static_cast<float>(x * inverse[row]);
+  }
+  // With the row's temperature in its numbers.
+  constexpr LogitMap of_row(int64_t row) const {
+    if (cap > 0) return {inner, tempered(cap, row), nullptr};
+    return {tempered(inner, row), cap, nullptr};
+  }
 };
 
 struct ForwardTile {

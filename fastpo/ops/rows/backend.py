@@ -18,7 +18,7 @@ the vocabulary poisons its own row and no other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -51,25 +51,41 @@ def filled_rows(values: Sequence[float], n: int, device: torch.device) -> Tensor
 
 @dataclass(frozen=True)
 class LogitMap:
-    """z = softcap(logit_scale·(x + bias)) / temperature, x the raw product."""
+    """z = softcap(logit_scale·(x + bias)) / temperature, x the raw product.
+
+    inverse: what z of each row is multiplied with in the place of 1/temperature, which is 1 then;
+        in float64, to be rounded once, as 1/temperature is.
+    """
 
     temperature: float = 1.0
     softcap: float | None = None
     logit_scale: float = 1.0
+    inverse: Tensor | None = None  # [n] float64
+
+    def rows(self, a: int, b: int) -> LogitMap:
+        """Of rows a to b."""
+        return self if self.inverse is None else replace(self, inverse=self.inverse[a:b])
+
+    def tempered(self, number: float, like: Tensor) -> Tensor | float:
+        """`number` over each row's own temperature, to multiply `like` [n] or [n, v] with."""
+        if self.inverse is None:
+            return number
+        numbers = (number * self.inverse).float()
+        return numbers if like.dim() == 1 else numbers.unsqueeze(1)
 
     @property
     def factor(self) -> float:
-        """dz/dx without the soft-cap."""
+        """dz/dx without the soft-cap and `inverse`."""
         return self.logit_scale / self.temperature
 
     @property
     def cap(self) -> float:
-        """The soft-cap in units of z; 0 when there is none."""
+        """The soft-cap in units of z, but for `inverse`; 0 when there is none."""
         return 0.0 if self.softcap is None else self.softcap / self.temperature
 
     def cap_slope(self, z: Tensor) -> Tensor | float:
         """What the soft-cap multiplies dz/dx with, from z itself."""
-        return 1.0 if self.softcap is None else 1.0 - (z / self.cap).square()
+        return 1.0 if self.softcap is None else 1.0 - (z / self.tempered(self.cap, z)).square()
 
 
 def headroom(dtype: torch.dtype) -> float:

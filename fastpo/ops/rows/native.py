@@ -45,6 +45,7 @@ def forward_tile(
     check_matrix(tile, n, v, torch.float32)
     check_fields(state, R.STATE, n)
     _check_words(labels, bias, first, n, v)
+    check_inverse(logit_map, n)
     if kept is not None:
         check_matrix(kept, n, v)
     _check_anchors(anchors, n, kept is not None)
@@ -60,6 +61,7 @@ def forward_tile(
         state_stride=state.stride(0),
         inner=inner(logit_map),
         cap=logit_map.cap,
+        inverse=address(logit_map.inverse),
         stats=stats,
         kept=address(kept),
         kept_dtype=0 if kept is None else DTYPES[kept.dtype],
@@ -87,6 +89,7 @@ def backward_tile(
     check_matrix(out, n, v)
     check_fields(grads, R.GRADS, n)
     _check_words(labels, bias, first, n, v)
+    check_inverse(logit_map, n)
     _check_anchors(anchors, n, anchors is not None)
     return BackwardTile(
         source=source.data_ptr(),
@@ -102,6 +105,7 @@ def backward_tile(
         grads_stride=grads.stride(0),
         inner=inner(logit_map),
         cap=logit_map.cap,
+        inverse=address(logit_map.inverse),
         factor=logit_map.factor,
         entropy_grad=entropy_grad,
         out=out.data_ptr(),
@@ -119,6 +123,11 @@ def inner(logit_map: R.LogitMap) -> float:
 
 def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def check_inverse(logit_map: R.LogitMap, n: int) -> None:
+    if logit_map.inverse is not None:
+        _check_vector(logit_map.inverse, n, torch.float64)
 
 
 def check_matrix(x: Tensor, n: int, v: int, dtype: torch.dtype | None = None) -> None:

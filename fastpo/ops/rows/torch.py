@@ -15,8 +15,9 @@ def unavailable(device: torch.device) -> str | None:
 def logits(tile: Tensor, first: int, bias: Tensor | None, logit_map: R.LogitMap) -> Tensor:
     x = tile if bias is None else tile + bias[first : first + tile.shape[1]]
     if logit_map.softcap is None:
-        return x * logit_map.factor
-    return torch.tanh(x * (logit_map.logit_scale / logit_map.softcap)) * logit_map.cap
+        return x * logit_map.tempered(logit_map.factor, x)
+    saturation = torch.tanh(x * (logit_map.logit_scale / logit_map.softcap))
+    return saturation * logit_map.tempered(logit_map.cap, x)
 
 
 def _columns(tile: Tensor, first: int, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,5 +95,7 @@ def backward(
         dz = dz - p * log_p * grads[R.ENTROPY].unsqueeze(1)
     if logit_map.softcap is not None:
         # A cell whose exponential underflowed has z = -inf here and p = 0.
-        dz = dz * logit_map.cap_slope(z.clamp_min(-logit_map.cap))
-    out.copy_(torch.where(column == label, grads[R.LABEL].unsqueeze(1), dz * logit_map.factor))
+        saturation = (z / logit_map.tempered(logit_map.cap, z)).clamp_min(-1.0)
+        dz = dz * (1.0 - saturation.square())
+    dx = dz * logit_map.tempered(logit_map.factor, dz)
+    out.copy_(torch.where(column == label, grads[R.LABEL].unsqueeze(1), dx))

@@ -6,6 +6,7 @@ Triton is imported by the first call, so that fastpo imports on a machine withou
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,12 +32,12 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def map_scalars(logit_map: R.LogitMap) -> dict[str, float | bool]:
-    """z = post·x, or post·tanh(scale·x)."""
+def map_arguments(logit_map: R.LogitMap) -> dict[str, Any]:
+    """z = post·inverse·x, or post·inverse·tanh(scale·x)."""
+    found: dict[str, Any] = {"inverse": logit_map.inverse, "softcap": logit_map.softcap is not None}
     if logit_map.softcap is None:
-        return {"scale": 1.0, "post": logit_map.factor, "softcap": False}
-    scale = logit_map.logit_scale / logit_map.softcap
-    return {"scale": scale, "post": logit_map.cap, "softcap": True}
+        return found | {"scale": 1.0, "post": logit_map.factor}
+    return found | {"scale": logit_map.logit_scale / logit_map.softcap, "post": logit_map.cap}
 
 
 def forward(
@@ -61,7 +62,7 @@ def forward(
         state,
         kept,
         anchors,
-        **map_scalars(logit_map),
+        **map_arguments(logit_map),
         stats=stats,
         headroom=0.0 if kept is None else R.headroom(kept.dtype),
         fold_cap=fold_cap,
@@ -89,7 +90,7 @@ def backward(
         bias,
         grads,
         out,
-        **map_scalars(logit_map),
+        **map_arguments(logit_map),
         factor=logit_map.factor,
         entropy_grad=entropy_grad,
     )

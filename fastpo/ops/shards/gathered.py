@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from threading import Lock
 from typing import Any
@@ -113,6 +113,7 @@ def score(
     options: HeadOptions,
     gather: Gather = gathered,
     adapter: tuple[Tensor, Tensor] | None = None,  # [N, r] and [V, r]
+    inverse: Tensor | None = None,  # [N] float64, 1/temperature of each token
 ) -> TokenStats:
     """`linear_logps`; `gather(weight, bias)` makes both readable.
 
@@ -131,6 +132,7 @@ def score(
             down, up = adapter
             hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
         spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad), weight)
+        spec = replace(spec, logit_map=replace(spec.logit_map, inverse=inverse))
         call = _Call(options.name, spec, gather, options.accumulate)
         with stays():
             results = _GatheredHead.apply(hidden, weight, bias, up, labels, call)

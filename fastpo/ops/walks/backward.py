@@ -64,13 +64,14 @@ def row_grads(head: Head, grads: dict[str, Tensor | None], saved: Forward) -> Te
     logps, shift, log_mass = map(compact, (saved.logps, saved.maximum, saved.log_mass))
     g, g_entropy, g_lse = (compact(grads[name]) for name in ("logps", "entropy", "lse"))
     entropy = compact(saved.entropy if saved.entropy.numel() else None)
-    logit_map = head.spec.logit_map
+    logit_map = head.logit_map
     target = compact(saved.target)
     # d loss / d z_v = p_v·(common - g_entropy·log p_v), and at the label + g
     common = g_lse - g - g_entropy * entropy
     log_p = logps.clamp_min(R.LOG_FLOOR)  # 0·(-inf) for a label whose bias is -inf would be NaN
     at_label = -g * torch.expm1(logps) + logps.exp() * (g_lse - g_entropy * (log_p + entropy))
-    at_label = at_label * logit_map.cap_slope(target) * logit_map.factor
+    at_label = at_label * logit_map.cap_slope(target)
+    at_label = at_label * logit_map.tempered(logit_map.factor, at_label)
     rows = torch.stack((shift, log_mass, common, g_entropy, at_label))
     if head.ignored is not None:
         # exp(z - inf) = 0 and zero coefficients: nothing of the row is left.
@@ -194,7 +195,7 @@ class BackwardWalk:
             head.labels[a:b],
             head.bias,
             self.grads[:, a:b],
-            head.spec.logit_map,
+            head.logit_map.rows(a, b),
             self.entropy_grad,
             out,
         )

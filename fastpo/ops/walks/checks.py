@@ -99,6 +99,50 @@ def check_map(temperature: float, softcap: float | None, logit_scale: float, of:
     check_number(f"{of}logit_scale", logit_scale, "a finite number")
 
 
+def per_row(
+    temperature: Any, labels: Tensor, ignore_index: int | None, name: str = "temperature"
+) -> tuple[Any, Tensor | None]:
+    """A number and None, or of a tensor 1.0 and 1/temperature of each token, [N] float64."""
+    if not isinstance(temperature, Tensor):
+        return temperature, None
+    return 1.0, each_row(temperature, labels, ignore_index, name).reciprocal_().reshape(-1)
+
+
+def each_row(
+    temperature: Tensor, labels: Tensor, ignore_index: int | None, name: str = "temperature"
+) -> Tensor:  # float64, of the shape of `labels`
+    """The temperature of each token, 1 where ignored.
+
+    On a CPU one that is not finite and > 0 raises; elsewhere it makes its row NaN, unread.
+    """
+    check_whole(**{name: temperature})
+    if not temperature.is_floating_point() or temperature.requires_grad:
+        got = "one with gradient" if temperature.requires_grad else temperature.dtype
+        raise ValueError(f"{name}: expected floating-point numbers without gradient, got {got}")
+    if temperature.device != labels.device:
+        raise ValueError(f"{name}: expected device {labels.device}, got {temperature.device}")
+    if not _broadcasts(temperature, labels):
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {shape_of(labels)}, "
+            f"got {shape_of(temperature)}"
+        )
+    rows = temperature.double().expand(labels.shape)
+    if ignore_index is not None:
+        rows = rows.masked_fill(labels == ignore_index, 1.0)
+    allowed = (rows > 0) & (rows < float("inf"))
+    if labels.device.type == "cpu" and not bool(allowed.all()):
+        place = tuple(x.item() for x in (~allowed).nonzero()[0])
+        raise ValueError(
+            f"{name}: expected finite numbers > 0, got {rows[place].item()} at token {place}"
+        )
+    return torch.where(allowed, rows, float("nan"))
+
+
+def _broadcasts(x: Tensor, labels: Tensor) -> bool:
+    sizes = zip(reversed(x.shape), reversed(labels.shape), strict=False)
+    return x.dim() <= labels.dim() and all(a in (1, b) for a, b in sizes)
+
+
 def check_budget(budget: Any) -> None:
     if budget is not None:
         check_integer("budget", budget, "bytes >= 0 or None", lambda x: x >= 0)

@@ -35,6 +35,7 @@ _PAIR_BYTES = 8  # of a word's two kept products
 class DivergenceSpec:
     """All that is not a tensor in one call.
 
+    head: what both have in common.  maps, dtypes: of the products of each.
     budget: bytes of products that may be kept for the backward; None: the planner's own.
     """
 
@@ -44,6 +45,11 @@ class DivergenceSpec:
     rule: P.Rule
     outputs: tuple[str, ...]
     budget: int | None
+
+    @property
+    def heads(self) -> list[HeadSpec]:
+        pairs = zip(self.maps, self.dtypes, strict=True)
+        return [replace(self.head, logit_map=own, compute_dtype=dtype) for own, dtype in pairs]
 
 
 class Saved(NamedTuple):
@@ -65,10 +71,10 @@ class _Heads:
 
     def __init__(self, operands: Sequence[Operands], labels: Tensor, spec: DivergenceSpec) -> None:
         self.heads = [
-            Head(x.hidden, x.weight, x.bias, labels, replace(spec.head, compute_dtype=dtype))
-            for x, dtype in zip(operands, spec.dtypes, strict=True)
+            Head(x.hidden, x.weight, x.bias, labels, one)
+            for x, one in zip(operands, spec.heads, strict=True)
         ]
-        self.maps, self.rule, self.first = spec.maps, spec.rule, self.heads[0]
+        self.rule, self.first = spec.rule, self.heads[0]
         self.rows = registry.pair_kernels(spec.head.backend)
         self.kept_tokens = _kept_tokens(len(self.first.hidden), operands[0].weight, spec)
 
@@ -87,10 +93,11 @@ class _Heads:
         K = self.kept_tokens
         return kept[i, K * v0 : K * v1].view(K, v1 - v0)[a:b]
 
-    def sides(self, tiles: Sequence[Tensor]) -> P.Sides:
+    def sides(self, tiles: Sequence[Tensor], a: int, b: int) -> P.Sides:
+        """Of rows a to b."""
         student, teacher = (
-            P.Side(tile, head.bias, logit_map)
-            for tile, head, logit_map in zip(tiles, self.heads, self.maps, strict=True)
+            P.Side(tile, head.bias, head.logit_map.rows(a, b))
+            for tile, head in zip(tiles, self.heads, strict=True)
         )
         return student, teacher
 
@@ -152,7 +159,8 @@ def _softmaxes(heads: _Heads, state: Tensor, kept: Tensor, entropy: bool, a: int
         words = heads.words(v0, v1)
         for c, d, keep in heads.parts(a, b):
             found = heads.fill(words, kept, v0, c, d) if keep else heads.products(words, c, d)
-            heads.rows.softmaxes(heads.sides(found), v0, state[:, c:d], heads.rule.over, entropy)
+            sides = heads.sides(found, c, d)
+            heads.rows.softmaxes(sides, v0, state[:, c:d], heads.rule.over, entropy)
 
 
 def _values(heads: _Heads, constants: Tensor, kept: Tensor, sums: Tensor, a: int, b: int) -> None:
@@ -162,7 +170,7 @@ def _values(heads: _Heads, constants: Tensor, kept: Tensor, sums: Tensor, a: int
                 tiles = [heads.kept(kept, i, v0, v1, c, d) for i in range(2)]
             else:
                 tiles = heads.products(heads.words(v0, v1), c, d)
-            sides = heads.sides(tiles)
+            sides = heads.sides(tiles, c, d)
             heads.rows.values(sides, v0, constants[:, c:d], heads.rule, sums[:, c:d])
 
 
@@ -269,7 +277,7 @@ class _Backward:
             student, teacher = (None if x is None else x[c - a : d - a] for x in dx)
             part = slice(c, d)
             heads.rows.gradients(
-                heads.sides(tiles),
+                heads.sides(tiles, c, d),
                 v0,
                 self.constants[:, part],
                 self.factors[:, part],

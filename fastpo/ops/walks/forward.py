@@ -108,7 +108,7 @@ def _fold(
         head.labels[a:b],
         head.bias,
         state[:, a:b],
-        spec.logit_map,
+        head.logit_map.rows(a, b),
         spec.stats,
         kept,
         anchors,
@@ -144,7 +144,7 @@ def _write_direction(
     head: Head, state: Tensor, weighted: Tensor, a: int, b: int, direction: Tensor
 ) -> None:
     """d logp / d hidden = dz/dx·(1 - p_y)·W_y - Σ over the others of p_v·dz/dx·W_v."""
-    logit_map = head.spec.logit_map
+    logit_map = head.logit_map.rows(a, b)
     # The clamp keeps the lookup inside the weight where a label is another process's, or nobody's:
     # then its log-probability is NaN.
     labels = head.labels[a:b]
@@ -153,7 +153,8 @@ def _write_direction(
     if head.spec.shard is not None:
         own = own.where(here == labels, 0)
     own = head.weight.index_select(0, here).float().mul_(own.unsqueeze(1))
-    direction[a:b] = head.sum_over_shards(own.sub_(weighted)).mul_(logit_map.factor)
+    own = head.sum_over_shards(own.sub_(weighted))
+    direction[a:b] = own.mul_(logit_map.tempered(logit_map.factor, own))
 
 
 def _scatter_direction(head: Head, direction: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ... import planner
 from ..rows import backend as R
 from ..rows import registry
+from ..tiles.tiled import Tiled
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard
@@ -44,12 +45,15 @@ class HeadSpec:
 
         The one place that chooses between this walk and the classic one, which has float32, which
         cuBLAS multiplies faster, float16, which holds no exponential above 2**16, soft-caps, whose
-        tanh is more than an epilogue can hide, and words that are not here as they are multiplied.
+        tanh is more than an epilogue can hide, temperatures of each row, and words that are not
+        here as they are multiplied.
         """
         served = self.compute_dtype == _ANCHORED_DTYPES.get(device.type)
         whole = isinstance(weight, Tensor) and self.shard is None
+        whole = whole and not isinstance(weight, Tiled)
         named = self.anchors and self.backend in ("anchored", "cutlass")
-        return named and served and whole and self.logit_map.softcap is None
+        plain = self.logit_map.softcap is None and self.logit_map.inverse is None
+        return named and served and whole and plain
 
     def plan(self, hidden: Tensor, weight: Tensor | Adapted) -> planner.Plan:
         return planner.make_plan(
@@ -162,7 +166,9 @@ class Head:
         # Kernels read memory, where a negated view has the other sign.
         self.bias = None if bias is None else bias.float().contiguous().resolve_neg()
         self.trained = weight.trained if isinstance(weight, Adapted) else slice(None)
-        self.spec = spec
+        self.spec, self.logit_map = spec, spec.logit_map
+        if self.logit_map.inverse is not None:
+            self.logit_map = replace(self.logit_map, inverse=self.compact(self.logit_map.inverse))
         self.kernels = registry.kernels(spec.backend)
         self.plan = spec.plan(hidden, weight)
         self.anchored = spec.anchored(self.device, weight)

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from .. import cpu as rows_cpu
-from ..native import DTYPES, address, check_bias, check_fields, check_matrix, compiled, inner
+from ..native import (
+    DTYPES,
+    address,
+    check_bias,
+    check_fields,
+    check_inverse,
+    check_matrix,
+    compiled,
+    inner,
+)
 from . import backend as P
 
 if TYPE_CHECKING:
@@ -89,6 +98,7 @@ def _side(side: P.Side, first: int, n: int, v: int, out: Tensor | None) -> PairS
     assert _C is not None, _MISSING
     check_matrix(side.tile, n, v, torch.float32)
     check_bias(side.bias, first, v)
+    check_inverse(side.logit_map, n)
     if out is not None:
         check_matrix(out, n, v)
     return _C.PairSide(
@@ -97,6 +107,7 @@ def _side(side: P.Side, first: int, n: int, v: int, out: Tensor | None) -> PairS
         bias=address(side.bias),
         inner=inner(side.logit_map),
         cap=side.logit_map.cap,
+        inverse=address(side.logit_map.inverse),
         factor=side.logit_map.factor,
         out=address(out),
         out_dtype=0 if out is None else DTYPES[out.dtype],

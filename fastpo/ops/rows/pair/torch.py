@@ -65,7 +65,8 @@ def gradients(
         if out is None:
             continue
         total = factors[P.TOTAL + i].unsqueeze(1)
-        dz = derivatives[i].sub_(logps[i].exp().mul_(total)).mul_(grad * side.logit_map.factor)
+        dz = derivatives[i].sub_(logps[i].exp().mul_(total))
+        dz.mul_(grad * side.logit_map.tempered(side.logit_map.factor, dz))
         if side.logit_map.softcap is not None:
             z = logits(side.tile, first, side.bias, side.logit_map)
             dz.mul_(side.logit_map.cap_slope(z))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..triton import map_scalars
+from ..triton import map_arguments
 from . import backend as P
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _both(sides: P.Sides) -> tuple[PairSide, PairSide]:
     from ....kernels.pair_rows import PairSide
 
     student, teacher = (
-        PairSide(x.tile, x.bias, factor=x.logit_map.factor, **map_scalars(x.logit_map))
+        PairSide(x.tile, x.bias, factor=x.logit_map.factor, **map_arguments(x.logit_map))
         for x in sides
     )
     return student, teacher

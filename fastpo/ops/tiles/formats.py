@@ -1,0 +1,107 @@
+"""Formats of quantised weights that are plain tensors, as checkpoints and engines store them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..walks.checks import DTYPES, check_kind, shape_of
+
+# E2M1: sign, two bits of exponent, one of mantissa.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_NVFP4_BLOCK = 16
+
+
+@dataclass(frozen=True, eq=False)
+class BlockScaled:
+    """values·scale, one scale for each block of [rows, columns]: float8 or int8 weights.
+
+    stored: [V, H] float8 or int8.  scales: [⌈V/rows⌉, ⌈H/columns⌉], one axis or both may be 1,
+    for all.  block: (rows, columns); DeepSeek's float8 has (128, 128), a scale per word (1, H).
+    dtype: of the tiles; products and scales are float32 until then.
+    """
+
+    stored: Tensor
+    scales: Tensor
+    block: tuple[int, int]
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        check_kind(stored=self.stored, scales=self.scales)
+        _check_matrix(self.stored, self.dtype)
+        sizes = zip(self.stored.shape, self.block, strict=True)
+        expected = tuple(-(-size // one) for size, one in sizes)
+        allowed = zip(self.scales.shape, expected, strict=False)
+        if self.scales.dim() != 2 or not all(have in (1, want) for have, want in allowed):
+            raise ValueError(f"scales: expected shape {expected}, got {shape_of(self.scales)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return shape_of(self.stored)  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def tile(self, v0: int, v1: int) -> Tensor:
+        words, H = self.stored[v0:v1].float(), self.shape[1]
+        (rows, columns), (down, across) = self.block, self.scales.shape
+        scales = self.scales
+        if down > 1:
+            first = v0 // rows
+            own = scales[first : -(-v1 // rows)].repeat_interleave(rows, 0)
+            scales = own[v0 - first * rows :][: v1 - v0]
+        if across > 1:
+            scales = scales.repeat_interleave(columns, 1)[:, :H]
+        return words.mul_(scales.float()).to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class NVFP4:
+    """Pairs of E2M1 numbers, a float8 scale for 16 of a word's, and one float32 scale for all.
+
+    stored: [V, H/2] uint8, the lower four bits first.  scales: [V, H/16] float8_e4m3fn, row by row.
+    scale: what multiplies them; where a checkpoint has what they are divided by (compressed-tensors'
+    `weight_global_scale`), its reciprocal.
+    """
+
+    stored: Tensor
+    scales: Tensor
+    scale: float | Tensor
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        check_kind(stored=self.stored, scales=self.scales)
+        _check_matrix(self.stored, self.dtype)
+        if self.stored.dtype != torch.uint8:
+            raise ValueError(f"stored: expected dtype torch.uint8, got {self.stored.dtype}")
+        V, H = self.shape
+        if H % _NVFP4_BLOCK or shape_of(self.scales) != (V, H // _NVFP4_BLOCK):
+            expected = (V, H / _NVFP4_BLOCK)
+            raise ValueError(f"scales: expected shape {expected}, got {shape_of(self.scales)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stored.shape[0], 2 * self.stored.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def tile(self, v0: int, v1: int) -> Tensor:
+        packed = self.stored[v0:v1]
+        codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1).int()  # [v1 - v0, H]
+        table = torch.tensor((*_E2M1, *(-x for x in _E2M1)), dtype=torch.float32)
+        words = table.to(self.device).index_select(0, codes.flatten())
+        scales = self.scales[v0:v1].float() * self.scale
+        words = words.view(*scales.shape, _NVFP4_BLOCK) * scales.unsqueeze(-1)
+        return words.flatten(1).to(self.dtype)
+
+
+def _check_matrix(stored: Tensor, dtype: torch.dtype) -> None:
+    if stored.dim() != 2 or 0 in stored.shape:
+        raise ValueError(f"stored: expected shape (V, H), got {shape_of(stored)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
