@@ -25,6 +25,7 @@ NAVIGATION = {
         "training",
         "objectives",
         "lazy-logits",
+        "primitives",
         "frameworks",
     ),
     "More of it": ("longer-contexts", "shared-prompts", "many-devices", "planning", "sampler"),
