@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from .ops.linear_topk import TokenSample, TopK, linear_topk, sample_topk
     from .ops.mixed_linear_logps import mixed_linear_logps
     from .ops.multi_head import multi_head_logps
+    from .ops.tiles.formats import NVFP4, BlockScaled
+    from .ops.tiles.known import tile_source
+    from .ops.tiles.tiled import TileSource
     from .ops.vocab_parallel_logps import vocab_parallel_logps
     from .planner import Plan, plan
     from .planning.plan import StepPlan, plan_step
@@ -22,10 +25,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "NVFP4",
+    "BlockScaled",
     "DivergenceStats",
     "GroupTrainer",
     "Plan",
     "StepPlan",
+    "TileSource",
     "TokenSample",
     "TokenStats",
     "TopK",
@@ -45,6 +51,7 @@ __all__ = [
     "quantities",
     "sample_topk",
     "shared_prompts",
+    "tile_source",
     "unpatch",
     "vocab_parallel_logps",
 ]
@@ -66,6 +73,9 @@ _HOMES = {
     "fastpo.ops.linear_topk": ("TokenSample", "TopK", "linear_topk", "sample_topk"),
     "fastpo.ops.mixed_linear_logps": ("mixed_linear_logps",),
     "fastpo.ops.multi_head": ("multi_head_logps",),
+    "fastpo.ops.tiles.formats": ("NVFP4", "BlockScaled"),
+    "fastpo.ops.tiles.known": ("tile_source",),
+    "fastpo.ops.tiles.tiled": ("TileSource",),
     "fastpo.ops.vocab_parallel_logps": ("vocab_parallel_logps",),
     "fastpo.planner": ("Plan", "plan"),
     "fastpo.planning.plan": ("StepPlan", "plan_step"),

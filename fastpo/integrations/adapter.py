@@ -1,4 +1,4 @@
-"""PEFT adapters on the output embeddings, as the head's own terms.
+"""What a head multiplies by: its weight, quantised or not, and PEFT adapters as its own terms.
 
 LoRA adds s·dropout(h)·Aᵀ·Bᵀ to the products: r more columns of hidden states and head, joined tile
 by tile, and only B's gradient takes a product with the tokens. DoRA rescales every word, so it goes
@@ -14,21 +14,31 @@ import torch
 from torch import Tensor
 
 from ..ops.shards.gathered import whole
+from ..ops.tiles.known import is_quantised, layer_dtype, refusal, tile_source
+from ..ops.tiles.tiled import Tiled, tiled
 from .seams import hooks
 from .seams.calls import beneath
+
+_LORA = (
+    "peft.tuners.lora.layer.Linear",
+    "peft.tuners.lora.bnb.Linear4bit",
+    "peft.tuners.lora.bnb.Linear8bitLt",
+    "peft.tuners.lora.torchao.TorchaoLoraLinear",
+)
 
 
 def unsupported(head: Any) -> str | None:
     """Why fastpo cannot score through this adapter layer; None when it can."""
-    from peft.tuners.lora import Linear
-
-    if type(head) is not Linear:
-        return f"an adapter of type {type(head).__module__}.{type(head).__name__}"
+    kind = f"{type(head).__module__}.{type(head).__name__}"
+    if kind not in _LORA:
+        return f"an adapter of type {kind}"
     base = head.get_base_layer()
-    if type(base).forward is not torch.nn.Linear.forward:
+    if not (plain(base) or is_quantised(base)):
         return f"a base layer of type {type(base).__name__}"
     if has_own_forward(base):
         return "a base layer with another forward"
+    if is_quantised(base) and (why := refusal(base)) is not None:
+        return why
     if hasattr(head.weight, "ds_id"):
         return "an adapter under DeepSpeed ZeRO-3"
     # These layers never run: their weights are read. So are those of lora_A in shards.
@@ -40,9 +50,16 @@ def unsupported(head: Any) -> str | None:
         variant = head.lora_variant.get(name)
         if variant is not None and type(variant).__name__ != "DoraLinearVariant":
             return f"a LoRA variant {type(variant).__name__}"
+        if variant is not None and is_quantised(base):
+            return "DoRA on a quantised layer"
         if head.lora_B[name].bias is not None:
             return "lora_bias=True"
     return None
+
+
+def plain(layer: Any) -> bool:
+    """Does it multiply as `torch.nn.Linear` does?"""
+    return getattr(type(layer), "forward", None) is torch.nn.Linear.forward
 
 
 def has_own_forward(layer: Any) -> bool:
@@ -59,14 +76,34 @@ def is_adapter(head: Any) -> bool:
     return isinstance(head, BaseTunerLayer)
 
 
+def base_layer(head: Any) -> Any:
+    """The linear layer under an adapter, if there is one."""
+    return head.get_base_layer() if is_adapter(head) else head
+
+
+def readable(layer: Any, hidden: Tensor) -> Tensor:  # [V, H]
+    """Its weight; of a quantised layer the words tile by tile, for `rounded` hidden states."""
+    if not is_quantised(layer):
+        weight: Tensor = layer.weight
+        return weight
+    return tiled(tile_source(layer, layer_dtype(layer, hidden)))
+
+
+def rounded(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden states as the layer of that weight multiplies them: 4-bit layers have a dtype."""
+    return hidden.to(weight.dtype) if isinstance(weight, Tiled) else hidden
+
+
 def operands(
     head: Any,
     hidden: Tensor,  # [N, H]
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     """The weight [V, H] as the active adapters leave it, and LoRA's (down [N, r], up [V, r])."""
+    if not is_adapter(head):
+        return readable(head, hidden), None
     if head.disable_adapters and head.merged:
         head.unmerge()  # as the layer's own forward does
-    base: Tensor = whole(head.weight)
+    base = whole(readable(head.get_base_layer(), hidden))
     weight = base
     if head.disable_adapters or head.merged:
         return weight, None

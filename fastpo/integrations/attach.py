@@ -23,7 +23,7 @@ from ..ops.linear_logps import TokenStats
 from ..ops.shards.gathered import HeadOptions
 from ..ops.vocab_parallel_logps import score_sharded
 from . import predictions
-from .adapter import is_adapter, operands
+from .adapter import operands, rounded
 from .heads import linear_head, logit_map, stored_weight, tensor_parallel
 from .seams import hooks
 from .seams.calls import standing_in, unhidden
@@ -216,11 +216,8 @@ class _Call:
         hidden, labels = hidden.to(device).flatten(0, -2), targets.to(device).flatten()
         rows = (labels != ignore_index).nonzero().squeeze(1)
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
-        if is_adapter(self.head):
-            weight, adapter = operands(self.head, hidden)
-        else:
-            weight, adapter = self.head.weight, None
-        operand = (hidden, weight, self.head.bias, labels, self.options, adapter)
+        weight, adapter = operands(self.head, hidden)
+        operand = (rounded(hidden, weight), weight, self.head.bias, labels, self.options, adapter)
         return rows, score_sharded(*operand, own_tokens=self.own_tokens)
 
     def check(self, logits: Tensor, vocab_size: int | None) -> Tensor:  # one boolean

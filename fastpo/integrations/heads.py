@@ -8,14 +8,18 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from ..ops.tiles.known import is_quantised, tile_source
 from ..ops.walks.checks import DTYPES
-from .adapter import has_own_forward, is_adapter, unsupported
+from .adapter import base_layer, has_own_forward, is_adapter, plain, unsupported
 from .seams import hooks
 from .seams.calls import beneath
 
 
 def linear_head(model: Any) -> nn.Linear:
-    """The head as a linear layer, perhaps with LoRA; read at each call: PEFT may come later."""
+    """The head as a linear layer, perhaps quantised, perhaps with LoRA.
+
+    Read at each call: PEFT may come later.
+    """
     head: Any = model.get_output_embeddings()
     if head is not None and "modules_to_save" in head._modules:  # PEFT trains a copy of it whole
         chosen = [] if head.disable_adapters else head.active_adapters
@@ -25,10 +29,10 @@ def linear_head(model: Any) -> nn.Linear:
         reason = unsupported(head)
         if reason is not None:
             raise RuntimeError(f"{type(model).__name__}: expected a head of LoRA, got {reason}")
-    elif foreign or getattr(type(head), "forward", None) is not nn.Linear.forward:
+    elif foreign or not (plain(head) or is_quantised(head)):
         raise RuntimeError(
-            f"{type(model).__name__}.get_output_embeddings(): expected a torch.nn.Linear without "
-            f"quantisation, got {type(head).__module__}.{type(head).__name__}"
+            f"{type(model).__name__}.get_output_embeddings(): expected a torch.nn.Linear, or "
+            f"bitsandbytes' own, got {type(head).__module__}.{type(head).__name__}"
         )
     for hook in hooks.hooks(head, hooks.BACKWARD):
         raise RuntimeError(
@@ -38,7 +42,10 @@ def linear_head(model: Any) -> nn.Linear:
     weight = stored_weight(head)
     if weight.device.type == "meta":
         raise RuntimeError("lm_head.weight: expected a tensor in memory, got an offloaded one")
-    if weight.dtype not in DTYPES:
+    layer = base_layer(head)
+    if is_quantised(layer):
+        tile_source(layer)  # or says why not
+    elif weight.dtype not in DTYPES:
         raise RuntimeError(
             f"lm_head.weight: expected dtype float32, bfloat16 or float16, got {weight.dtype}"
         )
@@ -47,7 +54,7 @@ def linear_head(model: Any) -> nn.Linear:
 
 def stored_weight(head: Any) -> Tensor:
     """The weight, or what it is made of: a parametrization makes it anew whenever it is read."""
-    layer = head.get_base_layer() if is_adapter(head) else head
+    layer = base_layer(head)
     if parametrize.is_parametrized(layer, "weight"):
         return next(layer.parametrizations["weight"].parameters())
     weight: Tensor = layer.weight

@@ -57,13 +57,13 @@ def mixed_linear_logps(
     """
     heads = _count("hiddens", hiddens)
     _count("weights", weights)
-    weights = [tiled(weight) for weight in weights]
+    words = [tiled(weight) for weight in weights]
     biases = _one_per_head("biases", biases, heads, None)
     softcaps = _one_per_head("softcaps", softcaps, heads, None)
     logit_scales = _one_per_head("logit_scales", logit_scales, heads, 1.0)
     weighing = coefficients if isinstance(coefficients, Tensor) else None
-    check_plain("mixed_linear_logps", (*hiddens, *weights, *biases, weighing, labels))
-    _check_heads(hiddens, weights, biases, labels)
+    check_plain("mixed_linear_logps", (*hiddens, *words, *biases, weighing, labels))
+    _check_heads(hiddens, words, biases, labels)
     for cap, scale in zip(softcaps, logit_scales, strict=True):
         check_options(temperature, cap, scale, outputs, None, ignore_index)
     spec = mixture.MixtureSpec(
@@ -86,7 +86,7 @@ def mixed_linear_logps(
     own = _weights_of_heads(coefficients, heads, labels)
     rows = (hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens)
     with stays():
-        results = _MixedLinearLogps.apply(labels.reshape(-1), own, spec, *rows, *weights, *biases)
+        results = _MixedLinearLogps.apply(labels.reshape(-1), own, spec, *rows, *words, *biases)
     fields = dict(zip(OUTPUTS, results, strict=True))
     return TokenStats(**{name: fields[name].view(labels.shape) for name in outputs})
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .promise import Base, Promise
+from ...ops.tiles.tiled import dense
+from .base import Base
+from .promise import Promise
 from .rowwise import Node
 
 # Of the products of a block in float32; what is done to them takes as much, a few times over.
@@ -64,7 +66,7 @@ class _Plan:
         if isinstance(node, Promise):
             if all(base is not node.base for base in self.bases):
                 self.bases.append(node.base)
-                self.weights.append(node.base.weight.detach().to(node.base.hidden.dtype))
+                self.weights.append(dense(node.base.weight.detach()).to(node.base.hidden.dtype))
             return
         self.numbers += [x for x in node.root.numbers if all(x is not y for y in self.numbers)]
         for parent in node.root.nodes:

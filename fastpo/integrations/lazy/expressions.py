@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from .base import Family
 from .blocks import fits_one_block, reduced
 from .functions import of_torch
 from .patterns import expectation
-from .promise import Family, Promise
+from .promise import Promise
 from .rowwise import Node, Root, Rowwise, Slot
 
 Answer = Callable[..., Any]

@@ -301,6 +301,8 @@ def argmax(logits: Promise, dim: Any = None, keepdim: bool = False) -> Any:
     if not _last(logits, dim) or keepdim or logits.sign * logits.inner * logits.outer <= 0:
         return NotImplemented
     base, rows = logits.base, logits.rows.flatten().clamp(min=0)
+    if not base.joins:
+        return NotImplemented
     hidden, adapter = base.select(rows)
     weight = base.weight
     with torch.no_grad():  # scale and soft-cap keep the order

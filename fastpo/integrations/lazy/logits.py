@@ -242,12 +242,17 @@ def _standing(logits: Any) -> Node | None:
 
 
 def promises(student: Any, teacher: Any) -> tuple[Promise, Promise] | None:
-    """`promise_of` both; None, and neither counts as read, where one has real logits."""
-    found = _standing(student), _standing(teacher)
-    if isinstance(found[0], Promise) and isinstance(found[1], Promise):
-        student._past = teacher._past = True
-        return found[0], found[1]
-    return None
+    """`promise_of` both; None, and neither counts as read, where one has real logits.
+
+    Nor where one is of an adapter on a quantised head, which are not one weight.
+    """
+    one, other = _standing(student), _standing(teacher)
+    if not (isinstance(one, Promise) and isinstance(other, Promise)):
+        return None
+    if not (one.base.joins and other.base.joins):
+        return None
+    student._past = teacher._past = True
+    return one, other
 
 
 def _answer(func: Any, args: Any, kwargs: Any) -> Any:

@@ -8,126 +8,22 @@ fastpo's head. `LazyLogits` is the tensor around it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import isfinite
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.linear_logps import TokenStats
 from ...ops.shards.gathered import HeadOptions, score
+from ...ops.tiles.known import keeps_dtype
 from ...ops.walks.saving import checkpointed
-from ..adapter import is_adapter, operands
+from ..adapter import base_layer, operands, rounded
+from .base import Base, Family, Known, same_memory
 
 OWN = HeadOptions()
-
-
-@dataclass(eq=False)
-class Base:
-    """What all views of one call of the head share, and the log-probabilities known so far."""
-
-    hidden: Tensor  # [M, H]
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    adapter: tuple[Tensor, Tensor] | None  # [M, r], [V, r]
-    own: HeadOptions  # budget and backend
-    known: Known
-    family: Family = field(default_factory=lambda: Family())
-    versions: tuple[int | None, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.versions = tuple(map(_version, self.operands))
-
-    @property
-    def operands(self) -> tuple[Tensor | None, ...]:
-        down, up = self.adapter or (None, None)
-        return self.hidden, self.weight, self.bias, down, up
-
-    def on(self, operands: tuple[Tensor | None, ...]) -> Base:
-        """The same head with other tensors of the same values."""
-        hidden, weight, bias, down, up = operands
-        assert hidden is not None and weight is not None
-        adapter = None if down is None or up is None else (down, up)
-        self.check()
-        return Base(hidden, weight, bias, adapter, self.own, self.known.detach(), self.family)
-
-    def check(self) -> None:
-        """Logits that a model had made would not change with its weights, nor go with them."""
-        if self.weight.numel() and not self.weight.untyped_storage().size():
-            raise RuntimeError(
-                "lm_head.weight: expected to be there after the forward, got one given up; under "
-                "FSDP2 say reshard_after_forward=False for the module that holds it"
-            )
-        names = ("hidden states", "lm_head.weight", "lm_head.bias", "lora_A", "lora_B")
-        for name, x, version in zip(names, self.operands, self.versions, strict=True):
-            if _version(x) != version:
-                raise RuntimeError(
-                    f"logits: expected to be read before {name} changes, "
-                    "got a change in place since the forward that promised them"
-                )
-
-    def select(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        self.check()
-        down = self.adapter and (self.adapter[0].index_select(0, rows), self.adapter[1])
-        return self.hidden.index_select(0, rows), down
-
-    def products(self, hidden: Tensor, down: Tensor | None, weight: Tensor | None = None) -> Tensor:
-        """Of rows of the hidden states and of the adapter's: [N, V]; weight: in their dtype."""
-        weight, bias = self.weight.to(hidden.dtype) if weight is None else weight, self.bias
-        with torch.autocast(hidden.device.type, enabled=False):
-            x = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
-            if down is not None and self.adapter is not None:
-                x = x + down.to(x.dtype) @ self.adapter[1].to(x.dtype).t()
-        return x
-
-
-@dataclass(eq=False)
-class Family:
-    """Logits of one call that were changed in place; views of them do not know."""
-
-    changed: list[Any] = field(default_factory=list)
-
-
-def _version(x: Tensor | None) -> int | None:
-    return None if x is None or x.is_inference() else x._version
-
-
-@dataclass(frozen=True, eq=False)
-class Known:
-    """The log-probability of one word of every row, for one reading of the logits."""
-
-    labels: Tensor  # [M], -1 where none is known
-    logps: Tensor  # [M]
-    lse: Tensor  # [M]
-    reading: Any = None  # scale and soft-cap, and whether with gradient
-
-    @classmethod
-    def of(cls, hidden: Tensor, reading: Any = None) -> Known:
-        n, device = len(hidden), hidden.device
-        zeros = torch.zeros(n, dtype=torch.float32, device=device)
-        labels = torch.full((n,), -1, dtype=torch.int64, device=device)
-        return cls(labels, zeros, zeros, reading)
-
-    def detach(self) -> Known:
-        return replace(self, logps=self.logps.detach(), lse=self.lse.detach())
-
-    def joined(self, where: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> Known:
-        """With one word per row; of several the same one's, whichever it is, in all three."""
-        if not len(where):
-            return self
-        order = torch.full_like(self.labels, -1)
-        numbers = torch.arange(len(where), dtype=torch.int64, device=where.device)
-        order = order.index_copy(0, where, numbers)
-        new, order = order >= 0, order.clamp(min=0)
-        return Known(
-            torch.where(new, labels[order], self.labels),
-            torch.where(new, logps[order], self.logps),
-            torch.where(new, lse[order], self.lse),
-            self.reading,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,17 +50,20 @@ class Promise:
         parts: weight and bias, where the layer's own will be gone when they are read.
         """
         hidden = hidden.to(head.weight.device)  # with a device_map the backbone may end elsewhere
-        kind = hidden.device.type
+        given, kind = hidden.dtype, hidden.device.type
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))
         flat = hidden.reshape(-1, hidden.shape[-1])
         # Dropout inside an adapter is drawn here, once.
-        (weight, bias), adapter = parts or (head.weight, head.bias), None
-        if is_adapter(head):
+        bias = head.bias
+        if parts is None:
             weight, adapter = operands(head, flat)
+        else:
+            (weight, bias), adapter = parts, None
         rows = torch.arange(len(flat), dtype=torch.int64, device=flat.device)
-        base = Base(flat, weight, bias, adapter, own, Known.of(flat))
-        made = cls(base, rows.view(hidden.shape[:-1]), hidden.dtype)
+        base = Base(rounded(flat, weight), weight, bias, adapter, own, Known.of(flat))
+        dtype = given if keeps_dtype(base_layer(head)) else hidden.dtype
+        made = cls(base, rows.view(hidden.shape[:-1]), dtype)
         # Logits of a pass without gradient stay constants, wherever they are read.
         return made if torch.is_grad_enabled() else made.detach()
 
@@ -246,7 +145,7 @@ class Promise:
         )
         heads = zip(self.operands[1:3], other.operands[1:3], strict=True)
         ups = (None if x.base.adapter is None else x.base.adapter[1] for x in (self, other))
-        return mine == theirs and all(_same(*pair) for pair in (*heads, tuple(ups)))
+        return mine == theirs and all(same_memory(*pair) for pair in (*heads, tuple(ups)))
 
     def scaled(self, factor: Any) -> Any:
         """times a number; NotImplemented where `linear_logps` has no such logits."""
@@ -370,14 +269,6 @@ class Promise:
             x = x.to(self.dtype)
             x = x.tanh() * self.outer if self.capped else x
             return self.sign * x.log_softmax(-1) if self.normalized else x
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """The same memory, as part of the same graph?"""
-    if one is None or other is None:
-        return one is other
-    facts = ((x.data_ptr(), x.shape, x.requires_grad, x.grad_fn) for x in (one, other))
-    return next(facts) == next(facts)
 
 
 def _exact(logits: Promise) -> Any:

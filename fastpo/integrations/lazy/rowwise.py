@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .promise import Family, Promise
+from .base import Family
+from .promise import Promise
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-from ..adapter import is_adapter, unsupported
+from ...ops.tiles.known import is_quantised, refusal
+from ..adapter import base_layer, is_adapter, unsupported
 from ..seams.seam import Make, Replacement, Seam
 from .head import adapted, unserved
 
@@ -27,6 +28,8 @@ class _TunerLayer(Replacement):
     def __instancecheck__(self, layer: Any) -> bool:
         if not isinstance(layer, self.original):
             return False
+        if is_quantised(base_layer(layer)):
+            return unsupported(layer) is not None
         return unsupported(layer) is not None or unserved(weight=layer.weight) is not None
 
 
@@ -42,8 +45,9 @@ class _AddHead(Replacement):
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self.original(model, *args, **kwargs)
-        adapter = is_adapter(model.get_output_embeddings())
-        if not adapter and self.sharing is None:
+        head = model.get_output_embeddings()
+        own = is_adapter(head) or (is_quantised(head) and refusal(head) is None)
+        if not own and self.sharing is None:
             return
         from ..sharing.backbone import packing  # imports transformers
 
@@ -54,7 +58,7 @@ class _AddHead(Replacement):
             if not fused_lm_head:
                 return fused(*args, **kwargs)
             with ExitStack() as stack:
-                if adapter:
+                if own:
                     stack.enter_context(adapted(self.get_output_embeddings()))
                 if sharing is not None:
                     stack.enter_context(packing(self, sharing))

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ...ops.shards.gathered import HeadOptions, score
+from ...ops.tiles.known import is_quantised
 from ...ops.walks.checks import DTYPES
-from ..adapter import operands
+from ..adapter import operands, rounded
 from ..seams.saying import say_once
 from ..seams.seam import Replacement, Seam
 
@@ -99,7 +100,7 @@ _adapter: ContextVar[list[Any] | None] = ContextVar("fastpo_adapter", default=No
 
 @contextmanager
 def adapted(layer: Any) -> Iterator[None]:
-    """The head of the next call is this PEFT layer; TRL hands over its base weight only."""
+    """The head of the next call is this layer, of PEFT or quantised: TRL hands over a weight."""
     waiting = [layer]
     token = _adapter.set(waiting)
     try:
@@ -107,7 +108,8 @@ def adapted(layer: Any) -> Iterator[None]:
         if waiting:
             raise RuntimeError(
                 "fastpo.patch: expected in force while training in float32, bfloat16 or float16, "
-                "because TRL's own head ignores the adapter on lm_head; got TRL's own head"
+                "because TRL's own head ignores the adapter on lm_head, or that it is quantised; "
+                "got TRL's own head"
             )
     finally:
         _adapter.reset(token)
@@ -129,6 +131,8 @@ def light_passes() -> Iterator[None]:
 def unserved(**tensors: Tensor | None) -> str | None:
     """Which of a head's tensors fastpo has no kernels for; None when there is none."""
     for name, tensor in tensors.items():
+        if tensor is not None and is_quantised(tensor):
+            return f"{name}: expected a tensor or quantised words, got {type(tensor).__name__}"
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"{name}: expected dtype float32, bfloat16 or float16, got {tensor.dtype}"
     return None
@@ -143,6 +147,8 @@ class FusedHead(Replacement):
 
     def apply(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *_ = arguments
+        if _adapter.get():  # which was looked at
+            weight = None
         why = unserved(hidden=hidden, weight=weight, bias=bias)
         if why is None:
             return self.scored(*arguments)
@@ -181,6 +187,7 @@ class FusedHead(Replacement):
         layer, adapter = _adapter.get(), None
         if layer:
             weight, adapter = operands(layer.pop(), hidden)
+            hidden = rounded(hidden, weight)
         stats = score(hidden, weight, bias, targets, options, GATHER.current(), adapter)
         calls = _recording.get()
         if calls is not None:

@@ -63,8 +63,8 @@ class NVFP4:
     """Pairs of E2M1 numbers, a float8 scale for 16 of a word's, and one float32 scale for all.
 
     stored: [V, H/2] uint8, the lower four bits first.  scales: [V, H/16] float8_e4m3fn, row by row.
-    scale: what multiplies them; where a checkpoint has what they are divided by (compressed-tensors'
-    `weight_global_scale`), its reciprocal.
+    scale: what multiplies them; where a checkpoint has what they are divided by, as
+    compressed-tensors' `weight_global_scale`, its reciprocal.
     """
 
     stored: Tensor

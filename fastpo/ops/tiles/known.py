@@ -41,10 +41,24 @@ def is_quantised(layer: Any) -> bool:
     return _kind(layer) is not None
 
 
+def refusal(layer: Any) -> str | None:
+    """Why a quantised layer's words cannot be read; None where they can."""
+    try:
+        tile_source(layer)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def layer_dtype(layer: Any, hidden: Tensor) -> torch.dtype:
     """The dtype a quantised layer multiplies hidden states in."""
     own = getattr(layer, "compute_dtype", None) if _kind(layer) == "4bit" else None
     return own or hidden.dtype
+
+
+def keeps_dtype(layer: Any) -> bool:
+    """Has what it gives the dtype of what it was given, whatever it multiplies in?"""
+    return _kind(layer) == "4bit"
 
 
 def _kind(layer: Any) -> str | None:
@@ -73,7 +87,7 @@ def _four_bit(layer: Any, dtype: torch.dtype | None) -> TileSource:
 
 
 def _eight_bit(layer: Any, dtype: torch.dtype | None) -> TileSource:
-    weight = layer if isinstance(layer, Tensor) else layer.weight
+    weight: Any = layer if isinstance(layer, Tensor) else layer.weight
     state = getattr(layer, "state", None)  # where the layer's first forward puts the scales
     scales = weight.SCB if state is None or state.SCB is None else state.SCB
     if weight.dtype != torch.int8 or scales is None:
@@ -86,12 +100,8 @@ def _torchao(layer: Any, dtype: torch.dtype | None) -> TileSource:
     kind = type(weight).__name__
     for name in ("act_quant_kwargs", "activation_quantization", "act_pre_scale"):
         if getattr(weight, name, None) is not None:
-            raise RuntimeError(
-                f"weight: expected weights quantised alone, got a {kind} with {name}"
-            )
+            raise RuntimeError(f"weight: expected it alone quantised, got a {kind} with {name}")
     parts = all(hasattr(weight, name) for name in ("qdata", "scale", "block_size"))
     if not parts or type(weight).dequantize is Tensor.dequantize:
         raise RuntimeError(f"weight: expected one that can be cut by words, got a {kind}")
-    if dtype is not None and dtype != weight.dtype:
-        raise ValueError(f"dtype: expected {weight.dtype}, as the weight says, got {dtype}")
-    return Subclass(weight)
+    return Subclass(weight, dtype or weight.dtype)

@@ -50,7 +50,7 @@ class Tiled(Tensor):
         shape, dtype, device = _described(source)
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.source = source
-        return made  # type: ignore[no-any-return]
+        return made
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Tiled({self.source!r})"
@@ -85,7 +85,7 @@ class Tiled(Tensor):
         return torch.cat([self.words(*tile) for tile in self.tiles()])
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         answer = _ANSWERS.get(func)

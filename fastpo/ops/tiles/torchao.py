@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ class Subclass:
     """A slice of the weight, dequantised. torchao's own products may scale their result instead."""
 
     weight: Any  # [V, H], a TorchAOBaseTensor
+    dtype: torch.dtype
 
     @property
     def stored(self) -> Tensor:
@@ -25,10 +27,6 @@ class Subclass:
         return self.weight.shape[0], self.weight.shape[1]
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.weight.dtype
-
-    @property
     def device(self) -> torch.device:
         return self.weight.device
 
@@ -36,5 +34,11 @@ class Subclass:
         # Words that share scales are cut together.
         rows = 1 if self.weight.scale.numel() == 1 else self.weight.block_size[0]
         start, stop = v0 // rows * rows, min(-(-v1 // rows) * rows, self.shape[0])
-        words: Tensor = self.weight[start:stop].dequantize()
-        return words[v0 - start : v1 - start]
+        found = self._dequantised(self.weight[start:stop])
+        return found[v0 - start : v1 - start]
+
+    def _dequantised(self, words: Any) -> Tensor:
+        if "output_dtype" in inspect.signature(words.dequantize).parameters:
+            found: Tensor = words.dequantize(output_dtype=self.dtype)
+            return found
+        return words.dequantize().to(self.dtype)
