@@ -140,16 +140,29 @@ def _add_objectives(commands: argparse._SubParsersAction) -> None:
     objectives.set_defaults(command=_objectives)
     objectives.add_argument("key", nargs="?", help="show this one")
     objectives.add_argument("--family", help="only this family")
+    objectives.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw its value and gradient over the margin"
+    )
 
 
 def _objectives(options: argparse.Namespace) -> int:
     from . import objectives
 
     try:
+        if options.plot is not None:
+            _plot(options.key, options.plot)
         print(objectives.describe(options.key, family=options.family))
     except ValueError as error:
         return _complain("objectives", error, code=2)
     return 0
+
+
+def _plot(key: str | None, path: Path) -> None:
+    from .curves import plot
+
+    if key is None:
+        raise ValueError("--plot: expected the key of an objective beside it, got none")
+    plot(key, path)
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
