@@ -13,6 +13,7 @@ from typing import Any
 import api_pages
 import curve_pictures
 import report_pictures
+from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 from sphinx.application import Sphinx
 
@@ -74,14 +75,17 @@ def _inlined(found: re.Match[str]) -> str:
 
 def _inline(writer: Any, node: Any) -> None:
     writer.body.append(mathml(node.astext(), "inline"))
+    raise SkipNode  # its text is the LaTeX
 
 
 def _block(writer: Any, node: Any) -> None:
     writer.body.append(f'<div class="math">{mathml(node.astext(), "block")}</div>')
-    from docutils.nodes import SkipNode
-
     raise SkipNode
 
 
 def mathml(latex: str, display: str) -> str:
-    return convert(latex, display=display).replace(r"\_", "_")
+    found = convert(latex, display=display).replace(r"\_", "_")
+    # A name of several letters is set without the space behind it.
+    return re.sub(
+        r"(<mi>(?:log|max|min|exp)</mi>)(?=<m[ins])", r'\1<mspace width="0.167em" />', found
+    )
