@@ -7,6 +7,7 @@
 #include "fastpo/anchored.h"
 #include "fastpo/pair_rows.h"
 #include "fastpo/rows.h"
+#include "fastpo/words.h"
 
 namespace py = pybind11;
 using namespace fastpo;
@@ -97,6 +98,49 @@ PairGradients pair_gradients(const PairTile& tile, const PairRule& rule, uintptr
           constants_stride,
           pointer<const float>(factors),
           factors_stride};
+}
+
+WordProducts word_products(uintptr_t hidden, int64_t hidden_stride, uintptr_t weight,
+                           int weight_dtype, int64_t weight_stride, uintptr_t ids, int64_t n,
+                           int64_t v, int64_t h, uintptr_t out) {
+  return {pointer<const float>(hidden),
+          hidden_stride,
+          pointer<const void>(weight),
+          static_cast<DType>(weight_dtype),
+          weight_stride,
+          pointer<const int64_t>(ids),
+          n,
+          v,
+          h,
+          pointer<float>(out)};
+}
+
+WordSums word_sums(uintptr_t coefficients, uintptr_t index, uintptr_t offsets, uintptr_t rows,
+                   int rows_dtype, int64_t rows_stride, int64_t n, int64_t v, uintptr_t out,
+                   int out_dtype, int64_t out_stride) {
+  return {pointer<const float>(coefficients),
+          pointer<const int64_t>(index),
+          pointer<const int64_t>(offsets),
+          pointer<const void>(rows),
+          static_cast<DType>(rows_dtype),
+          rows_stride,
+          n,
+          v,
+          pointer<void>(out),
+          static_cast<DType>(out_dtype),
+          out_stride};
+}
+
+void bind_words(py::module_& m) {
+  using py::arg;
+  py::class_<WordProducts>(m, "WordProducts")
+      .def(py::init(&word_products), py::kw_only(), arg("hidden"), arg("hidden_stride"),
+           arg("weight"), arg("weight_dtype"), arg("weight_stride"), arg("ids"), arg("n"), arg("v"),
+           arg("h"), arg("out"));
+  py::class_<WordSums>(m, "WordSums")
+      .def(py::init(&word_sums), py::kw_only(), arg("coefficients"), arg("index"), arg("offsets"),
+           arg("rows"), arg("rows_dtype"), arg("rows_stride"), arg("n"), arg("v"), arg("out"),
+           arg("out_dtype"), arg("out_stride"));
 }
 
 void bind_tiles(py::module_& m) {
@@ -201,12 +245,15 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Row kernels of fastpo over raw addresses; _C.pyi says what each argument is.";
   bind_tiles(m);
   bind_pairs(m);
+  bind_words(m);
   m.def("cpu_isa", [] { return static_cast<int>(best_isa()); });
   bind_cpu<ForwardTile, rows_forward_host>(m, "rows_forward_cpu");
   bind_cpu<BackwardTile, rows_backward_host>(m, "rows_backward_cpu");
   bind_cpu<PairSoftmaxes, pair_softmaxes_host>(m, "pair_softmaxes_cpu");
   bind_cpu<PairValues, pair_values_host>(m, "pair_values_cpu");
   bind_cpu<PairGradients, pair_gradients_host>(m, "pair_gradients_cpu");
+  bind_cpu<WordProducts, word_products_host>(m, "word_products_cpu");
+  bind_cpu<WordSums, word_sums_host>(m, "word_sums_cpu");
 #ifdef FASTPO_HAS_CUDA
   m.attr("has_cuda") = true;
   bind_cuda<ForwardTile, rows_forward_cuda>(m, "rows_forward_cuda");

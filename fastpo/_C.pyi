@@ -1,4 +1,4 @@
-"""Row kernels over raw addresses (csrc/include/fastpo/{rows,pair_rows}.h); 0 is an absent tensor.
+"""Row kernels over raw addresses (csrc/include/fastpo/{rows,pair_rows,words}.h); 0 is an absent tensor.
 
 Strides count elements. dtypes: 0 float32, 1 bfloat16, 2 float16. isa: 0 scalar, 1 AVX2, 2 AVX-512.
 The tensors must outlive the call, on CUDA until the stream has run it.
@@ -111,6 +111,39 @@ class PairGradients:
         factors_stride: int,
     ) -> None: ...
 
+class WordProducts:
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        hidden_stride: int,
+        weight: int,
+        weight_dtype: int,
+        weight_stride: int,
+        ids: int,
+        n: int,
+        v: int,
+        h: int,
+        out: int,
+    ) -> None: ...
+
+class WordSums:
+    def __init__(
+        self,
+        *,
+        coefficients: int,
+        index: int,
+        offsets: int,
+        rows: int,
+        rows_dtype: int,
+        rows_stride: int,
+        n: int,
+        v: int,
+        out: int,
+        out_dtype: int,
+        out_stride: int,
+    ) -> None: ...
+
 def cpu_isa() -> int:
     """The best instruction set that is compiled in and that this processor has."""
 
@@ -121,6 +154,8 @@ def rows_backward_cpu(tile: BackwardTile, threads: int, isa: int) -> None: ...
 def pair_softmaxes_cpu(tile: PairSoftmaxes, threads: int, isa: int) -> None: ...
 def pair_values_cpu(tile: PairValues, threads: int, isa: int) -> None: ...
 def pair_gradients_cpu(tile: PairGradients, threads: int, isa: int) -> None: ...
+def word_products_cpu(tile: WordProducts, threads: int, isa: int) -> None: ...
+def word_sums_cpu(tile: WordSums, threads: int, isa: int) -> None: ...
 def rows_forward_cuda(tile: ForwardTile, device: int, stream: int) -> None:
     """Only with `has_cuda`. Asynchronous on the stream; RuntimeError when the launch fails."""
 

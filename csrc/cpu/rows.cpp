@@ -5,6 +5,7 @@
 
 #include "fastpo/pair_rows.h"
 #include "fastpo/rows.h"
+#include "fastpo/words.h"
 #include "rows_isa.h"
 
 namespace fastpo {
@@ -27,10 +28,23 @@ const RowTable& table(const char* who, Isa isa) {
 }
 
 template <class Tile>
+int64_t cells(const Tile& tile) {
+  return tile.n * tile.v;
+}
+
+int64_t cells(const WordProducts& work) { return work.n * work.v * work.h; }
+
+template <class Tile>
 void run(const Tile& tile, Row<Tile> row, int threads) {
-  const bool share = threads > 1 && tile.n * tile.v >= kWorthThreads;
+  const bool share = threads > 1 && cells(tile) >= kWorthThreads;
 #pragma omp parallel for schedule(static) num_threads(threads) if (share)
   for (int64_t i = 0; i < tile.n; ++i) row(tile, i);
+}
+
+// Some words are in every row, most in none.
+void run(const WordSums& work, Row<WordSums> row, int threads) {
+#pragma omp parallel for schedule(dynamic, 32) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < work.n; ++i) row(work, i);
 }
 
 }  // namespace
@@ -69,6 +83,14 @@ void pair_values_host(const PairValues& work, int threads, Isa isa) {
 
 void pair_gradients_host(const PairGradients& work, int threads, Isa isa) {
   if (work.n > 0) run(work, table("pair_gradients", isa).pair_gradients, threads);
+}
+
+void word_products_host(const WordProducts& work, int threads, Isa isa) {
+  if (work.n > 0) run(work, table("word_products", isa).word_products(work), threads);
+}
+
+void word_sums_host(const WordSums& work, int threads, Isa isa) {
+  if (work.n > 0) run(work, table("word_sums", isa).word_sums(work), threads);
 }
 
 }  // namespace fastpo

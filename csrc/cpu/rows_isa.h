@@ -6,6 +6,7 @@
 
 #include "fastpo/pair_rows.h"
 #include "fastpo/rows.h"
+#include "fastpo/words.h"
 
 namespace fastpo {
 
@@ -18,6 +19,8 @@ struct RowTable {
   Row<PairSoftmaxes> pair_softmaxes;
   Row<PairValues> pair_values;
   Row<PairGradients> pair_gradients;
+  Row<WordProducts> (*word_products)(const WordProducts&);
+  Row<WordSums> (*word_sums)(const WordSums&);
 };
 
 extern const RowTable kRowsScalar;

@@ -11,8 +11,7 @@ endif()
 target_sources(_C PRIVATE cuda/rows_forward.cu cuda/rows_backward.cu)
 target_compile_definitions(_C PRIVATE FASTPO_HAS_CUDA)
 # A fused multiply-add would round z differently where it is compared and where it is subtracted.
-target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false
-  --expt-relaxed-constexpr -Xptxas=-warn-spills>)
+target_compile_options(_C PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:--fmad=false -Xptxas=-warn-spills>)
 # The anchored product needs the headers of CUTLASS 3 or 4: FASTPO_CUTLASS names their folder, AUTO
 # looks into the package nvidia-cutlass of the Python that builds, OFF does without. A minute of nvcc
 # for each file.

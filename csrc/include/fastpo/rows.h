@@ -6,6 +6,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define FASTPO_ANYWHERE __host__ __device__
+#else
+#define FASTPO_ANYWHERE
+#endif
+
 namespace fastpo {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
@@ -35,11 +41,11 @@ struct LogitMap {
   float cap;
   const double* inverse;  // [n] or null
 
-  constexpr float tempered(float x, int64_t row) const {
+  FASTPO_ANYWHERE float tempered(float x, int64_t row) const {
     return inverse == nullptr ? x : static_cast<float>(x * inverse[row]);
   }
   // With the row's temperature in its numbers.
-  constexpr LogitMap of_row(int64_t row) const {
+  FASTPO_ANYWHERE LogitMap of_row(int64_t row) const {
     if (cap > 0) return {inner, tempered(cap, row), nullptr};
     return {tempered(inner, row), cap, nullptr};
   }

@@ -11,6 +11,10 @@ from .pair import cpu as pair_cpu
 from .pair import torch as pair_eager
 from .pair import triton as pair_triton
 from .pair.backend import PairKernels
+from .words import cpu as words_cpu
+from .words import torch as words_eager
+from .words import triton as words_triton
+from .words.backend import WordKernels
 
 _KERNELS: dict[str, RowKernels] = {
     "cuda": cuda,
@@ -29,6 +33,14 @@ _PAIR_KERNELS: dict[str, PairKernels] = {
     "cpu": pair_cpu,
     "torch": pair_eager,
 }
+_WORD_KERNELS: dict[str, WordKernels] = {
+    "cuda": words_triton,  # there are no compiled CUDA kernels of these
+    "triton": words_triton,
+    "anchored": words_triton,
+    "cutlass": words_triton,
+    "cpu": words_cpu,
+    "torch": words_eager,
+}
 BACKENDS = tuple(_KERNELS)
 
 
@@ -38,6 +50,10 @@ def kernels(backend: str) -> RowKernels:
 
 def pair_kernels(backend: str) -> PairKernels:
     return _PAIR_KERNELS[backend]
+
+
+def word_kernels(backend: str) -> WordKernels:
+    return _WORD_KERNELS[backend]
 
 
 def unavailable(backend: str, device: torch.device) -> str | None:
