@@ -79,7 +79,7 @@ class NVFP4:
             raise ValueError(f"stored: expected dtype torch.uint8, got {self.stored.dtype}")
         V, H = self.shape
         if H % _NVFP4_BLOCK or shape_of(self.scales) != (V, H // _NVFP4_BLOCK):
-            expected = (V, H / _NVFP4_BLOCK)
+            expected = (V, -(-H // _NVFP4_BLOCK))
             raise ValueError(f"scales: expected shape {expected}, got {shape_of(self.scales)}")
 
     @property

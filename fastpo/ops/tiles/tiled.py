@@ -74,10 +74,14 @@ class Tiled(Tensor):
             raise ValueError(f"{name}: expected device {self.device}, got {found.device}")
         return found
 
+    @property
+    def width(self) -> int:
+        """Words of one tile, as the walks have them."""
+        return planner.tile_shape(1, self.shape[0], self.device.type).vocab
+
     def tiles(self) -> Iterator[tuple[int, int]]:
-        """First word and the one after the last, as wide as the walks' own."""
-        vocab = self.shape[0]
-        step = planner.tile_shape(1, vocab, self.device.type).vocab
+        """First word and the one after the last."""
+        vocab, step = self.shape[0], self.width
         return ((v, min(v + step, vocab)) for v in range(0, vocab, step))
 
     def whole(self) -> Tensor:
@@ -141,6 +145,8 @@ def _slice(
     if dim != 0 or step != 1:
         raise RuntimeError(f"weight: expected a slice of words, got one along {dim} by {step}")
     first, last, _ = slice(start, end).indices(weight.shape[0])
+    if last - first > weight.width:
+        raise RuntimeError(f"weight: expected {weight.width} words at most, got [{first}, {last})")
     return weight.words(first, max(first, last))
 
 

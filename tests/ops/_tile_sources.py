@@ -1,0 +1,83 @@
+"""Tile sources, and the weights they stand for, made in another way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+import fastpo
+from fastpo import TileSource
+
+V, H = 2503, 48  # more than one tile of 2,048 words
+
+
+@dataclass
+class Sliced:
+    """A tensor, and which tiles were asked for."""
+
+    weight: Tensor
+    asked: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    def tile(self, v0: int, v1: int) -> Tensor:
+        self.asked.append((v0, v1))
+        return self.weight[v0:v1]
+
+
+def sliced(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
+    weight = _draw(V, H).to(dtype) / 4
+    return Sliced(weight), weight
+
+
+def float8_blocks(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
+    """128 words and 32 columns share a scale; neither V nor H is a multiple."""
+    values, scales = (_draw(V, H) * 20).to(torch.float8_e4m3fn), _draw(20, 2).abs() / 40
+    every = torch.kron(scales, torch.ones(128, 32))[:V, :H]
+    made = fastpo.BlockScaled(values, scales, (128, 32), dtype)
+    return made, (values.double() * every.double()).float().to(dtype)
+
+
+def int8_words(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
+    values, scales = (_draw(V, H) * 40).clamp(-127, 127).to(torch.int8), _draw(V, 1).abs() / 80
+    made = fastpo.BlockScaled(values, scales, (1, H), dtype)
+    return made, (values.double() * scales.double()).float().to(dtype)
+
+
+def one_scale(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
+    values = (_draw(V, H) * 20).to(torch.float8_e5m2)
+    made = fastpo.BlockScaled(values, torch.full((1, 1), 0.01), (V, H), dtype)
+    return made, (values.double() * torch.tensor(0.01).double()).float().to(dtype)
+
+
+def nvfp4(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
+    numbers = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    table = torch.tensor(numbers + [-x for x in numbers])
+    codes = torch.randint(0, 16, (V, H), generator=torch.Generator().manual_seed(3))
+    packed = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
+    scales = (_draw(V, H // 16).abs() * 9).to(torch.float8_e4m3fn)
+    every = scales.double().repeat_interleave(16, 1) * 2**-7
+    made = fastpo.NVFP4(packed, scales, torch.tensor(2.0**-7), dtype)
+    return made, (table[codes].double() * every).float().to(dtype)
+
+
+SOURCES: dict[str, Callable[[torch.dtype], tuple[TileSource, Tensor]]] = {
+    made.__name__: made for made in (sliced, float8_blocks, int8_words, one_scale, nvfp4)
+}
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
