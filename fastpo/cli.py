@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_planning(commands)
     _add_objectives(commands)
     _add_bench(commands)
+    _add_info(commands)
     return parser
 
 
@@ -169,6 +170,28 @@ def _add_bench(commands: argparse._SubParsersAction) -> None:
     from .bench import cli
 
     cli.add(commands)
+
+
+def _add_info(commands: argparse._SubParsersAction) -> None:
+    info = commands.add_parser(
+        "info",
+        help="what is installed, what serves here, what would be patched",
+        description="Versions, devices, backends and why others are not there, and what "
+        "fastpo.patch() would stand in for: what a report of a fault needs.",
+        epilog="example: fastpo info --json > info.json",
+    )
+    info.set_defaults(command=_info)
+    info.add_argument("--json", action="store_true", help="the same for programs")
+
+
+def _info(options: argparse.Namespace) -> int:
+    import json
+
+    from .info import facts, text
+
+    found = facts()
+    print(json.dumps(found, indent=2) if options.json else text(found))
+    return 0
 
 
 def _complain(command: str, error: Exception, code: int) -> int:

@@ -7,7 +7,7 @@ import pytest
 
 from fastpo import cli, objectives
 
-COMMANDS = ("demo", "run", "plan", "objectives", "bench")
+COMMANDS = ("demo", "run", "plan", "objectives", "bench", "info")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

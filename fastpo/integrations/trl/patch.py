@@ -168,6 +168,7 @@ def _all(
 
 _ADDED = tuple(shared.replacements(True, True))
 SEAMS = tuple(_all(Setting(), HeadOptions(), True, True))
+DEFAULTS = _all(Setting(), HeadOptions(), None, False)  # what a call without options stands in for
 
 
 def unpatch() -> None:
