@@ -39,7 +39,9 @@ def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
     parser = argparse.ArgumentParser(
-        prog="fastpo", description="Preference optimisation without logits."
+        prog="fastpo",
+        description="Preference optimisation without logits.",
+        epilog="example: fastpo demo",
     )
     parser.add_argument("--version", action="version", version=f"fastpo {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -61,6 +63,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         help="train a small model with and without fastpo and compare",
         description="SFT warm-up, then preference optimisation through TRL with and without the "
         "patch, from the same weights and seed. Writes the model, report.json and plot.png.",
+        epilog="example: fastpo demo --objective simpo --steps 20 --out simpo",
     )
     demo.set_defaults(command=_demo)
     add, default = demo.add_argument, "default: %s"
@@ -123,6 +126,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         usage=USAGE,
         description="What `python script.py arguments` would do, with fastpo under TRL's head, in "
         "processes of multiprocessing, too. --shared-prompts, --padding-free: as in fastpo.patch.",
+        epilog="example: fastpo run --shared-prompts train.py --learning-rate 1e-6",
     )
 
 
@@ -137,6 +141,7 @@ def _add_objectives(commands: argparse._SubParsersAction) -> None:
         "objectives",
         help="list the table of objectives",
         description="Quantities, defaults and papers; with a key, its formula and ranges too.",
+        epilog="example: fastpo objectives simpo --plot simpo.png",
     )
     objectives.set_defaults(command=_objectives)
     objectives.add_argument("key", nargs="?", help="show this one")

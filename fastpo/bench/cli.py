@@ -9,6 +9,14 @@ from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "bfloat16", "float16")
+_EXAMPLES = {
+    "head": "--shapes 1024,32000,512 --cases trainable --dtype float32",
+    "step": "--model small --lengths 256 512",
+    "sweep": "--rows 4096 --out sweep.json",
+    "choose": "benchmarks/results/nvidia_h100_head.json",
+    "plot": "benchmarks/results/cpu_amd_epyc_head.json --out .",
+    "readme": "--check",
+}
 
 # Minutes lie between two lines: into a file, too, each goes at once.
 _say = partial(print, flush=True)
@@ -19,6 +27,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "bench",
         help="time, memory and error against others",
         description="Measures; every figure goes into a JSON file with its machine and versions.",
+        epilog=f"example: fastpo bench head {_EXAMPLES['head']}",
     )
     kinds = bench.add_subparsers(title="benchmarks", required=True, metavar="WHAT")
     for build in (_add_head, _add_step, _add_sweep, _add_choose, _add_plot, _add_readme):
@@ -26,7 +35,12 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _parser(kinds: argparse._SubParsersAction, name: str, about: str, run: Any) -> Any:
-    parser = kinds.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".")
+    parser = kinds.add_parser(
+        name,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog=f"example: fastpo bench {name} {_EXAMPLES[name]}",
+    )
     parser.set_defaults(command=_guarded(name, run))
     return parser
 

@@ -1,5 +1,7 @@
 """The command line: help, exit codes, and messages instead of tracebacks."""
 
+import argparse
+import shlex
 import subprocess
 import sys
 
@@ -23,6 +25,33 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     text = capsys.readouterr().out
     assert all(f"    {command}" in text for command in COMMANDS)
+
+
+def parsers(parser):
+    """Of every command and subcommand, by what is typed."""
+    found = {parser.prog: parser}
+    for action in parser._actions:
+        for below in (action.choices or {}).values() if action.nargs == argparse.PARSER else ():
+            found |= parsers(below)
+    return found
+
+
+PARSERS = parsers(cli._parser())
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_help_shows_an_example_that_can_be_typed(command):
+    said, _, example = (PARSERS[command].epilog or "").partition(": ")
+    assert said == "example" and f"{example} ".startswith(f"{command} ")
+    arguments = shlex.split(example.partition(" > ")[0])[1:]
+    if command == "fastpo run":  # all behind it is the script's
+        return
+    assert cli._parser().parse_args(arguments).command
+
+
+def test_the_examples_are_of_every_command():
+    assert {f"fastpo {command}" for command in COMMANDS} <= set(PARSERS)
+    assert {"fastpo plan head", "fastpo bench head", "fastpo bench readme"} <= set(PARSERS)
 
 
 def test_version(capsys):
