@@ -92,8 +92,7 @@ def _page(family: str, entries: list[Entry]) -> str:
 
 
 _PICTURES = (
-    "On the site each objective of a margin or a log-ratio has a picture: the loss, and dashed its "
-    "gradient."
+    "On the site each objective of a margin or a log-ratio has a picture of loss and gradient."
 )
 
 
