@@ -7,7 +7,7 @@ REAL := $(VENV)/real
 SITE := $(VENV)/docs
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo demo-real test fuzz lint format docs triton cuda bench figures gpu gpu-wheels matrix frameworks clean
+.PHONY: setup demo demo-real test fuzz lint format docs triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -101,6 +101,13 @@ TRITON := 3.6.0
 triton: $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest -q tests/kernels/test_ahead_of_time.py
+
+# Heads that bitsandbytes and torchao have quantised; no GPU is needed.
+QUANTISED := bitsandbytes==0.50.2 torchao==0.18.0
+quantised: $(READY)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/quantised $(QUANTISED)
+	PYTHONPATH=build/quantised OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	  tests/integrations/attach/test_quantised_heads.py tests/integrations/trl/test_trl_quantised.py
 
 # csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit.
 NVCC := build/nvcc
