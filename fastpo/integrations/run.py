@@ -150,7 +150,7 @@ def patch_with_children(options: Options) -> None:
     replace_when_imported({_CHILDREN: partial(_Carrying, options=options)})
     actions: dict[str, Callable[[], None]] = {"trl": partial(_patch, options)}
     if options.get("lazy"):
-        more = {"verl": _serve_verl, "openrlhf": _serve_openrlhf}
+        more = {"verl": _serve_verl, "openrlhf": _serve_readers, "axolotl": _serve_readers}
         actions |= {"transformers.modeling_utils": _make_lazy, **more}
     for module, action in actions.items():
         if module in sys.modules:
@@ -189,10 +189,10 @@ def _serve_verl() -> None:
     verl.install(HeadOptions())
 
 
-def _serve_openrlhf() -> None:
-    from . import openrlhf
+def _serve_readers() -> None:
+    from . import readers
 
-    openrlhf.install()
+    readers.install()
 
 
 class _Carried:

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import Any
 
 from ...ops.shards.gathered import HeadOptions
-from .. import openrlhf, verl
+from .. import readers, verl
 from ..lazy import everywhere
 from ..seams.saying import say_once
 from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
@@ -109,7 +109,7 @@ def patch(
     if lazy:
         everywhere.install(plain)
     verl.install(plain)
-    openrlhf.install()
+    readers.install()
 
 
 def _checked(
@@ -179,12 +179,12 @@ def unpatch() -> None:
     restore(*SEAMS)
     everywhere.remove()
     verl.remove()
-    openrlhf.remove()
+    readers.remove()
 
 
 @contextmanager
 def patched(**options: Any) -> Iterator[None]:
     """`patch(**options)` for the length of a block; afterwards TRL is what it was before."""
-    with kept(*SEAMS, *verl.SEAMS, *openrlhf.SEAMS), everywhere.kept():
+    with kept(*SEAMS, *verl.SEAMS, *readers.SEAMS), everywhere.kept():
         patch(**options)
         yield
