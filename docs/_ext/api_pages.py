@@ -12,7 +12,15 @@ import fastpo
 from fastpo import objectives, quantities
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "Log-probabilities": ("linear_logps", "TokenStats", "multi_head_logps", "mixed_linear_logps"),
+    "Log-probabilities": (
+        "linear_logps",
+        "TokenStats",
+        "Support",
+        "multi_head_logps",
+        "multi_token_logps",
+        "mixed_linear_logps",
+    ),
+    "Quantised heads": ("tile_source", "TileSource", "BlockScaled", "NVFP4"),
     "A head in shards": ("vocab_parallel_logps",),
     "Divergences": ("linear_divergence", "linear_topk_divergence", "DivergenceStats"),
     "Best words": ("linear_topk", "TopK", "sample_topk", "TokenSample"),
@@ -31,7 +39,7 @@ def text() -> str:
     blocks = []
     for title, names in {**GROUPS, **({"More": others} if others else {})}.items():
         blocks.append(f"## {title}")
-        for name in names:
+        for name in (name for name in names if name in fastpo.__all__):
             blocks += _entry(f"fastpo.{name}", getattr(fastpo, name))
     for path, module in MODULES.items():
         blocks += [f"## {path}", _markdown(inspect.getdoc(module) or "")]
