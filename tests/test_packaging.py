@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
+
+import fastpo
 
 ROOT = Path(__file__).parents[1]
 KERNELS = sorted(path.name for path in (ROOT / "kernels").glob("*.py"))
@@ -20,8 +26,11 @@ pytestmark = [
 ]
 
 
-def run(*command: str, cwd: Path) -> str:
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def run(*command: str, cwd: Path, **environment: str) -> str:
+    everything = {**os.environ, **environment}
+    done = subprocess.run(
+        command, cwd=cwd, env=everything, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done.stdout
 
@@ -53,10 +62,25 @@ def wheel(tmp_path_factory: pytest.TempPathFactory, sdist: Path) -> Path:
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
     """A directory with nothing but the wheel's contents, as site-packages has them."""
-    target = tmp_path_factory.mktemp("site")
+    return unpacked(wheel, tmp_path_factory.mktemp("site"))
+
+
+def unpacked(wheel: Path, target: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(target)
     return target
+
+
+# Only what lies in a directory is fastpo then: neither the checkout nor its editable finder.
+ALONE = """
+import sys
+sys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module__]
+sys.path = [{path!r}] + [p for p in sys.path if p not in {checkout!r}]
+"""
+
+
+def alone(path: Path) -> str:
+    return ALONE.format(path=str(path), checkout=(str(ROOT), str(ROOT.parent)))
 
 
 def test_kernels_is_no_package() -> None:
@@ -81,10 +105,8 @@ def test_wheel_imports_alone(installed: Path, tmp_path: Path) -> None:
     """Only the unpacked wheel on the path, outside the checkout: no editable finder, no sources."""
     modules = ", ".join(f"fastpo.kernels.{Path(name).stem}" for name in KERNELS)
     program = f"""
-import importlib.util, sys
-sys.meta_path = [f for f in sys.meta_path if "editable" not in type(f).__module__]
-checkout = ({str(ROOT)!r}, {str(ROOT.parent)!r})
-sys.path = [{str(installed)!r}] + [p for p in sys.path if p not in checkout]
+{alone(installed)}
+import importlib.util
 import fastpo, fastpo._C, {modules}
 from fastpo.ops.rows import cpu
 print(fastpo.__file__, fastpo._C.__file__, fastpo.kernels.__path__, fastpo._C.has_cuda)
@@ -94,6 +116,69 @@ assert importlib.util.find_spec("kernels") is None or "fastpo" not in str(
     output = run(sys.executable, "-c", program, cwd=tmp_path)
     assert output.count(str(installed)) == 3, output
     assert output.strip().endswith("False")
+
+
+BUILD = "from scikit_build_core.build import build_wheel; build_wheel('..')"
+
+
+@pytest.fixture(scope="session")
+def pure(tmp_path_factory: pytest.TempPathFactory, sdist: Path) -> Path:
+    """The wheel that a machine without a compiler builds from the sdist."""
+    folder = tmp_path_factory.mktemp("pure")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    said = run(
+        *(sys.executable, "-c", BUILD), cwd=next(folder.glob("fastpo-*/")), CXX="/nowhere/c++"
+    )
+    assert "no extension was built, see `fastpo info`" in said
+    return next(folder.glob("fastpo-*.whl"))
+
+
+def test_without_a_compiler_it_is_python_alone(pure: Path, wheel: Path) -> None:
+    assert pure.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(pure) as archive, zipfile.ZipFile(wheel) as whole:
+        missing = {*whole.namelist()} - {*archive.namelist()}
+        assert all(name.startswith("fastpo/_C.") and name.endswith(".so") for name in missing)
+        assert len(missing) == 1
+
+
+def test_without_the_extension_torch_serves(pure: Path, tmp_path: Path) -> None:
+    program = f"""
+{alone(unpacked(pure, tmp_path / "site"))}
+import torch, fastpo
+from fastpo.info import facts, text
+hidden, head, labels = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+hidden.requires_grad_()
+logps = fastpo.linear_logps(hidden, head, labels).logps
+logps.sum().backward()
+eager = torch.log_softmax(hidden.detach() @ head.T, -1).gather(1, labels[:, None])[:, 0]
+torch.testing.assert_close(logps.detach(), eager)
+assert hidden.grad.abs().sum() > 0
+assert facts()["backends"]["cpu"]["chosen"] == "torch"
+print(text(facts()))
+"""
+    said = run(sys.executable, "-c", program, cwd=tmp_path)
+    assert "\n  cpu           no: fastpo._C is not there" in said
+    assert "Triton and torch serve without it." in said
+
+
+def test_an_extension_may_be_declined(sdist: Path, tmp_path: Path) -> None:
+    """FASTPO_PURE: no compiler is looked for, so that a broken one is no matter."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = next(tmp_path.glob("fastpo-*/"))
+    said = run(sys.executable, "-c", BUILD, cwd=source, FASTPO_PURE="ON", CXX="/nowhere/c++")
+    assert "CMake" not in said and next(tmp_path.glob("fastpo-*-py3-none-any.whl"))
+
+
+def test_a_checkout_is_not_built_without_its_extension(tmp_path: Path, sdist: Path) -> None:
+    """`pip install -e .`: whoever works on the C++ must see that it does not compile."""
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    source = next(tmp_path.glob("fastpo-*/"))
+    build = "from scikit_build_core.build import build_editable; build_editable('..')"
+    with pytest.raises(AssertionError, match="Could not find compiler"):
+        run(sys.executable, "-c", build, cwd=source, CXX="/nowhere/c++")
 
 
 def test_checkout_imports_without_installation(tmp_path: Path) -> None:
@@ -121,6 +206,28 @@ heavy = {"torch._dynamo", "triton", "transformers", "trl", "peft", "datasets", "
 print(sorted(heavy & (set(sys.modules) - before)))
 """
     assert run(sys.executable, "-c", program, cwd=tmp_path).strip() == "[]"
+
+
+def metadata_of(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return message_from_bytes(archive.read(name))
+
+
+def test_the_version_is_the_packages_own(pure: Path) -> None:
+    """It is written in fastpo/__init__.py and nowhere else."""
+    assert metadata_of(pure)["Version"] == fastpo.__version__
+    table = (ROOT / "pyproject.toml").read_text().partition("[project.optional")[0]
+    assert 'dynamic = ["version"]' in table and "\nversion =" not in table
+
+
+def test_extras_that_messages_name_are_there(pure: Path) -> None:
+    extras = {"trl", "peft", "flash", "bench", "plots", "real", "docs", "dev"}
+    assert {*metadata_of(pure).get_all("Provides-Extra")} == extras
+    files = [*(ROOT / "fastpo").rglob("*.py"), *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    text = "".join(path.read_text(encoding="utf-8") for path in files)
+    named = set(re.findall(r"(?:fastpo|\.)\[([\w,]+)\]['`\"]", text))
+    assert {"trl", "plots"} <= named <= extras
 
 
 def test_sdist_contents(sdist: Path) -> None:

@@ -304,7 +304,7 @@ def _plot(options: argparse.Namespace) -> int:
     from .errors import BenchError
 
     if find_spec("matplotlib") is None:
-        raise BenchError("needs matplotlib: pip install 'fastpo[bench]'")
+        raise BenchError("needs matplotlib: pip install 'fastpo[plots]'")
     from .plots import draw
 
     for path in options.reports:

@@ -28,7 +28,7 @@ CPU_NOTE = (
     "On a CPU TRL's head runs as plain torch operations over all positions, prompts and padding "
     "too;\non a GPU it is a Triton kernel, and the difference is smaller than here."
 )
-NO_PICTURE = "none without matplotlib: pip install 'fastpo[bench]'"
+NO_PICTURE = "none without matplotlib: pip install 'fastpo[plots]'"
 BUILT_NOTE = (
     "Shared prompts spare the layers; of this small model's step the head is most. In a deep model "
     "the\nlayers are: fastpo bench step --shared-prompts"

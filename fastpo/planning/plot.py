@@ -15,7 +15,8 @@ def save(plan: Any, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ValueError("plot: expected matplotlib, got none; pip install matplotlib") from error
+        message = "plot: expected matplotlib, got none; pip install 'fastpo[plots]'"
+        raise ValueError(message) from error
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     names = list(plan.heads)

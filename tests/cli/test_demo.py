@@ -328,7 +328,7 @@ def check_without_matplotlib(figures, folder, monkeypatch):
     report.write(figures, folder)
     assert [path.name for path in folder.iterdir()] == ["report.json"]
     (line,) = (x for x in report.closing(figures, folder).splitlines() if x.startswith("plot "))
-    assert line.endswith("none without matplotlib: pip install 'fastpo[bench]'")
+    assert line.endswith("none without matplotlib: pip install 'fastpo[plots]'")
 
 
 def test_figures_are_compared_with_trls():
