@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .ops.linear_topk import TokenSample, TopK, linear_topk, sample_topk
     from .ops.mixed_linear_logps import mixed_linear_logps
     from .ops.multi_head import multi_head_logps
+    from .ops.multi_token import multi_token_logps
     from .ops.tiles.formats import NVFP4, BlockScaled
     from .ops.tiles.known import tile_source
     from .ops.tiles.tiled import TileSource
@@ -43,6 +44,7 @@ __all__ = [
     "linear_topk_divergence",
     "mixed_linear_logps",
     "multi_head_logps",
+    "multi_token_logps",
     "objectives",
     "patch",
     "patched",
@@ -73,6 +75,7 @@ _HOMES = {
     "fastpo.ops.linear_topk": ("TokenSample", "TopK", "linear_topk", "sample_topk"),
     "fastpo.ops.mixed_linear_logps": ("mixed_linear_logps",),
     "fastpo.ops.multi_head": ("multi_head_logps",),
+    "fastpo.ops.multi_token": ("multi_token_logps",),
     "fastpo.ops.tiles.formats": ("NVFP4", "BlockScaled"),
     "fastpo.ops.tiles.known": ("tile_source",),
     "fastpo.ops.tiles.tiled": ("TileSource",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,26 @@ def _statistics(z: Tensor, labels: Tensor, ignore_index: int | None) -> TokenSta
         "lse": lse,
     }
     return TokenStats(**{name: x.masked_fill(ignored, 0) for name, x in stats.items()})
+
+
+def multi_token_logps(
+    hidden_per_depth: Sequence[Tensor],  # D of [..., T, H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [..., T] or [D, ..., T]
+    *,
+    ignore_index: int = -100,
+    **options: Any,
+) -> TokenStats:
+    """`fastpo.multi_token_logps`: one depth after the other."""
+    depths, T = [], labels.shape[-1]
+    for d, hidden in enumerate(hidden_per_depth):
+        if labels.dim() == hidden.dim():
+            own = labels[d]
+        else:
+            own = torch.full_like(labels, ignore_index)
+            own[..., : max(T - d, 0)] = labels[..., d:]
+        depths.append(linear_logps(hidden, weight, own, ignore_index=ignore_index, **options))
+    return TokenStats(*map(torch.stack, zip(*depths, strict=True)))
 
 
 def linear_topk(
