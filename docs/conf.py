@@ -18,6 +18,10 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["_ext"]
 html_theme = "furo"
 html_title = "fastpo"
+html_theme_options = {
+    f"{theme}_css_variables": {"color-brand-primary": accent, "color-brand-content": accent}
+    for theme, accent in {"light": "#0b6e8a", "dark": "#3fb0d0"}.items()
+}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["filter.js"]
