@@ -34,8 +34,8 @@ def lazy_logits(
     their gradient, and the log says once what and where. Values and gradients are the model's.
 
     Returns a handle: `detach()` gives the model back, as does leaving `with lazy_logits(model):`.
-    `generate` runs on the model's own logits; a head that cannot be read later (quantised,
-    of FSDP1 or ZeRO-3) keeps them, too, and the log says so.
+    `generate` runs on the model's own logits; a head that cannot be read later (of FSDP1 or
+    ZeRO-3, or quantised in a way that is not known) keeps them, too, and the log says so.
 
     Raises ValueError for a model without a head, or with a fastpo head already; RuntimeError when
     logits are read after the head's weight has changed.

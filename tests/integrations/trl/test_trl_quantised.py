@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,10 +13,12 @@ pytest.importorskip("datasets")
 import _trainers
 import torch
 from _quantised import H, model, own_words
-from _tiny import count_calls, one_thread, preferences  # noqa: F401
-from torch import nn
+from _tiny import conversations, count_calls, one_thread, preferences  # noqa: F401
+from torch import Tensor, nn
 
 import fastpo
+from fastpo.integrations.lazy import cell
+from fastpo.ops.tiles.tiled import Tiled
 
 
 def dense(net: Any) -> Any:
@@ -27,10 +29,20 @@ def dense(net: Any) -> Any:
     return net
 
 
-def trained(prefix: str, folder: Any, net: Any) -> _trainers.Run:
-    reference = {"ref_model": copy.deepcopy(net)} if prefix == "DPO" else {}
-    data = _trainers.DATA.get(prefix, preferences)()
-    trainer = _trainers.build(prefix, folder, net, data, {"max_steps": 2}, **reference)
+# Of the trainer, beside a model: the config, and other models.
+TRAINERS: dict[str, tuple[Any, dict[str, Any], str | None]] = {
+    "DPO": (preferences, {}, "ref_model"),
+    "SFT": (conversations, {}, None),
+    "CPO": (preferences, {}, None),
+    "GKD": (conversations, {"lmbda": 0.0, "beta": 0.3}, "teacher_model"),
+}
+
+
+def trained(prefix: str, folder: Any, make: Callable[[int], Any]) -> _trainers.Run:
+    data, changes, other = TRAINERS[prefix]
+    others = {} if other is None else {other: make(1)}
+    changes = {"max_steps": 2, **changes}
+    trainer = _trainers.build(prefix, folder, make(0), data(), changes, **others)
     logs, parameters = _trainers.train(trainer)
     for log in logs:
         log.pop("total_flos", None)  # by the number of parameters
@@ -38,11 +50,46 @@ def trained(prefix: str, folder: Any, net: Any) -> _trainers.Run:
 
 
 @pytest.mark.usefixtures("afresh")
-@pytest.mark.parametrize("prefix", ["DPO", "SFT", "CPO"])
+@pytest.mark.parametrize("prefix", TRAINERS)
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_it_trains_the_same(name, prefix, tmp_path, monkeypatch, caplog):
-    own, calls = trained(prefix, tmp_path, dense(model(name))), count_calls(monkeypatch)
+    own = trained(prefix, tmp_path, lambda seed: dense(model(name, seed=seed)))
+    calls, tiles = count_calls(monkeypatch), []
+    words = Tiled.words
+    monkeypatch.setattr(Tiled, "words", lambda *x: tiles.append(x) or words(*x))
     with fastpo.patched():
-        ours = trained(prefix, tmp_path, model(name))
+        ours = trained(prefix, tmp_path, lambda seed: model(name, seed=seed))
     _trainers.assert_same(ours, own)
-    assert calls and "keeps" not in caplog.text
+    assert tiles and (calls or prefix == "GKD")
+    assert "keeps" not in caplog.text and not cell.told
+
+
+@pytest.mark.usefixtures("afresh")
+def test_dpo_trains_an_adapter_beside_it(tmp_path):
+    config = _trainers.lora(target_modules=["q_proj", "lm_head"])
+    with fastpo.patched():
+        net, data = model("nf4"), preferences()
+        trainer = _trainers.build("DPO", tmp_path, net, data, {"max_steps": 2}, peft_config=config)
+        adapted = trainer.model.get_base_model().lm_head
+        torch.nn.init.normal_(adapted.lora_B["default"].weight, std=0.3)
+        batch = next(iter(trainer.get_train_dataloader()))
+        loss = trainer.compute_loss(trainer.model, dict(batch))
+        named = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(loss, list(named.values()))
+        own = margin(trainer.model, batch)
+        with torch.no_grad(), trainer.model.disable_adapter():
+            reference = margin(trainer.model, batch)
+        expected = -torch.nn.functional.logsigmoid(0.1 * (own - reference)).mean()
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+        expected_grads = torch.autograd.grad(expected, list(named.values()))
+        torch.testing.assert_close(grads, expected_grads, rtol=1e-3, atol=1e-5)
+        trainer.train()
+
+
+def margin(net: Any, batch: Any) -> Tensor:
+    """Chosen over rejected, by the model's own logits."""
+    logits = net(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    labels = batch["input_ids"][:, 1:, None]
+    tokens = logits[:, :-1].log_softmax(-1).gather(-1, labels).squeeze(-1)
+    chosen, rejected = (tokens * batch["completion_mask"][:, 1:]).sum(1).chunk(2)
+    return chosen - rejected
