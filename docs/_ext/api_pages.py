@@ -20,7 +20,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "multi_token_logps",
         "mixed_linear_logps",
     ),
-    "Quantised heads": ("tile_source", "TileSource", "BlockScaled", "NVFP4"),
+    "Quantised heads": ("tile_source", "TileSource", "BlockScaled", "NVFP4", "PackedIntegers"),
     "A head in shards": ("vocab_parallel_logps",),
     "Divergences": ("linear_divergence", "linear_topk_divergence", "DivergenceStats"),
     "Best words": ("linear_topk", "TopK", "sample_topk", "TokenSample"),

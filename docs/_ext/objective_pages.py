@@ -58,14 +58,14 @@ def _shipped(entry: Entry) -> bool:
 
 
 def _overview(shipped: dict[str, list[Entry]]) -> str:
-    """One table for each family: key, formula, paper."""
+    """One table for each family."""
     total = sum(map(len, shipped.values()))
     blocks = [_NOTE, "# Objectives", f"{total} of them, by family.", _INTRO]
     for family, entries in shipped.items():
         page = f"objectives/{family}.md"
         blocks += [f"## {TITLES[family]}", f"[{_count(entries)}]({page}). {_sentence(family)}"]
-        rows = [f"| {_link(e, page)} | {formula(e)} | {_paper(e)} |" for e in entries]
-        blocks.append("\n".join(["| key | formula | paper |", "| --- | --- | --- |", *rows]))
+        rows = [f"| {_told(entry, page)} | {formula(entry)} |" for entry in entries]
+        blocks.append("\n".join(["| key, paper | formula |", "| --- | --- |", *rows]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -76,6 +76,10 @@ def _count(entries: list[Entry]) -> str:
 def _link(entry: Entry, page: str = "") -> str:
     aliases = f" ({', '.join(entry.aliases)})" if entry.aliases else ""
     return f"[`{entry.key}`]({page}#{entry.key}){aliases}"
+
+
+def _told(entry: Entry, page: str) -> str:
+    return "<br>".join(filter(None, (_link(entry, page), _paper(entry))))
 
 
 def _page(family: str, entries: list[Entry]) -> str:

@@ -15,23 +15,34 @@ import curve_pictures
 import report_pictures
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
+from objective_pages import TITLES
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parents[1]
 NAVIGATION = {
-    "Use it": (
-        "installing",
-        "how-it-works",
-        "drop-in",
-        "training",
-        "objectives",
-        "lazy-logits",
-        "primitives",
-        "frameworks",
-    ),
-    "More of it": ("longer-contexts", "shared-prompts", "many-devices", "planning", "sampler"),
-    "Know it": ("benchmarks", "kernels", "reliability", "faq", "limits"),
-    "Look it up": ("api", "changelog"),
+    "": {"Start": "self", "How it works": "how-it-works", "Installing": "installing"},
+    "Use it": {
+        "Trainers": "drop-in",
+        "Any objective, by name": "training",
+        "Objectives": "objectives",
+        "Lazy logits": "lazy-logits",
+        "Frameworks": "frameworks",
+        "Primitives": "primitives",
+    },
+    "Longer, larger": {
+        "Longer contexts": "longer-contexts",
+        "Shared prompts": "shared-prompts",
+        "Many devices": "many-devices",
+        "Planning": "planning",
+        "Matching a sampler": "sampler",
+    },
+    "What it is worth": {
+        "Benchmarks": "benchmarks",
+        "Kernels": "kernels",
+        "Reliability": "reliability",
+        "Limits": "limits",
+    },
+    "Look it up": {"FAQ": "faq", "API": "api", "Changelog": "changelog"},
 }
 _IMAGE = re.compile(r"^!\[([^\]]*)\]\((pictures/\w+\.svg)\)$", re.M)
 
@@ -48,8 +59,7 @@ def _completed(app: Sphinx, name: str, source: list[str]) -> None:
     if name == "index":
         text += "".join(_toctree(caption, pages) for caption, pages in NAVIGATION.items())
     elif name == "objectives":
-        found = sorted(path.stem for path in (DOCS / "objectives").glob("*.md"))
-        text += _toctree("", [f"objectives/{stem}" for stem in found])
+        text += _toctree("", {title: f"objectives/{name}" for name, title in TITLES.items()})
     elif name.startswith("objectives/"):
         text = curve_pictures.added(text)
     elif name == "api":
@@ -59,10 +69,11 @@ def _completed(app: Sphinx, name: str, source: list[str]) -> None:
     source[0] = report_pictures.added(text)
 
 
-def _toctree(caption: str, pages: Any) -> str:
-    there = [page for page in pages if (DOCS / f"{page}.md").exists()]
+def _toctree(caption: str, pages: dict[str, str]) -> str:
+    there = {t: p for t, p in pages.items() if p == "self" or (DOCS / f"{p}.md").exists()}
+    lines = [f"{title} <{page}>" for title, page in there.items()]
     head = ["", "", "```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), ""]
-    return "\n".join([*head, *there, "```", ""])
+    return "\n".join([*head, *lines, "```", ""])
 
 
 def _inlined(found: re.Match[str]) -> str:
@@ -84,7 +95,7 @@ def _block(writer: Any, node: Any) -> None:
 
 
 def mathml(latex: str, display: str) -> str:
-    found = convert(latex, display=display).replace(r"\_", "_")
+    found = convert(latex.replace("'", "′"), display=display).replace(r"\_", "_")
     # A name of several letters is set without the space behind it.
     return re.sub(
         r"(<mi>(?:log|max|min|exp)</mi>)(?=<m[ins])", r'\1<mspace width="0.167em" />', found

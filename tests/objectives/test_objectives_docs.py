@@ -41,7 +41,7 @@ def test_links_of_the_pages():
     assert links == found
     assert {key for _, key in links} == set(KEYS)
     table = [line for line in PAGES["objectives.md"].splitlines() if line.startswith("| [")]
-    assert all(line.count("|") == 4 for line in table)
+    assert all(line.count("|") == 3 for line in table)
 
 
 @pytest.mark.parametrize(
