@@ -102,12 +102,13 @@ triton: $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest -q tests/kernels/test_ahead_of_time.py
 
-# Heads that bitsandbytes and torchao have quantised; no GPU is needed.
-QUANTISED := bitsandbytes==0.50.2 torchao==0.18.0
+# Heads that bitsandbytes, torchao and compressed-tensors have quantised; no GPU is needed.
+QUANTISED := bitsandbytes==0.50.2 torchao==0.18.0 compressed-tensors==0.20.1 loguru==0.7.3
 quantised: $(READY)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/quantised $(QUANTISED)
 	PYTHONPATH=build/quantised OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
-	  tests/integrations/attach/test_quantised_heads.py tests/integrations/trl/test_trl_quantised.py
+	  tests/integrations/attach/test_quantised_heads.py tests/integrations/trl/test_trl_quantised.py \
+	  tests/ops/test_compressed_tensors.py
 
 # csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit.
 NVCC := build/nvcc

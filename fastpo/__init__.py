@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .ops.mixed_linear_logps import mixed_linear_logps
     from .ops.multi_head import multi_head_logps
     from .ops.multi_token import multi_token_logps
-    from .ops.tiles.formats import NVFP4, BlockScaled
+    from .ops.tiles.formats import NVFP4, BlockScaled, PackedIntegers
     from .ops.tiles.known import tile_source
     from .ops.tiles.tiled import TileSource
     from .ops.vocab_parallel_logps import vocab_parallel_logps
@@ -30,6 +30,7 @@ __all__ = [
     "BlockScaled",
     "DivergenceStats",
     "GroupTrainer",
+    "PackedIntegers",
     "Plan",
     "StepPlan",
     "TileSource",
@@ -76,7 +77,7 @@ _HOMES = {
     "fastpo.ops.mixed_linear_logps": ("mixed_linear_logps",),
     "fastpo.ops.multi_head": ("multi_head_logps",),
     "fastpo.ops.multi_token": ("multi_token_logps",),
-    "fastpo.ops.tiles.formats": ("NVFP4", "BlockScaled"),
+    "fastpo.ops.tiles.formats": ("NVFP4", "BlockScaled", "PackedIntegers"),
     "fastpo.ops.tiles.known": ("tile_source",),
     "fastpo.ops.tiles.tiled": ("TileSource",),
     "fastpo.ops.vocab_parallel_logps": ("vocab_parallel_logps",),

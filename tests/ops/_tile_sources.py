@@ -74,8 +74,21 @@ def nvfp4(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
     return made, (table[codes].double() * every).float().to(dtype)
 
 
+def packed_integers(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
+    """Four bits and zero points; 24 numbers share a scale."""
+    g = torch.Generator().manual_seed(3)
+    codes, points = (torch.randint(0, 16, (V, n), generator=g) for n in (H, 2))
+    shifted = codes.view(V, -1, 8) << torch.arange(0, 32, 4)
+    packed = torch.where(shifted.sum(-1) >= 2**31, shifted.sum(-1) - 2**32, shifted.sum(-1))
+    scales = _draw(V, 2).abs() / 9
+    made = fastpo.PackedIntegers(packed.to(torch.int32), scales, 4, H, points - 8, dtype)
+    whole = (codes - points.repeat_interleave(24, 1)).double()
+    return made, (whole * scales.repeat_interleave(24, 1).double()).float().to(dtype)
+
+
+_ALL = (sliced, float8_blocks, int8_words, one_scale, nvfp4, packed_integers)
 SOURCES: dict[str, Callable[[torch.dtype], tuple[TileSource, Tensor]]] = {
-    made.__name__: made for made in (sliced, float8_blocks, int8_words, one_scale, nvfp4)
+    made.__name__: made for made in _ALL
 }
 
 

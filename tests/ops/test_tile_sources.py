@@ -59,8 +59,10 @@ def run(function: Any, weight: Any, dtype: torch.dtype, names=DIFFERENTIABLE, **
 
 
 @pytest.mark.parametrize("names", [("logps",), DIFFERENTIABLE], ids=["logps", "all"])
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [*((name, "torch") for name in SOURCES), *(("nvfp4", name) for name in BACKENDS)],
+)
 def test_matches_float64(name, backend, names):
     source, weight = SOURCES[name](torch.float32)
     options = {"outputs": OUTPUTS, "backend": backend}
@@ -249,6 +251,11 @@ def test_what_asks_for_more_than_tiles_is_an_error():
         fastpo.linear_logps(torch.randn(3, H), head, torch.arange(3))
 
 
+def packed(stored: Tensor, **changes: Any) -> fastpo.PackedIntegers:
+    facts = {"scales": torch.ones(40, 3), "bits": 4, "hidden": H, **changes}
+    return fastpo.PackedIntegers(stored.to(torch.int32), **facts)
+
+
 FORMATS: dict[str, Any] = {
     r"scales: expected shape \(2, 2\), got \(3, 2\)": lambda: fastpo.BlockScaled(
         torch.zeros(40, H, dtype=torch.int8), torch.ones(3, 2), (32, 32)
@@ -264,6 +271,17 @@ FORMATS: dict[str, Any] = {
     ),
     r"scales: expected shape \(40, 3\), got \(40, 2\)": lambda: fastpo.NVFP4(
         torch.zeros(40, 24, dtype=torch.uint8), torch.ones(40, 2), 1.0
+    ),
+    r"stored: expected shape \(40, 6\), got \(40, 5\)": lambda: packed(torch.zeros(40, 5)),
+    "stored: expected dtype torch.int32, got torch.int64": lambda: fastpo.PackedIntegers(
+        torch.zeros(40, 6, dtype=torch.int64), torch.ones(40, 3), 4, H
+    ),
+    "bits: expected 2, 4 or 8, got 3": lambda: packed(torch.zeros(40, 6), bits=3),
+    r"scales: expected shape \(40, G\), got \(39, 3\)": lambda: packed(
+        torch.zeros(40, 6), scales=torch.ones(39, 3)
+    ),
+    r"zero_points: expected shape \(40, 3\), got \(40, 2\)": lambda: packed(
+        torch.zeros(40, 6), zero_points=torch.ones(40, 2)
     ),
     "layer: expected a linear layer quantised by bitsandbytes or torchao": lambda: (
         fastpo.tile_source(torch.nn.Linear(3, 4))

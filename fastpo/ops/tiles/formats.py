@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..walks.checks import DTYPES, check_kind, shape_of
+from ..walks.checks import DTYPES, check_integer, check_kind, given, shape_of
 
 # E2M1: sign, two bits of exponent, one of mantissa.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -98,6 +98,60 @@ class NVFP4:
         scales = self.scales[v0:v1].float() * self.scale
         words = words.view(*scales.shape, _NVFP4_BLOCK) * scales.unsqueeze(-1)
         return words.flatten(1).to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedIntegers:
+    """(integer - zero point)·scale, integers of 2, 4 or 8 bits as compressed-tensors packs them.
+
+    stored: [V, ⌈H·bits/32⌉] int32, the lowest bits first, each integer plus 2^(bits-1).
+    scales: [V, G], one for each group of ⌈H/G⌉ of a word's.  zero_points: [V, G], unpacked.
+    """
+
+    stored: Tensor
+    scales: Tensor
+    bits: int
+    hidden: int  # H: the last numbers of a word may be none
+    zero_points: Tensor | None = None
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        check_kind(stored=self.stored, scales=self.scales, **given(zero_points=self.zero_points))
+        _check_matrix(self.stored, self.dtype)
+        if self.stored.dtype != torch.int32:
+            raise ValueError(f"stored: expected dtype torch.int32, got {self.stored.dtype}")
+        check_integer("bits", self.bits, "2, 4 or 8", lambda x: x in (2, 4, 8))
+        check_integer("hidden", self.hidden, "H >= 1", lambda x: x >= 1)
+        V, columns = self.stored.shape[0], -(-self.hidden * self.bits // 32)
+        if self.stored.shape[1] != columns:
+            raise ValueError(f"stored: expected shape {(V, columns)}, got {shape_of(self.stored)}")
+        if self.scales.dim() != 2 or len(self.scales) != V or self.scales.shape[1] > self.hidden:
+            raise ValueError(f"scales: expected shape ({V}, G), got {shape_of(self.scales)}")
+        points = self.zero_points
+        if points is not None and points.shape != self.scales.shape:
+            expected = shape_of(self.scales)
+            raise ValueError(f"zero_points: expected shape {expected}, got {shape_of(points)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stored.shape[0], self.hidden
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def tile(self, v0: int, v1: int) -> Tensor:
+        places = torch.arange(0, 32, self.bits, dtype=torch.int32, device=self.device)
+        codes = self.stored[v0:v1].unsqueeze(-1).bitwise_right_shift(places)
+        codes = codes.bitwise_and(2**self.bits - 1).flatten(1)[:, : self.hidden]
+        words = (codes - 2 ** (self.bits - 1)).float()
+        if self.zero_points is not None:
+            words -= self._columns(self.zero_points[v0:v1])
+        return words.mul_(self._columns(self.scales[v0:v1])).to(self.dtype)
+
+    def _columns(self, groups: Tensor) -> Tensor:  # [n, G] -> [n, H] float32
+        size = -(-self.hidden // groups.shape[1])
+        return groups.float().repeat_interleave(size, 1)[:, : self.hidden]
 
 
 def _check_matrix(stored: Tensor, dtype: torch.dtype) -> None:
