@@ -1,4 +1,4 @@
-"""Row kernels over raw addresses (csrc/include/fastpo/{rows,pair_rows,words}.h); 0 is an absent tensor.
+"""Row kernels over raw addresses, as in csrc/include/fastpo; 0 is an absent tensor.
 
 Strides count elements. dtypes: 0 float32, 1 bfloat16, 2 float16. isa: 0 scalar, 1 AVX2, 2 AVX-512.
 The tensors must outlive the call, on CUDA until the stream has run it.

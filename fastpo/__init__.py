@@ -10,12 +10,15 @@ if TYPE_CHECKING:
     from .integrations.sharing.backbone import shared_prompts
     from .integrations.trl.objectives.groups import GroupTrainer
     from .integrations.trl.patch import patch, patched, unpatch
-    from .ops.linear_divergence import DivergenceStats, linear_divergence, linear_topk_divergence
-    from .ops.linear_logps import TokenStats, linear_logps
+    from .ops.linear_divergence import DivergenceStats, linear_divergence
+    from .ops.linear_logps import linear_logps
     from .ops.linear_topk import TokenSample, TopK, linear_topk, sample_topk
+    from .ops.linear_topk_divergence import linear_topk_divergence
     from .ops.mixed_linear_logps import mixed_linear_logps
     from .ops.multi_head import multi_head_logps
     from .ops.multi_token import multi_token_logps
+    from .ops.stats import TokenStats
+    from .ops.support.words import Support
     from .ops.tiles.formats import NVFP4, BlockScaled, PackedIntegers
     from .ops.tiles.known import tile_source
     from .ops.tiles.tiled import TileSource
@@ -33,6 +36,7 @@ __all__ = [
     "PackedIntegers",
     "Plan",
     "StepPlan",
+    "Support",
     "TileSource",
     "TokenSample",
     "TokenStats",
@@ -67,12 +71,9 @@ _HOMES = {
     "fastpo.integrations.sharing.backbone": ("shared_prompts",),
     "fastpo.integrations.trl.objectives.groups": ("GroupTrainer",),
     "fastpo.integrations.trl.patch": ("patch", "patched", "unpatch"),
-    "fastpo.ops.linear_divergence": (
-        "DivergenceStats",
-        "linear_divergence",
-        "linear_topk_divergence",
-    ),
-    "fastpo.ops.linear_logps": ("TokenStats", "linear_logps"),
+    "fastpo.ops.linear_divergence": ("DivergenceStats", "linear_divergence"),
+    "fastpo.ops.linear_topk_divergence": ("linear_topk_divergence",),
+    "fastpo.ops.linear_logps": ("linear_logps",),
     "fastpo.ops.linear_topk": ("TokenSample", "TopK", "linear_topk", "sample_topk"),
     "fastpo.ops.mixed_linear_logps": ("mixed_linear_logps",),
     "fastpo.ops.multi_head": ("multi_head_logps",),
@@ -81,6 +82,8 @@ _HOMES = {
     "fastpo.ops.tiles.known": ("tile_source",),
     "fastpo.ops.tiles.tiled": ("TileSource",),
     "fastpo.ops.vocab_parallel_logps": ("vocab_parallel_logps",),
+    "fastpo.ops.stats": ("TokenStats",),
+    "fastpo.ops.support.words": ("Support",),
     "fastpo.planner": ("Plan", "plan"),
     "fastpo.planning.plan": ("StepPlan", "plan_step"),
 }

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .ops.linear_divergence import DivergenceStats
-from .ops.linear_logps import TokenStats
 from .ops.linear_topk import TopK
+from .ops.stats import TokenStats
+from .ops.support.words import Rule, Support
 
 
 def linear_logps(
@@ -23,10 +24,55 @@ def linear_logps(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
+    support: Tensor | Support | Rule | None = None,  # [..., k]
+    outside: str = "error",
 ) -> TokenStats:
     """All statistics of `fastpo.linear_logps`, in the dtype of the inputs, by autograd."""
     z = _logits(hidden, weight, bias, softcap, logit_scale) / _per_row(temperature)
-    return _statistics(z, labels, ignore_index)
+    if support is None:
+        return _statistics(z, labels, ignore_index)
+    ignore_index = -100 if ignore_index is None else ignore_index
+    allowed, labels = _restricted(z.detach(), labels, ignore_index, support, outside)
+    return _statistics(z, labels, ignore_index, allowed)
+
+
+def _restricted(
+    z: Tensor, labels: Tensor, ignore_index: int, support: Any, outside: str
+) -> tuple[Tensor, Tensor]:
+    """The words that count, [..., V], and labels, ignored where they are dropped."""
+    vocab = z.shape[-1]
+    flat, words = torch.zeros_like(z, dtype=torch.bool).view(-1, vocab), labels.flatten().clone()
+    for i, own in enumerate(flat):
+        if isinstance(support, Rule):
+            own |= _ruled(z.reshape(-1, vocab)[i], support)
+        elif isinstance(support, Support):
+            start = int(support.counts[:i].sum())
+            own[support.ids[start : start + int(support.counts[i])]] = True
+        else:
+            ids = support.reshape(-1, support.shape[-1])[i]
+            own[ids[ids >= 0]] = True
+        missed = words[i] != ignore_index and not own[words[i]]
+        if not own.any() or (missed and outside == "raw"):
+            own |= True
+        elif missed and outside == "drop":
+            words[i] = ignore_index
+    return flat.view(z.shape), words.view(labels.shape)
+
+
+def _ruled(z: Tensor, rule: Rule) -> Tensor:  # [V] bool
+    """The rules in their order, as the engines write them: by a sort."""
+    if rule.top_k is not None:
+        least = z.sort(descending=True).values[min(rule.top_k, len(z)) - 1]
+        z = z.masked_fill(z < least, -torch.inf)
+    if rule.top_p is not None:
+        rising = z.sort().values
+        kept = rising.softmax(-1).cumsum(-1) > 1 - rule.top_p
+        kept[-1] = True
+        z = z.masked_fill(z < rising[kept][0], -torch.inf)
+    if rule.min_p is not None:
+        p = z.softmax(-1)
+        z = z.masked_fill(p < rule.min_p * p.max(), -torch.inf)
+    return z > -torch.inf
 
 
 def _per_row(temperature: float | Tensor) -> float | Tensor:
@@ -43,7 +89,12 @@ def _logits(
     return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
-def _statistics(z: Tensor, labels: Tensor, ignore_index: int | None) -> TokenStats:
+def _statistics(
+    z: Tensor, labels: Tensor, ignore_index: int | None, allowed: Tensor | None = None
+) -> TokenStats:
+    if allowed is not None:
+        mean = torch.where(allowed, z, 0).sum(-1) / allowed.sum(-1)
+        z = z.masked_fill(~allowed, float("-inf"))
     ignored = torch.zeros_like(labels, dtype=torch.bool)
     if ignore_index is not None:
         ignored = labels == ignore_index
@@ -59,7 +110,7 @@ def _statistics(z: Tensor, labels: Tensor, ignore_index: int | None) -> TokenSta
         "logps": log_p.gather(-1, index).squeeze(-1),
         "entropy": -plogp.sum(-1),
         "log_sum_sq_probs": torch.logsumexp(2 * log_p, -1),
-        "mean_logits": z.mean(-1),
+        "mean_logits": z.mean(-1) if allowed is None else mean,
         "is_top1": ~beaten & ~lse.isnan(),
         "lse": lse,
     }

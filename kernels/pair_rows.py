@@ -9,16 +9,13 @@ divergence takes as the small difference of large ones, grow in float64 from til
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import row_blocks
+from .pair_operands import PairTerms, Sides, launch, operands, terms_of
 from .rows import (
-    FIXED_ROUNDING,
     LOG_FLOOR,
     _check_unit_columns,
     _exp,
@@ -294,30 +291,6 @@ def pair_gradients_kernel(
         tl.store(t_out_ptr + n * t_stride_out + v, dx, mask=v < width)
 
 
-class PairSide(NamedTuple):
-    """One head's part of a tile."""
-
-    tile: Tensor  # [n, v] float32
-    bias: Tensor | None  # [V] float32
-    scale: float  # inside the soft-cap's tanh
-    post: float  # z = post·x, or post·tanh(scale·x)
-    inverse: Tensor | None  # [n] float64, multiplies z of each row
-    softcap: bool
-    factor: float  # dz/dx without the soft-cap and `inverse`
-
-
-class PairTerms(NamedTuple):
-    """A divergence's kind, and what its terms are made of; see _terms."""
-
-    kind: int
-    s_weight: float
-    t_weight: float
-    scale: float
-
-
-Sides = tuple[PairSide, PairSide]
-
-
 def pair_softmaxes(
     sides: Sides,
     first: int,
@@ -332,12 +305,12 @@ def pair_softmaxes(
     _check_unit_columns(state)
     with torch.cuda.device_of(state):
         pair_softmaxes_kernel[(n,)](
-            **_operands(sides, first),
+            **operands(sides, first),
             state_ptr=state,
             stride_state=state.stride(0),
             OVER=over,
             WITH_MOMENT=entropy,
-            **_launch(width),
+            **launch(width),
         )
 
 
@@ -354,13 +327,13 @@ def pair_values(
     _check_unit_columns(constants, sums)
     with torch.cuda.device_of(sums):
         pair_values_kernel[(n,)](
-            **_operands(sides, first),
-            **_terms_of(terms),
+            **operands(sides, first),
+            **terms_of(terms),
             constants_ptr=constants,
             stride_constants=constants.stride(0),
             sums_ptr=sums,
             stride_sums=sums.stride(0),
-            **_launch(width),
+            **launch(width),
         )
 
 
@@ -376,44 +349,20 @@ def pair_gradients(
     if n == 0:
         return
     _check_unit_columns(constants, factors, *outs)
-    launch = _launch(width)
+    options = launch(width)
     written = {}
     for name, side, out in zip(("s", "t"), sides, outs, strict=True):
         written[f"{name}_out_ptr"] = out
         written[f"{name}_stride_out"] = 0 if out is None else out.stride(0)
         written[f"{name}_factor"] = side.factor
     with torch.cuda.device_of(factors):
-        pair_gradients_kernel[(n, triton.cdiv(width, launch["BLOCK_V"]))](
-            **_operands(sides, first),
-            **_terms_of(terms),
+        pair_gradients_kernel[(n, triton.cdiv(width, options["BLOCK_V"]))](
+            **operands(sides, first),
+            **terms_of(terms),
             **written,
             constants_ptr=constants,
             stride_constants=constants.stride(0),
             factors_ptr=factors,
             stride_factors=factors.stride(0),
-            **launch,
+            **options,
         )
-
-
-def _operands(sides: Sides, first: int) -> dict[str, object]:
-    """What all three kernels read the tiles with."""
-    for side in sides:
-        _check_unit_columns(side.tile, side.bias, side.inverse)
-    found: dict[str, object] = {"width": sides[0].tile.shape[1]}
-    for name, side in zip(("s", "t"), sides, strict=True):
-        found[f"{name}_ptr"] = side.tile
-        found[f"{name}_stride"] = side.tile.stride(0)
-        found[f"{name}_bias_ptr"] = None if side.bias is None else side.bias[first:]
-        found[f"{name}_inverse_ptr"] = side.inverse
-        found[f"{name}_scale"], found[f"{name}_post"] = side.scale, side.post
-        found[f"{name.upper()}_SOFTCAP"] = side.softcap
-    return found
-
-
-def _terms_of(terms: PairTerms) -> dict[str, object]:
-    return {"KIND" if name == "kind" else name: x for name, x in terms._asdict().items()}
-
-
-def _launch(width: int) -> dict[str, int]:
-    blocks = row_blocks(width)
-    return {"BLOCK_V": blocks.v, "num_warps": blocks.num_warps, **FIXED_ROUNDING}

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from ..ops.linear_logps import TokenStats
 from ..ops.shards.gathered import HeadOptions
+from ..ops.stats import TokenStats
 from ..ops.vocab_parallel_logps import score_sharded
 from . import predictions
 from .adapter import operands, rounded

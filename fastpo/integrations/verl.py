@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..ops.linear_logps import TokenStats
 from ..ops.shards.gathered import HeadOptions
+from ..ops.stats import TokenStats
 from ..ops.vocab_parallel_logps import score_sharded, vocab_parallel_logps
 from ..ops.walks.checks import DTYPES
 from .lazy.logits import promise_of

@@ -1,21 +1,20 @@
 """`linear_divergence`: how far a student's next-token distribution is from a teacher's.
 
 Both distributions come from hidden states and heads; the logits [N, V] of either exist only as
-tiles. `linear_topk_divergence` takes a teacher stored as its k best words instead.
+tiles.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .linear_logps import linear_logps
 from .rows import backend as R
 from .rows import registry
 from .rows.pair.backend import KINDS, Rule
-from .rows.torch import logits
 from .tiles.tiled import TileSource, tiled
 from .walks import divergence as walk
 from .walks.checks import (
@@ -35,12 +34,10 @@ from .walks.derivatives import check_plain, first_derivatives
 from .walks.divergence import DivergenceSpec
 from .walks.head import HeadSpec
 from .walks.mixture import Operands
-from .walks.picked import picked_products
 from .walks.saving import stays
 
-_LEFT_OUT = -100
+LEFT_OUT = -100
 _OUTPUTS = ("divergence", "entropy")
-_LEAST_REST = -1e-6  # log(1 - p) of a list that holds all the mass
 
 
 class DivergenceStats(NamedTuple):
@@ -98,13 +95,13 @@ def linear_divergence(
     weight, teacher_weight = tiled(weight), tiled(teacher_weight)
     everything = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask)
     check_plain("linear_divergence", everything)
-    labels = _labels(hidden, mask)
+    labels = labels_of(hidden, mask)
     check_tensors(hidden, weight, labels, bias)
     _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias, labels)
-    _rule(kind, beta, alpha)
+    rule_of(kind, beta, alpha)
     check_names("outputs", outputs, _OUTPUTS)
     check_flag("teacher_grad", teacher_grad)
-    left_out = None if mask is None else _LEFT_OUT
+    left_out = None if mask is None else LEFT_OUT
     number, inverse = per_row(temperature, labels, left_out)
     tempered = temperature if teacher_temperature is None else teacher_temperature
     tempered, teacher_inverse = per_row(tempered, labels, left_out, "teacher_temperature")
@@ -158,10 +155,10 @@ def _spec(
         budget=0,
     )
     student, teacher = (
-        R.LogitMap(*options[i : i + 3], inverse=inverse)
+        replace(R.LogitMap(*options[i : i + 3]), inverse=inverse)
         for i, inverse in zip((0, 3), inverses, strict=True)
     )
-    rule = _rule(kind, beta, alpha)
+    rule = rule_of(kind, beta, alpha)
     dtypes = (dtype, teacher_dtype)
     return DivergenceSpec(head, (student, teacher), dtypes, rule, tuple(outputs.split(",")), budget)
 
@@ -257,99 +254,7 @@ def _operands(tensors: Any) -> list[Operands]:
     return [Operands(*tensors[:3]), Operands(*tensors[3:])]
 
 
-def linear_topk_divergence(
-    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor | TileSource,  # [V, H]
-    teacher_ids: Tensor,  # [..., K] int64 in [0, V)
-    teacher_logps: Tensor,  # [..., K] nats, over the whole vocabulary
-    *,
-    kind: str,
-    beta: float = 0.5,
-    tail: bool = True,
-    mask: Tensor | None = None,  # [...] bool
-    bias: Tensor | None = None,  # [V]
-    temperature: float = 1.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    budget: int | None = None,
-    backend: str | None = None,
-) -> Tensor:  # [...] float32, nats
-    """The divergence over K stored words of the teacher and, with `tail`, one bucket for the rest.
-
-    kind: "forward_kl", "reverse_kl" or "jsd" as in `linear_divergence`. Without `tail` both sides
-    are renormalised over the K words, as in `fastpo.objectives.get("topk_kl")`. One walk over the
-    vocabulary for the student's best word of the K; all K are multiplied by themselves.
-
-    Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
-    """
-    weight = tiled(weight)
-    check_plain("linear_topk_divergence", (hidden, weight, bias, teacher_ids, teacher_logps, mask))
-    labels = _labels(hidden, mask)
-    check_tensors(hidden, weight, labels, bias)
-    rule = _rule(kind, beta, 0.5)
-    check_flag("tail", tail)
-    if rule.kind not in ("forward_kl", "reverse_kl", "jsd"):
-        raise ValueError(f"kind: expected forward_kl, reverse_kl or jsd, got {kind!r}")
-    _check_lists(hidden, weight, teacher_ids, teacher_logps)
-    check_options(temperature, softcap, logit_scale, ("logps",), budget)
-    if mask is not None:
-        # What is left out may hold anything, and NaN times a gradient of 0 is NaN.
-        hidden, teacher_logps = (
-            x.masked_fill(~mask.unsqueeze(-1), 0) for x in (hidden, teacher_logps)
-        )
-    logit_map = R.LogitMap(float(temperature), softcap and float(softcap), float(logit_scale))
-    student = _listed_logps(
-        hidden, weight, bias, teacher_ids, labels, logit_map, budget=budget, backend=backend
-    )
-    teacher = teacher_logps.detach().float()
-    if tail:
-        student, teacher = _with_rest(student), _with_rest(teacher)
-    else:
-        student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
-    found = rule.terms(student, teacher)[0].sum(-1)
-    return found if mask is None else torch.where(mask, found, 0.0)
-
-
-def _listed_logps(
-    hidden: Tensor,  # [..., H]
-    weight: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    ids: Tensor,  # [..., K]
-    labels: Tensor,  # [...], _LEFT_OUT where a token is
-    logit_map: R.LogitMap,
-    **options: Any,
-) -> Tensor:  # [..., K] float32
-    """Of each token's own words, from the logit of the best of them.
-
-    z - lse would round at the size of the logits, where p is near 1, and its gradient would cancel.
-    """
-    rows = hidden.reshape(-1, hidden.shape[-1]), weight, ids.reshape(-1, ids.shape[-1])
-    x = picked_products(*rows).view(ids.shape)
-    if bias is not None:
-        x = x + bias.float()[ids]
-    z = logits(x, 0, None, logit_map)
-    best = z.detach().argmax(-1, keepdim=True)
-    words = torch.where(labels == _LEFT_OUT, labels, ids.gather(-1, best).squeeze(-1))
-    logps = linear_logps(
-        hidden,
-        weight,
-        words,
-        bias=bias,
-        temperature=logit_map.temperature,
-        softcap=logit_map.softcap,
-        logit_scale=logit_map.logit_scale,
-        **options,
-    ).logps
-    assert logps is not None
-    return logps.unsqueeze(-1) + (z - z.gather(-1, best))
-
-
-def _with_rest(logps: Tensor) -> Tensor:
-    rest = logps.logsumexp(-1, keepdim=True).clamp_max(_LEAST_REST)
-    return torch.cat((logps, torch.log(-torch.expm1(rest))), -1)
-
-
-def _labels(hidden: Tensor, mask: Tensor | None) -> Tensor:
+def labels_of(hidden: Tensor, mask: Tensor | None) -> Tensor:
     """Any word where a token is scored: the heads compact by it."""
     check_whole(hidden=hidden, **given(mask=mask))
     labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
@@ -361,10 +266,10 @@ def _labels(hidden: Tensor, mask: Tensor | None) -> Tensor:
         raise ValueError(
             f"mask: expected bool of shape {shape_of(labels)}, got {mask.dtype} of {shape_of(mask)}"
         )
-    return labels.masked_fill(~mask, _LEFT_OUT)
+    return labels.masked_fill(~mask, LEFT_OUT)
 
 
-def _rule(kind: str, beta: float, alpha: float) -> Rule:
+def rule_of(kind: str, beta: float, alpha: float) -> Rule:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     check_number("beta", beta, "a number in [0, 1]", lambda x: 0 <= x <= 1)
@@ -392,20 +297,3 @@ def _check_teacher(
         raise ValueError(
             f"teacher_hidden: expected device {hidden.device}, got {teacher_hidden.device}"
         )
-
-
-def _check_lists(hidden: Tensor, weight: Tensor, ids: Tensor, logps: Tensor) -> None:
-    check_whole(teacher_ids=ids, teacher_logps=logps)
-    alike = ids.dim() == hidden.dim() and ids.shape[:-1] == hidden.shape[:-1]
-    if ids.dtype != torch.int64 or not alike or ids.shape[-1] < 1:
-        expected = (*shape_of(hidden)[:-1], "K")
-        raise ValueError(
-            f"teacher_ids: expected int64 of shape {expected}, got {ids.dtype} of {shape_of(ids)}"
-        )
-    if logps.shape != ids.shape:
-        raise ValueError(f"teacher_logps: expected shape {shape_of(ids)}, got {shape_of(logps)}")
-    if ids.device.type != "cpu" or not ids.numel():
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= len(weight):
-        raise ValueError(f"teacher_ids: expected values in [0, {len(weight)}), got {low} to {high}")

@@ -7,36 +7,23 @@ for a frozen head; forward and backward of a trainable head 3, and 4 for tokens 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .rows import backend as R
 from .rows import fastest
+from .stats import TokenStats
+from .support.resolve import check_support
+from .support.words import Rule, Support
 from .tiles.tiled import Tiled, TileSource, tiled
 from .walks import forward as driver
 from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype, per_row
 from .walks.derivatives import check_plain, first_derivatives, refused
 from .walks.lending import Loan
 from .walks.saving import stays
-
-
-class TokenStats(NamedTuple):
-    """Per-token results with the leading shape of `labels`; None where not requested, 0 if ignored.
-
-    logps: log p(label), float32, nats.  entropy: -Σ p log p, float32, nats.
-    log_sum_sq_probs: log Σ p², float32.  mean_logits: mean of z over the vocabulary, float32.
-    is_top1: bool, the label has the largest z; in a tie the first word has it.
-    lse: log Σ exp z, float32, nats.  Gradient flows from logps, entropy and lse.
-    """
-
-    logps: Tensor | None = None
-    entropy: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
-    lse: Tensor | None = None
 
 
 def linear_logps(
@@ -50,6 +37,8 @@ def linear_logps(
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = ("logps",),
+    support: Tensor | Support | Rule | None = None,  # [..., k]
+    outside: str = "error",
     budget: int | None = None,
     backend: str | None = None,
 ) -> TokenStats:
@@ -70,6 +59,12 @@ def linear_logps(
     ignore_index: rows with this label give 0 and receive no gradient. None: every row is scored,
         which on a GPU saves masking the hidden states.
     outputs: names of the `TokenStats` fields to compute.
+    support: the words that the sampler kept for each token: ids padded with -1, a `fastpo.Support`
+        or its `rule`. The softmax, all statistics and the gradient are over these words alone; a
+        token without any has no restriction. A few words are multiplied by themselves, more in the
+        tiles of all (`fastpo.planner.gathered_words`). On a device this waits for it.
+    outside: what a label that is not among its token's words makes of it: "error", on a GPU NaN;
+        "raw", the log-probability over the whole vocabulary; "drop", 0 and no gradient.
     budget: bytes of probabilities that may be kept for the backward of a trainable head; tokens
         above it are recomputed. None: 4·V·H, on a GPU a sixteenth of its memory where that is more;
         see `fastpo.plan`.
@@ -91,8 +86,13 @@ def linear_logps(
     check_tensors(hidden, weight, labels, bias)
     number, inverse = per_row(temperature, labels, ignore_index)
     check_options(number, softcap, logit_scale, outputs, budget, ignore_index)
+    check_support(support, outside, labels)
     if backend is not None and not isinstance(backend, str):
         raise ValueError(f"backend: expected a name or None, got {backend!r}")
+    if support is not None:
+        operands = hidden, weight, bias, labels, inverse
+        given = number, softcap, logit_scale, outputs, budget, backend
+        return _over_support(support, outside, operands, given, ignore_index)
     grad = torch.is_grad_enabled()
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     with stays():
@@ -117,6 +117,26 @@ def linear_logps(
         )
     fields = dict(zip(driver.Forward._fields, results, strict=True))
     return TokenStats(**{name: fields[name].view(labels.shape) for name in outputs})
+
+
+def _over_support(
+    support: Tensor | Support | Rule,
+    outside: str,
+    operands: tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None],
+    given: tuple,
+    ignore_index: int | None,
+) -> TokenStats:
+    # It imports torch.distributed, which takes half a second.
+    from .shards.gathered import HeadOptions
+    from .support.score import score_over
+
+    chosen = replace(HeadOptions(*given), ignore_index=ignore_index, name="linear_logps")
+    hidden, weight, bias, labels, inverse = operands
+    rows = hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), chosen
+    if isinstance(support, Tensor):
+        support = support.reshape(-1, support.shape[-1])
+    stats = score_over(support, outside, *rows, inverse=inverse)
+    return TokenStats(*(None if x is None else x.view(labels.shape) for x in stats))
 
 
 def _spec(

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear_logps import TokenStats
 from .rows import backend as R
 from .rows import registry
+from .stats import TokenStats
 from .tiles.tiled import TileSource, tiled
 from .walks import mixture
 from .walks.checks import (

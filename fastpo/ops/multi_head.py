@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .linear_logps import TokenStats, linear_logps
+from .linear_logps import linear_logps
+from .stats import TokenStats
 from .walks.checks import OUTPUTS, check_hidden, check_whole, each_row, given, shape_of
 from .walks.derivatives import check_plain
 
@@ -49,12 +50,7 @@ def multi_head_logps(
     words = labels.reshape(-1).index_select(0, order).split(sizes)
     # unbind, whose backward stacks; indexing would add K gradients of the size of all heads.
     biases = [None] * len(sizes) if bias is None else bias.unbind()
-    temperatures: Sequence[float | Tensor]
-    if isinstance(temperature, Tensor):
-        each = each_row(temperature, labels, ignore_index)
-        temperatures = each.reshape(-1).index_select(0, order).split(sizes)
-    else:
-        temperatures = [temperature] * len(sizes)
+    temperatures = _temperatures(temperature, labels, ignore_index, order, sizes)
     groups = [
         linear_logps(
             *operands,
@@ -80,6 +76,20 @@ def multi_head_logps(
             if name in outputs
         }
     )
+
+
+def _temperatures(
+    temperature: float | Tensor,
+    labels: Tensor,
+    ignore_index: int | None,
+    order: Tensor,
+    sizes: list[int],
+) -> Sequence[float | Tensor]:
+    """Of each head's tokens."""
+    if not isinstance(temperature, Tensor):
+        return [temperature] * len(sizes)
+    each = each_row(temperature, labels, ignore_index)
+    return each.reshape(-1).index_select(0, order).split(sizes)
 
 
 def _grouped(heads: Tensor, count: int) -> tuple[Tensor, list[int]]:

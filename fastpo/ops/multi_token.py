@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear_logps import TokenStats, linear_logps
+from .linear_logps import linear_logps
+from .stats import TokenStats
 from .tiles.tiled import TileSource
 from .walks.checks import check_integer, check_whole, shape_of
 from .walks.derivatives import check_plain

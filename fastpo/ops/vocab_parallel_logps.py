@@ -13,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from .linear_logps import TokenStats
 from .shards.gathered import HeadOptions, score, whole
 from .shards.tokens import Tokens, count
+from .stats import TokenStats
+from .support.resolve import check_support
+from .support.score import score_over
+from .support.words import Rule, Support
 from .tiles.tiled import TileSource, tiled
 from .walks.checks import (
     check_flag,
@@ -45,6 +48,8 @@ def vocab_parallel_logps(
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = ("logps",),
+    support: Tensor | Support | None = None,  # [..., k]
+    outside: str = "error",
     budget: int | None = None,
     backend: str | None = None,
 ) -> TokenStats:
@@ -62,6 +67,9 @@ def vocab_parallel_logps(
         holds all tokens' [N, H]; results are those of its own tokens. Each expects the gradient of
         its own loss, and d weight is the mean over the processes, as data parallelism has it.
         Counts are exchanged first, which waits for the device.
+
+    support, outside: as in `linear_logps`, word ids of the whole vocabulary, the same on every
+        process, which multiplies those of its own words; not with own_tokens.
 
     "anchored" and "cutlass" run as "triton" here. Raises what `linear_logps` raises; ValueError
     where shards do not make up [0, V) on a CPU, elsewhere log-probabilities are NaN then;
@@ -86,8 +94,17 @@ def vocab_parallel_logps(
         name="vocab_parallel_logps",
     )
     check_tensors(hidden, part.weight, labels, part.bias)
+    check_support(support, outside, labels)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    if not own_tokens:
+    if support is not None:
+        if own_tokens or isinstance(support, Rule):
+            got = "own_tokens=True" if own_tokens else repr(support)
+            raise ValueError(f"support: expected word ids of tokens that all have, got {got}")
+        if isinstance(support, Tensor):
+            support = support.reshape(-1, support.shape[-1])
+        operands = rows, part.weight, part.bias, targets, options
+        stats = score_over(support, outside, *operands, inverse=inverse)
+    elif not own_tokens:
         stats = score(rows, part.weight, part.bias, targets, options, inverse=inverse)
     else:
         tokens = count(len(rows), rows.device, part.shard.group)

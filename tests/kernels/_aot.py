@@ -31,6 +31,7 @@ from fastpo.kernels import (
     anchored_target,
     pair_rows,
     rows,
+    words,
 )
 from fastpo.ops.rows import backend as R
 from fastpo.ops.rows import triton as rows_triton
@@ -165,6 +166,8 @@ def launches() -> Iterator[Launch]:
         yield from anchored_launches(*case)
     for case in PAIRS:
         yield from pair_launches(*case)
+    for dtype in (BF16, FP32):
+        yield from word_launches(dtype)
 
 
 def anchored_launches(
@@ -236,6 +239,19 @@ def pair_launches(
         if rule.over is None:  # a KL divergence is known after the softmaxes
             yield launch("values", kind, numbers, rule, sums)
         yield launch("gradients", kind, numbers, numbers, rule, outs)
+
+
+def word_launches(dtype: torch.dtype) -> Iterator[Launch]:
+    """Of 20 words in 4,096 columns: their products, and a sum of rows."""
+    n, k, h = ROWS, 20, 4096
+    hidden, weight = torch.empty(n, h, dtype=dtype), torch.empty(100, h, dtype=dtype)
+    ids, numbers = torch.zeros(n, k, dtype=torch.int64), torch.empty(n, k)
+    given = hidden, weight, ids, numbers
+    name = f"word products {_short(dtype)}"
+    yield record(name, "word_products_kernel", words.word_products, given, words)
+    given = numbers.flatten(), ids.flatten(), torch.zeros(n + 1, dtype=torch.int64), weight, hidden
+    name = f"word sums {_short(dtype)}"
+    yield record(name, "word_sums_kernel", words.word_sums, given, words)
 
 
 def _words(biased: bool, logit_map: R.LogitMap) -> str:

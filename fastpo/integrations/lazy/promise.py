@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops.linear_logps import TokenStats
 from ...ops.shards.gathered import HeadOptions, score
+from ...ops.stats import TokenStats
 from ...ops.tiles.known import keeps_dtype
 from ...ops.walks.saving import checkpointed
 from ..adapter import base_layer, operands, rounded

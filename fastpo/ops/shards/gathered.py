@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial
 
-from ..linear_logps import TokenStats
 from ..rows import backend as R
 from ..rows import fastest, registry
+from ..stats import TokenStats
 from ..walks import forward as driver
 from ..walks.checks import OUTPUTS, check_flag, check_options, check_tensors, compute_dtype
 from ..walks.derivatives import check_plain, first_derivatives
 from ..walks.lending import Loan
+from ..walks.mask import WordMask
 from ..walks.saving import stays
 from ..walks.vocab_shard import VocabShard
 
@@ -114,6 +115,7 @@ def score(
     gather: Gather = gathered,
     adapter: tuple[Tensor, Tensor] | None = None,  # [N, r] and [V, r]
     inverse: Tensor | None = None,  # [N] float64, 1/temperature of each token
+    mask: WordMask | None = None,  # of N rows
 ) -> TokenStats:
     """`linear_logps`; `gather(weight, bias)` makes both readable.
 
@@ -132,7 +134,10 @@ def score(
             down, up = adapter
             hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
         spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad), weight)
-        spec = replace(spec, logit_map=replace(spec.logit_map, inverse=inverse))
+        spec = replace(spec, logit_map=replace(spec.logit_map, inverse=inverse), mask=mask)
+        if mask is not None and options.softcap is not None:
+            # Kept, not turned into d hidden at once: masked rows are without the soft-cap's slope.
+            spec = replace(spec, head_grad=spec.head_grad or spec.hidden_grad)
         call = _Call(options.name, spec, gather, options.accumulate)
         with stays():
             results = _GatheredHead.apply(hidden, weight, bias, up, labels, call)

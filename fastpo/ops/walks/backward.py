@@ -182,6 +182,8 @@ class BackwardWalk:
         if split < b:
             tile = head.products(head.block(split, b), words)
             self._turn(tile, None, v0, split, b, dx[split - a :])
+            if head.mask is not None:
+                dx[split - a :].masked_fill_(~head.mask.allowed(split, b, v0, v1), 0.0)
         return dx
 
     def _turn(

@@ -22,6 +22,7 @@ from .head import (
     check_labels,
     kept_shapes,
 )
+from .logits import to_logits
 
 __all__ = ["Adapted", "Forward", "HeadSpec", "backward", "fake_forward", "forward"]
 
@@ -101,19 +102,35 @@ def _fold(
     anchors: Tensor | None = None,
     fold_cap: bool = False,
 ) -> None:
-    spec = head.spec
+    bias, logit_map = head.bias, head.logit_map.rows(a, b)
+    if head.mask is not None:
+        restrict(head, tile, first, state, a, b)
+        bias, logit_map = None, R.LogitMap()
     head.kernels.forward(
         tile,
         first,
         head.labels[a:b],
-        head.bias,
+        bias,
         state[:, a:b],
-        head.logit_map.rows(a, b),
-        spec.stats,
+        logit_map,
+        head.spec.stats,
         kept,
         anchors,
         fold_cap,
     )
+
+
+def restrict(head: Head, tile: Tensor, first: int, state: Tensor, a: int, b: int) -> None:
+    """Raw products of rows a to b to logits, -inf where a word does not count.
+
+    After the soft-cap, which would make a finite number of it.
+    """
+    assert head.mask is not None
+    z = to_logits(tile, first, head.bias, head.logit_map.rows(a, b))
+    left_out = ~head.mask.allowed(a, b, first, first + tile.shape[1])
+    if "mean_logits" in head.spec.outputs:
+        state[R.SUM, a:b] += z.masked_fill(left_out, 0.0).sum(1)
+    z.masked_fill_(left_out, float("-inf"))
 
 
 def _frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) -> None:
@@ -197,7 +214,8 @@ def finish(head: Head, state: Tensor, tokens: int) -> Forward:
     if "log_sum_sq_probs" in outputs:
         values["log_sum_sq_probs"] = (state[R.SQUARES] + own.square()).log() - 2 * log_mass
     if "mean_logits" in outputs:
-        values["mean_logits"] = state[R.SUM] / head.spec.vocab(head.weight)
+        words = head.spec.vocab(head.weight) if head.mask is None else head.mask.counts
+        values["mean_logits"] = state[R.SUM] / words
     if "is_top1" in outputs:
         values["is_top1"] = (target >= m) & (target > state[R.BEFORE])
     # One empty tensor each: a custom operator may not return the same one twice.

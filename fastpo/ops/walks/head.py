@@ -14,6 +14,7 @@ from ... import planner
 from ..rows import backend as R
 from ..rows import registry
 from ..tiles.tiled import Tiled
+from .mask import WordMask
 
 if TYPE_CHECKING:
     from .vocab_shard import VocabShard
@@ -39,20 +40,22 @@ class HeadSpec:
     lends: bool = False
     shard: VocabShard | None = None  # of which the weight holds the words
     anchors: bool = False  # the walk may be that of anchored.py
+    mask: WordMask | None = None  # the words that count in each row
 
     def anchored(self, device: torch.device, weight: Tensor | Adapted) -> bool:
         """Whether exponentials are taken beside each row's label, in the product's epilogue.
 
         The one place that chooses between this walk and the classic one, which has float32, which
         cuBLAS multiplies faster, float16, which holds no exponential above 2**16, soft-caps, whose
-        tanh is more than an epilogue can hide, temperatures of each row, and words that are not
-        here as they are multiplied.
+        tanh is more than an epilogue can hide, temperatures and words of each row's own, and words
+        that are not here as they are multiplied.
         """
         served = self.compute_dtype == _ANCHORED_DTYPES.get(device.type)
         whole = isinstance(weight, Tensor) and self.shard is None
         whole = whole and not isinstance(weight, Tiled)
         named = self.anchors and self.backend in ("anchored", "cutlass")
         plain = self.logit_map.softcap is None and self.logit_map.inverse is None
+        plain = plain and self.mask is None
         return named and served and whole and plain
 
     def plan(self, hidden: Tensor, weight: Tensor | Adapted) -> planner.Plan:
@@ -75,7 +78,9 @@ class HeadSpec:
 
     @property
     def stats(self) -> int:
-        return sum(bit for name, bit in R.STATS.items() if name in self.outputs)
+        """What the row kernels add up; a sum of z over masked words is not theirs, see restrict."""
+        own = self.outputs if self.mask is None else set(self.outputs) - {"mean_logits"}
+        return sum(bit for name, bit in R.STATS.items() if name in own)
 
 
 class Forward(NamedTuple):
@@ -166,7 +171,9 @@ class Head:
         # Kernels read memory, where a negated view has the other sign.
         self.bias = None if bias is None else bias.float().contiguous().resolve_neg()
         self.trained = weight.trained if isinstance(weight, Adapted) else slice(None)
-        self.spec, self.logit_map = spec, spec.logit_map
+        self.spec, self.logit_map, self.mask = spec, spec.logit_map, spec.mask
+        if self.mask is not None and self.rows is not None:
+            self.mask = self.mask.select(self.rows)
         if self.logit_map.inverse is not None:
             self.logit_map = replace(self.logit_map, inverse=self.compact(self.logit_map.inverse))
         self.kernels = registry.kernels(spec.backend)

@@ -13,5 +13,6 @@ def to_logits(tile: Tensor, first: int, bias: Tensor | None, logit_map: R.LogitM
         tile.add_(bias[first : first + tile.shape[1]])
     if logit_map.softcap is not None:
         tile.mul_(logit_map.logit_scale / logit_map.softcap)
-        return tile.tanh_().mul_(logit_map.cap)
-    return tile if logit_map.factor == 1.0 else tile.mul_(logit_map.factor)
+        return tile.tanh_().mul_(logit_map.tempered(logit_map.cap, tile))
+    plain = logit_map.factor == 1.0 and logit_map.inverse is None
+    return tile if plain else tile.mul_(logit_map.tempered(logit_map.factor, tile))

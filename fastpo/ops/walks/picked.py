@@ -1,17 +1,16 @@
-"""Products of each token with a few words of its own, without a [N, K, H] copy of their rows."""
+"""Products of each token with a few words of its own, with gradient into both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..rows import registry
+from ..tiles.tiled import Tiled
 from .derivatives import check_plain, first_derivatives
 from .saving import stays
-
-_CELLS = 4 * 2**20  # elements of the rows gathered at once
 
 
 def picked_products(
@@ -19,15 +18,37 @@ def picked_products(
     weight: Tensor,  # [V, H]
     ids: Tensor,  # [N, K] int64 in [0, V)
 ) -> Tensor:  # [N, K] float32
-    """<hidden_n, weight[ids_nk]>, with gradient into both, accumulated in float32."""
+    """<hidden_n, weight[ids_nk]>, accumulated in float32, and so are both gradients."""
+    if isinstance(weight, Tiled):
+        words, ids = ids.unique(return_inverse=True)
+        weight = weight.index_select(0, words)
     with stays():
-        found: Tensor = _Picked.apply(hidden, weight, ids)
+        found: Tensor = _Picked.apply(hidden, weight, ids.contiguous())
     return found
 
 
-def _chunks(ids: Tensor, width: int) -> Iterator[slice]:
-    step = max(1, _CELLS // max(1, ids.shape[1] * width))
-    return (slice(a, a + step) for a in range(0, len(ids), step))
+def sums_by_word(
+    backend: str, coefficients: Tensor, ids: Tensor, rows: Tensor, out: Tensor
+) -> None:
+    """out_v = Σ coefficients_nk·rows_n over the cells with ids_nk = v; ids [N, K], out [V, H].
+
+    Sorted by word, tokens in their order, so that the sums have the same bits each time.
+    """
+    words, order = ids.flatten().sort(stable=True)
+    edges = torch.arange(len(out) + 1, dtype=torch.int64, device=ids.device)
+    tokens = order // max(1, ids.shape[1])
+    offsets = torch.searchsorted(words, edges)
+    registry.word_kernels(backend).sums(coefficients.flatten()[order], tokens, offsets, rows, out)
+
+
+def sums_by_token(
+    backend: str, coefficients: Tensor, ids: Tensor, weight: Tensor, out: Tensor
+) -> None:
+    """out_n = Σ_k coefficients_nk·weight[ids_nk]; ids [N, K], out [N, H]."""
+    n, k = ids.shape
+    offsets = torch.arange(n + 1, dtype=torch.int64, device=ids.device) * k
+    given = coefficients.flatten(), ids.flatten(), offsets
+    registry.word_kernels(backend).sums(*given, weight, out)
 
 
 class _Picked(torch.autograd.Function):
@@ -35,28 +56,21 @@ class _Picked(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, ids)
         out = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            for part in _chunks(ids, hidden.shape[1]):
-                words = weight[ids[part]].float()  # [n, K, H]
-                out[part] = (words @ hidden[part].float().unsqueeze(-1)).squeeze(-1)
+        kernels = registry.word_kernels(registry.choose(None, hidden.device))
+        kernels.products(hidden.float(), weight, ids, out)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         check_plain("linear_topk_divergence", (grad,))
         hidden, weight, ids = ctx.saved_tensors
-        need_hidden, need_weight, _ = ctx.needs_input_grad
-        dhidden = torch.empty_like(hidden) if need_hidden else None
-        dweight = None
-        if need_weight:
-            dweight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        for part in _chunks(ids, hidden.shape[1]):
-            g = grad[part].unsqueeze(-1)  # [n, K, 1]
-            if dhidden is not None:
-                dhidden[part] = (g * weight[ids[part]].float()).sum(1).to(hidden.dtype)
-            if dweight is not None:
-                rows = g * hidden[part].float().unsqueeze(1)
-                dweight.index_add_(0, ids[part].flatten(), rows.flatten(0, 1))
-        dweight = None if dweight is None else dweight.to(weight.dtype)
+        backend = registry.choose(None, hidden.device)
+        dhidden = dweight = None
+        if ctx.needs_input_grad[0]:
+            dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            sums_by_token(backend, grad.float(), ids, weight, dhidden)
+        if ctx.needs_input_grad[1]:
+            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            sums_by_word(backend, grad.float(), ids, hidden, dweight)
         sources = (grad, hidden, weight)
         return *first_derivatives("linear_topk_divergence", (dhidden, dweight), sources), None

@@ -14,7 +14,7 @@ from torch import Tensor
 from .... import objectives
 from ....objectives._quantities import SHAPES, is_mask
 from ....objectives._registry import entry_of, lookup, quantities_of, unwrap
-from ....ops.linear_logps import TokenStats
+from ....ops.stats import TokenStats
 from ....quantities import Quantities, padded
 
 Objective = Callable[..., Tensor]

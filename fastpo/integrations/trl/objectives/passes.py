@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ....ops.linear_logps import TokenStats
+from ....ops.stats import TokenStats
 from ..head import HeadCall, recording
 
 Rows = Mapping[str, Tensor]  # input_ids, attention_mask, completion_mask: [n, T + 1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ....ops.linear_logps import TokenStats
+from ....ops.stats import TokenStats
 from ....quantities import Quantities, padded
 from .base import ObjectiveTrainer, Texts
 from .columns import PAIRS, SINGLES

@@ -13,7 +13,7 @@ from ..triton import map_arguments
 from . import backend as P
 
 if TYPE_CHECKING:
-    from ....kernels.pair_rows import PairSide, PairTerms
+    from ....kernels.pair_operands import PairSide, PairTerms
 
 
 def softmaxes(sides: P.Sides, first: int, state: Tensor, over: int | None, entropy: bool) -> None:
@@ -42,7 +42,7 @@ def gradients(
 
 
 def _both(sides: P.Sides) -> tuple[PairSide, PairSide]:
-    from ....kernels.pair_rows import PairSide
+    from ....kernels.pair_operands import PairSide
 
     student, teacher = (
         PairSide(x.tile, x.bias, factor=x.logit_map.factor, **map_arguments(x.logit_map))
@@ -53,7 +53,7 @@ def _both(sides: P.Sides) -> tuple[PairSide, PairSide]:
 
 def _terms(rule: P.Rule) -> PairTerms:
     """The parameter's own differences and products, which float32 would round."""
-    from ....kernels.pair_rows import PairTerms
+    from ....kernels.pair_operands import PairTerms
 
     x = rule.parameter
     scale = 1 / (x * (x - 1)) if rule.kind == "alpha" else 1.0

@@ -33,9 +33,7 @@ def products(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
     _C.word_products_cpu(work, torch.get_num_threads(), rows_cpu.ISA)
 
 
-def sums(
-    coefficients: Tensor, index: Tensor, offsets: Tensor, rows: Tensor, out: Tensor
-) -> None:
+def sums(coefficients: Tensor, index: Tensor, offsets: Tensor, rows: Tensor, out: Tensor) -> None:
     assert _C is not None, _MISSING
     n = len(offsets) - 1
     check_matrix(rows, *rows.shape)

@@ -17,9 +17,7 @@ def products(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
         out[part] = torch.where(ids[part] < 0, 0.0, x)
 
 
-def sums(
-    coefficients: Tensor, index: Tensor, offsets: Tensor, rows: Tensor, out: Tensor
-) -> None:
+def sums(coefficients: Tensor, index: Tensor, offsets: Tensor, rows: Tensor, out: Tensor) -> None:
     scale = torch.where(index < 0, 0.0, coefficients).unsqueeze(1)
     taken, step = index.clamp_min(0), max(1, _CELLS // max(1, len(index)))
     # Words before the first offset belong to no sum.

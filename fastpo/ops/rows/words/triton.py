@@ -14,9 +14,7 @@ def products(hidden: Tensor, weight: Tensor, ids: Tensor, out: Tensor) -> None:
     word_products(hidden, weight, ids, out)
 
 
-def sums(
-    coefficients: Tensor, index: Tensor, offsets: Tensor, rows: Tensor, out: Tensor
-) -> None:
+def sums(coefficients: Tensor, index: Tensor, offsets: Tensor, rows: Tensor, out: Tensor) -> None:
     from ....kernels.words import word_sums
 
     word_sums(coefficients, index, offsets, rows, out)

@@ -1,0 +1,1 @@
+"""Log-probabilities over the words that a sampler kept."""

@@ -1,0 +1,208 @@
+"""Log-probabilities over supports: each token by the way that its number of words makes shorter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import planner
+from ..shards.gathered import HeadOptions, gathered, score
+from ..stats import TokenStats
+from ..tiles.tiled import Tiled
+from ..walks.checks import check_tensors
+from ..walks.head import Adapted, HeadSpec, check_labels
+from ..walks.mask import WordMask, unpacked
+from .few import FewCall, score_few
+from .resolve import Resolved, resolve
+from .rule import resolve_rule
+from .words import Rule, Support
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One call: its operands, and what became of its tokens."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H], or the words of this process
+    bias: Tensor | None
+    labels: Tensor  # [N]
+    options: HeadOptions
+    gather: Callable[..., AbstractContextManager[Any]]
+    adapter: tuple[Tensor, Tensor] | None
+    inverse: Tensor | None  # [N]
+
+    def rows(self, index: Tensor) -> _Problem:
+        def own(x: Tensor) -> Tensor:
+            return x if len(index) == len(x) else x.index_select(0, index)
+
+        adapter = None if self.adapter is None else (own(self.adapter[0]), self.adapter[1])
+        inverse = None if self.inverse is None else own(self.inverse)
+        return replace(
+            self,
+            hidden=own(self.hidden),
+            labels=own(self.labels),
+            options=replace(self.options, ignore_index=None),
+            adapter=adapter,
+            inverse=inverse,
+        )
+
+    @property
+    def vocab(self) -> int:
+        shard = self.options.shard
+        return len(self.weight) if shard is None else shard.vocab
+
+
+# Nothing here is for a compiler: how many tokens have few words is no constant.
+@torch.compiler.disable
+def score_over(
+    support: Tensor | Support | Rule,
+    outside: str,
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N] int64 in [0, V) or options.ignore_index
+    options: HeadOptions,
+    gather: Callable[..., AbstractContextManager[Any]] = gathered,
+    adapter: tuple[Tensor, Tensor] | None = None,  # [N, r] and [V, r]
+    inverse: Tensor | None = None,  # [N] float64, 1/temperature of each token
+) -> TokenStats:
+    """`score`, each token's softmax over its own words."""
+    problem = _Problem(hidden, weight, bias, labels, options, gather, adapter, inverse)
+    scored = torch.ones_like(labels, dtype=torch.bool)
+    if options.ignore_index is not None:
+        scored = labels != options.ignore_index
+    scored = scored.nonzero().squeeze(1)
+    own = problem.rows(scored)
+    with gather(weight, bias):
+        check_tensors(hidden, weight, labels, bias)
+        check_labels(labels, problem.vocab, options.ignore_index)
+        found = _resolved(support, own, scored)
+        groups = list(_groups(own, found, outside, scored))
+    if not groups:  # still a result of the operands, for whoever differentiates it
+        nobody = scored[:0]
+        groups = [(nobody, _score(own.rows(nobody), None))]
+    results = {name: _zeros(labels, name) for name in options.outputs}
+    for index, stats in groups:
+        for name, all_rows in results.items():
+            value = getattr(stats, name)
+            whole = len(value) == len(labels)
+            results[name] = value if whole else all_rows.index_copy(0, scored[index], value)
+    return TokenStats(**results)
+
+
+def _zeros(labels: Tensor, name: str) -> Tensor:
+    dtype = torch.bool if name == "is_top1" else torch.float32
+    return torch.zeros(len(labels), dtype=dtype, device=labels.device)
+
+
+def _resolved(support: Tensor | Support | Rule, own: _Problem, scored: Tensor) -> Resolved:
+    # Words of a source are made by tiles.
+    one_by_one = not isinstance(own.weight, Tiled)
+    limit = planner.gathered_words(own.vocab, scored.device.type) if one_by_one else 0
+    if not isinstance(support, Rule):
+        return resolve(support, own.vocab, scored, limit)
+    if own.options.shard is not None:
+        raise ValueError("support: expected word ids where the head lies in shards, got a rule")
+    spec = own.options.spec(own.hidden, (False, False), own.weight)
+    spec = replace(spec, logit_map=replace(spec.logit_map, inverse=own.inverse))
+    hidden, head = own.hidden.detach(), own.weight.detach()
+    whole: Tensor | Adapted = head
+    if own.adapter is not None:
+        down, up = (x.detach() for x in own.adapter)
+        hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
+        whole = Adapted(head, up, slice(None))
+    return resolve_rule(support, hidden, whole, own.bias, spec, limit)
+
+
+def _groups(
+    own: _Problem, found: Resolved, outside: str, scored: Tensor
+) -> Iterator[tuple[Tensor, TokenStats]]:
+    """Places among the scored tokens, and their statistics."""
+    device = own.labels.device
+    few, ids = found.few[0].to(device), found.few[1]
+    many, bits, counts = found.many[0].to(device), *found.many[1:]
+    columns = _columns(ids, own.labels[few])
+    inside = torch.ones(len(own.labels), dtype=torch.bool, device=device)
+    inside[few] = columns >= 0
+    inside[many] = _has(bits, own.labels[many])
+    whole = (found.counts == 0).to(device)
+    if outside == "error":
+        _check_inside(own, found, inside, scored)
+        # A label that cannot be: its row is NaN.
+        lost = ~inside | found.wrong
+        labels = own.labels.masked_fill(lost, own.vocab)
+        own, columns = replace(own, labels=labels), columns.masked_fill(found.wrong[few], -1)
+        inside = torch.ones_like(inside)
+    elif outside == "raw":
+        whole |= ~inside
+    yield from _few(own, few, ids, columns, inside & ~whole)
+    yield from _many(own, many, bits, counts, inside & ~whole)
+    rest = whole.nonzero().squeeze(1)
+    if len(rest):
+        yield rest, _score(own.rows(rest), None)
+
+
+def _few(
+    own: _Problem, few: Tensor, ids: Tensor, columns: Tensor, kept: Tensor
+) -> Iterator[tuple[Tensor, TokenStats]]:
+    chosen = kept[few].nonzero().squeeze(1)
+    if not len(chosen):
+        return
+    index = few[chosen]
+    rows = own.rows(index)
+    spec = _spec(rows)
+    call = FewCall(own.options.name, spec, own.gather, ids[chosen], columns[chosen])
+    stats = score_few(call, rows.hidden, rows.weight, rows.bias, rows.adapter)
+    yield index, TokenStats(**stats)
+
+
+def _spec(rows: _Problem) -> HeadSpec:
+    spec = rows.options.spec(rows.hidden, (True, True), rows.weight)
+    return replace(spec, logit_map=replace(spec.logit_map, inverse=rows.inverse))
+
+
+def _many(
+    own: _Problem, many: Tensor, bits: Tensor, counts: Tensor, kept: Tensor
+) -> Iterator[tuple[Tensor, TokenStats]]:
+    chosen = kept[many].nonzero().squeeze(1)
+    if len(chosen):
+        first = 0 if own.options.shard is None else own.options.shard.first
+        mask = WordMask(bits[chosen], counts[chosen], first)
+        yield many[chosen], _score(own.rows(many[chosen]), mask)
+
+
+def _score(rows: _Problem, mask: WordMask | None) -> TokenStats:
+    operands = rows.hidden, rows.weight, rows.bias, rows.labels, rows.options
+    return score(*operands, rows.gather, rows.adapter, rows.inverse, mask)
+
+
+def _columns(ids: Tensor, labels: Tensor) -> Tensor:  # [n]
+    """The label's place among rising ids [n, K], -1 where it has none."""
+    if not ids.shape[1]:
+        return labels.new_full(labels.shape, -1)
+    # Behind the last word -1 would not rise.
+    rising = ids.masked_fill(ids < 0, torch.iinfo(torch.int64).max)
+    place = torch.searchsorted(rising, labels.unsqueeze(1)).clamp_max(ids.shape[1] - 1)
+    return torch.where(ids.gather(1, place) == labels.unsqueeze(1), place, -1).squeeze(1)
+
+
+def _has(bits: Tensor, labels: Tensor) -> Tensor:  # [m] bool
+    place = labels.clamp(0, max(0, 8 * bits.shape[1] - 1)).unsqueeze(1)
+    octets = bits.gather(1, place // 8)
+    return unpacked(octets).gather(1, place % 8).squeeze(1)
+
+
+def _check_inside(own: _Problem, found: Resolved, inside: Tensor, scored: Tensor) -> None:
+    """On a CPU; elsewhere the row becomes NaN."""
+    if inside.device.type == "cpu" and not bool(inside.all()):
+        row = int((~inside).nonzero()[0])
+        raise ValueError(
+            f"support: expected each label among its token's words, got label "
+            f"{int(own.labels[row])} at token {int(scored[row])}, which has "
+            f'{int(found.counts[row])} others; see outside="raw" and outside="drop"'
+        )

@@ -1,0 +1,93 @@
+"""`Support`: the words of each token that its sampler kept, as engines return them or as a rule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..walks.checks import check_integer, check_kind, check_number, shape_of
+
+_INTEGERS = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the sampler did: after the temperature top-k, then top-p, then min-p.
+
+    top_k: the k largest z and all that equal the k-th.  top_p: of these the largest whose
+    probabilities first reach top_p, and all that equal the last of them.  min_p: of these the ones
+    with at least min_p times the largest probability. The most likely word always stays.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
+class Support:
+    """Words of N tokens, ragged: token i has ids[offsets[i]:offsets[i + 1]], in any order.
+
+    ids: [M] int32 or int64.  offsets: [N + 1], from 0 to M and never falling; it is read on the
+    host. A word that is named twice counts once. A token without words has no restriction: its
+    log-probability is over the whole vocabulary, as engines mean an empty mask.
+    Raises ValueError for wrong shapes, dtypes and offsets.
+    """
+
+    def __init__(self, ids: Tensor, offsets: Tensor) -> None:
+        check_kind(ids=ids, offsets=offsets)
+        for name, x in {"ids": ids, "offsets": offsets}.items():
+            if x.dim() != 1 or x.dtype not in _INTEGERS:
+                raise ValueError(
+                    f"{name}: expected one dimension of int32 or int64, "
+                    f"got {x.dtype} of {shape_of(x)}"
+                )
+        host = offsets.to("cpu", torch.int64)
+        steps = host.diff()
+        if (
+            len(host) < 1
+            or int(host[0]) != 0
+            or int(host[-1]) != len(ids)
+            or bool((steps < 0).any())
+        ):
+            raise ValueError(
+                f"offsets: expected numbers that rise from 0 to {len(ids)}, the length of ids, "
+                f"got {host.tolist() if len(host) <= 8 else [*host[:4].tolist(), '...']}"
+            )
+        self.ids, self.counts = ids.long(), steps
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[int] | None], device: Any = None) -> Support:
+        """From a list of word ids for each token; None or an empty one: no restriction."""
+        sizes = [0 if one is None else len(one) for one in lists]
+        offsets = torch.tensor([0, *sizes], dtype=torch.int64, device="cpu").cumsum(0)
+        flat = [word for one in lists if one is not None for word in one]
+        return cls(torch.tensor(flat, dtype=torch.int64, device=device), offsets)
+
+    @staticmethod
+    def rule(
+        *, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+    ) -> Rule:
+        """The words that a sampler with these settings keeps of the policy as it is now.
+
+        The choice has no gradient. Words that tie with the last one that stays, stay: a sampler may
+        have drawn lots. top_k of 0 and -1, top_p of 1 and min_p of 0 leave all words in, as in vLLM
+        and transformers. Raises ValueError for anything else outside its range.
+        """
+        if top_k is not None:
+            top_k = check_integer("top_k", top_k, "an integer >= -1 or None", lambda x: x >= -1)
+        if top_p is not None:
+            check_number("top_p", top_p, "a number in (0, 1] or None", lambda x: 0 < x <= 1)
+        if min_p is not None:
+            check_number("min_p", min_p, "a number in [0, 1] or None", lambda x: 0 <= x <= 1)
+        return Rule(
+            top_k if top_k is not None and top_k > 0 else None,
+            float(top_p) if top_p is not None and top_p < 1 else None,
+            float(min_p) if min_p is not None and min_p > 0 else None,
+        )
+
+    def __len__(self) -> int:
+        return len(self.counts)

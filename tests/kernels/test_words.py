@@ -1,0 +1,94 @@
+"""Kernels over a few words of each row: every backend against float64, by the house's rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastpo.ops.rows import registry
+from fastpo.testing import assert_as_good_as_eager
+
+BACKENDS = [
+    b for b in ("cpu", "torch", "triton") if not registry.unavailable(b, torch.device("cpu"))
+]
+N, K, V = 23, 9, 31
+# Shorter than a vector, than all chains of them, longer and no multiple.
+WIDTHS = (1, 7, 133, 300)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def problem(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """hidden, weight, ids and coefficients; weight's rows are columns of a wider buffer."""
+    g = torch.Generator().manual_seed(width)
+    hidden = torch.randn(N, width, generator=g).to(dtype).float()
+    weight = torch.randn(V, width + 3, generator=g).to(dtype)[:, :width]
+    ids = torch.randint(-1, V, (N, K), generator=g)
+    ids[3] = -1
+    ids[:5, 0] = 2  # a word of several rows; others have none
+    return hidden, weight, ids, torch.randn(N, K, generator=g)
+
+
+def whole(ids: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:  # [N, V]
+    dense = cells.new_zeros(N, V + 1)
+    return dense.scatter_add_(1, ids.where(ids >= 0, V), cells)[:, :V]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products(backend, width, dtype):
+    hidden, weight, ids, _ = problem(width, dtype)
+    out = torch.full((N, K), 7.0)
+    registry.word_kernels(backend).products(hidden, weight, ids, out)
+
+    def eager(dtype):
+        x = hidden.to(dtype) @ weight.to(dtype).t()
+        return x.gather(1, ids.clamp_min(0)).masked_fill(ids < 0, 0.0)
+
+    assert (out[ids < 0] == 0).all()
+    assert_as_good_as_eager("products", out, eager(torch.float32), eager(torch.float64))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("of", ["tokens", "words"])
+def test_sums(backend, width, dtype, of):
+    hidden, weight, ids, cells = problem(width, dtype)
+    if of == "tokens":
+        rows, index, offsets = weight, ids.flatten(), torch.arange(N + 1) * K
+        numbers = cells.flatten()
+    else:
+        words, order = ids.flatten().sort(stable=True)
+        rows, index, numbers = hidden.to(dtype), order // K, cells.flatten()[order]
+        offsets = torch.searchsorted(words, torch.arange(V + 1))
+    out = torch.full((len(offsets) - 1, width), 7.0, dtype=dtype)
+    registry.word_kernels(backend).sums(numbers, index, offsets, rows, out)
+
+    def eager(dtype):
+        dense = whole(ids, cells.to(dtype))
+        return dense @ weight.to(dtype) if of == "tokens" else dense.t() @ hidden.to(dtype)
+
+    truth = eager(torch.float64)
+    assert_as_good_as_eager("sums", out, eager(torch.float32).to(dtype), truth)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_word_that_is_not_named_is_not_read(backend):
+    hidden, weight, ids, cells = problem(7, torch.float32)
+    weight[4] = float("nan")
+    ids[ids == 4] = -1
+    out, sums = torch.empty(N, K), torch.empty(N, 7)
+    kernels = registry.word_kernels(backend)
+    kernels.products(hidden, weight, ids, out)
+    kernels.sums(cells.flatten(), ids.flatten(), torch.arange(N + 1) * K, weight, sums)
+    assert out.isfinite().all() and sums.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_of_nothing(backend):
+    kernels, none = registry.word_kernels(backend), torch.zeros(0, dtype=torch.int64)
+    kernels.products(torch.ones(3, 4), torch.ones(5, 4), none.view(3, 0), torch.empty(3, 0))
+    out = torch.full((2, 4), 7.0)
+    kernels.sums(torch.zeros(0), none, torch.zeros(3, dtype=torch.int64), torch.ones(5, 4), out)
+    assert (out == 0).all()
