@@ -1,6 +1,11 @@
 """transformers' own Trainer, without TRL: `fastpo.attach` takes the logits out of the model.
 
 python examples/trainer.py --steps 20
+
+Where the trainer reads them itself, `fastpo.lazy_logits` keeps them from being computed:
+
+python examples/trainer.py --steps 20 --smoothing 0.1
+python examples/trainer.py --steps 20 --loss focal
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ import argparse
 import tempfile
 
 import torch
+import torch.nn.functional as F
 from by_name import small_model
 from datasets import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
@@ -18,9 +24,19 @@ from fastpo.demo.data import embedded_pairs
 from fastpo.demo.tokenizer import texts_of, train_tokenizer
 
 
+def focal(outputs, labels: torch.Tensor, num_items_in_batch: int | None = None) -> torch.Tensor:
+    """What `compute_loss_func` asks for: easy words count less."""
+    labels = labels[:, 1:].flatten()
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return ((1 - (-losses).exp()) ** 2 * losses).sum() / (num_items_in_batch or len(losses))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--smoothing", type=float, default=0.0, help="of labels, by the trainer")
+    parser.add_argument("--loss", choices=["focal"], help="in the place of the model's own")
     args = parser.parse_args()
     rows = embedded_pairs().train
     tokenizer = train_tokenizer(texts_of(rows), 4096)
@@ -28,7 +44,9 @@ def main() -> None:
     texts = tokenizer.apply_chat_template(talks, tokenize=False)
     torch.manual_seed(0)
     model = small_model(tokenizer)
-    with tempfile.TemporaryDirectory() as folder, fastpo.attach(model):
+    reads_logits = args.smoothing or args.loss
+    put = fastpo.lazy_logits if reads_logits else fastpo.attach
+    with tempfile.TemporaryDirectory() as folder, put(model):
         trainer = Trainer(
             model=model,
             args=TrainingArguments(
@@ -36,12 +54,14 @@ def main() -> None:
                 max_steps=args.steps,
                 per_device_train_batch_size=4,
                 learning_rate=1e-3,
+                label_smoothing_factor=args.smoothing,
                 logging_steps=1,
                 use_cpu=True,
                 report_to="none",
                 save_strategy="no",
             ),
             train_dataset=Dataset.from_dict({"input_ids": tokenizer(texts)["input_ids"]}),
+            compute_loss_func=focal if args.loss else None,
             data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
         )
         trainer.train()

@@ -16,15 +16,23 @@ pytest.importorskip("datasets")
 from _tiny import one_thread  # noqa: F401
 
 import fastpo
+from fastpo.integrations.lazy import cell
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 UNCHANGED = EXAMPLES / "run_unchanged.py"
 COMMANDS = {
     "dpo": ["dpo.py"],
     "trainer": ["trainer.py"],
+    "trainer_smoothing": ["trainer.py", "--smoothing", "0.1"],
+    "trainer_loss": ["trainer.py", "--loss", "focal"],
     "loop": ["loop.py"],
     "lazy_loop": ["lazy_loop.py"],
     "lazy_loop_accelerate": ["lazy_loop.py", "--accelerate"],
+    "lazy_lightning": ["lazy_lightning.py"],
+    **{
+        f"lazy_models_{model}": ["lazy_models.py", model]
+        for model in ("encoder_decoder", "vision", "value_head", "chunked", "rewards")
+    },
     "sharded_head": ["sharded_head.py"],
     "by_name": ["by_name.py", "simpo", "beta=2.0"],
     "by_name_groups": ["by_name.py", "infonca"],
@@ -49,11 +57,13 @@ def losses(capsys) -> list[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_example(name, monkeypatch, capsys):
+def test_example(name, monkeypatch, capsys, caplog):
     script, *rest = COMMANDS[name]
     monkeypatch.setattr(sys, "argv", [script, *rest, "--steps", "2"])
+    cell.told.clear()
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     assert losses(capsys)
+    assert "full logits" not in caplog.text
 
 
 def test_an_unchanged_script_says_the_same(monkeypatch, capsys):
