@@ -16,7 +16,7 @@ from typing import Any
 
 DOCS = Path(__file__).parents[1]
 _PLACE = re.compile(r"^<!-- plot: (\S+) -->$", re.M)
-_WIDTH, _LABEL, _VALUE, _BAR, _GAP = 460, 130, 60, 13, 9
+_WIDTH, _LABEL, _VALUE, _BAR, _GAP = 480, 150, 60, 13, 9
 Report = dict[str, Any]
 
 
