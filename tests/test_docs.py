@@ -106,9 +106,10 @@ def test_commands_are_known(block):
 
 def check(command: list[str]) -> None:
     """A command that its program would take, as far as that can be told without running it."""
-    program, *rest = command
+    words = command[next(i for i, word in enumerate(command) if "=" not in word) :]
+    program, rest = Path(words[0]).name, words[1:]
     checks = {"make": made, "fastpo": parsed, "pip": installed, "python": script}
-    checks |= {"accelerate": launched, "torchrun": launched}
+    checks |= {"python3": script, "accelerate": launched, "torchrun": launched}
     assert program in checks, f"{' '.join(command)}: say ```text where it is no command"
     checks[program](rest)
 
