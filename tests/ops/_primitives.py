@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from _tile_sources import Sliced
 from torch import Tensor
 
 import fastpo
@@ -96,6 +97,16 @@ def _logps(x: Leaves, **options: Any) -> fastpo.TokenStats:
     return fastpo.linear_logps(x["hidden"], x["weight"], x["labels"], **given)
 
 
+def _tiles(x: Leaves, **options: Any) -> fastpo.TokenStats:
+    return _logps({**x, "weight": Sliced(x["weight"])}, **options)
+
+
+def _multi_token(x: Leaves, **options: Any) -> fastpo.TokenStats:
+    given = {"bias": x["bias"], "outputs": OUTPUTS, "budget": 2**40, **OPTIONS} | options
+    depths = x["hidden"], x["other_hidden"]
+    return fastpo.multi_token_logps(depths, x["weight"], x["labels"], **given)
+
+
 def _vocab_parallel(x: Leaves, **options: Any) -> fastpo.TokenStats:
     given = {"bias": x["bias"], "outputs": OUTPUTS, "first": 0, "vocab": V, **OPTIONS} | options
     return fastpo.vocab_parallel_logps(x["hidden"], x["weight"], x["labels"], **given)
@@ -177,6 +188,8 @@ CALLS = PRIMITIVES | {
     "logps of no gradient": replace(PRIMITIVES["linear_logps"], trained=()),
     "logps of a frozen head": replace(PRIMITIVES["linear_logps"], trained=("hidden",)),
     "logps of a lean head": _with("linear_logps", budget=3 * ROWS),
+    "logps of tiles": Call("linear_logps", _tiles, ("hidden", "bias")),
+    "several depths": Call("linear_logps", _multi_token, (*HEAD, "other_hidden")),
     "logps of 16 bits": replace(PRIMITIVES["linear_logps"], dtype=torch.bfloat16),
     "divergence of a frozen head": replace(
         _with("linear_divergence", kind="forward_kl", budget=0), trained=("hidden",)

@@ -209,10 +209,11 @@ def described(**changes: Any) -> Any:
 
 
 WRONG = {
-    "weight: expected a tensor or a tile source .*, got SimpleNamespace without shape": {
+    "weight: expected a tile source with shape, dtype and device, got .* without shape": {
         "shape": None
     },
-    "got SimpleNamespace without tile": {"tile": None},
+    "got SimpleNamespace without device": {"device": None},
+    r"weight: expected a tensor, got namespace\(shape": {"tile": None},
     r"weight.shape: expected \(V, H\), got \(40,\)": {"shape": (40,)},
     r"weight.shape: expected \(V, H\), got \(0, 48\)": {"shape": (0, H)},
     "weight.dtype: expected float32, bfloat16 or float16, got torch.int8": {"dtype": torch.int8},

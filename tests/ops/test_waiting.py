@@ -15,6 +15,8 @@ CASES = [case for case, call in CALLS.items() if call.name != "vocab_parallel_lo
 @pytest.mark.parametrize("case", CASES)
 def test_waits_for_no_device_value(case):
     call = CALLS[case]
+    if case == "logps of tiles" and torch.cuda.get_device_name() == "a pretended GPU":
+        pytest.skip("the weight of a tile source has a device that is not pretended")
     call.gradients(call.leaves("cuda"))  # compile outside the guard
     leaves = call.leaves("cuda")
     torch.cuda.set_sync_debug_mode("error")

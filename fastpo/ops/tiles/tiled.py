@@ -102,10 +102,10 @@ class Tiled(Tensor):
 
 
 def _described(source: TileSource) -> tuple[torch.Size, torch.dtype, torch.device]:
-    for name in ("shape", "dtype", "device", "tile"):
+    for name in ("shape", "dtype", "device"):
         if not hasattr(source, name):
             raise ValueError(
-                "weight: expected a tensor or a tile source (shape, dtype, device, tile), "
+                "weight: expected a tile source with shape, dtype and device, "
                 f"got {type(source).__name__} without {name}"
             )
     shape = source.shape
@@ -122,12 +122,12 @@ def _described(source: TileSource) -> tuple[torch.Size, torch.dtype, torch.devic
 
 
 def tiled(weight: Any) -> Tensor:
-    """A weight that the walks can read: a tensor as it is, a tile source as one."""
-    if not isinstance(weight, Tensor):
+    """A weight that the walks can read: a tile source as a tensor, anything else as it is."""
+    if not isinstance(weight, Tensor) and hasattr(weight, "tile"):
         return Tiled(weight)
     if isinstance(weight, Tiled) and weight.requires_grad:
         raise ValueError("weight: expected a tile source without gradient, got requires_grad=True")
-    return weight
+    return weight  # type: ignore[no-any-return]
 
 
 def dense(weight: Tensor) -> Tensor:
