@@ -17,7 +17,9 @@ from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
 from objective_pages import TITLES
 from sphinx.application import Sphinx
+from sphinx.util.logging import getLogger
 
+logger = getLogger(__name__)
 DOCS = Path(__file__).parents[1]
 NAVIGATION = {
     "": {"Start": "self", "How it works": "how-it-works", "Installing": "installing"},
@@ -50,6 +52,7 @@ _IMAGE = re.compile(r"^!\[([^\]]*)\]\((pictures/\w+\.svg)\)$", re.M)
 def setup(app: Sphinx) -> dict[str, Any]:
     app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
     app.connect("source-read", _completed)
+    app.connect("build-finished", _checked)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -67,6 +70,14 @@ def _completed(app: Sphinx, name: str, source: list[str]) -> None:
     elif name == "changelog" and (DOCS.parent / "CHANGELOG.md").exists():
         text = (DOCS.parent / "CHANGELOG.md").read_text(encoding="utf-8")
     source[0] = report_pictures.added(text)
+
+
+def _checked(app: Sphinx, error: Exception | None) -> None:
+    """What was written: no formula is left as LaTeX, no mark of a picture as it stood."""
+    for page in sorted(Path(app.outdir).rglob("*.html")) if error is None else ():
+        left = re.search(r"\\(?:cdot|log|sum|texttt)\b|<!-- plot:|!\[", page.read_text("utf-8"))
+        if left:
+            logger.warning("%s: %r is not rendered", page.relative_to(app.outdir), left[0])
 
 
 def _toctree(caption: str, pages: dict[str, str]) -> str:
