@@ -77,12 +77,17 @@ LLAMAFACTORY := transformers==4.57.6 trl==0.24.0 peft==0.18.1 accelerate==1.11.0
   'tyro<0.9' omegaconf fire hf-transfer
 SWIFT := transformers==4.57.6 trl==0.24.0 peft==0.20.0 datasets==4.8.4 modelscope einops dacite \
   json-repair msgspec
+AXOLOTL := transformers==5.16.1 trl==1.9.0 peft==0.20.0 accelerate==1.13.0 datasets==4.8.4 \
+  pydantic==2.12.5 posthog==6.7.11 numba fastcore colorama fire addict python-dotenv art einops
 frameworks: $(READY)
 	$(BIN)/python .ci/overlay.py build/llamafactory $(LLAMAFACTORY)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/llamafactory llamafactory==0.9.5
 	$(BIN)/python .ci/overlay.py build/swift $(SWIFT)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/swift ms-swift==4.6.0
-	set -e; for name in llamafactory swift; do \
+	$(BIN)/python .ci/overlay.py build/axolotl $(AXOLOTL)
+	$(BIN)/pip install -q --no-deps --upgrade --target build/axolotl axolotl==0.19.0 evaluate==0.4.1 \
+	  axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 bitsandbytes==0.50.2
+	set -e; for name in llamafactory swift axolotl; do \
 	  $(BIN)/python benchmarks/frameworks/run.py $$name \
 	    --out benchmarks/results/frameworks_$$name.json; \
 	done

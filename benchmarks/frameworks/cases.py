@@ -39,3 +39,4 @@ class Framework:
     # (folder with the model, case, output folder, sizes): what follows the module
     arguments: Callable[[Path, Case, Path, Sizes], list[str]]
     environment: dict[str, str]
+    launcher: tuple[str, ...] = ()  # between `python` and `-m`

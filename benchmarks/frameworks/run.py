@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from cases import Case, Framework, Sizes
+from of_axolotl import AXOLOTL
 from of_llamafactory import LLAMAFACTORY
 from of_swift import SWIFT
 
@@ -33,11 +34,13 @@ from fastpo.bench.report import write
 
 HERE = Path(__file__).parent
 BUILD = HERE.parents[1] / "build"
-FRAMEWORKS = {x.package: x for x in (LLAMAFACTORY, SWIFT)}
+FRAMEWORKS = {x.package: x for x in (AXOLOTL, LLAMAFACTORY, SWIFT)}
 VERSIONS = ("trl", "transformers", "peft", "accelerate")
 CLOSE = 1e-4
 # What fastpo says where somebody gets the logits; that this TRL has no seams is known.
 _FALLBACK = re.compile(r"fastpo: (?!lazy logits serve)(.+?)(?:\x1b|$)", re.MULTILINE)
+# What transformers' Trainer prints at the end of a training.
+_RUNTIME = re.compile(r"'train_runtime': '?([\d.]+)")
 Report = dict[str, Any]
 
 
@@ -101,7 +104,7 @@ def prepare(framework: Framework, place: Path, sizes: Sizes) -> None:
 
 
 def environment(framework: Framework) -> dict[str, str]:
-    places = [str(BUILD / framework.package), str(HERE / "standins")]
+    places = [str(BUILD / framework.package), str(HERE / "standins" / framework.package)]
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     return {
         **os.environ,
@@ -120,7 +123,7 @@ def trained(framework: Framework, case: Case, place: Path, sizes: Sizes, *, fuse
     shutil.rmtree(out, ignore_errors=True)
     ways = ["-m", "fastpo", "run", "--lazy"] if fused else []
     after = framework.arguments(place, case, out, sizes)
-    command = [sys.executable, *ways, "-m", framework.module, *after]
+    command = [sys.executable, *framework.launcher, *ways, "-m", framework.module, *after]
     start = time.perf_counter()
     with log.open("wb") as said:
         process = subprocess.Popen(
@@ -130,10 +133,9 @@ def trained(framework: Framework, case: Case, place: Path, sizes: Sizes, *, fuse
     text = log.read_text(errors="replace")
     if os.waitstatus_to_exitcode(status):
         raise SystemExit(f"{' '.join(command)} failed:\n{text[-4000:]}")
-    history = logged(out)
     return {
-        "history": [x for x in history if "loss" in x],
-        "step_s": next(x["train_runtime"] for x in history if "train_runtime" in x) / sizes.steps,
+        "history": [x for x in logged(out) if "loss" in x],
+        "step_s": float(_RUNTIME.findall(text)[-1]) / sizes.steps,
         "mib": used.ru_maxrss / 1024,  # kibibytes; the largest of the process and its children's
         "command_s": time.perf_counter() - start,
         "weights": weights(out),
@@ -143,10 +145,12 @@ def trained(framework: Framework, case: Case, place: Path, sizes: Sizes, *, fuse
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
-    """The trainer's `log_history`, whole: beside the output, or where ms-swift has it."""
-    state, lines = out / "trainer_state.json", out / "logging.jsonl"
-    text = state.read_text() if state.exists() else lines.read_text().splitlines()[-1]
-    return json.loads(text)["log_history"]
+    """The trainer's `log_history`: beside the output, where ms-swift has it, or of a checkpoint."""
+    lines = out / "logging.jsonl"
+    if lines.exists():
+        return json.loads(lines.read_text().splitlines()[-1])["log_history"]
+    state = next(out.rglob("trainer_state.json"))
+    return json.loads(state.read_text())["log_history"]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -180,7 +184,7 @@ def row(case: Case, place: Path, own: Report, ours: Report) -> Report:
 
 
 # Of time, and of memory that the framework reads itself.
-_UNLIKE = re.compile(r"time|speed|memory|epoch|per_second|runtime")
+_UNLIKE = re.compile(r"time|speed|memory|epoch|per_sec|runtime")
 
 
 def difference(case: Case, own: dict[str, Any], ours: dict[str, Any]) -> float:
