@@ -64,7 +64,9 @@ def keeps_dtype(layer: Any) -> bool:
 def _kind(layer: Any) -> str | None:
     """Without importing any of them: what was made by a library is there with it."""
     bnb, ao = (sys.modules.get(name) for name in ("bitsandbytes.nn", "torchao.utils"))
-    weight = layer if isinstance(layer, Tensor) else getattr(layer, "weight", None)
+    weight = layer
+    if isinstance(layer, torch.nn.Module):
+        weight = layer._parameters.get("weight")  # unread: a parametrization may count readings
     if bnb is not None and isinstance(layer, (bnb.Linear4bit, bnb.Params4bit)):
         return "4bit"
     if bnb is not None and isinstance(layer, (bnb.Linear8bitLt, bnb.Int8Params)):
