@@ -22,6 +22,7 @@ from ...ops.walks.checks import DTYPES
 from ..adapter import operands, rounded
 from ..seams.saying import say_once
 from ..seams.seam import Replacement, Seam
+from . import sampled
 
 _MODULE = "trl.trainer.utils"
 _VERSIONS = ("1.15", "1.16")
@@ -188,7 +189,10 @@ class FusedHead(Replacement):
         if layer:
             weight, adapter = operands(layer.pop(), hidden)
             hidden = rounded(hidden, weight)
-        stats = score(hidden, weight, bias, targets, options, GATHER.current(), adapter)
+        gather, call = GATHER.current(), (hidden, weight, bias, targets, options)
+        stats = sampled.scored(call, gather, adapter)
+        if stats is None:
+            stats = score(*call, gather, adapter)
         calls = _recording.get()
         if calls is not None:
             calls.append(HeadCall(hidden, weight, adapter, bias, targets, options))

@@ -9,11 +9,12 @@ from importlib import metadata
 from typing import Any
 
 from ...ops.shards.gathered import HeadOptions
+from ...ops.walks.checks import check_flag
 from .. import readers, verl
 from ..lazy import everywhere
 from ..seams.saying import say_once
 from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
-from . import adapter, distillation, early, light, shared
+from . import adapter, distillation, early, light, sampled, shared
 from . import logits as trl_logits
 from .head import COMPACT, GATHER, HEAD, Compact, FusedHead
 from .objectives import by_name
@@ -31,6 +32,7 @@ def patch(
     shared_prompts: bool = False,
     padding_free: bool = False,
     whole_groups: bool = False,
+    support: bool = False,
     objective: str | Objective | None = None,
     references: Mapping[str, Any] | None = None,
     reference_free: bool = False,
@@ -60,6 +62,11 @@ def patch(
         saved is in the trainers' log as "fastpo/tokens_saved".
     whole_groups: GRPOTrainer and RLOOTrainer shuffle prompts, each with all its completions, and
         not completions one by one, so that those in a batch have a prompt to share.
+    support: GRPOTrainer and RLOOTrainer score old, reference and policy log-probabilities over the
+        words that the sampler kept, where `top_k`, `top_p` or `min_p` left some out: those that a
+        rollout function reports as "sampling_mask" (for each completion a list of word ids for each
+        token), else what the policy keeps by these settings when its batch is generated. One more
+        pass of the policy where a reference comes before it.
     objective: a key of `fastpo.objectives`, with `hyperparameters`, or a function of quantities
         (of `fastpo.objectives.compose`, for one), that DPOTrainer or KTOTrainer minimise instead of
         their own loss. What it needs beside two texts comes from dataset columns of the quantity's
@@ -87,8 +94,9 @@ def patch(
     sharing = True if shared_prompts else (False if padding_free else None)
     shared.check(sharing, whole_groups)
     plain = HeadOptions(budget=budget, backend=backend)
-    seams = _all(setting, own, sharing, whole_groups)
-    dispensable = _without_seams(lazy) and objective is None and sharing is None
+    check_flag("support", support)
+    seams = _all(setting, own, sharing, whole_groups, support)
+    dispensable = _without_seams(lazy) and objective is None and sharing is None and not support
     try:
         made, now = _checked(seams, setting)
     except RuntimeError as error:
@@ -147,7 +155,7 @@ def _without_seams(lazy: bool) -> bool:
 
 
 def _all(
-    setting: Setting, own: HeadOptions, sharing: bool | None, whole_groups: bool
+    setting: Setting, own: HeadOptions, sharing: bool | None, whole_groups: bool, support: bool
 ) -> dict[Seam, Make]:
     """What stands in, of every version: in TRL's utilities now, else when a script imports it."""
     made: dict[Seam, Make] = {
@@ -161,14 +169,17 @@ def _all(
         **early.replacements(own),
         **early.heads(own),
         **shared.replacements(sharing, whole_groups),
+        **(sampled.replacements() if support else {}),
     }
     plain = HeadOptions(budget=own.budget, backend=own.backend)
     return trl_logits.with_options(made, plain, sharing)
 
 
-_ADDED = tuple(shared.replacements(True, True))
-SEAMS = tuple(_all(Setting(), HeadOptions(), True, True))
-DEFAULTS = _all(Setting(), HeadOptions(), None, False)  # what a call without options stands in for
+_ADDED = (*shared.replacements(True, True), *sampled.replacements())
+SEAMS = tuple(_all(Setting(), HeadOptions(), True, True, True))
+DEFAULTS = _all(
+    Setting(), HeadOptions(), None, False, False
+)  # what a call without options stands in for
 
 
 def unpatch() -> None:

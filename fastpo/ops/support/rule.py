@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..walks.head import Adapted, Head, HeadSpec
@@ -23,6 +24,7 @@ def resolve_rule(
     bias: Tensor | None,
     spec: HeadSpec,
     limit: int,
+    drawn: Tensor | None = None,  # [n], a word of each token that is kept in any case
 ) -> Resolved:
     """Waits for a device; z of as many rows as make one tile exist at once."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
@@ -33,6 +35,8 @@ def resolve_rule(
         counts = []
         for a, b in _rows(head):
             allowed = _kept(_logits(head, a, b), rule)
+            if drawn is not None:
+                allowed.scatter_(1, drawn[a:b].unsqueeze(1), True)
             own = allowed.sum(1).cpu()
             short, long = split(own, limit)
             few.append(_ids(allowed[short], int(own[short].max()) if len(short) else 0))
@@ -46,7 +50,7 @@ def _joined(
 ) -> Resolved:
     short, long = split(counts, limit)
     width = max((ids.shape[1] for ids in few), default=0)
-    padded = [torch.nn.functional.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in few]
+    padded = [F.pad(ids, (0, width - ids.shape[1]), value=-1) for ids in few]
     octets = -(-head.plan.vocab // 8)
     ids = torch.cat(padded) if padded else head.empty(0, 0, dtype=torch.int64)
     many = torch.cat(bits) if bits else head.empty(0, octets, dtype=torch.uint8)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import planner
@@ -95,6 +96,27 @@ def score_over(
     return TokenStats(**results)
 
 
+def kept_words(
+    rule: Rule,
+    hidden: Tensor,  # [N, H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [N]
+    options: HeadOptions,
+    gather: Callable[..., AbstractContextManager[Any]] = gathered,
+    adapter: tuple[Tensor, Tensor] | None = None,  # [N, r] and [V, r]
+) -> Support:
+    """What the rule keeps of each token, and its label, which a sampler has drawn in any case."""
+    problem = _Problem(hidden, weight, bias, labels, options, gather, adapter, None)
+    with gather(weight, bias):
+        check_tensors(hidden, weight, labels, bias)
+        check_labels(labels, problem.vocab, None)
+        # Ids of all of them: no token has too many.
+        found = _ruled(rule, problem, problem.vocab, labels)
+    _, ids = found.few
+    return Support(ids[ids >= 0], F.pad(found.counts.cumsum(0), (1, 0)))
+
+
 def _zeros(labels: Tensor, name: str) -> Tensor:
     dtype = torch.bool if name == "is_top1" else torch.float32
     return torch.zeros(len(labels), dtype=dtype, device=labels.device)
@@ -106,6 +128,10 @@ def _resolved(support: Tensor | Support | Rule, own: _Problem, scored: Tensor) -
     limit = planner.gathered_words(own.vocab, scored.device.type) if one_by_one else 0
     if not isinstance(support, Rule):
         return resolve(support, own.vocab, scored, limit)
+    return _ruled(support, own, limit)
+
+
+def _ruled(rule: Rule, own: _Problem, limit: int, labels: Tensor | None = None) -> Resolved:
     if own.options.shard is not None:
         raise ValueError("support: expected word ids where the head lies in shards, got a rule")
     spec = own.options.spec(own.hidden, (False, False), own.weight)
@@ -116,7 +142,7 @@ def _resolved(support: Tensor | Support | Rule, own: _Problem, scored: Tensor) -
         down, up = (x.detach() for x in own.adapter)
         hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
         whole = Adapted(head, up, slice(None))
-    return resolve_rule(support, hidden, whole, own.bias, spec, limit)
+    return resolve_rule(rule, hidden, whole, own.bias, spec, limit, labels)
 
 
 def _groups(

@@ -89,5 +89,30 @@ class Support:
             float(min_p) if min_p is not None and min_p > 0 else None,
         )
 
+    @classmethod
+    def cat(cls, parts: Sequence[Support]) -> Support:
+        """Of the tokens of all parts, in their order; at least one."""
+        counts = torch.cat([part.counts for part in parts])
+        return cls._made(torch.cat([part.ids for part in parts]), counts)
+
+    @classmethod
+    def _made(cls, ids: Tensor, counts: Tensor) -> Support:
+        found = cls.__new__(cls)
+        found.ids, found.counts = ids, counts
+        return found
+
+    def split(self, sizes: Sequence[int]) -> list[Support]:
+        """Parts of so many tokens each."""
+        parts = self.counts.split(list(sizes))
+        words = self.ids.split([int(counts.sum()) for counts in parts])
+        return [self._made(*both) for both in zip(words, parts, strict=True)]
+
+    def __getitem__(self, tokens: slice) -> Support:
+        """Tokens from one to another, one after the other."""
+        first, last, step = tokens.indices(len(self))
+        if step != 1:
+            raise ValueError(f"tokens: expected a slice of step 1, got {tokens}")
+        return self.split((first, max(last - first, 0), len(self) - max(first, last)))[1]
+
     def __len__(self) -> int:
         return len(self.counts)

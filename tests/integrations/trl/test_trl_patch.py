@@ -54,7 +54,7 @@ def test_every_seam_is_given_back():
     own = held()
     assert len(own) > 20
     assert not any(isinstance(value, Replacement) for value in own.values())
-    all_of_them = {"shared_prompts": True, "whole_groups": True}
+    all_of_them = {"shared_prompts": True, "whole_groups": True, "support": True}
     for _ in range(2):
         fastpo.patch(**all_of_them)
         for seam, value in own.items():

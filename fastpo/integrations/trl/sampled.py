@@ -1,0 +1,247 @@
+"""GRPO and RLOO over the words their sampler kept: one support for old, reference and policy.
+
+With top-k, top-p or min-p the sampler drew from a renormalised softmax over fewer words. Scored
+over all of them every ratio is off by the mass it kept. What was kept is fixed when a batch is
+generated: as the sampler reported it ("sampling_mask" of a rollout function, a list of word ids for
+each token), or by the rule of the trainer's own config and the policy as it was then. It travels
+with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from ...ops.shards.gathered import HeadOptions
+from ...ops.stats import TokenStats
+from ...ops.support.score import kept_words, score_over
+from ...ops.support.words import Rule, Support
+from ..seams.seam import Make, Method, Replacement, Seam
+
+_VERSIONS = ("1.15", "1.16")
+_REPORTED = "sampling_mask"
+_COLUMN = "fastpo_support"
+_SCORES = (
+    "model",
+    "input_ids",
+    "attention_mask",
+    "logits_to_keep",
+    "batch_size",
+    "compute_entropy",
+    "compute_aux_loss",
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+
+# Of hidden [N, H], weight [V, H], bias [V], targets [N].
+Operands = tuple[Tensor, Tensor, Tensor | None, Tensor, HeadOptions]
+
+
+@dataclass
+class Replay:
+    """Words of all tokens that the head will be asked for, in its order."""
+
+    words: Support
+    done: int = 0
+
+    def score(self, operands: Operands, gather: Any, adapter: Any) -> TokenStats:
+        count = len(operands[3])  # of targets
+        own = self.words[self.done : self.done + count]
+        self.done += count
+        return score_over(own, "error", *operands, gather=gather, adapter=adapter)
+
+    def finish(self) -> None:
+        if self.done != len(self.words):
+            raise RuntimeError(
+                f"fastpo.patch: expected a head for each of {len(self.words)} sampled tokens, "
+                f"got {self.done} tokens"
+            )
+
+
+@dataclass
+class Record:
+    """The words that a rule keeps now, and the one that was drawn: found, scored and remembered."""
+
+    rule: Rule
+    found: list[Support] = field(default_factory=list)
+
+    def score(self, operands: Operands, gather: Any, adapter: Any) -> TokenStats:
+        own = kept_words(self.rule, *operands, gather=gather, adapter=adapter)
+        self.found.append(own)
+        return score_over(own, "error", *operands, gather=gather, adapter=adapter)
+
+
+_over: ContextVar[Replay | Record | None] = ContextVar("fastpo_support", default=None)
+
+
+def scored(operands: Operands, gather: Any, adapter: Any) -> TokenStats | None:
+    """Over the words in force; None: over all."""
+    over = _over.get()
+    return None if over is None else over.score(operands, gather, adapter)
+
+
+@contextmanager
+def _scoring(over: Replay | Record | None) -> Iterator[None]:
+    token = _over.set(over)
+    try:
+        yield
+        if isinstance(over, Replay):
+            over.finish()
+    finally:
+        _over.reset(token)
+
+
+@dataclass
+class _Batch:
+    """What is known of a batch.
+
+    rows: words of each row's tokens that count, once somebody has found them.
+    reference: makes the policy the reference, which is the same model with other adapters.
+    """
+
+    rows: list[Support] | None = None
+    reference: Callable[[], AbstractContextManager[Any]] | None = None
+
+
+_batch: ContextVar[_Batch | None] = ContextVar("fastpo_sampled_batch", default=None)
+
+
+@contextmanager
+def _of(batch: _Batch) -> Iterator[_Batch]:
+    token = _batch.set(batch)
+    try:
+        yield batch
+    finally:
+        _batch.reset(token)
+
+
+class _Generates(Method):
+    """`_generate_and_score_completions`: its batch carries the words it was drawn from."""
+
+    def __call__(self, trainer: Any, inputs: Any) -> Any:
+        with _of(_Batch()) as batch:
+            output = self.original(trainer, inputs)
+        if batch.rows is not None:
+            output[_COLUMN] = batch.rows
+        return output
+
+
+class _Samples(Method):
+    """`_generate`: what the sampler reports of its words."""
+
+    def __call__(self, trainer: Any, prompts: Any) -> Any:
+        output = self.original(trainer, prompts)
+        batch = _batch.get()
+        for part in output:
+            if batch is not None and isinstance(part, dict) and _REPORTED in part:
+                device = trainer.accelerator.device
+                batch.rows = [Support.of(row, device) for row in part[_REPORTED]]
+        return output
+
+
+class _Loss(Method):
+    """`_compute_loss`: the policy's pass, over what the batch carries."""
+
+    def __call__(self, trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
+        with _of(_Batch(inputs.get(_COLUMN))):
+            return self.original(trainer, model, inputs)
+
+
+class _Scores(Method):
+    """`_get_per_token_logps_and_entropies` of policy or reference."""
+
+    def __call__(
+        self,
+        trainer: Any,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        *arguments: Any,
+        **named: Any,
+    ) -> Any:
+        given = model, input_ids, attention_mask, logits_to_keep, *arguments
+        run = partial(self.original, trainer, *given, **named)
+        rule = _rule(trainer)
+        batch = _batch.get()
+        if batch is None or (batch.rows is None and rule == Rule()):
+            return run()
+        sizes = attention_mask[:, -logits_to_keep:].sum(1).tolist()
+        if batch.rows is None and (batch.reference or model is trainer.ref_model):
+            # The reference is asked first: what was kept is the policy's own choice.
+            policy = partial(self.original, trainer, trainer.model, *given[1:], **named)
+            self._record(policy, rule, batch, sizes)
+        if batch.rows is None:
+            return self._record(run, rule, batch, sizes)
+        adapter = batch.reference or nullcontext
+        with adapter(), _scoring(Replay(_words(batch.rows, sizes))):
+            return run()
+
+    def _record(self, run: Any, rule: Rule, batch: _Batch, sizes: list[int]) -> Any:
+        record = Record(rule)
+        with _scoring(record):
+            results = run()
+        batch.rows = Support.cat(record.found).split(sizes)
+        return results
+
+
+class _Adapter(Replacement):
+    """`use_adapter`, put off until the policy has been asked for its words."""
+
+    @contextmanager
+    def __call__(self, model: Any, adapter_name: str | None) -> Iterator[None]:
+        batch = _batch.get()
+        if batch is None or batch.rows is not None:
+            with self.original(model, adapter_name):
+                yield
+            return
+        batch.reference = partial(self.original, model, adapter_name)
+        try:
+            yield
+        finally:
+            batch.reference = None
+
+
+def _words(rows: list[Support], sizes: list[int]) -> Support:
+    got = [len(row) for row in rows]
+    if got != sizes:
+        raise ValueError(
+            f"{_REPORTED}: expected a list of word ids for each of {sizes} tokens of the "
+            f"completions, got {got}"
+        )
+    return Support.cat(rows)
+
+
+def _rule(trainer: Any) -> Rule:
+    return Support.rule(top_k=trainer.top_k, top_p=trainer.top_p, min_p=trainer.min_p)
+
+
+def replacements() -> dict[Seam, Make]:
+    made: dict[Seam, Make] = {}
+    for name, trainer in (("grpo", "GRPOTrainer"), ("rloo", "RLOOTrainer")):
+        methods: dict[tuple[str, tuple[str, ...]], Make] = {
+            ("_generate_and_score_completions", ("inputs",)): _Generates,
+            ("_generate", ("prompts",)): _Samples,
+            ("_compute_loss", ("model", "inputs")): _Loss,
+            ("_get_per_token_logps_and_entropies", _SCORES): _Scores,
+        }
+        module = f"trl.trainer.{name}_trainer"
+        for (method, parameters), make in methods.items():
+            made[Seam(module, f"{trainer}.{method}", parameters, _VERSIONS)] = make
+        made[Seam(module, "use_adapter", ("model", "adapter_name"), _VERSIONS)] = _Adapter
+    return made

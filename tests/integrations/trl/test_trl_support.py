@@ -1,0 +1,219 @@
+"""GRPO and RLOO over their sampler's words, judged by full logits and transformers' own warpers."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+pytest.importorskip("trl", minversion="1.15")  # the first with a fused head
+pytest.importorskip("datasets")
+
+import _tiny as tiny
+import _trainers
+import torch
+import trl
+from _tiny import one_thread  # noqa: F401
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+import fastpo
+
+SAMPLED = {
+    "num_generations": 2,
+    "max_completion_length": 5,
+    "temperature": 0.9,
+    "beta": 0.1,
+    "num_iterations": 2,
+    "learning_rate": 0.5,
+}
+KEPT = {"top_k": 20, "top_p": 0.8, "min_p": 0.02}
+WARPERS = LogitsProcessorList([TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.02)])
+
+
+def completions(model, input_ids, attention_mask, keep):
+    """z [B, keep, V] of full logits, and the completion's words [B, keep]."""
+    with torch.no_grad():
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return logits[:, -keep - 1 : -1] / SAMPLED["temperature"], input_ids[:, -keep:]
+
+
+def restricted(z, words, kept):
+    """log p and entropy of the words, over those that are kept."""
+    log_p = z.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p.clamp_min(-1e30)).sum(-1)
+    return log_p.gather(-1, words.unsqueeze(-1)).squeeze(-1), entropy
+
+
+def rule(z, words):
+    kept = WARPERS(None, z.flatten(0, 1)).view_as(z) > -torch.inf
+    return kept.scatter(-1, words.unsqueeze(-1), True)
+
+
+def spying(prefix, words_of=rule):
+    """A trainer class that holds every pass to the words of its batch; `passes` counts them."""
+
+    class Spy(getattr(trl, f"{prefix}Trainer")):
+        def _generate_and_score_completions(self, inputs):
+            self.early, self.passes = [], getattr(self, "passes", [])
+            output = super()._generate_and_score_completions(inputs)
+            ids = [
+                torch.cat((output[f"prompt_{n}"], output[f"completion_{n}"]), 1)
+                for n in ("ids", "mask")
+            ]
+            z, words = completions(self.model, *ids, output["completion_ids"].shape[1])
+            found = zip(ids[0], words_of(z, words), strict=True)
+            self.kept = getattr(self, "kept", {}) | {tuple(r.tolist()): own for r, own in found}
+            for call in self.early:
+                self.judge(*call)
+            self.early = None
+            return output
+
+        def _get_per_token_logps_and_entropies(self, model, ids, mask, keep, *args, **options):
+            given = model, ids, mask, keep, *args
+            found = super()._get_per_token_logps_and_entropies(*given, **options)
+            with self.as_asked(model):  # now, because parameters will change
+                full = completions(model, ids, mask, keep)
+            call = full, ids, mask[:, -keep:].bool(), found[:2]
+            self.passes.append(found[0].requires_grad)
+            if self.early is None:
+                self.judge(*call)
+            else:
+                self.early.append(call)
+            return found
+
+        def as_asked(self, model):
+            """The last pass of a generation is the reference's, the policy without its adapter."""
+            timely = self.num_iterations == 1
+            reference = self.early is not None and (timely or len(self.early) == 1)
+            adapted = hasattr(model, "disable_adapter")
+            return model.disable_adapter() if reference and adapted else contextlib.nullcontext()
+
+        def judge(self, full, ids, mask, found):
+            kept = torch.stack([self.kept[tuple(row.tolist())] for row in ids])
+            assert not kept[mask].all(-1).any()
+            for ours, own in zip(found, restricted(*full, kept), strict=True):
+                if ours is not None:
+                    torch.testing.assert_close(ours.detach()[mask], own[mask], atol=1e-4, rtol=1e-4)
+
+    return Spy
+
+
+def by_turns(completion_ids, **_):
+    """Never the same for both completions of a prompt."""
+    return [float(i % 2) for i in range(len(completion_ids))]
+
+
+def trainer(kind, prefix, folder, changes, **arguments):
+    settings = {**SAMPLED, **changes}
+    config = _trainers.config(prefix, folder, settings)
+    torch.manual_seed(0)
+    return kind(
+        model=_trainers.saved(folder),
+        args=config,
+        train_dataset=tiny.prompts(),
+        processing_class=tiny.tokenizer(),
+        reward_funcs=by_turns,
+        **arguments,
+    )
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize(("prefix", "iterations"), [("GRPO", 2), ("GRPO", 1), ("RLOO", 2)])
+def test_every_pass_is_over_the_words_of_the_policy_that_sampled(
+    prefix, iterations, adapted, tmp_path
+):
+    """In GRPO with one iteration the reference is asked before anybody has seen the policy."""
+    arguments = {"peft_config": _trainers.lora()} if adapted else {}
+    changes = {**KEPT, "num_iterations": iterations, "learning_rate": 20.0 if adapted else 0.5}
+    with fastpo.patched(support=True):
+        built = trainer(spying(prefix), prefix, tmp_path, changes, **arguments)
+        built.train()
+    assert sum(built.passes) == 3 and len(built.passes) > 3
+    assert any(log.get("kl", 0) > 1e-3 for log in built.state.log_history)
+
+
+def test_without_a_reference_the_policy_finds_them_itself(tmp_path):
+    """Batches whose steps are in time with their generation are scored once, while they train."""
+    with fastpo.patched(support=True):
+        built = trainer(
+            spying("GRPO"), "GRPO", tmp_path, {**KEPT, "beta": 0.0, "num_iterations": 1}
+        )
+        built.train()
+    assert built.passes == [True] * 3
+
+
+@pytest.mark.parametrize("prefix", ["GRPO", "RLOO"])
+def test_a_sampler_that_keeps_all_words_changes_nothing(prefix, tmp_path):
+    runs = []
+    for options in ({}, {"support": True}):
+        with fastpo.patched(**options):
+            built = trainer(getattr(trl, f"{prefix}Trainer"), prefix, tmp_path, {"top_k": 0})
+            runs.append(_trainers.train(built))
+    assert runs[0][0] == runs[1][0]
+
+
+def every_third(z, words):
+    kept = torch.arange(z.shape[-1]).expand(z.shape) % 3 == 0
+    return kept.scatter(-1, words.unsqueeze(-1), True)
+
+
+def rollouts(lengths, mask):
+    """A rollout function that reports every third word and the one that it drew."""
+
+    def rollout(prompts, trainer):
+        vocab = trainer.model.config.vocab_size
+        template = trainer.processing_class.apply_chat_template
+        made = (template(p, add_generation_prompt=True, return_dict=True) for p in prompts)
+        ids = [one["input_ids"] for one in made]
+        drawn = [
+            [(7 * i + j) % 40 + 3 for j in range(n)] for i, n in enumerate(lengths[: len(ids)])
+        ]
+        return {
+            "prompt_ids": ids,
+            "completion_ids": drawn,
+            "logprobs": [[-1.0] * len(row) for row in drawn],
+            "sampling_mask": [mask(row, vocab) for row in drawn],
+        }
+
+    return rollout
+
+
+def test_what_the_sampler_reports_is_replayed(tmp_path):
+    def mask(row, vocab):
+        return [sorted({*range(0, vocab, 3), word}) for word in row]
+
+    with fastpo.patched(support=True):
+        built = trainer(
+            spying("GRPO", every_third),
+            "GRPO",
+            tmp_path,
+            {},
+            rollout_func=rollouts([3, 5] * 8, mask),
+        )
+        built.train()
+    assert len(built.passes) > 3
+
+
+def test_a_report_of_another_length_is_refused(tmp_path):
+    with fastpo.patched(support=True):
+        built = trainer(
+            trl.GRPOTrainer,
+            "GRPO",
+            tmp_path,
+            {},
+            rollout_func=rollouts([3, 5] * 8, lambda row, vocab: [[word] for word in row[1:]]),
+        )
+        with pytest.raises(ValueError, match="sampling_mask: expected a list of word ids for each"):
+            built.train()
+
+
+def test_support_is_true_or_false():
+    with pytest.raises(ValueError, match="support: expected True or False, got 'yes'"):
+        fastpo.patch(support="yes")
+    with contextlib.suppress(RuntimeError):
+        fastpo.unpatch()
