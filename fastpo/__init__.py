@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .integrations.sharing.backbone import shared_prompts
     from .integrations.trl.objectives.groups import GroupTrainer
     from .integrations.trl.patch import patch, patched, unpatch
+    from .mismatch import Mismatch, diagnose
     from .ops.linear_divergence import DivergenceStats, linear_divergence
     from .ops.linear_logps import linear_logps
     from .ops.linear_topk import TokenSample, TopK, linear_topk, sample_topk
@@ -33,6 +34,7 @@ __all__ = [
     "BlockScaled",
     "DivergenceStats",
     "GroupTrainer",
+    "Mismatch",
     "PackedIntegers",
     "Plan",
     "StepPlan",
@@ -42,6 +44,7 @@ __all__ = [
     "TokenStats",
     "TopK",
     "attach",
+    "diagnose",
     "lazy_logits",
     "linear_divergence",
     "linear_logps",
@@ -71,6 +74,7 @@ _HOMES = {
     "fastpo.integrations.sharing.backbone": ("shared_prompts",),
     "fastpo.integrations.trl.objectives.groups": ("GroupTrainer",),
     "fastpo.integrations.trl.patch": ("patch", "patched", "unpatch"),
+    "fastpo.mismatch": ("Mismatch", "diagnose"),
     "fastpo.ops.linear_divergence": ("DivergenceStats", "linear_divergence"),
     "fastpo.ops.linear_topk_divergence": ("linear_topk_divergence",),
     "fastpo.ops.linear_logps": ("linear_logps",),
