@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from .base import Family
 from .blocks import fits_one_block, reduced
 from .functions import of_torch
-from .patterns import expectation
+from .patterns import known_sum
 from .promise import Promise
 from .rowwise import Node, Root, Rowwise, Slot
 
@@ -184,7 +184,8 @@ def _kl_div(func: Any, args: Any, kwargs: Any) -> Any:
         return each
     if how not in ("sum", "mean", "batchmean"):
         return NotImplemented
-    total = reduced(each, [], lambda x, _: x.sum(-1)).sum()
+    rows = known_sum(each)
+    total = (reduced(each, [], lambda x, _: x.sum(-1)) if rows is None else rows).sum()
     return total / {"sum": 1, "mean": each.shape.numel(), "batchmean": each.shape[0]}[how]
 
 
@@ -250,7 +251,7 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     if found is not None:
         (_, *rest), more = found
         alone = len(rest) + len(more) == 1
-        known = expectation(node) if func in _SUMS and alone else None
+        known = known_sum(node) if func in _SUMS and alone else None
         if known is not None:
             return known
         run = _here(func, node.device)

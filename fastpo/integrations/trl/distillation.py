@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ...ops.linear_divergence import linear_divergence
 from ...ops.shards.gathered import HeadOptions
+from ..lazy.divergences import divergence
 from ..lazy.logits import promises
-from ..lazy.promise import Promise
 from ..seams.saying import say_once
 from ..seams.seam import Make, Replacement, Seam
 from .gold import Sorted
@@ -28,38 +28,6 @@ from .logits import LOSS, Reader
 
 _VERSIONS = ("1.16",)
 _EXPERIMENTAL = ("1.13", "1.14", "1.15", "1.16")
-
-
-def divergence(student: Promise, teacher: Promise, beta: float) -> Tensor:
-    """Generalised JSD per position [*rows.shape], nats: β KL(T‖M) + (1 - β) KL(S‖M)."""
-    rows = [side.rows.flatten().clamp(min=0) for side in (student, teacher)]
-    scored = (student.rows >= 0) & (teacher.rows >= 0)
-    sides = [_operands(side, row) for side, row in zip((student, teacher), rows, strict=True)]
-    found = linear_divergence(
-        *sides[0],
-        *sides[1],
-        kind="jsd",
-        beta=beta,
-        mask=scored.flatten(),
-        bias=student.base.bias,
-        teacher_bias=teacher.base.bias,
-        softcap=student.options.softcap,
-        teacher_softcap=teacher.options.softcap,
-        logit_scale=student.options.logit_scale,
-        teacher_logit_scale=teacher.options.logit_scale,
-        budget=student.options.budget,
-        backend=student.options.backend,
-    )
-    assert found.divergence is not None
-    return found.divergence.view(student.rows.shape)
-
-
-def _operands(side: Promise, rows: Tensor) -> tuple[Tensor, Tensor]:
-    hidden, adapter = side.base.select(rows)
-    if adapter is None:
-        return hidden, side.base.weight
-    down, up = (part.to(hidden.dtype) for part in adapter)
-    return torch.cat((hidden, down), 1), torch.cat((side.base.weight.to(hidden.dtype), up), 1)
 
 
 class _Rows:
@@ -105,7 +73,7 @@ class _JSD(Replacement):
         student, teacher = (side.scaled(1 / temperature) for side in heads)
         if labels is not None:
             student = student.only(labels != -100)
-        rows = _Rows(divergence(student, teacher, beta))
+        rows = _Rows(divergence(student, teacher, "jsd", beta))
         return self.original(rows, rows, labels, 0, 1.0, reduction, **options)
 
 
@@ -117,7 +85,7 @@ class _FullLogits(Replacement):
     ) -> Any:
         heads = promises(student_logits, teacher_logits)
         if heads is not None:
-            return divergence(*heads, distillation_alpha)
+            return divergence(*heads, "jsd", distillation_alpha)
         return self.original(student_logits, teacher_logits, distillation_alpha=distillation_alpha)
 
 

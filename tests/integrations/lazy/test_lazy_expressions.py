@@ -56,6 +56,17 @@ def kl(x, y):
     return (p.exp() * (p - q)).sum(-1)
 
 
+def kl_of_some(x, y):
+    p, q = x.log_softmax(-1), y.log_softmax(-1)
+    return torch.mul(torch.sub(p, q)[MASK], x.softmax(-1)[MASK]).sum(-1)
+
+
+def kl_div_of_some(x, y):
+    """In the other direction, to probabilities, as a distillation has it."""
+    each = F.kl_div(x.log_softmax(-1), y.softmax(-1), reduction="none")
+    return each.sum(-1)[MASK] + each[MASK].sum(dim=-1)
+
+
 def jsd(x, y, beta=0.3):
     """As TRL's GKD has it."""
     p, q = F.log_softmax(x / 0.9, dim=-1), F.log_softmax(y / 0.9, dim=-1)
@@ -126,6 +137,8 @@ TWO = {
     "kl_div": lambda x, y: F.kl_div(
         x.log_softmax(-1), y.log_softmax(-1), reduction="batchmean", log_target=True
     ),
+    "kl_of_some": kl_of_some,
+    "kl_div_of_some": kl_div_of_some,
     "jsd": jsd,
     "mean_of_two": mean_of_two,
     "distance": lambda x, y: (x - y).abs().sum(-1),
@@ -156,7 +169,7 @@ def results(read, lazy, dtype=torch.float32, seeds=(0,), low=torch.float32):
 # These ask log-probabilities or log-sum-exps, too, whose walk has tiles of its own.
 WALKED = {"entropy", "entropy_by_lse", "entropy_of_chunks", "of_some", "one_text", "joined"}
 WALKED |= {"categorical", "categorical_logps", "counted", "row_by_row", "z_loss", "checkpointed"}
-WALKED |= {"joined_along"}
+WALKED |= {"joined_along", "kl", "kl_div", "kl_div_of_some"}
 CASES = [(name, read, (0,)) for name, read in ONE.items()]
 CASES += [(name, read, (0, 3)) for name, read in TWO.items()]
 
@@ -179,6 +192,12 @@ def test_values_gradients_and_memory(name, read, seeds):
 def test_an_entropy_is_a_walk_over_the_words(read, monkeypatch):
     monkeypatch.setattr(blocks, "_Blocks", None)
     test_values_gradients_and_memory("entropy_by_lse", read, (0,))
+
+
+@pytest.mark.parametrize("name", ["kl", "kl_div", "kl_div_of_some"])
+def test_a_kl_is_a_walk_over_the_words(name, monkeypatch):
+    monkeypatch.setattr(blocks, "_Blocks", None)
+    test_values_gradients_and_memory(name, TWO[name], (0, 3))
 
 
 def test_one_head_twice_is_joined():
