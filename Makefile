@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 REAL := $(VENV)/real
 SITE := $(VENV)/docs
+ZIG := $(VENV)/zig
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo demo-real test fuzz lint format docs triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
+.PHONY: setup demo demo-real test fuzz lint format docs wheels triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -100,6 +101,14 @@ $(SITE): $(READY)
 
 docs: $(SITE)
 	$(BIN)/python -m sphinx -q -E -a -W --keep-going -b html docs build/site
+
+# manylinux_2_28, for x86-64 and aarch64, of every CPython from 3.10 that is here with its headers.
+$(ZIG): $(READY)
+	$(BIN)/pip install -q -c constraints.txt auditwheel wheel ziglang
+	touch $(ZIG)
+
+wheels: $(ZIG)
+	$(BIN)/python .ci/wheels.py dist
 
 # The gate of the kernels once more, with the Triton that torch 2.11 brings.
 TRITON := 3.6.0

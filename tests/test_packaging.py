@@ -162,6 +162,24 @@ print(text(facts()))
     assert "Triton and torch serve without it." in said
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_what_the_wheels_are_compiled_by(machine: str, tmp_path: Path) -> None:
+    """zig, for glibc 2.28: what is not of the processor at hand, and what zig's runtime lacks."""
+    pytest.importorskip("ziglang")
+    sources = [ROOT / "csrc/cpu/rows.cpp", ROOT / "csrc/cpu/rows_scalar.cpp"]
+    own = {"x86_64": ["on_gomp", "cpu_model"], "aarch64": ["on_gomp"]}[machine]
+    sources += [ROOT / f"csrc/zig/{name}.cpp" for name in own]
+    zig = (sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.2.28")
+    flags = ("-std=c++17", "-O1", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-c")
+    include = ("-I", str(ROOT / "csrc/include"))
+    for source in sources:
+        run(*zig, *flags, *include, str(source), "-o", f"{source.stem}.o", cwd=tmp_path)
+    missing = run("nm", "-u", "rows.o", cwd=tmp_path)
+    runtime = (ROOT / "csrc/zig/on_gomp.cpp").read_text(encoding="utf-8")
+    called = set(re.findall(r"__kmpc_\w+", missing))
+    assert called and called <= set(re.findall(r" (__kmpc_\w+)\(", runtime))
+
+
 def test_an_extension_may_be_declined(sdist: Path, tmp_path: Path) -> None:
     """FASTPO_PURE: no compiler is looked for, so that a broken one is no matter."""
     with tarfile.open(sdist) as archive:
