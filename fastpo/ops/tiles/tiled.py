@@ -127,7 +127,7 @@ def tiled(weight: Any) -> Tensor:
         return Tiled(weight)
     if isinstance(weight, Tiled) and weight.requires_grad:
         raise ValueError("weight: expected a tile source without gradient, got requires_grad=True")
-    return weight  # type: ignore[no-any-return]
+    return weight
 
 
 def dense(weight: Tensor) -> Tensor:
