@@ -48,6 +48,7 @@ class Plan:
     shared_bytes: int
     workspace_bytes: int
     products: float
+    few_words: int = 0  # of a `support` that are multiplied one by one
 
     def __str__(self) -> str:
         rows = {
@@ -59,6 +60,7 @@ class Plan:
             "of it in d weight's place": f"{self.shared_bytes / 2**20:.1f} MiB",
             "workspace": f"{self.workspace_bytes / 2**20:.1f} MiB",
             "matrix products": f"{self.products:.2f}",
+            "support of a token": f"up to {self.few_words} words one by one, more in tiles",
         }
         width = max(map(len, rows))
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
@@ -179,7 +181,8 @@ def make_plan(
     if anchored:
         space = _anchored_workspace(sizes, compute_dtype, device, mode, tokens - kept)
     return Plan(
-        mode, *sizes, tiles, kept, block_words, row_words, kept_bytes, shared, space, products
+        *(mode, *sizes, tiles, kept, block_words, row_words, kept_bytes, shared, space, products),
+        few_words=gathered_words(vocab, device.type),
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from .errors import BenchError
 from .report import Report, read, token_counts
 from .shapes import Shape
+from .tables import sampling
 
 _BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end of bench -->)", re.DOTALL)
 _MOST_LOAD = 1.5
@@ -66,6 +67,8 @@ def render(report: Report, name: str) -> str:
         "plan errors": _plan_errors,
         "plan contexts": _plan_contexts,
         "lazy logits": _lazy_logits,
+        "supports": sampling.supports,
+        "sampler": sampling.sampler,
     }
     if report["what"] not in parts:
         raise BenchError(f"{name}: expected a report of {', '.join(parts)}, got {report['what']}")

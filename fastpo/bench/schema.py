@@ -118,6 +118,23 @@ WHATS: dict[str, dict[str, Any]] = {
             dict.fromkeys(("reading", "logits"), TEXT) | {"cpu_s": POSITIVE, "extra_mib": NUMBER}
         ],
     },
+    "supports": {
+        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        "shape": {**_SIZE, "dtype": TEXT},
+        "rows": [
+            {"words": COUNT, "trained": FLAG}
+            | dict.fromkeys(("few_s", "many_s", "plain_s"), POSITIVE)
+        ],
+    },
+    "sampler": {
+        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        "model": TEXT,
+        "sampling": TEXT,
+        "rows": [
+            {"over": TEXT, "tokens": COUNT}
+            | dict.fromkeys(("mean", "outside", "q01", "median", "q99", "largest"), NUMBER)
+        ],
+    },
     "plan contexts": {
         **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
         "batch_context": COUNT,

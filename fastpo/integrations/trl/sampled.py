@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...mismatch import diagnose
 from ...ops.shards.gathered import HeadOptions
 from ...ops.stats import TokenStats
 from ...ops.support.score import kept_words, score_over
@@ -27,6 +28,8 @@ from ..seams.seam import Make, Method, Replacement, Seam
 _VERSIONS = ("1.15", "1.16")
 _REPORTED = "sampling_mask"
 _COLUMN = "fastpo_support"
+_OLD = "old_per_token_logps"
+_METRIC = "fastpo/sampler_"
 _SCORES = (
     "model",
     "input_ids",
@@ -138,6 +141,7 @@ class _Generates(Method):
             output = self.original(trainer, inputs)
         if batch.rows is not None:
             output[_COLUMN] = batch.rows
+        _log(trainer, output)
         return output
 
 
@@ -215,6 +219,20 @@ class _Adapter(Replacement):
             yield
         finally:
             batch.reference = None
+
+
+def _log(trainer: Any, output: dict[str, Any]) -> None:
+    """How far the policy is from what the sampler says of itself, where both are there."""
+    sampler, own = (output.get(name) for name in ("sampling_per_token_logps", _OLD))
+    if sampler is None or own is None:
+        return
+    mask = output["completion_mask"]
+    if "tool_mask" in output:
+        mask = mask * output["tool_mask"]
+    if bool(mask.any()):
+        numbers = diagnose(sampler, own, mask=mask).log(_METRIC)
+        for name, value in numbers.items():
+            trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
 
 
 def _words(rows: list[Support], sizes: list[int]) -> Support:

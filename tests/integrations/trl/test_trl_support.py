@@ -197,6 +197,10 @@ def test_what_the_sampler_reports_is_replayed(tmp_path):
         )
         built.train()
     assert len(built.passes) > 3
+    first = built.state.log_history[0]
+    # A sampler that says -1 of every word.
+    assert first["fastpo/sampler_mean"] > 0 and first["fastpo/sampler_outside"] == 1
+    assert first["fastpo/sampler_q01"] <= first["fastpo/sampler_q99"] < 1
 
 
 def test_a_report_of_another_length_is_refused(tmp_path):

@@ -1,0 +1,1 @@
+"""Tables of documentation pages, from reports."""
