@@ -59,8 +59,8 @@ def attach(
 ) -> Attached:
     """Called with labels, `model` returns its loss and per-token log-probabilities, and no logits.
 
-    model: a transformers causal language model, or one wrapped by PEFT (before or after); a head that
-        bitsandbytes or torchao quantised is read a tile of words at a time, and stays frozen.
+    model: a transformers causal language model, or one wrapped by PEFT (before or after). A head
+        that bitsandbytes or torchao quantised is read a tile of words at a time, and frozen.
     temperature: the loss, too, is that of logits / temperature.
     outputs, budget, backend: as in `fastpo.linear_logps`; each output becomes a field of the
         model's result, [B, T - 1], or [B, T] with `shift_labels`; 0 where the label is ignored.
