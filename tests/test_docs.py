@@ -67,6 +67,7 @@ def names(checkpoint, tmp_path, mesh) -> dict[str, Any]:
         "model": model,
         "pairs": pairs,
         "ref_stats": fastpo.TokenStats(logps=torch.randn(4, 6)),
+        "sampler_logps": -torch.rand(4, 6),
         "shard": lm_head.weight,
         "student": torch.randn(4, vocab, requires_grad=True),
         "teacher": torch.randn(4, vocab),

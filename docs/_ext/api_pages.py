@@ -15,11 +15,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Log-probabilities": (
         "linear_logps",
         "TokenStats",
-        "Support",
         "multi_head_logps",
         "multi_token_logps",
         "mixed_linear_logps",
     ),
+    "Words of a sampler": ("Support", "diagnose", "Mismatch"),
     "Quantised heads": ("tile_source", "TileSource", "BlockScaled", "NVFP4", "PackedIntegers"),
     "A head in shards": ("vocab_parallel_logps",),
     "Divergences": ("linear_divergence", "linear_topk_divergence", "DivergenceStats"),
