@@ -75,6 +75,9 @@ EXTRAS: tuple[dict[str, Any], ...] = (
     {"options": (("softcap", 30.0),)},
     {"options": (("temperature", 0.7), ("logit_scale", -1.3))},
     {"options": (("outputs", OUTPUTS),)},
+    {"options": (("temperature", "of each token"),)},
+    {"options": (("support", 20),)},  # words of each token, products one by one
+    {"options": (("support", 0.1),)},  # of all words, in masked tiles
 )
 
 
@@ -100,6 +103,19 @@ def draw(case: Case) -> HeadInputs:
     return x
 
 
+def own(case: Case, labels: torch.Tensor) -> dict[str, Any]:
+    """Options, what is each token's own drawn."""
+    options = dict(case.options)
+    if options.get("temperature") == "of each token":
+        options["temperature"] = torch.linspace(0.5, 2.0, case.tokens, device=DEVICE)
+    if "support" in options:
+        share = options["support"]
+        words = int(share * case.vocab) if isinstance(share, float) else share
+        ids = torch.randint(0, case.vocab, (case.tokens, words), device=DEVICE)
+        options["support"] = torch.cat((labels.unsqueeze(1), ids), 1)
+    return options
+
+
 def run(case: Case, drawn: HeadInputs, backend: str | None) -> dict[str, torch.Tensor]:
     """Statistics and gradients by name; backend None: the reference in the dtype of `drawn`."""
     x = drawn.like(drawn.hidden.dtype, grad=case.mode != "score")
@@ -107,7 +123,8 @@ def run(case: Case, drawn: HeadInputs, backend: str | None) -> dict[str, torch.T
     x.weight.requires_grad_(trained)
     if x.bias is not None:
         x.bias.requires_grad_(trained)
-    options = dict(case.options)
+    torch.manual_seed(0)
+    options = own(case, x.labels)
     outputs = options.pop("outputs", ("logps",))
     operands = (x.hidden, x.weight, x.labels)
     if backend is None:

@@ -148,7 +148,7 @@ def test_logps_and_gradients_match_the_twin(backend, mode, softcap):
             run(problem, torch.float64, seed, fused=False),
         )
 
-    assert_draws(draw(seed) for seed in range(4))
+    assert_draws(draw(seed) for seed in range(1 if backend == "triton" else 4))
 
 
 @pytest.mark.parametrize("kind", P.KINDS)

@@ -238,6 +238,27 @@ def test_an_adapted_head(limit):
     assert_draws([tuple(scored(*kind) for kind in kinds)])
 
 
+class Halves:
+    """Words of 16 bits, made a tile at a time."""
+
+    def __init__(self, weight):
+        self.stored, self.shape = weight.bfloat16(), tuple(weight.shape)
+        self.dtype, self.device = torch.float32, weight.device
+
+    def tile(self, first, end):
+        return self.stored[first:end].float()
+
+
+def test_a_head_that_is_made_by_tiles(limit):
+    x = make_head(N, V, H, ignored=0.2, seed=9).like(torch.float32)
+    source, ids = Halves(x.weight.detach()), padded(lists_of(x.labels, 9))
+    found = []
+    for weight in (source, source.stored.float()):
+        logps = fastpo.linear_logps(x.hidden, weight, x.labels, support=ids).logps
+        found.append((logps.detach(), *torch.autograd.grad(logps.sum(), x.hidden)))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 def test_nobody_is_scored():
     x = make_head(4, V, H, seed=7).like(torch.float32)
     nobody = torch.full_like(x.labels, -100)

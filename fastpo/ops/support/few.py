@@ -24,6 +24,7 @@ from ..walks.forward import finish
 from ..walks.head import Forward, Head, HeadSpec
 from ..walks.logits import to_logits
 from ..walks.picked import sums_by_token, sums_by_word
+from ..walks.saving import stays
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ def score_few(
     adapter: tuple[Tensor, Tensor] | None,  # [n, r] and [V, r]
 ) -> dict[str, Tensor]:  # [n] each
     down, up = adapter or (None, None)
-    results = _Few.apply(hidden, weight, bias, down, up, call)
+    with stays():
+        results = _Few.apply(hidden, weight, bias, down, up, call)
     return {n: x for n, x in zip(OUTPUTS, results, strict=True) if x is not None}
 
 
