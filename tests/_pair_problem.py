@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastpo.ops.rows.backend import LOG_FLOOR, LogitMap
 from fastpo.ops.rows.pair import backend as P
-from fastpo.testing import assert_as_good_as_eager
+from fastpo.testing import assert_as_good_as_eager, make_head
 
 Maps = tuple[LogitMap, LogitMap]
 PLAIN = (LogitMap(), LogitMap())
@@ -241,3 +241,12 @@ def assert_as_good(name: str, ours: Tensor, eager: Tensor, truth: Tensor) -> Non
     ours, eager, truth = (x.masked_fill(huge, 0.0) for x in (ours, eager, truth))
     # Few rows at a time: eager is sometimes lucky, and rounds other cells.
     assert_as_good_as_eager(name, ours, eager, truth, factor=4.0)
+
+
+def sides(tokens=13, vocab=211, dtype=torch.float32, seed=0):
+    student = make_head(tokens, vocab, 24, bias=True, seed=seed)
+    # Close to the student, as a teacher is: its words plus something of its own.
+    extra = make_head(tokens, vocab, 40, bias=True, seed=seed + 1)
+    tensors = [student.hidden, student.weight, student.bias]
+    tensors += [extra.hidden * 0.7, extra.weight, extra.bias]
+    return [x.to(dtype).requires_grad_() for x in tensors]
