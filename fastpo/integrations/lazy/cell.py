@@ -105,7 +105,7 @@ class Cell:
         if self.promise is None or self.changed:
             return
         for other in self.promise.family.changed:
-            if other.same_logits(self.promise):
+            if other.memory.same_logits(self.promise.memory):
                 raise RuntimeError(
                     "logits: expected no change in place through another view of them, got one; "
                     "fastpo keeps views apart: read the changed one, or change a copy"

@@ -8,12 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .base import Family
 from .blocks import fits_one_block, reduced
-from .functions import of_torch
+from .functions import cross_entropy, of_torch
 from .patterns import known_sum
 from .promise import Promise
 from .rowwise import Node, Root, Rowwise, Slot
@@ -55,6 +56,8 @@ _STACK = _named("stack")
 _CAT = _named("cat concat concatenate")
 _TOPK = _named("topk")
 _PICKED = _named("gather take_along_dim")
+_TURNS = _named("transpose swapaxes swapdims permute movedim moveaxis")
+_LOSSES = _named("cross_entropy nll_loss")
 
 
 def express(func: Any, args: Any, kwargs: Any) -> Any:
@@ -67,6 +70,8 @@ def express(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented  # nothing is saved by waiting
     if any(getattr(x.node, "stacked", 0) for x in operands):
         return _unstacked(func, args, kwargs)
+    if any(getattr(x.node, "turned", False) for x in operands):
+        return _loss_of_turned(func, args, kwargs)
     return found(func, args, kwargs)
 
 
@@ -241,6 +246,42 @@ def _unstacked(func: Any, args: Any, kwargs: Any) -> Any:
     return replace(stack, root=replace(stack.root, op=func, func=run, family=Family()), stacked=0)
 
 
+def _turn(func: Any, args: Any, kwargs: Any) -> Any:
+    """[B, V, T] of [B, T, V], before a loss that wants the words there."""
+    operand, *rest = args
+    try:
+        turned = func(torch.empty(2, 3, 4, device="meta"), *rest, **kwargs).shape
+    except (RuntimeError, TypeError, IndexError):
+        return NotImplemented  # whatever is wrong, the logits will tell
+    if operand.node.ndim != 3 or turned != (2, 4, 3):
+        return NotImplemented
+    each = _recorded(_first_of, (operand,), {})
+    root = replace(each.root, op=func, func=_turned, family=operand.node.family)
+    return replace(each, root=root, turned=True)
+
+
+def _turned(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)
+
+
+def _loss_of_turned(func: Any, args: Any, kwargs: Any) -> Any:
+    """Of [B, V, T] and targets [B, T]."""
+    given = {**dict(zip(_LOSS_ARGUMENTS, args, strict=False)), **kwargs}
+    operand, target = given.pop("input"), given.pop("target", None)
+    fits = isinstance(operand, Operand) and isinstance(target, Tensor) and func in _LOSSES
+    if not fits or target.shape != operand.node.rows.shape:
+        return NotImplemented
+    node = operand.node.root.nodes[0]
+    node, target = node.view(node.rows.flatten()), target.flatten()
+    found = NotImplemented
+    if isinstance(node, Promise) and func is F.cross_entropy:
+        found = cross_entropy(node, target, **given)
+    if found is NotImplemented:
+        found = _losses(func, (replace(operand, node=node), target), given)
+    none = found is not NotImplemented and given.get("reduction") == "none"
+    return found.view(operand.node.rows.shape) if none else found
+
+
 # Reduced
 
 
@@ -298,10 +339,15 @@ def _pick(func: Any, args: Any, kwargs: Any) -> Any:
     return reduced(node, [index], lambda x, given: x.gather(-1, given[0]))
 
 
+_LOSS_ARGUMENTS = (
+    *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
+    "label_smoothing",
+)
+
+
 def _losses(func: Any, args: Any, kwargs: Any) -> Any:
     """`cross_entropy` with class weights, `nll_loss`: of rows [N, V] and targets [N]."""
-    names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    given = {**dict(zip(_LOSS_ARGUMENTS, args, strict=False)), **kwargs}
     node, target, how = given.pop("input").node, given.pop("target"), given.get("reduction", "mean")
     weight, ignored = given.get("weight"), given.get("ignore_index", -100)
     old = given.get("size_average") is not None or given.get("reduce") is not None
@@ -330,5 +376,6 @@ ANSWERS: dict[Any, Answer] = {
     **dict.fromkeys(_TOPK, _topk),
     **dict.fromkeys(_PICKED, _pick),
     **dict.fromkeys(_named("kl_div"), _kl_div),
-    **dict.fromkeys(_named("cross_entropy nll_loss"), _losses),
+    **dict.fromkeys(_LOSSES, _losses),
+    **dict.fromkeys(_TURNS, _turn),
 }

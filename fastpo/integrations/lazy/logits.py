@@ -276,7 +276,7 @@ def _read(func: Any, args: Any, kwargs: Any, nodes: dict[int, Any]) -> Any:
     known = FUNCTIONS.get(func)
     first = nodes.get(id(args[0])) if args else None
     if known is not None and first is not None and not _lazy((args[1:], kwargs)):
-        served = isinstance(first, Promise) or (func in VIEWS and not first.stacked)
+        served = isinstance(first, Promise) or (func in VIEWS and not first.rearranged)
         found = known(first, *args[1:], **kwargs) if served and _fits(known, args, kwargs) else None
         if found is not None and found is not NotImplemented:
             return found

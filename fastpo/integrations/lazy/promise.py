@@ -91,6 +91,10 @@ class Promise:
     def family(self) -> Family:
         return self.base.family
 
+    @property
+    def memory(self) -> Promise:
+        return self
+
     def leaves(self, name: str) -> tuple[Tensor | None, ...]:
         """All that `whole` needs, without a graph of their own."""
         return tuple(

@@ -53,18 +53,24 @@ class Root:
 
 @dataclass(frozen=True, eq=False)
 class Rowwise:
-    """[*rows.shape, V], or [stacked, *rows.shape, V]; `rows` are rows of the root's."""
+    """[*rows.shape, V]; [stacked, *rows.shape, V]; turned: [B, V, T] of rows [B, T].
+
+    `rows` are rows of the root's.
+    """
 
     root: Root
     rows: Tensor
     words: int
     dtype: torch.dtype
     stacked: int = 0
+    turned: bool = False
     fresh: bool = True  # are these all of the root's rows, as they came?
     constant: bool = False
 
     @property
     def shape(self) -> torch.Size:
+        if self.turned:
+            return torch.Size((self.rows.shape[0], self.words, *self.rows.shape[1:]))
         return torch.Size((self.stacked,) * bool(self.stacked) + (*self.rows.shape, self.words))
 
     @property
@@ -86,6 +92,16 @@ class Rowwise:
     @property
     def requires_grad(self) -> bool:
         return self.dtype.is_floating_point and any(x.requires_grad for x in self.operands)
+
+    @property
+    def rearranged(self) -> bool:
+        """Are these no rows of words?"""
+        return self.stacked > 0 or self.turned
+
+    @property
+    def memory(self) -> Node:
+        """Whose values these would share."""
+        return self.root.nodes[0].memory if self.turned else self
 
     def view(self, rows: Tensor) -> Rowwise:
         return replace(self, rows=rows, fresh=False)

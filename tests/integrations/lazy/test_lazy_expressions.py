@@ -98,6 +98,11 @@ def nll(x, **options):
     )
 
 
+def turned(x, of=F.cross_entropy, **options):
+    """[B, V, T], as the documentation of PyTorch has it."""
+    return of(x.transpose(1, 2), LABELS, **options)
+
+
 ONE = {
     "entropy": entropy,
     "entropy_by_lse": entropy_by_lse,
@@ -125,6 +130,14 @@ ONE = {
     "class_weights_smoothed": lambda x: weighed(x, label_smoothing=0.2),
     "nll": nll,
     "nll_ignoring": lambda x: nll(x, ignore_index=int(LABELS[0, 0]), reduction="none"),
+    "turned": turned,
+    "turned_one_by_one": lambda x: turned(x, reduction="none", ignore_index=int(LABELS[0, 0])),
+    "turned_weights": lambda x: turned(x, weight=WEIGHTS.to(x.dtype), reduction="sum"),
+    "turned_nll": lambda x: turned(x.log_softmax(-1), of=F.nll_loss, reduction="none"),
+    "turned_smoothed": lambda x: (
+        F.cross_entropy(x.permute(0, 2, 1), LABELS, label_smoothing=0.1)
+        + F.cross_entropy((x * WEIGHTS).movedim(-1, 1), LABELS)
+    ),
     "row_by_row": lambda x: torch.stack([torch.logsumexp(row, -1) for row in x]),
     "one_text": lambda x: entropy(x[0]),
     "joined": lambda x: entropy(torch.cat([x[1:], x[:1]])),
@@ -170,6 +183,7 @@ def results(read, lazy, dtype=torch.float32, seeds=(0,), low=torch.float32):
 WALKED = {"entropy", "entropy_by_lse", "entropy_of_chunks", "of_some", "one_text", "joined"}
 WALKED |= {"categorical", "categorical_logps", "counted", "row_by_row", "z_loss", "checkpointed"}
 WALKED |= {"joined_along", "kl", "kl_div", "kl_div_of_some"}
+WALKED |= {"turned", "turned_one_by_one", "turned_smoothed"}
 CASES = [(name, read, (0,)) for name, read in ONE.items()]
 CASES += [(name, read, (0, 3)) for name, read in TWO.items()]
 
@@ -258,6 +272,29 @@ def test_another_view_of_logits_scaled_in_place_is_not_read():
     logits.div_(0.7)
     with pytest.raises(RuntimeError, match="expected no change in place through another view"):
         rows.logsumexp(-1)
+
+
+def test_turned_logits_share_their_memory():
+    logits = promised(Promise.of(nn.Linear(H, V), torch.randn(B, T, H)))
+    turned = logits.transpose(1, 2)
+    logits.div_(0.7)
+    with pytest.raises(RuntimeError, match="expected no change in place through another view"):
+        F.cross_entropy(turned, LABELS)
+    logits.transpose(1, 2).mul_(2.0)
+    with pytest.raises(RuntimeError, match="expected no change in place through another view"):
+        logits.logsumexp(-1)
+
+
+def test_turned_logits_are_real_for_anything_else():
+    head, hidden = nn.Linear(H, V), torch.randn(B, T, H, requires_grad=True)
+    found, expected = (
+        x.transpose(1, 2) for x in (promised(Promise.of(head, hidden)), head(hidden))
+    )
+    assert found.shape == expected.shape
+    for read in (lambda x: x.softmax(1).square().sum(1), lambda x: x[0], lambda x: x.sum(-1)):
+        torch.testing.assert_close(read(found) + 0, read(expected))
+    ours, own = (torch.autograd.grad(x.square().sum(), hidden) for x in (found, expected))
+    torch.testing.assert_close(ours, own)
 
 
 def test_what_was_made_of_logits_stays_when_they_change():

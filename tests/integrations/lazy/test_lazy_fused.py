@@ -59,6 +59,8 @@ WITH = {
     **dict.fromkeys(("any", "all"), (-1,)),
     **dict.fromkeys(IN_PLACE, (0.5,)),
 }  # fmt: skip
+TURNS = {"transpose": (1, 2), "swapaxes": (1, -1), "swapdims": (2, 1)}
+TURNS |= {"permute": ((0, 2, 1),), "movedim": (-1, 1), "moveaxis": (1, -1)}
 LISTS = {"cat", "concat", "concatenate"}
 BOOLEAN = {"logical_and", "logical_or", "bitwise_and", "bitwise_or"}
 CALLS = {
@@ -75,6 +77,8 @@ CALLS = {
 
 
 def call(name, x):
+    if name in TURNS:
+        return F.cross_entropy(getattr(torch, name)(x, *TURNS[name]), IDS.squeeze(-1))
     if name in CALLS:
         return CALLS[name](x)
     if hasattr(torch.Tensor, name):
