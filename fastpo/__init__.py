@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .ops.tiles.formats import NVFP4, BlockScaled, PackedIntegers
     from .ops.tiles.known import tile_source
     from .ops.tiles.tiled import TileSource
+    from .ops.vocab_parallel_divergence import vocab_parallel_divergence
     from .ops.vocab_parallel_logps import vocab_parallel_logps
     from .planner import Plan, plan
     from .planning.plan import StepPlan, plan_step
@@ -63,6 +64,7 @@ __all__ = [
     "shared_prompts",
     "tile_source",
     "unpatch",
+    "vocab_parallel_divergence",
     "vocab_parallel_logps",
 ]
 
@@ -85,6 +87,7 @@ _HOMES = {
     "fastpo.ops.tiles.formats": ("NVFP4", "BlockScaled", "PackedIntegers"),
     "fastpo.ops.tiles.known": ("tile_source",),
     "fastpo.ops.tiles.tiled": ("TileSource",),
+    "fastpo.ops.vocab_parallel_divergence": ("vocab_parallel_divergence",),
     "fastpo.ops.vocab_parallel_logps": ("vocab_parallel_logps",),
     "fastpo.ops.stats": ("TokenStats",),
     "fastpo.ops.support.words": ("Support",),

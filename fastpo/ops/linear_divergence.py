@@ -6,8 +6,9 @@ tiles.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ from .walks.divergence import DivergenceSpec
 from .walks.head import HeadSpec
 from .walks.mixture import Operands
 from .walks.saving import stays
+
+if TYPE_CHECKING:
+    from .walks.vocab_shard import VocabShard
 
 LEFT_OUT = -100
 _OUTPUTS = ("divergence", "entropy")
@@ -92,42 +96,96 @@ def linear_divergence(
     summed in float32 and rounded once. Raises ValueError for shapes, dtypes, devices and options.
     A NaN or infinite hidden state gives NaN in its row.
     """
-    weight, teacher_weight = tiled(weight), tiled(teacher_weight)
-    everything = (hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, mask)
-    check_plain("linear_divergence", everything)
-    labels = labels_of(hidden, mask)
-    check_tensors(hidden, weight, labels, bias)
-    _check_teacher(hidden, weight, teacher_hidden, teacher_weight, teacher_bias, labels)
-    rule_of(kind, beta, alpha)
-    check_names("outputs", outputs, _OUTPUTS)
-    check_flag("teacher_grad", teacher_grad)
+    student = Operands(hidden, tiled(weight), bias)
+    teacher = Operands(teacher_hidden, tiled(teacher_weight), teacher_bias)
+    options = DivergenceOptions(
+        kind=kind,
+        beta=beta,
+        alpha=alpha,
+        temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        softcap=softcap,
+        teacher_softcap=teacher_softcap,
+        logit_scale=logit_scale,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_grad=teacher_grad,
+        outputs=outputs,
+        budget=budget,
+        backend=backend,
+    )
+    return diverge(student, teacher, mask, options)
+
+
+@dataclass(frozen=True)
+class DivergenceOptions:
+    """What `linear_divergence` takes as keywords.  name: who errors are of."""
+
+    kind: str
+    beta: float
+    alpha: float
+    temperature: float | Tensor
+    teacher_temperature: float | Tensor | None
+    softcap: float | None
+    teacher_softcap: float | None
+    logit_scale: float
+    teacher_logit_scale: float
+    teacher_grad: bool
+    outputs: tuple[str, ...]
+    budget: int | None
+    backend: str | None
+    shard: VocabShard | None = None
+    name: str = "linear_divergence"
+
+    def check(self) -> None:
+        rule_of(self.kind, self.beta, self.alpha)
+        check_names("outputs", self.outputs, _OUTPUTS)
+        check_flag("teacher_grad", self.teacher_grad)
+
+    def maps(self, labels: Tensor, left_out: int | None) -> tuple[tuple, list[Tensor | None]]:
+        """Of both products, as the schema has them, and 1/temperature of each token."""
+        number, inverse = per_row(self.temperature, labels, left_out)
+        other = self.temperature if self.teacher_temperature is None else self.teacher_temperature
+        other, teacher_inverse = per_row(other, labels, left_out, "teacher_temperature")
+        own = number, self.softcap, self.logit_scale
+        theirs = other, self.teacher_softcap, self.teacher_logit_scale
+        check_options(*own, ("logps",), self.budget)
+        check_map(*theirs, of="teacher_")
+        plain = tuple(x if x is None else float(x) for x in (*own, *theirs))
+        return plain, [inverse, teacher_inverse]
+
+
+def diverge(
+    student: Operands,  # [..., H], [V, H] and [V]
+    teacher: Operands,
+    mask: Tensor | None,  # [...]
+    options: DivergenceOptions,
+) -> DivergenceStats:
+    """`linear_divergence`; of the options' shard the weights hold the words."""
+    pair = [(x.hidden, x.weight, x.bias) for x in (student, teacher)]
+    check_plain(options.name, (*pair[0], *pair[1], mask))
+    labels = labels_of(student.hidden, mask)
+    check_tensors(student.hidden, student.weight, labels, student.bias)
+    _check_teacher(student, teacher, labels)
+    options.check()
     left_out = None if mask is None else LEFT_OUT
-    number, inverse = per_row(temperature, labels, left_out)
-    tempered = temperature if teacher_temperature is None else teacher_temperature
-    tempered, teacher_inverse = per_row(tempered, labels, left_out, "teacher_temperature")
-    check_options(number, softcap, logit_scale, ("logps",), budget)
-    check_map(tempered, teacher_softcap, teacher_logit_scale, of="teacher_")
-    if not teacher_grad:
-        teacher_hidden, teacher_weight = teacher_hidden.detach(), teacher_weight.detach()
-        teacher_bias = None if teacher_bias is None else teacher_bias.detach()
-    tensors = (
-        *(hidden.reshape(-1, hidden.shape[-1]), weight, bias),
-        *(teacher_hidden.reshape(-1, teacher_hidden.shape[-1]), teacher_weight, teacher_bias),
-    )
+    maps, inverses = options.maps(labels, left_out)
+    tensors = [x for hidden, *head in pair for x in (hidden.reshape(-1, hidden.shape[-1]), *head)]
+    if not options.teacher_grad:
+        tensors[3:] = [x if x is None else x.detach() for x in tensors[3:]]
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    options = (
-        *(float(number), softcap and float(softcap), float(logit_scale)),
-        *(float(tempered), teacher_softcap and float(teacher_softcap), float(teacher_logit_scale)),
-        *(kind, float(beta), float(alpha)),
-        *(left_out, ",".join(outputs)),
-        *(compute_dtype(hidden), compute_dtype(teacher_hidden)),
-        *(registry.choose(backend, hidden.device), budget if trained else 0),
+    plain = (
+        *maps,
+        *(options.kind, float(options.beta), float(options.alpha)),
+        *(left_out, ",".join(options.outputs)),
+        *(compute_dtype(student.hidden), compute_dtype(teacher.hidden)),
+        registry.choose(options.backend, student.hidden.device),
+        options.budget if trained else 0,
     )
+    call = _Call(options.name, plain, options.shard)
     with stays():
-        rows = labels.flatten(), inverse, teacher_inverse
-        found = _Divergence.apply(*rows, options, *tensors)
+        found = _Divergence.apply(labels.flatten(), *inverses, call, *tensors)
     named = dict(zip(_OUTPUTS, found, strict=True))
-    return DivergenceStats(**{name: named[name].view(labels.shape) for name in outputs})
+    return DivergenceStats(**{name: named[name].view(labels.shape) for name in options.outputs})
 
 
 # torch's custom operators take tensors and plain values only.
@@ -139,9 +197,25 @@ _SCHEMA = (
 )
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What is not a tensor in one call."""
+
+    name: str
+    options: tuple  # as the schema has them
+    shard: VocabShard | None
+
+    def runs(self, whole: Any, labels: Tensor, op: Any) -> Any:
+        """`whole`, or the operator of it, which knows no shard, in a graph."""
+        if self.shard is not None:
+            return partial(whole, shard=self.shard)
+        return op if _traced(labels) else whole
+
+
 def _spec(
     inverses: Any,  # of student and teacher, [N] or None
     *options: Any,  # as the schema has them
+    shard: VocabShard | None = None,
 ) -> DivergenceSpec:
     kind, beta, alpha, ignore_index, outputs, dtype, teacher_dtype, backend, budget = options[6:]
     head = HeadSpec(
@@ -153,6 +227,7 @@ def _spec(
         hidden_grad=False,
         head_grad=False,
         budget=0,
+        shard=shard,
     )
     student, teacher = (
         replace(R.LogitMap(*options[i : i + 3]), inverse=inverse)
@@ -163,8 +238,10 @@ def _spec(
     return DivergenceSpec(head, (student, teacher), dtypes, rule, tuple(outputs.split(",")), budget)
 
 
-def _forward(labels: Tensor, inverses: Any, tensors: Any, *options: Any) -> tuple[Tensor, ...]:
-    return tuple(walk.forward(_operands(tensors), labels, _spec(inverses, *options)))
+def _forward(
+    labels: Tensor, inverses: Any, tensors: Any, *options: Any, shard: VocabShard | None = None
+) -> tuple[Tensor, ...]:
+    return tuple(walk.forward(_operands(tensors), labels, _spec(inverses, *options, shard=shard)))
 
 
 _forward_op = torch.library.custom_op(
@@ -182,11 +259,18 @@ def _(labels: Tensor, inverses: Any, tensors: Any, *options: Any) -> tuple[Tenso
 
 
 def _backward(
-    grad: Tensor, labels: Tensor, inverses: Any, saved: Any, tensors: Any, needs: Any, *options: Any
+    grad: Tensor,
+    labels: Tensor,
+    inverses: Any,
+    saved: Any,
+    tensors: Any,
+    needs: Any,
+    *options: Any,
+    shard: VocabShard | None = None,
 ) -> list[Tensor]:
     """Of each tensor, empty where it needs none."""
     operands, (constants, totals, kept) = _operands(tensors), saved
-    sides, spec = (needs[:3], needs[3:]), _spec(inverses, *options)
+    sides, spec = (needs[:3], needs[3:]), _spec(inverses, *options, shard=shard)
     found = walk.backward(grad, operands, labels, constants, totals, kept, spec, sides)
     grads: list[Tensor] = []
     for side, own in zip(found, operands, strict=True):
@@ -218,7 +302,7 @@ def _traced(labels: Tensor) -> bool:
 
 
 class _Divergence(torch.autograd.Function):
-    """Of labels, inverses, options, then hidden, weight and bias of student and teacher."""
+    """Of labels, inverses, the call, then hidden, weight and bias of student and teacher."""
 
     @staticmethod
     def forward(
@@ -226,27 +310,26 @@ class _Divergence(torch.autograd.Function):
         labels: Tensor,
         inverse: Tensor | None,
         teacher_inverse: Tensor | None,
-        options: tuple,
+        call: _Call,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        run = _forward_op if _traced(labels) else _forward
-        inverses = inverse, teacher_inverse
-        divergence, entropy, *saved = run(labels, inverses, tensors, *options)
+        run, inverses = call.runs(_forward, labels, _forward_op), (inverse, teacher_inverse)
+        divergence, entropy, *saved = run(labels, inverses, tensors, *call.options)
         ctx.save_for_backward(labels, *inverses, *saved, *tensors)
-        ctx.options = options
+        ctx.call = call
         ctx.mark_non_differentiable(entropy)
         return divergence, entropy
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        check_plain("linear_divergence", (grad,))
+        check_plain(ctx.call.name, (grad,))
         labels, *saved = ctx.saved_tensors
         inverses, saved, tensors = saved[:2], saved[2:5], saved[5:]
         needs = ctx.needs_input_grad[4:]
-        run = _backward_op if _traced(labels) else _backward
-        found = run(grad, labels, inverses, saved, tensors, needs, *ctx.options)
+        run = ctx.call.runs(_backward, labels, _backward_op)
+        found = run(grad, labels, inverses, saved, tensors, needs, *ctx.call.options)
         grads = tuple(x if need else None for x, need in zip(found, needs, strict=True))
-        found = first_derivatives("linear_divergence", grads, (grad, *tensors))
+        found = first_derivatives(ctx.call.name, grads, (grad, *tensors))
         return *(None,) * 4, *found
 
 
@@ -277,23 +360,15 @@ def rule_of(kind: str, beta: float, alpha: float) -> Rule:
     return Rule.of(kind, float(beta), float(alpha))
 
 
-def _check_teacher(
-    hidden: Tensor,
-    weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
-    labels: Tensor,
-) -> None:
+def _check_teacher(student: Operands, teacher: Operands, labels: Tensor) -> None:
     try:
-        check_tensors(teacher_hidden, teacher_weight, labels, teacher_bias)
+        check_tensors(teacher.hidden, teacher.weight, labels, teacher.bias)
     except ValueError as error:
         raise ValueError(f"teacher: {error}") from None
-    if len(teacher_weight) != len(weight):
+    words, device = len(student.weight), student.hidden.device
+    if len(teacher.weight) != words:
         raise ValueError(
-            f"teacher_weight: expected {len(weight)} words as in weight, got {len(teacher_weight)}"
+            f"teacher_weight: expected {words} words as in weight, got {len(teacher.weight)}"
         )
-    if teacher_hidden.device != hidden.device:
-        raise ValueError(
-            f"teacher_hidden: expected device {hidden.device}, got {teacher_hidden.device}"
-        )
+    if teacher.hidden.device != device:
+        raise ValueError(f"teacher_hidden: expected device {device}, got {teacher.hidden.device}")

@@ -7,30 +7,22 @@ in fully sharded training, hidden states travel instead of the head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from .shards.gathered import HeadOptions, score, whole
+from .shards.part import of_dtensor, part_of
 from .shards.tokens import Tokens, count
 from .stats import TokenStats
 from .support.resolve import check_support
 from .support.score import score_over
 from .support.words import Rule, Support
 from .tiles.tiled import TileSource, tiled
-from .walks.checks import (
-    check_flag,
-    check_integer,
-    check_kind,
-    check_tensors,
-    given,
-    per_row,
-    shape_of,
-)
+from .walks.checks import check_flag, check_kind, check_tensors, per_row
 from .walks.derivatives import check_plain
-from .walks.vocab_shard import VocabShard
 
 
 def vocab_parallel_logps(
@@ -77,9 +69,8 @@ def vocab_parallel_logps(
     """
     weight = tiled(weight)
     check_plain("vocab_parallel_logps", (hidden, weight, labels, bias))
-    check_kind(weight=weight, **given(bias=bias))
     check_flag("own_tokens", own_tokens)
-    part = _part(weight, bias, first, vocab, group)
+    part = part_of(weight, bias, first, vocab, group)
     check_kind(labels=labels)
     number, inverse = per_row(temperature, labels, ignore_index)
     options = HeadOptions(
@@ -151,56 +142,3 @@ def score_sharded(
             return score_own(tokens, hidden, part.weight, part.bias, labels, shared)
     bias = None if bias is None else whole(bias)
     return score(hidden, whole(weight), bias, labels, options, adapter=adapter)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What this process has of the head."""
-
-    weight: Tensor
-    bias: Tensor | None
-    shard: VocabShard
-
-
-def _part(
-    weight: Tensor,
-    bias: Tensor | None,
-    first: int | None,
-    vocab: int | None,
-    group: dist.ProcessGroup | None,
-) -> _Part:
-    if not dist.is_initialized():
-        raise RuntimeError("torch.distributed: expected an initialised process group, got none")
-    if isinstance(weight, DTensor):
-        for name, value in (("first", first), ("vocab", vocab), ("group", group)):
-            if value is not None:
-                raise ValueError(f"{name}: expected None beside a DTensor, got {value}")
-        return of_dtensor(weight, bias)
-    if isinstance(bias, DTensor):
-        raise ValueError("bias: expected a plain tensor beside a plain weight, got a DTensor")
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected shape (words, H), got {shape_of(weight)}")
-    first, vocab = check_integer("first", first), check_integer("vocab", vocab)
-    if not 0 <= first <= vocab - len(weight):
-        raise ValueError(
-            f"first: expected 0 <= first <= {vocab} - {len(weight)}, vocab less the words here, "
-            f"got {first}"
-        )
-    return _Part(weight, bias, VocabShard(first, vocab, group))
-
-
-def of_dtensor(weight: DTensor, bias: Tensor | None) -> _Part:
-    """Words are the rows of the local tensor, in order of the mesh's processes."""
-    local = _local("weight", weight), None if bias is None else _local("bias", bias)
-    mesh, vocab = weight.device_mesh, weight.shape[0]
-    first = min(mesh.get_local_rank() * -(-vocab // mesh.size()), vocab)  # as torch.chunk cuts
-    shard = VocabShard(first, vocab, mesh.get_group())
-    return _Part(*local, shard)
-
-
-def _local(name: str, x: Tensor) -> Tensor:
-    if not isinstance(x, DTensor) or tuple(x.placements) != (Shard(0),):
-        got = x.placements if isinstance(x, DTensor) else "a plain tensor"
-        raise ValueError(f"{name}: expected a DTensor in (Shard(dim=0),), got {got}")
-    local: Tensor = x.to_local()
-    return local

@@ -131,6 +131,13 @@ def _divergence(x: Leaves, **options: Any) -> fastpo.DivergenceStats:
     return fastpo.linear_divergence(x["hidden"], x["weight"], *teacher, **given | options)
 
 
+def _divergence_in_shards(x: Leaves, **options: Any) -> fastpo.DivergenceStats:
+    given = {"first": 0, "vocab": V, "bias": x["bias"], "kind": "jsd", "mask": x["mask"]}
+    given |= {"outputs": ("divergence", "entropy"), "teacher_grad": True, **OPTIONS, **options}
+    teacher = x["other_hidden"], x["other_weight"]
+    return fastpo.vocab_parallel_divergence(x["hidden"], x["weight"], *teacher, **given)
+
+
 def _topk_divergence(x: Leaves, **options: Any) -> tuple[Tensor]:
     given = {"bias": x["bias"], "mask": x["mask"], **OPTIONS} | options
     teacher = x["ids"], x["listed"]
@@ -172,6 +179,7 @@ PRIMITIVES = {
         Call("mixed_linear_logps", _mixed, PAIR),
         Call("multi_head_logps", _multi_head, ("hidden", "weights", "biases")),
         Call("vocab_parallel_logps", _vocab_parallel, HEAD),
+        Call("vocab_parallel_divergence", _divergence_in_shards, PAIR),
         Call("fastpo", _score, HEAD),
     )
 }
@@ -199,6 +207,7 @@ CALLS = PRIMITIVES | {
     "topk of a frozen head": replace(PRIMITIVES["linear_topk"], trained=("hidden",)),
     "sample_topk": Call("sample_topk", _sample, HEAD),
     "a mixture of each token": _with("mixed_linear_logps", per_token=True),
+    "a KL in shards": _with("vocab_parallel_divergence", kind="reverse_kl"),
     "own tokens": _with("vocab_parallel_logps", own_tokens=True),
     "adapter": Call("fastpo", partial(_score, adapted=True), (*HEAD, "down", "up")),
 }

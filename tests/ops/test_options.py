@@ -35,7 +35,8 @@ WHOLE = {
     "vocab": "an integer",
 }
 FLAGS = ("teacher_grad", "tail", "own_tokens", "accumulate")
-PER_TOKEN = ("linear_logps", "multi_head_logps", "vocab_parallel_logps", "linear_divergence")
+PER_TOKEN = ("linear_logps", "multi_head_logps", "vocab_parallel_logps")
+PER_TOKEN += ("linear_divergence", "vocab_parallel_divergence")
 WRONG = {
     **dict.fromkeys(NUMBERS.items(), NOT_A_NUMBER),
     **dict.fromkeys(WHOLE.items(), NOT_WHOLE),

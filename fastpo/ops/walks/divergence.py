@@ -81,6 +81,12 @@ class _Heads:
     def words(self, v0: int, v1: int) -> list[Tensor]:
         return [head.words(v0, v1) for head in self.heads]
 
+    def merge(self, state: Tensor) -> None:
+        """`state` of a block once all words of this process are folded."""
+        shard = self.first.spec.shard
+        if shard is not None:
+            shard.merge_pair(state, self.first.plan.vocab, self.rule.over)
+
     def parts(self, a: int, b: int) -> Iterator[tuple[int, int, bool]]:
         """The kept and the other rows of [a, b)."""
         split = min(max(self.kept_tokens, a), b)
@@ -149,8 +155,11 @@ def forward(operands: Sequence[Operands], labels: Tensor, spec: DivergenceSpec) 
         entropy = "entropy" in spec.outputs
         for a, b in first.token_blocks():
             _softmaxes(heads, state, kept, entropy, a, b)
+            heads.merge(state[:, a:b])
             if spec.rule.over is None:
                 _values(heads, _constants(state), kept, sums, a, b)
+        if spec.rule.over is None:
+            first.sum_over_shards(sums)
         return _finish(first, spec, state, sums, kept, len(labels))
 
 

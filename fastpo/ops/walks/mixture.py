@@ -172,7 +172,7 @@ class Sums:
     def finish(self, tokens: int) -> Gradients:
         dhidden = self.dhidden
         if dhidden is not None:
-            dhidden = dhidden.to(self.head.hidden.dtype)
+            dhidden = self.head.sum_over_shards(dhidden).to(self.head.hidden.dtype)
             if self.head.rows is not None:
                 all_rows = dhidden.new_zeros(tokens, dhidden.shape[1])
                 dhidden = all_rows.index_copy_(0, self.head.rows, dhidden)

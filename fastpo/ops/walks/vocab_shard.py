@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..rows import backend as R
+from ..rows.pair import backend as P
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [processes, ...]
@@ -51,26 +52,52 @@ class VocabShard:
         state[R.SQUARES] = (shrink.square() * found[:, R.SQUARES, :n]).sum(0)
         state[R.SUM] = found[:, R.SUM, :n].sum(0)
         state[R.BEFORE] = found[:, R.BEFORE, :n].amax(0)
-        self._check(found[:, :2, n], state)
+        self._check(found[:, :2, n], state[R.TARGET])
 
-    def _exchange(self, state: Tensor, words: int) -> Tensor:  # [processes, STATE, n + 1]
+    def merge_pair(self, state: Tensor, words: int, over: int | None) -> None:  # [P.STATE, n]
+        """The same for two heads: each process's state is a tile that the others' is folded with.
+
+        over: the side whose expectation CROSS is; None where it is none.
+        """
+        found, n = self._exchange(state, words), state.shape[1]
+        masses = [found[:, P.MASS + 2 * i, :n] for i in range(2)]
+        shifts = []
+        for i in range(2):
+            maxima = found[:, P.MAX + 2 * i, :n]
+            m = maxima.amax(0)
+            reference = m.clamp_min(torch.finfo(torch.float32).min)
+            shifts.append((maxima - reference).clamp_min_(P.LOWEST))
+            state[P.MAX + 2 * i] = m
+            state[P.MASS + 2 * i] = (shifts[i].exp() * masses[i]).sum(0)
+        if over is not None:
+            a, b = over, 1 - over
+            moved = found[:, P.CROSS, :n] + (shifts[a] - shifts[b]) * masses[a]
+            state[P.CROSS] = (shifts[a].exp() * moved).sum(0)
+        moved = found[:, P.MOMENT, :n] + shifts[0].clamp_min(R.LOG_FLOOR) * masses[0]
+        state[P.MOMENT] = (shifts[0].exp() * moved).sum(0)
+        self._check(found[:, :2, n], state[P.MASS])
+
+    def _exchange(self, state: Tensor, words: int) -> Tensor:  # [processes, rows of state, n + 1]
         """All states; in the last column the first word and the one after the last.
 
         float32 holds them exactly up to 2**24.
         """
-        bounds = state.new_zeros(R.STATE, 1)
+        bounds = state.new_zeros(len(state), 1)
         bounds[0], bounds[1] = self.first, self.first + words
         return all_gather(torch.cat((state, bounds), 1), self.group)
 
-    def _check(self, bounds: Tensor, state: Tensor) -> None:  # [processes, 2]
-        """Words that nobody has, or two have, would go into the sums of every row."""
+    def _check(self, bounds: Tensor, row: Tensor) -> None:  # [processes, 2], [n]
+        """Words that nobody has, or two have, would go into the sums of every row.
+
+        row: what all results are of.
+        """
         bounds = bounds[bounds[:, 0].argsort()]
         edge = bounds.new_zeros(1)
         starts = torch.cat((bounds[:, 0], edge + self.vocab))
         partition = (starts == torch.cat((edge, bounds[:, 1]))).all()
-        if state.device.type != "cpu":
+        if row.device.type != "cpu":
             # Asking would wait for the device.
-            state[R.TARGET].masked_fill_(~partition, float("nan"))
+            row.masked_fill_(~partition, float("nan"))
         elif not bool(partition):
             got = ", ".join(f"[{int(a)}, {int(b)})" for a, b in bounds.tolist())
             raise ValueError(

@@ -1,0 +1,92 @@
+"""What a process holds of a head whose words are spread over a group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from ..walks.checks import check_integer, check_kind, given, shape_of
+from ..walks.vocab_shard import VocabShard
+
+
+@dataclass(frozen=True)
+class Part:
+    weight: Tensor  # [words, H]
+    bias: Tensor | None  # [words]
+    shard: VocabShard
+
+
+def part_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    first: int | None,
+    vocab: int | None,
+    group: dist.ProcessGroup | None,
+) -> Part:
+    """first, vocab and group are told by the caller, or by the mesh of a DTensor."""
+    check_kind(weight=weight, **given(bias=bias))
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed: expected an initialised process group, got none")
+    if isinstance(weight, DTensor):
+        for name, value in (("first", first), ("vocab", vocab), ("group", group)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None beside a DTensor, got {value}")
+        return of_dtensor(weight, bias)
+    if isinstance(bias, DTensor):
+        raise ValueError("bias: expected a plain tensor beside a plain weight, got a DTensor")
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected shape (words, H), got {shape_of(weight)}")
+    first, vocab = check_integer("first", first), check_integer("vocab", vocab)
+    if not 0 <= first <= vocab - len(weight):
+        raise ValueError(
+            f"first: expected 0 <= first <= {vocab} - {len(weight)}, vocab less the words here, "
+            f"got {first}"
+        )
+    return Part(weight, bias, VocabShard(first, vocab, group))
+
+
+def of_dtensor(weight: DTensor, bias: Tensor | None) -> Part:
+    """Words are the rows of the local tensor, in order of the mesh's processes."""
+    local = _local("weight", weight), None if bias is None else _local("bias", bias)
+    mesh, vocab = weight.device_mesh, weight.shape[0]
+    first = min(mesh.get_local_rank() * -(-vocab // mesh.size()), vocab)  # as torch.chunk cuts
+    shard = VocabShard(first, vocab, mesh.get_group())
+    return Part(*local, shard)
+
+
+def beside(
+    weight: Tensor, other: Tensor, other_bias: Tensor | None, of: str = "teacher_"
+) -> tuple[Tensor, Tensor | None]:
+    """The words here of a second head, in the shards of the first.
+
+    of: what the names of the second head's tensors begin with.
+    """
+    check_kind(**{f"{of}weight": other}, **given(**{f"{of}bias": other_bias}))
+    if not isinstance(weight, DTensor):
+        for name, x in (("weight", other), ("bias", other_bias)):
+            if isinstance(x, DTensor):
+                raise ValueError(
+                    f"{of}{name}: expected a plain tensor beside a plain weight, got a DTensor"
+                )
+        return other, other_bias
+    local = _local(f"{of}weight", other)
+    bias = None if other_bias is None else _local(f"{of}bias", other_bias)
+    assert isinstance(other, DTensor)
+    # Compared as a whole: where only some processes found a difference, the others would wait.
+    if (other.device_mesh, len(other)) != (weight.device_mesh, len(weight)):
+        raise ValueError(
+            f"{of}weight: expected {len(weight)} words on {weight.device_mesh} as in weight, "
+            f"got {len(other)} on {other.device_mesh}"
+        )
+    return local, bias
+
+
+def _local(name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, DTensor) or tuple(x.placements) != (Shard(0),):
+        got = x.placements if isinstance(x, DTensor) else "a plain tensor"
+        raise ValueError(f"{name}: expected a DTensor in (Shard(dim=0),), got {got}")
+    local: Tensor = x.to_local()
+    return local

@@ -1,0 +1,226 @@
+"""Divergences and best words over heads whose words lie in two processes, as of whole heads."""
+
+from __future__ import annotations
+
+import itertools
+
+import _processes
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import fastpo
+from fastpo import planner, reference
+from fastpo.ops.rows import registry
+from fastpo.testing import assert_as_good_as_eager, make_head
+
+TOKENS, VOCAB, CUT = 13, 211, 150  # the second process has the words from CUT on
+BACKENDS = [b for b in registry.BACKENDS if registry.unavailable(b, torch.device("cpu")) is None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+KINDS = {"forward_kl": {}, "reverse_kl": {}, "jsd": {"beta": 0.3}, "alpha": {"alpha": 1.3}}
+KINDS["tvd"] = {}
+MAPS = {
+    "plain": {},
+    "mapped": {
+        "temperature": torch.linspace(0.7, 1.6, TOKENS),
+        "teacher_temperature": 1.3,
+        "softcap": 6.0,
+        "logit_scale": 1.4,
+        "teacher_softcap": 9.0,
+        "teacher_logit_scale": 0.7,
+    },
+}
+# Triton's interpreter is slow, and multiplies float32 only.
+CASES = [
+    (backend, kind, options, dtype)
+    for backend, kind, options, dtype in itertools.product(BACKENDS, KINDS, MAPS, DTYPES)
+    if backend in ("cpu", "torch") or (options, dtype) == ("mapped", "float32")
+]
+CASES = [case for case in CASES if case[0] in ("cpu", "torch", "triton")]
+LEAVES = ("dhidden", "dweight", "dbias")
+LEAVES += tuple(f"dteacher_{name}" for name in ("hidden", "weight", "bias"))
+MASK = torch.arange(TOKENS) % 5 > 0
+
+
+def sides(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Hidden states, weight and bias of a student, and of a teacher that is no other model."""
+    found = []
+    for seed, width in enumerate((24, 40)):
+        head = make_head(TOKENS, VOCAB, width, bias=True, seed=seed)
+        found += [head.hidden * (1 - 0.3 * seed), head.weight, head.bias]
+    return [x.detach().to(dtype).requires_grad_() for x in found]
+
+
+def part(x: torch.Tensor, rank: int) -> torch.Tensor:
+    return x.detach()[slice(CUT) if rank == 0 else slice(CUT, None)].requires_grad_()
+
+
+def here(tensors: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
+    """Hidden states as they are, this process's words of the heads."""
+    return [x if i % 3 == 0 else part(x, rank) for i, x in enumerate(tensors)]
+
+
+def place(rank: int) -> dict[str, int]:
+    return {"first": (0, CUT)[rank], "vocab": VOCAB}
+
+
+def diverge(function, tensors, kind: str, mapped: str, **options):
+    """Divergence, entropy and the gradients of all tensors."""
+    h, w, b, th, tw, tb = tensors
+    given = {**KINDS[kind], **MAPS[mapped], **options}
+    found = function(h, w, th, tw, kind=kind, bias=b, teacher_bias=tb, **given)
+    divergence = torch.where(MASK, found.divergence, 0)
+    factors = torch.linspace(-1, 1, TOKENS, dtype=divergence.dtype)
+    grads = torch.autograd.grad((divergence * factors).sum(), tensors)
+    return [divergence.detach(), torch.where(MASK, found.entropy, 0).detach()], grads
+
+
+def divergences(rank: int) -> dict:
+    found = {}
+    for case in CASES:
+        backend, kind, mapped, dtype = case
+        found[case] = diverge(
+            fastpo.vocab_parallel_divergence,
+            here(sides(DTYPES[dtype]), rank),
+            kind,
+            mapped,
+            **place(rank),
+            mask=MASK,
+            teacher_grad=True,
+            outputs=("divergence", "entropy"),
+            budget=8 * 7 * (CUT, VOCAB - CUT)[rank],  # 7 tokens of each
+            backend=backend,
+        )
+    return found
+
+
+def everything(rank: int, folder) -> None:
+    """In one start of the processes, which takes longer than all they do."""
+    dist.init_process_group("gloo")
+    planner.tile_shape = lambda tokens, vocab, kind: planner.Tiles(5, 64)
+    of_dtensors(rank)
+    of_wrong_shards(rank)
+    found = {"divergences": divergences(rank), "extremes": extremes(rank)}
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    _processes.run(everything, folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_divergence_as_of_heads_in_one_process(case, found):
+    (values, grads), (others, other_grads) = (each["divergences"][case] for each in found)
+    _, kind, mapped, dtype = case
+    function = reference.linear_divergence
+    eager, eager_grads = diverge(function, sides(DTYPES[dtype]), kind, mapped)
+    truth, truth_grads = diverge(function, sides(torch.float64), kind, mapped)
+    for i, name in enumerate(("divergence", "entropy")):
+        assert torch.equal(values[i], others[i]), f"{name}: expected the same bits"
+        # As of whole heads: eager is sometimes lucky, and rounds other cells.
+        assert_as_good_as_eager(name, values[i], eager[i], truth[i], factor=4.0)
+    for i, name in enumerate(LEAVES):
+        whole = grads[i]
+        if name.endswith("hidden"):
+            assert torch.equal(whole, other_grads[i]), f"{name}: expected the same bits"
+        else:
+            whole = torch.cat((whole, other_grads[i]))
+        assert_as_good_as_eager(name, whole, eager_grads[i], truth_grads[i], factor=4.0)
+
+
+def extremes(rank: int) -> dict:
+    h, w, b, th, tw, tb = (x.detach() for x in here(sides(torch.float32), rank))
+    h[0], th[1] = float("nan"), float("nan")
+    if rank == 1:
+        b[:], tb[:] = float("-inf"), float("-inf")
+    call, found = fastpo.vocab_parallel_divergence, {}
+    for kind in KINDS:
+        given = {"kind": kind, "bias": b, "teacher_bias": tb, "outputs": ("divergence", "entropy")}
+        found[kind] = call(h, w, th, tw, **place(rank), **given)._asdict()
+    assert call(h[:0], w, th[:0], tw, kind="jsd", **place(rank)).divergence.shape == (0,)
+    return found
+
+
+def of_wrong_shards(rank: int) -> None:
+    h, w, _, th, tw, _ = (x.detach() for x in sides(torch.float32))
+    for second in (CUT - 1, CUT + 1):  # two have a word, nobody has it
+        own, other = (x[:CUT] if rank == 0 else x[second:] for x in (w, tw))
+        given = {"first": (0, second)[rank], "vocab": VOCAB}
+        got = rf"first: expected shards .* \[0, 211\), got words \[0, 150\), \[{second}, 211\)"
+        with pytest.raises(ValueError, match=got):
+            fastpo.vocab_parallel_divergence(h, own, th, other, kind="tvd", **given)
+
+
+def test_words_masked_out_and_nan_rows(found):
+    first, second = (each["extremes"] for each in found)
+    h, w, b, th, tw, tb = (x.detach() for x in sides(torch.float64))
+    for kind in KINDS:
+        # Words that both exclude are none.
+        words = {"bias": b[:CUT], "teacher_bias": tb[:CUT]}
+        truth = reference.linear_divergence(h, w[:CUT], th, tw[:CUT], kind=kind, **words)
+        for name, value in first[kind].items():
+            assert torch.equal(value.nan_to_num(7.0), second[kind][name].nan_to_num(7.0))
+            broken = [0] if name == "entropy" else [0, 1]
+            assert value.isnan().nonzero().flatten().tolist() == broken
+            expected = getattr(truth, name)[2:]
+            torch.testing.assert_close(value[2:].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def of_dtensors(rank: int) -> None:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (_processes.PROCESSES,))
+    tensors, half = sides(torch.float32), -(-VOCAB // 2)
+    options = {"kind": "jsd", "teacher_grad": True}
+
+    def run(tensors: list[torch.Tensor], **given) -> list[torch.Tensor]:
+        h, w, b, th, tw, tb = tensors
+        call = fastpo.vocab_parallel_divergence
+        found = call(h, w, th, tw, bias=b, teacher_bias=tb, **given, **options).divergence
+        return [found, *torch.autograd.grad(found.sum(), tensors)]
+
+    words = slice(half) if rank == 0 else slice(half, None)
+    plain = [x if i % 3 == 0 else x.detach()[words].requires_grad_() for i, x in enumerate(tensors)]
+    expected = run(plain, first=rank * half, vocab=VOCAB)
+    sharded = [
+        x if i % 3 == 0 else distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_()
+        for i, x in enumerate(tensors)
+    ]
+    for found, wanted, leaf in zip(run(sharded), expected, (tensors[0], *sharded), strict=True):
+        assert isinstance(found, DTensor) == isinstance(leaf, DTensor)
+        found = found.to_local() if isinstance(found, DTensor) else found
+        assert torch.equal(found, wanted)
+
+
+def test_wrong_shards_of_a_teacher(mesh):
+    h, w, _, th, tw, tb = (x.detach() for x in sides(torch.float32))
+    call, given = fastpo.vocab_parallel_divergence, {"first": 0, "vocab": VOCAB, "kind": "jsd"}
+    own, other, bias = (distribute_tensor(x, mesh, [Shard(0)]) for x in (w, tw, tb))
+    with pytest.raises(ValueError, match="first: expected an integer, got None"):
+        call(h, w, th, tw, kind="jsd")
+    with pytest.raises(ValueError, match="teacher_weight: expected 211 words as in weight, got 9"):
+        call(h, w, th, tw[:9], **given)
+    with pytest.raises(ValueError, match="teacher_weight: expected a plain tensor beside a plain"):
+        call(h, w, th, other, **given)
+    with pytest.raises(ValueError, match="teacher_bias: expected a plain tensor beside a plain"):
+        call(h, w, th, tw, teacher_bias=bias, **given)
+    with pytest.raises(ValueError, match=r"teacher_weight: expected a DTensor in .*, got a plain"):
+        call(h, own, th, tw, kind="jsd")
+    with pytest.raises(ValueError, match=r"teacher_bias: expected a DTensor in .*, got a plain"):
+        call(h, own, th, other, teacher_bias=tb, kind="jsd")
+    whole = distribute_tensor(tw, mesh, [Replicate()])
+    with pytest.raises(ValueError, match=r"teacher_weight: expected a DTensor .*, got \(Replicate"):
+        call(h, own, th, whole, kind="jsd")
+    fewer = distribute_tensor(tw[:9], mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"teacher_weight: expected 211 words on .*, got 9 on"):
+        call(h, own, th, fewer, kind="jsd")
+    with pytest.raises(ValueError, match="hidden: expected a whole tensor, got DTensor"):
+        call(distribute_tensor(h, mesh, [Shard(0)]), own, th, other, kind="jsd")
+
+
+def test_without_processes():
+    h, w, _, th, tw, _ = sides(torch.float32)
+    with pytest.raises(RuntimeError, match="expected an initialised process group, got none"):
+        fastpo.vocab_parallel_divergence(h, w, th, tw, kind="jsd", first=0, vocab=VOCAB)
