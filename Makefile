@@ -94,6 +94,10 @@ frameworks: $(READY)
 	$(BIN)/python .ci/overlay.py build/axolotl $(AXOLOTL)
 	$(BIN)/pip install -q --no-deps --upgrade --target build/axolotl axolotl==0.19.0 evaluate==0.4.1 \
 	  axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6 bitsandbytes==0.50.2
+	$(BIN)/pip install -q --no-deps --upgrade --target build/openrlhf openrlhf==0.11.2 loguru pylatexenc \
+	  torchdata
+	PYTHONPATH=build/openrlhf:benchmarks/frameworks/standins/openrlhf OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -q tests/integrations/seams
 	set -e; for name in llamafactory swift axolotl; do \
 	  $(BIN)/python benchmarks/frameworks/run.py $$name \
 	    --out benchmarks/results/frameworks_$$name.json; \

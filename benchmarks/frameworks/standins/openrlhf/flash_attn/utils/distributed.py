@@ -1,0 +1,3 @@
+"""A name that is imported, and not called."""
+
+all_gather = None
