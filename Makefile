@@ -9,7 +9,7 @@ SITE := $(VENV)/docs
 ZIG := $(VENV)/zig
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo demo-real test fuzz lint format docs wheels triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
+.PHONY: setup demo demo-real test fuzz lint format docs wheels hub soak triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -119,6 +119,17 @@ $(ZIG): $(READY)
 
 wheels: $(ZIG)
 	$(BIN)/python .ci/wheels.py dist
+
+# The Triton kernels in the layout of Hugging Face's loader, and loaded by it.
+hub: $(READY)
+	$(BIN)/python .ci/hub.py build/hub
+	$(BIN)/pip install -q -c constraints.txt --no-deps --upgrade --target build/hub-tools kernels
+	$(BIN)/python -m pytest -q tests/kernels/test_hub.py
+
+# 10,000 patches, attachments and steps, and runs that are killed: an hour and more.
+soak: $(DEMO)
+	$(BIN)/python benchmarks/soak.py --out benchmarks/results/soak.json
+	$(BIN)/fastpo bench readme docs/reliability.md
 
 # The gate of the kernels once more, with the Triton that torch 2.11 brings.
 TRITON := 3.6.0
