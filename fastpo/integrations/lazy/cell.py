@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ...ops.walks.saving import saving_hooks
 from .blocks import fits_one_block
@@ -114,6 +115,39 @@ class Cell:
     def __del__(self) -> None:
         if self.promise is not None and self.changed_elsewhere:
             self.promise.family.changed.append(self.promise)
+
+
+class Scaled(torch.autograd.Function):
+    """The node of logits that were scaled in place, of which nothing is computed."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, graph: Graph, factor: float) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(logits)
+        ctx.graph, ctx.factor = graph, factor
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
+        return None if grad is None else grad * ctx.factor, None, None
+
+
+class ScaledByRows(torch.autograd.Function):
+    """The same by a tensor: gradients go to what the scaled ones are made of."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, graph: Graph, *operands: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(logits)
+        ctx.graph = graph
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[2:]
+        found = [None] * len(needs) if grad is None else ctx.graph.gradients(grad, needs)
+        return (None, None, *found)
 
 
 def _uncounted() -> Any:

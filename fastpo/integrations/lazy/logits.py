@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .cell import Cell
+from .cell import Cell, Scaled, ScaledByRows
 from .expressions import Operand, express
 from .functions import FUNCTIONS, VIEWS
 from .promise import Promise
@@ -184,21 +184,6 @@ class _Made(torch.autograd.Function):
         return (None, *found)
 
 
-class _Scaled(torch.autograd.Function):
-    """The node of logits that were scaled in place."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: LazyLogits, graph: Any, factor: float) -> LazyLogits:
-        ctx.set_materialize_grads(False)
-        ctx.mark_dirty(logits)
-        ctx.graph, ctx.factor = graph, factor
-        return logits
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-        return None if grad is None else grad * ctx.factor, None, None
-
-
 class _Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits, name: str) -> Tensor:
@@ -335,21 +320,33 @@ def _change(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return found
 
 
-def _factor(by: float) -> None:
+def _factor(by: float | Tensor) -> None:
     """What `_scale` takes."""
 
 
 def _scale(name: str, logits: Any, by: Any) -> bool:
-    """Of a promise of which nothing is computed yet, a promise; False for anything else."""
-    promise = _standing(logits)
-    if not isinstance(promise, Promise) or logits._cell.values is not None or logits._past:
+    """What nothing is computed of yet stays lazy; False for anything else."""
+    node = _standing(logits)
+    if node is None or logits._cell.values is not None or logits._past:
         return False
+    if isinstance(by, Tensor) or isinstance(node, Rowwise):
+        return _scale_rows(name, logits, node, by)
     factor = by if name.startswith("mul") or not isinstance(by, int | float) or not by else 1 / by
-    scaled = promise.scaled(factor)
+    scaled = node.scaled(factor)
     if scaled is NotImplemented:
         return False
-    scaled = replace(scaled, edition=promise.edition + 1)
-    _Scaled.apply(logits, logits._cell.scale(scaled), factor)
+    scaled = replace(scaled, edition=node.edition + 1)
+    Scaled.apply(logits, logits._cell.scale(scaled), factor)
+    return True
+
+
+def _scale_rows(name: str, logits: Any, node: Node, by: Any) -> bool:
+    """By one number a row, say: what is read from now on goes by blocks."""
+    func = torch.mul if name.startswith("mul") else torch.div
+    scaled = express(func, (Operand(promised(node), node), by), {})
+    if not isinstance(scaled, Rowwise) or scaled.dtype != node.dtype:
+        return False
+    ScaledByRows.apply(logits, logits._cell.scale(scaled), *scaled.operands)
     return True
 
 

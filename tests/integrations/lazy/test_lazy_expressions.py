@@ -266,6 +266,23 @@ def test_logits_scaled_in_place_stay_a_promise():
     assert not cell.told
 
 
+@pytest.mark.parametrize("read", [entropy, lambda x: x.cumsum(-1)[..., -1], turned])
+@pytest.mark.parametrize("shape", [(B, 1, 1), (T, 1)])
+def test_logits_scaled_in_place_by_rows_stay_lazy(read, shape):
+    """A temperature of each text, which may learn; materialised where something asks for it."""
+    found = []
+    for lazy in (True, False):
+        (logits,), leaves = made(lazy)
+        by = torch.linspace(0.5, 1.5, sum(shape) - len(shape) + 1).view(shape).requires_grad_()
+        scaled = logits.div_(by * 2)
+        assert scaled is logits
+        logits.mul_(by)
+        out = read(logits)
+        found.append((out, *torch.autograd.grad(out.sum(), (*leaves, by))))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    assert len(cell.told) == (read not in (entropy, turned))
+
+
 def test_another_view_of_logits_scaled_in_place_is_not_read():
     (logits,), _ = made(True)
     rows = logits.view(-1, V)
