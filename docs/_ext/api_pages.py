@@ -21,7 +21,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Words of a sampler": ("Support", "diagnose", "Mismatch"),
     "Quantised heads": ("tile_source", "TileSource", "BlockScaled", "NVFP4", "PackedIntegers"),
-    "A head in shards": ("vocab_parallel_logps", "vocab_parallel_divergence"),
+    "A head in shards": (
+        "vocab_parallel_logps",
+        "vocab_parallel_divergence",
+        "vocab_parallel_topk",
+    ),
     "Divergences": ("linear_divergence", "linear_topk_divergence", "DivergenceStats"),
     "Best words": ("linear_topk", "TopK", "sample_topk", "TokenSample"),
     "Models": ("attach", "lazy_logits", "shared_prompts"),

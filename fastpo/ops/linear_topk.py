@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from .walks.checks import (
 from .walks.derivatives import check_plain, first_derivatives
 from .walks.head import Forward, HeadSpec
 from .walks.saving import stays
+
+if TYPE_CHECKING:
+    from .walks.vocab_shard import VocabShard
 
 _LEFT_OUT = -100
 
@@ -103,27 +107,59 @@ def linear_topk(
     `exclude`) and, on a CPU, for an excluded word that is not there. RuntimeError when a named
     backend is missing. A NaN or infinite hidden state gives NaN in its row.
     """
-    weight = tiled(weight)
-    check_plain("linear_topk", (hidden, weight, bias, exclude, mask))
+    options = TopKOptions(temperature, softcap, logit_scale, budget, backend)
+    return best_words(hidden, tiled(weight), bias, k, exclude, mask, options)
+
+
+@dataclass(frozen=True)
+class TopKOptions:
+    """What `linear_topk` takes as keywords.  name: who errors are of."""
+
+    temperature: float
+    softcap: float | None
+    logit_scale: float
+    budget: int | None
+    backend: str | None
+    shard: VocabShard | None = None
+    name: str = "linear_topk"
+
+    def spec(self, hidden: Tensor, head_grad: bool, ignore_index: int | None) -> HeadSpec:
+        any_grad = head_grad or (torch.is_grad_enabled() and hidden.requires_grad)
+        softcap = self.softcap and float(self.softcap)
+        return HeadSpec(
+            logit_map=R.LogitMap(float(self.temperature), softcap, float(self.logit_scale)),
+            ignore_index=ignore_index,
+            outputs=("logps",),
+            compute_dtype=compute_dtype(hidden),
+            backend=registry.choose(self.backend, hidden.device),
+            hidden_grad=any_grad,
+            head_grad=any_grad,  # what a frozen head keeps is the same
+            budget=0 if self.budget is None and not head_grad else self.budget,
+            shard=self.shard,
+        )
+
+
+def best_words(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    bias: Tensor | None,  # [V]
+    k: int,
+    exclude: Tensor | None,  # [...]
+    mask: Tensor | None,  # [...]
+    options: TopKOptions,
+) -> TopK:
+    """`linear_topk`; of the options' shard the weight holds the words."""
+    check_plain(options.name, (hidden, weight, bias, exclude, mask))
     check_whole(hidden=hidden, **given(exclude=exclude, mask=mask))
-    tokens = hidden.shape[:-1]
+    tokens, shard = hidden.shape[:-1], options.shard
     labels = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
     check_tensors(hidden, weight, labels, bias)
-    check_options(temperature, softcap, logit_scale, ("logps",), budget)
-    _check_lists(labels, weight.shape[0], k, exclude, mask)
-    grad = torch.is_grad_enabled()
-    head_grad = grad and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    any_grad = head_grad or (grad and hidden.requires_grad)
-    head = HeadSpec(
-        logit_map=R.LogitMap(float(temperature), softcap and float(softcap), float(logit_scale)),
-        ignore_index=None if mask is None else _LEFT_OUT,
-        outputs=("logps",),
-        compute_dtype=compute_dtype(hidden),
-        backend=registry.choose(backend, hidden.device),
-        hidden_grad=any_grad,
-        head_grad=any_grad,  # what a frozen head keeps is the same
-        budget=0 if budget is None and not head_grad else budget,
-    )
+    logit_map = options.temperature, options.softcap, options.logit_scale
+    check_options(*logit_map, ("logps",), options.budget)
+    _check_lists(labels, len(weight) if shard is None else shard.vocab, k, exclude, mask)
+    head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
+    head_grad = torch.is_grad_enabled() and head_grad
+    head = options.spec(hidden, head_grad, None if mask is None else _LEFT_OUT)
     with stays():
         values, ids, lse = _LinearTopK.apply(
             hidden.reshape(-1, hidden.shape[-1]),
@@ -131,7 +167,7 @@ def linear_topk(
             bias,
             labels.view(-1) if mask is None else torch.where(mask.reshape(-1), 0, _LEFT_OUT),
             None if exclude is None else exclude.reshape(-1),
-            walk.TopKSpec(k, head),
+            walk.TopKSpec(k, head, options.name),
         )
     return TopK(values.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))
 
@@ -156,7 +192,7 @@ class _LinearTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, values: Tensor | None, _: Any, lse: Tensor | None) -> tuple:
-        check_plain("linear_topk", (values, lse))
+        check_plain(ctx.spec.name, (values, lse))
         hidden, weight, bias, labels, z, ids, *stats = ctx.saved_tensors
         found = walk.Found(z, ids, Forward(*stats))
         needs = ctx.needs_input_grad[:3]
@@ -164,7 +200,8 @@ class _LinearTopK(torch.autograd.Function):
         dhidden, dweight, dbias = walk.backward(grads, *operands, labels, found, ctx.spec, needs)
         dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
         leaves = (dhidden, dweight, dbias)
-        return *first_derivatives("linear_topk", leaves, (*grads, *operands)), None, None, None
+        first = first_derivatives(ctx.spec.name, leaves, (*grads, *operands))
+        return *first, None, None, None
 
 
 def _check_lists(

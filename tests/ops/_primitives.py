@@ -149,6 +149,12 @@ def _topk(x: Leaves, **options: Any) -> fastpo.TopK:
     return fastpo.linear_topk(x["hidden"], x["weight"], LISTED, **given)
 
 
+def _topk_in_shards(x: Leaves, **options: Any) -> fastpo.TopK:
+    given = {"bias": x["bias"], "mask": x["mask"], "exclude": x["labels"], **OPTIONS, **options}
+    given = {"first": 0, "vocab": V} | given
+    return fastpo.vocab_parallel_topk(x["hidden"], x["weight"], LISTED, **given)
+
+
 def _sample(x: Leaves, **options: Any) -> fastpo.TokenSample:
     torch.manual_seed(0)
     return fastpo.sample_topk(_topk(x, **options), temperature=0.7)
@@ -180,6 +186,7 @@ PRIMITIVES = {
         Call("multi_head_logps", _multi_head, ("hidden", "weights", "biases")),
         Call("vocab_parallel_logps", _vocab_parallel, HEAD),
         Call("vocab_parallel_divergence", _divergence_in_shards, PAIR),
+        Call("vocab_parallel_topk", _topk_in_shards, HEAD),
         Call("fastpo", _score, HEAD),
     )
 }

@@ -8,15 +8,14 @@ import _processes
 import pytest
 import torch
 import torch.distributed as dist
+from _primitives import BACKENDS as ALL
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import fastpo
 from fastpo import planner, reference
-from fastpo.ops.rows import registry
 from fastpo.testing import assert_as_good_as_eager, make_head
 
 TOKENS, VOCAB, CUT = 13, 211, 150  # the second process has the words from CUT on
-BACKENDS = [b for b in registry.BACKENDS if registry.unavailable(b, torch.device("cpu")) is None]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = {"forward_kl": {}, "reverse_kl": {}, "jsd": {"beta": 0.3}, "alpha": {"alpha": 1.3}}
 KINDS["tvd"] = {}
@@ -31,13 +30,23 @@ MAPS = {
         "teacher_logit_scale": 0.7,
     },
 }
-# Triton's interpreter is slow, and multiplies float32 only.
+FAST = ("cpu", "torch")  # Triton's interpreter is slow, and multiplies float32 only
+BACKENDS = [b for b in ALL if b in (*FAST, "triton")]
 CASES = [
     (backend, kind, options, dtype)
     for backend, kind, options, dtype in itertools.product(BACKENDS, KINDS, MAPS, DTYPES)
-    if backend in ("cpu", "torch") or (options, dtype) == ("mapped", "float32")
+    if backend in FAST
+    or (kind in ("reverse_kl", "jsd") and (options, dtype) == ("mapped", "float32"))
 ]
-CASES = [case for case in CASES if case[0] in ("cpu", "torch", "triton")]
+LIST_OPTIONS = {"temperature": 0.8, "softcap": 6.0, "logit_scale": 1.4}
+# name -> (k, which may be more than the second process has, budget in tokens or None, frozen)
+LISTS = {"keep": (5, 99, False), "some": (5, 7, False), "frozen": (5, None, True)}
+LISTS["many"] = (VOCAB - CUT + 4, 0, False)
+LISTED = [
+    (backend, name, dtype)
+    for backend, name, dtype in itertools.product(BACKENDS, LISTS, DTYPES)
+    if backend == "torch" or (name, dtype) == ("some", "float32")
+]
 LEAVES = ("dhidden", "dweight", "dbias")
 LEAVES += tuple(f"dteacher_{name}" for name in ("hidden", "weight", "bias"))
 MASK = torch.arange(TOKENS) % 5 > 0
@@ -95,13 +104,82 @@ def divergences(rank: int) -> dict:
     return found
 
 
+def head(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Three words, two of them the second process's, have the same logit in every row."""
+    hidden, weight, bias = (x.detach() for x in sides(torch.float32)[:3])
+    alike = [3, CUT + 1, CUT + 2]
+    weight[alike], bias[alike] = 0.0, 4.0
+    return [x.to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+
+
+def exclude() -> torch.Tensor:
+    return torch.tensor([3, CUT + 1, -1]).repeat(TOKENS)[:TOKENS]
+
+
+def gradients(values: torch.Tensor, lse: torch.Tensor, leaves: list[torch.Tensor]):
+    rows = torch.linspace(-1, 2, TOKENS, dtype=lse.dtype)
+    loss = (values * rows.unsqueeze(1)).sum() + (lse * rows.flip(0)).sum()
+    return torch.autograd.grad(loss, leaves)
+
+
+def lists(rank: int) -> dict:
+    found = {}
+    for case in LISTED:
+        backend, name, dtype = case
+        k, rows, frozen = LISTS[name]
+        hidden, weight, bias = here(head(DTYPES[dtype]), rank)
+        weight, bias = (x.requires_grad_(not frozen) for x in (weight, bias))
+        topk = fastpo.vocab_parallel_topk(
+            hidden,
+            weight,
+            k,
+            **place(rank),
+            exclude=exclude(),
+            mask=MASK,
+            bias=bias,
+            budget=rows and rows * len(weight) * weight.itemsize,
+            backend=backend,
+            **LIST_OPTIONS,
+        )
+        leaves = [x for x in (hidden, weight, bias) if x.requires_grad]
+        found[case] = [x.detach() for x in topk], gradients(topk.values, topk.lse, leaves)
+    return found
+
+
+@pytest.mark.parametrize("case", LISTED, ids="-".join)
+def test_best_words_as_of_a_head_in_one_process(case, found):
+    (topk, grads), (others, other_grads) = (each["lists"][case] for each in found)
+    _, name, dtype = case
+    k, _, frozen = LISTS[name]
+    assert all(torch.equal(*pair) for pair in zip(topk, others, strict=True))
+    values, ids, lse = topk
+
+    def own_way(dtype: torch.dtype):
+        leaves = hidden, weight, bias = head(dtype)
+        given = {"exclude": exclude(), "mask": MASK, "bias": bias, **LIST_OPTIONS}
+        best = reference.linear_topk(hidden, weight, VOCAB, **given)
+        at_words = torch.zeros_like(best.values).scatter(-1, best.ids, best.values).gather(-1, ids)
+        at_words = at_words * MASK.unsqueeze(-1)
+        return best.ids[:, :k], at_words, best.lse, gradients(at_words, best.lse, leaves)
+
+    eager, truth = own_way(DTYPES[dtype]), own_way(torch.float64)
+    assert dtype != "float32" or torch.equal(ids, truth[0])
+    assert_as_good_as_eager("values", values, eager[1], truth[1])
+    assert_as_good_as_eager("lse", lse, eager[2], truth[2])
+    assert torch.equal(grads[0], other_grads[0])
+    assert len(grads) == (1 if frozen else 3)
+    whole = [grads[0], *(torch.cat(pair) for pair in zip(grads[1:], other_grads[1:], strict=True))]
+    for leaf, *results in zip(LEAVES, whole, eager[3], truth[3], strict=False):
+        assert_as_good_as_eager(leaf, *results)
+
+
 def everything(rank: int, folder) -> None:
     """In one start of the processes, which takes longer than all they do."""
     dist.init_process_group("gloo")
     planner.tile_shape = lambda tokens, vocab, kind: planner.Tiles(5, 64)
     of_dtensors(rank)
     of_wrong_shards(rank)
-    found = {"divergences": divergences(rank), "extremes": extremes(rank)}
+    found = {"divergences": divergences(rank), "extremes": extremes(rank), "lists": lists(rank)}
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -153,6 +231,13 @@ def of_wrong_shards(rank: int) -> None:
         got = rf"first: expected shards .* \[0, 211\), got words \[0, 150\), \[{second}, 211\)"
         with pytest.raises(ValueError, match=got):
             fastpo.vocab_parallel_divergence(h, own, th, other, kind="tvd", **given)
+        with pytest.raises(ValueError, match=got):
+            fastpo.vocab_parallel_topk(h, own, 3, **given)
+    words = w[:CUT] if rank == 0 else w[CUT:]
+    with pytest.raises(ValueError, match=r"k: expected an integer in \[1, 211\], got 212"):
+        fastpo.vocab_parallel_topk(h, words, 212, **place(rank))
+    with pytest.raises(ValueError, match="exclude: expected values below 211, got 211"):
+        fastpo.vocab_parallel_topk(h, words, 3, exclude=exclude() + VOCAB - CUT - 1, **place(rank))
 
 
 def test_words_masked_out_and_nan_rows(found):

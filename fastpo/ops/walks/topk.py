@@ -21,10 +21,16 @@ from .logits import to_logits
 
 @dataclass(frozen=True)
 class TopKSpec:
-    """All that is not a tensor in one call."""
+    """All that is not a tensor in one call.  name: who errors are of."""
 
     k: int
     head: HeadSpec
+    name: str
+
+    @property
+    def first(self) -> int:
+        """The word of the weight's first row."""
+        return 0 if self.head.shard is None else self.head.shard.first
 
 
 class Found(NamedTuple):
@@ -63,7 +69,10 @@ def forward(
             out = None if exclude is None else exclude[a:b]
             for v0, tile in folded_tiles(head, state, kept, anchors, a, b):
                 z = to_logits(tile, v0, head.bias, head.spec.logit_map)
-                best[a:b] = merge(best[a:b], z, v0, out)
+                best[a:b] = merge(best[a:b], z, spec.first + v0, out)
+            if spec.head.shard is not None:
+                best[a:b] = spec.head.shard.best(best[a:b])
+            head.merge(state[:, a:b])
         z, ids = (_spread(head, x, len(hidden)) for x in unpack(best))
         stats = finish(head, state, len(hidden))._replace(kept=kept, anchors=anchors)
         return Found(z, ids, stats)
@@ -95,7 +104,7 @@ def backward(
         # d value_j / d z_v = 1[v = word j] - p_v: dense is the sum of all, sparse the words' own.
         dense = -g.sum(1) if g_lse is None else g_lse.float() - g.sum(1)
         rows = row_grads(head, {"logps": None, "entropy": None, "lse": dense}, found.stats)
-        ids, own = found.ids, _own_words(g, dense, found, spec.head.logit_map)
+        ids, own = found.ids - spec.first, _own_words(g, dense, found, spec.head.logit_map)
         if head.ignored is not None:
             own = own.masked_fill(head.ignored.unsqueeze(1), 0)
         elif head.rows is not None:
@@ -118,14 +127,14 @@ class _TopKBackward(BackwardWalk):
         head: Head,
         grads: Tensor,
         saved: Forward,
-        ids: Tensor,  # [n, k]
+        ids: Tensor,  # [n, k] rows of the weight, or of none
         own: Tensor,  # [n, k]
         needs: tuple[bool, bool, bool],
     ) -> None:
         super().__init__(head, grads, saved, False, needs)
         self.ids, self.own = ids, own
-        # One cell more: words of other tiles go there, since picking those of this tile out would
-        # wait for the device.
+        # One cell more: words of other tiles and shards go there, since picking those of this tile
+        # out would wait for the device.
         self._dx = head.empty(head.tile_cells + 1, dtype=head.gemm)
 
     def _dproducts(self, i: int, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:

@@ -77,6 +77,11 @@ class VocabShard:
         state[P.MOMENT] = (shifts[0].exp() * moved).sum(0)
         self._check(found[:, :2, n], state[P.MASS])
 
+    def best(self, keys: Tensor) -> Tensor:  # [n, k] int64, of best_words.py
+        """The best of all processes' words; no two of the keys are equal."""
+        found = all_gather(keys, self.group).transpose(0, 1).flatten(1)
+        return found.topk(keys.shape[1]).values
+
     def _exchange(self, state: Tensor, words: int) -> Tensor:  # [processes, rows of state, n + 1]
         """All states; in the last column the first word and the one after the last.
 
