@@ -13,13 +13,25 @@ def _rlhf(kind: str, **options: Any) -> dict[str, Any]:
     return {"command": "rlhf", "rlhf_type": kind, **options}
 
 
+_PLUGIN = {"external_plugins": Path(__file__).with_name("swift_plugin.py")}
+_SAMPLED = {
+    "num_generations": 4,
+    "max_completion_length": 128,
+    "beta": 0.04,
+    "reward_funcs": "lengths",
+    **_PLUGIN,
+}
+_PADDING_FREE = {"padding_free": "true", "attn_impl": "flash_attention_2", **_PLUGIN}
+
 CASES = (
     Case("DPO", "pairs", _rlhf("dpo")),
     Case("DPO, LoRA", "pairs", _rlhf("dpo"), lora=True),
+    Case("DPO, padding_free", "pairs", _rlhf("dpo", **_PADDING_FREE)),
     Case("CPO", "pairs", _rlhf("cpo")),
     Case("SimPO", "pairs", _rlhf("simpo")),
     Case("ORPO", "pairs", _rlhf("orpo")),
     Case("KTO", "single", _rlhf("kto")),
+    Case("GRPO", "prompts", _rlhf("grpo", **_SAMPLED)),
     Case("SFT", "text", {"command": "sft"}),
 )
 
@@ -41,6 +53,7 @@ def prepare(folder: Path, pairs: Pairs) -> None:
             | {"label": bool(i % 2)}
             for i, x in enumerate(both)
         ],
+        "prompts": [{"messages": _said(x["prompt"])} for x in both],
         "text": [{"messages": _said(x["prompt"], x["chosen"])} for x in both],
     }
     for name, table in rows.items():
