@@ -115,7 +115,8 @@ def aft(
     pull = torch.full_like(mean, -math.inf)
     if variant == "boundary":
         above = torch.where(better, mean.detach()[:, None], math.inf)
-        weakest = F.pad(above, (0, 0, 0, 1), value=math.inf).amin(0)
+        # A row that bounds nothing, for no rows at all; torch 2.8 pads no empty matrix.
+        weakest = torch.cat([above, above.new_full((1, len(mean)), math.inf)]).amin(0)
         pairs = better.sum(0)  # each pair of j adds the same term
         bound = weakest - 2 * beta + pairs.clamp(min=1).to(mean.dtype).log()
         pull = torch.where(pairs > 0, bound - mean, -math.inf)
