@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .ops.tiles.tiled import TileSource
     from .ops.vocab_parallel_divergence import vocab_parallel_divergence
     from .ops.vocab_parallel_logps import vocab_parallel_logps
+    from .ops.vocab_parallel_mixed_logps import vocab_parallel_mixed_logps
     from .ops.vocab_parallel_topk import vocab_parallel_topk
     from .planner import Plan, plan
     from .planning.plan import StepPlan, plan_step
@@ -67,6 +68,7 @@ __all__ = [
     "unpatch",
     "vocab_parallel_divergence",
     "vocab_parallel_logps",
+    "vocab_parallel_mixed_logps",
     "vocab_parallel_topk",
 ]
 
@@ -91,6 +93,7 @@ _HOMES = {
     "fastpo.ops.tiles.tiled": ("TileSource",),
     "fastpo.ops.vocab_parallel_divergence": ("vocab_parallel_divergence",),
     "fastpo.ops.vocab_parallel_logps": ("vocab_parallel_logps",),
+    "fastpo.ops.vocab_parallel_mixed_logps": ("vocab_parallel_mixed_logps",),
     "fastpo.ops.vocab_parallel_topk": ("vocab_parallel_topk",),
     "fastpo.ops.stats": ("TokenStats",),
     "fastpo.ops.support.words": ("Support",),

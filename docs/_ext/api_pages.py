@@ -25,6 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "vocab_parallel_logps",
         "vocab_parallel_divergence",
         "vocab_parallel_topk",
+        "vocab_parallel_mixed_logps",
     ),
     "Divergences": ("linear_divergence", "linear_topk_divergence", "DivergenceStats"),
     "Best words": ("linear_topk", "TopK", "sample_topk", "TokenSample"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from .walks.checks import (
 from .walks.derivatives import check_plain, first_derivatives
 from .walks.head import Forward, HeadSpec
 from .walks.saving import stays
+
+if TYPE_CHECKING:
+    from .walks.vocab_shard import VocabShard
 
 
 def mixed_linear_logps(
@@ -55,40 +59,85 @@ def mixed_linear_logps(
     and, on a CPU, labels that cannot be; on a GPU such a label makes its row NaN. RuntimeError
     when a named backend is missing. A NaN or infinite hidden state gives NaN in its row.
     """
+    operands = operands_of(hiddens, weights, biases)
+    options = MixtureOptions(temperature, softcaps, logit_scales, ignore_index, outputs, backend)
+    return mix(operands, coefficients, labels, options)
+
+
+@dataclass(frozen=True)
+class MixtureOptions:
+    """What `mixed_linear_logps` takes as keywords.  name: who errors are of."""
+
+    temperature: float
+    softcaps: Sequence[float | None] | None
+    logit_scales: Sequence[float] | None
+    ignore_index: int | None
+    outputs: tuple[str, ...]
+    backend: str | None
+    shard: VocabShard | None = None
+    name: str = "mixed_linear_logps"
+
+    def spec(self, hiddens: Sequence[Tensor], device: torch.device) -> mixture.MixtureSpec:
+        softcaps = _one_per_head("softcaps", self.softcaps, len(hiddens), None)
+        scales = _one_per_head("logit_scales", self.logit_scales, len(hiddens), 1.0)
+        for own in zip(softcaps, scales, strict=True):
+            check_options(self.temperature, *own, self.outputs, None, self.ignore_index)
+        return mixture.MixtureSpec(
+            head=HeadSpec(
+                logit_map=R.LogitMap(float(self.temperature)),
+                ignore_index=self.ignore_index,
+                outputs=tuple(x for x in OUTPUTS if x in self.outputs or x == "logps"),
+                compute_dtype=torch.float32,
+                backend=registry.choose(self.backend, device),
+                hidden_grad=False,
+                head_grad=False,
+                budget=0,
+                shard=self.shard,
+            ),
+            maps=tuple(
+                R.LogitMap(1.0, None if cap is None else float(cap), float(scale))
+                for cap, scale in zip(softcaps, scales, strict=True)
+            ),
+            dtypes=tuple(map(compute_dtype, hiddens)),
+            name=self.name,
+        )
+
+
+def operands_of(
+    hiddens: Sequence[Tensor],
+    weights: Sequence[Tensor | TileSource],
+    biases: Sequence[Tensor | None] | None,
+) -> list[mixture.Operands]:
     heads = _count("hiddens", hiddens)
-    _count("weights", weights)
-    words = [tiled(weight) for weight in weights]
+    if not heads:
+        raise ValueError("hiddens: expected at least one head, got none")
+    if _count("weights", weights) != heads:
+        raise ValueError(f"weights: expected {heads} entries, got {len(weights)}")
     biases = _one_per_head("biases", biases, heads, None)
-    softcaps = _one_per_head("softcaps", softcaps, heads, None)
-    logit_scales = _one_per_head("logit_scales", logit_scales, heads, 1.0)
+    return [
+        mixture.Operands(hidden, tiled(weight), bias)
+        for hidden, weight, bias in zip(hiddens, weights, biases, strict=True)
+    ]
+
+
+def mix(
+    operands: list[mixture.Operands],
+    coefficients: Sequence[float] | Tensor,
+    labels: Tensor,  # [...]
+    options: MixtureOptions,
+) -> TokenStats:
+    """`mixed_linear_logps`; of the options' shard the weights hold the words."""
+    hiddens, words, biases = zip(*((x.hidden, x.weight, x.bias) for x in operands), strict=True)
     weighing = coefficients if isinstance(coefficients, Tensor) else None
-    check_plain("mixed_linear_logps", (*hiddens, *words, *biases, weighing, labels))
-    _check_heads(hiddens, words, biases, labels)
-    for cap, scale in zip(softcaps, logit_scales, strict=True):
-        check_options(temperature, cap, scale, outputs, None, ignore_index)
-    spec = mixture.MixtureSpec(
-        head=HeadSpec(
-            logit_map=R.LogitMap(float(temperature)),
-            ignore_index=ignore_index,
-            outputs=tuple(name for name in OUTPUTS if name in outputs or name == "logps"),
-            compute_dtype=torch.float32,
-            backend=registry.choose(backend, labels.device),
-            hidden_grad=False,
-            head_grad=False,
-            budget=0,
-        ),
-        maps=tuple(
-            R.LogitMap(1.0, None if cap is None else float(cap), float(scale))
-            for cap, scale in zip(softcaps, logit_scales, strict=True)
-        ),
-        dtypes=tuple(map(compute_dtype, hiddens)),
-    )
-    own = _weights_of_heads(coefficients, heads, labels)
+    check_plain(options.name, (*hiddens, *words, *biases, weighing, labels))
+    _check_heads(operands, labels)
+    spec = options.spec(hiddens, labels.device)
+    own = _weights_of_heads(coefficients, len(operands), labels)
     rows = (hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens)
     with stays():
         results = _MixedLinearLogps.apply(labels.reshape(-1), own, spec, *rows, *words, *biases)
     fields = dict(zip(OUTPUTS, results, strict=True))
-    return TokenStats(**{name: fields[name].view(labels.shape) for name in outputs})
+    return TokenStats(**{name: fields[name].view(labels.shape) for name in options.outputs})
 
 
 class _MixedLinearLogps(torch.autograd.Function):
@@ -112,7 +161,7 @@ class _MixedLinearLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        check_plain("mixed_linear_logps", grads)
+        check_plain(ctx.spec.name, grads)
         labels, coefficients, *rest = ctx.saved_tensors
         count = 3 * len(ctx.spec.maps)
         operands, stats = _operands(rest[:count]), Forward(*rest[count:])
@@ -126,7 +175,7 @@ class _MixedLinearLogps(torch.autograd.Function):
         )
         leaves = (*(g.hidden for g in found), *(g.weight for g in found), *dbiases)
         sources = (*grads, *rest[:count])
-        return None, None, None, *first_derivatives("mixed_linear_logps", leaves, sources)
+        return None, None, None, *first_derivatives(ctx.spec.name, leaves, sources)
 
 
 def _per_head(flat: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
@@ -153,22 +202,16 @@ def _count(name: str, given: Any) -> int:
     return len(given)
 
 
-def _check_heads(
-    hiddens: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Any], labels: Tensor
-) -> None:
-    if not hiddens:
-        raise ValueError("hiddens: expected at least one head, got none")
-    if len(weights) != len(hiddens):
-        raise ValueError(f"weights: expected {len(hiddens)} entries, got {len(weights)}")
-    for i, (hidden, weight, bias) in enumerate(zip(hiddens, weights, biases, strict=True)):
+def _check_heads(operands: Sequence[mixture.Operands], labels: Tensor) -> None:
+    for i, head in enumerate(operands):
         try:
-            check_tensors(hidden, weight, labels, bias)
+            check_tensors(head.hidden, head.weight, labels, head.bias)
         except ValueError as error:
             raise ValueError(f"head {i}: {error}") from None
-        if len(weight) != len(weights[0]):
+        words = len(operands[0].weight)
+        if len(head.weight) != words:
             raise ValueError(
-                f"head {i}: weight: expected {len(weights[0])} words as in head 0, "
-                f"got {len(weight)}"
+                f"head {i}: weight: expected {words} words as in head 0, got {len(head.weight)}"
             )
 
 

@@ -167,6 +167,13 @@ def _mixed(x: Leaves, per_token: bool = False, **options: Any) -> fastpo.TokenSt
     return fastpo.mixed_linear_logps(*heads, coefficients, x["labels"], **given)
 
 
+def _mixed_in_shards(x: Leaves, **options: Any) -> fastpo.TokenStats:
+    heads = [x["hidden"], x["other_hidden"]], [x["weight"], x["other_weight"]]
+    given = {"biases": [x["bias"], None], "outputs": OUTPUTS, **BOTH, **options}
+    given = {"first": 0, "vocab": V, "temperature": 0.7} | given
+    return fastpo.vocab_parallel_mixed_logps(*heads, (0.7, 0.4), x["labels"], **given)
+
+
 def _multi_head(x: Leaves, **options: Any) -> fastpo.TokenStats:
     given = {"bias": x["biases"], "outputs": OUTPUTS, **OPTIONS} | options
     return fastpo.multi_head_logps(x["hidden"], x["weights"], x["labels"], x["heads"], **given)
@@ -187,6 +194,7 @@ PRIMITIVES = {
         Call("vocab_parallel_logps", _vocab_parallel, HEAD),
         Call("vocab_parallel_divergence", _divergence_in_shards, PAIR),
         Call("vocab_parallel_topk", _topk_in_shards, HEAD),
+        Call("vocab_parallel_mixed_logps", _mixed_in_shards, PAIR),
         Call("fastpo", _score, HEAD),
     )
 }

@@ -1,4 +1,4 @@
-"""Divergences and best words over heads whose words lie in two processes, as of whole heads."""
+"""Divergences, best words and mixtures of heads in two processes, as of whole heads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import fastpo
 from fastpo import planner, reference
+from fastpo.ops.walks.checks import OUTPUTS
 from fastpo.testing import assert_as_good_as_eager, make_head
 
 TOKENS, VOCAB, CUT = 13, 211, 150  # the second process has the words from CUT on
@@ -46,6 +47,11 @@ LISTED = [
     (backend, name, dtype)
     for backend, name, dtype in itertools.product(BACKENDS, LISTS, DTYPES)
     if backend == "torch" or (name, dtype) == ("some", "float32")
+]
+MIXED = [
+    (backend, dtype)
+    for backend, dtype in itertools.product(BACKENDS, DTYPES)
+    if backend in FAST or dtype == "float32"
 ]
 LEAVES = ("dhidden", "dweight", "dbias")
 LEAVES += tuple(f"dteacher_{name}" for name in ("hidden", "weight", "bias"))
@@ -173,13 +179,56 @@ def test_best_words_as_of_a_head_in_one_process(case, found):
         assert_as_good_as_eager(leaf, *results)
 
 
+def mix(function, tensors: list[torch.Tensor], dtype: torch.dtype, **given):
+    """Statistics of a mixture and the gradients of all tensors."""
+    labels = torch.arange(TOKENS) * 16
+    labels[:5] = torch.tensor([CUT - 1, CUT, VOCAB - 1, -100, 0])
+    coefficients = torch.stack((torch.linspace(0.2, 0.8, TOKENS), torch.full((TOKENS,), 0.4)), 1)
+    hiddens, weights, biases = tensors[::3], tensors[1::3], tensors[2::3]
+    given |= {"biases": biases, "temperature": 0.7, "softcaps": (9.0, None)}
+    stats = function(hiddens, weights, coefficients.to(dtype), labels, **given)
+    rows = torch.linspace(-1, 2, TOKENS, dtype=stats.logps.dtype)
+    loss = (stats.logps * rows + stats.entropy * rows.flip(0) + 0.3 * stats.lse).sum()
+    return [x.detach() for x in stats], torch.autograd.grad(loss, tensors)
+
+
+def mixtures(rank: int) -> dict:
+    call, found = fastpo.vocab_parallel_mixed_logps, {}
+    for backend, dtype in MIXED:
+        tensors = here(sides(DTYPES[dtype]), rank)
+        given = {**place(rank), "outputs": OUTPUTS, "backend": backend}
+        found[backend, dtype] = mix(call, tensors, torch.float32, **given)
+    return found
+
+
+@pytest.mark.parametrize("case", MIXED, ids="-".join)
+def test_a_mixture_as_of_heads_in_one_process(case, found):
+    (stats, grads), (others, other_grads) = (each["mixtures"][case] for each in found)
+    dtypes = DTYPES[case[1]], torch.float64
+    eager, truth = (mix(reference.mixed_linear_logps, sides(x), x) for x in dtypes)
+    for i, name in enumerate(OUTPUTS):
+        assert torch.equal(stats[i], others[i]), f"{name}: expected the same bits"
+        if name == "is_top1":
+            assert case[1] != "float32" or torch.equal(stats[i], truth[0][i])
+        else:
+            assert_as_good_as_eager(name, stats[i], eager[0][i], truth[0][i])
+    for i, name in enumerate(LEAVES):
+        whole = grads[i]
+        if name.endswith("hidden"):
+            assert torch.equal(whole, other_grads[i]), f"{name}: expected the same bits"
+        else:
+            whole = torch.cat((whole, other_grads[i]))
+        assert_as_good_as_eager(name, whole, eager[1][i], truth[1][i])
+
+
 def everything(rank: int, folder) -> None:
     """In one start of the processes, which takes longer than all they do."""
     dist.init_process_group("gloo")
     planner.tile_shape = lambda tokens, vocab, kind: planner.Tiles(5, 64)
     of_dtensors(rank)
     of_wrong_shards(rank)
-    found = {"divergences": divergences(rank), "extremes": extremes(rank), "lists": lists(rank)}
+    found = {"divergences": divergences(rank), "extremes": extremes(rank)}
+    found |= {"lists": lists(rank), "mixtures": mixtures(rank)}
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -225,6 +274,7 @@ def extremes(rank: int) -> dict:
 
 def of_wrong_shards(rank: int) -> None:
     h, w, _, th, tw, _ = (x.detach() for x in sides(torch.float32))
+    labels = torch.full((TOKENS,), CUT)
     for second in (CUT - 1, CUT + 1):  # two have a word, nobody has it
         own, other = (x[:CUT] if rank == 0 else x[second:] for x in (w, tw))
         given = {"first": (0, second)[rank], "vocab": VOCAB}
@@ -233,7 +283,11 @@ def of_wrong_shards(rank: int) -> None:
             fastpo.vocab_parallel_divergence(h, own, th, other, kind="tvd", **given)
         with pytest.raises(ValueError, match=got):
             fastpo.vocab_parallel_topk(h, own, 3, **given)
+        with pytest.raises(ValueError, match=got):
+            fastpo.vocab_parallel_mixed_logps([h], [own], [1.0], labels, **given)
     words = w[:CUT] if rank == 0 else w[CUT:]
+    with pytest.raises(ValueError, match=r"labels: expected values in \[0, 211\)"):
+        fastpo.vocab_parallel_mixed_logps([h], [words], [1.0], labels + 61, **place(rank))
     with pytest.raises(ValueError, match=r"k: expected an integer in \[1, 211\], got 212"):
         fastpo.vocab_parallel_topk(h, words, 212, **place(rank))
     with pytest.raises(ValueError, match="exclude: expected values below 211, got 211"):
@@ -303,6 +357,25 @@ def test_wrong_shards_of_a_teacher(mesh):
         call(h, own, th, fewer, kind="jsd")
     with pytest.raises(ValueError, match="hidden: expected a whole tensor, got DTensor"):
         call(distribute_tensor(h, mesh, [Shard(0)]), own, th, other, kind="jsd")
+
+
+def test_wrong_shards_of_a_mixture(mesh):
+    h, w, _, th, tw, _ = (x.detach() for x in sides(torch.float32))
+    given = [h, th], (0.5, 0.5), torch.zeros(TOKENS, dtype=torch.int64)
+
+    def call(*weights: torch.Tensor, **place):
+        hiddens, *rest = given
+        return fastpo.vocab_parallel_mixed_logps(hiddens, list(weights), *rest, **place)
+
+    other = distribute_tensor(tw, mesh, [Shard(0)])
+    with pytest.raises(ValueError, match="head 1: weight: expected a plain tensor beside a plain"):
+        call(w, other, first=0, vocab=VOCAB)
+    with pytest.raises(ValueError, match=r"head 1: weight: expected 211 words .*, got 9"):
+        call(w, tw[:9], first=0, vocab=VOCAB)
+    with pytest.raises(ValueError, match="weights: expected 2 entries, got 1"):
+        call(w, first=0, vocab=VOCAB)
+    with pytest.raises(ValueError, match=r"first: expected 0 <= first <= 211 - 211"):
+        call(w, tw, first=1, vocab=VOCAB)
 
 
 def test_without_processes():

@@ -33,11 +33,13 @@ class MixtureSpec:
     """All that is not a tensor in one call.
 
     head: of the mixture; its map is the temperature.  maps, dtypes: of the products of each head.
+    name: who errors are of.
     """
 
     head: HeadSpec
     maps: tuple[R.LogitMap, ...]
     dtypes: tuple[torch.dtype, ...]
+    name: str
 
 
 class Mixture:
@@ -95,7 +97,7 @@ def forward(
     operands: Sequence[Operands], coefficients: Tensor, labels: Tensor, spec: MixtureSpec
 ) -> Forward:
     weight = operands[0].weight
-    check_labels(labels, len(weight), spec.head.ignore_index)
+    check_labels(labels, spec.head.vocab(weight), spec.head.ignore_index)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         mixture = Mixture(operands, coefficients, labels, spec)
         head, stats = mixture.heads[0], spec.head.stats
@@ -107,6 +109,7 @@ def forward(
                 head.kernels.forward(
                     tile, v0, own, None, block, spec.head.logit_map, stats, None, None, False
                 )
+            head.merge(block)
         return finish(head, state, len(labels))
 
 

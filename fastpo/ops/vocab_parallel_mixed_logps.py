@@ -1,0 +1,67 @@
+"""`vocab_parallel_mixed_logps`: a mixture of heads whose words are spread alike over a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .mixed_linear_logps import MixtureOptions, mix, operands_of
+from .shards.part import beside, part_of
+from .stats import TokenStats
+from .tiles.tiled import TileSource
+from .walks.mixture import Operands
+
+
+def vocab_parallel_mixed_logps(
+    hiddens: Sequence[Tensor],  # M of [..., H_i] float32 / bfloat16 / float16
+    weights: Sequence[Tensor | TileSource],  # M of [words, H_i], or of DTensors [V, H_i]
+    coefficients: Sequence[float] | Tensor,  # M, or [M], or per token [..., M]
+    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    *,
+    first: int | None = None,
+    vocab: int | None = None,
+    group: dist.ProcessGroup | None = None,
+    biases: Sequence[Tensor | None] | None = None,  # M of [words], or of DTensors [V]
+    temperature: float = 1.0,
+    softcaps: Sequence[float | None] | None = None,  # M
+    logit_scales: Sequence[float] | None = None,  # M
+    ignore_index: int | None = -100,
+    outputs: tuple[str, ...] = ("logps",),
+    backend: str | None = None,
+) -> TokenStats:
+    """`mixed_linear_logps` of heads of which all weights hold words [first, first + words).
+
+    Every process of `group` calls with the same hidden states, labels, coefficients and options,
+    and gets the same bits: one all-gather of 7 numbers a token. In the backward each expects the
+    gradient of the same loss; d hidden of each head is summed over the group in float32, d weight
+    and d bias are those of its own words.
+
+    first, vocab, group: as in `vocab_parallel_logps`; DTensors are of one mesh.
+
+    Raises what `mixed_linear_logps` raises; ValueError where shards do not make up [0, V) on a CPU,
+    elsewhere log-probabilities are NaN then; RuntimeError without an initialised process group.
+    """
+    head, *others = operands_of(hiddens, weights, biases)
+    part = part_of(head.weight, head.bias, first, vocab, group)
+    parts = [Operands(head.hidden, part.weight, part.bias)]
+    for i, other in enumerate(others, 1):
+        words = beside(head.weight, other.weight, other.bias, f"head {i}: ")
+        parts.append(Operands(other.hidden, *words))
+    options = MixtureOptions(
+        temperature,
+        softcaps,
+        logit_scales,
+        ignore_index,
+        outputs,
+        backend,
+        part.shard,
+        "vocab_parallel_mixed_logps",
+    )
+    return _mix(parts, coefficients, labels, options)
+
+
+# Not for a compiler, as the other heads in shards.
+_mix = torch.compiler.disable(mix)
