@@ -9,7 +9,7 @@ SITE := $(VENV)/docs
 ZIG := $(VENV)/zig
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo demo-real test fuzz lint format docs wheels hub soak triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
+.PHONY: setup demo demo-real test fuzz lint format docs wheels hub versions soak triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -125,6 +125,25 @@ hub: $(READY)
 	$(BIN)/python .ci/hub.py build/hub
 	$(BIN)/pip install -q -c constraints.txt --no-deps --upgrade --target build/hub-tools kernels
 	$(BIN)/python -m pytest -q tests/kernels/test_hub.py
+
+# The lowest of what pyproject.toml claims, and the newest there is: without constraints, in
+# environments of their own, with a wheel.
+LOWEST := torch==2.8.0 'numpy<2.4' transformers==4.55.4 trl==0.18.2
+HIGHEST := torch numpy transformers trl
+LOW_PYTHON := python3.10
+HIGH_PYTHON := $(PYTHON)
+versions: $(ZIG)
+	set -e; check() { \
+	  name=$$1 python=$$2; shift 2; folder=build/versions/$$name; \
+	  rm -rf $$folder; $$python -m venv $$folder; \
+	  $(BIN)/python .ci/wheels.py $$folder/wheel --machine x86_64 --python \
+	    $$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+	  $$folder/bin/pip install -q $$folder/wheel/*.whl peft accelerate datasets pytest hypothesis "$$@"; \
+	  $$folder/bin/fastpo info; \
+	  OMP_NUM_THREADS=1 $$folder/bin/python -m pytest -q -c pyproject.toml -p no:cacheprovider \
+	    tests/ops/test_linear_logps.py tests/objectives/test_objectives.py \
+	    tests/integrations/attach/test_attach.py tests/integrations/trl/test_trl_lazy.py; \
+	}; check lowest $(LOW_PYTHON) $(LOWEST); check highest $(HIGH_PYTHON) $(HIGHEST)
 
 # 10,000 patches, attachments and steps, and runs that are killed: an hour and more.
 soak: $(DEMO)
