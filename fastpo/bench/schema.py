@@ -68,6 +68,13 @@ _FLOOR = dict.fromkeys(("score", "frozen", "trainable"), POSITIVE)
 _FIT = {"of": TEXT, "variant": TEXT, "limit_mib": NUMBER, "largest": NUMBER, "at_limit": FLAG}
 _PRIMITIVE = {"primitive": TEXT, "form": TEXT, "mode": TEXT, "extra_mib": NUMBER}
 _MEASURED = {"mib": NUMBER, "step_s": NUMBER, "load_average": LOAD}
+
+
+def _soak_row(row: dict[str, Any]) -> dict[str, Any]:
+    numbers = ("early_mib", "late_mib", "difference")
+    return {"part": TEXT, "times": COUNT} | {key: NUMBER for key in numbers if key in row}
+
+
 _MACHINE = {
     **dict.fromkeys(("created", "device", "device_type", "capability", "dtype"), TEXT),
     "threads": COUNT,
@@ -82,6 +89,7 @@ WHATS: dict[str, dict[str, Any]] = {
     "shared": _MACHINE
     | {"model": {"name": TEXT, "parameters": NUMBER}, "clock": TEXT, "checkpointing": FLAG}
     | {"rows": [_shared_row], "fits": [_FIT]},
+    "soak": _MACHINE | {"rows": [_soak_row]},
     "sweep": {},  # neither drawn nor in a table
     "primitives": _MACHINE
     | {**dict.fromkeys("NVHk", COUNT), "logits_mib": NUMBER, "rows": [_PRIMITIVE]},
