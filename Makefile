@@ -147,6 +147,7 @@ versions: $(ZIG)
 
 # 10,000 patches, attachments and steps, and runs that are killed: an hour and more.
 soak: $(DEMO)
+	rm -f benchmarks/results/soak.json
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results/soak.json
 	$(BIN)/fastpo bench readme docs/reliability.md
 
