@@ -35,25 +35,26 @@ def problem(tokens: int, words: int, trained: bool) -> tuple[Tensor, Tensor, Ten
     return hidden, weight, ids[:, 0].clone(), ids
 
 
-def run(way: str, tokens: int, words: int, trained: bool) -> list[Tensor]:
-    hidden, weight, labels, ids = problem(tokens, words, trained)
+def run(way: str, drawn: tuple[Tensor, ...]) -> list[Tensor]:
+    hidden, weight, labels, ids = drawn
     support = None if way == "plain_s" else ids
     planner.gathered_words = lambda vocab, device: WAYS.get(way, 0)
     logps = fastpo.linear_logps(hidden, weight, labels, support=support).logps
-    begun = torch.autograd.grad(logps.sum(), [hidden, weight] if trained else [hidden])
-    return [logps.detach(), *begun]
+    leaves = [x for x in (hidden, weight) if x.requires_grad]
+    return [logps.detach(), *torch.autograd.grad(logps.sum(), leaves)]
 
 
 def check(words: int, trained: bool) -> None:
-    found = (run(way, 24, words, trained) for way in WAYS)
+    found = (run(way, problem(24, words, trained)) for way in WAYS)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def cost(way: str, tokens: int, words: int, trained: bool) -> float:
     torch.set_num_threads(1)
-    run(way, 16, words, trained)
+    run(way, problem(16, words, trained))
+    drawn = problem(tokens, words, trained)
     begin = time.process_time()
-    run(way, tokens, words, trained)
+    run(way, drawn)
     return time.process_time() - begin
 
 

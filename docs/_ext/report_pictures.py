@@ -157,6 +157,26 @@ def _contexts(report: Report) -> Iterator[Panel]:
         yield Panel(title, "{:,.0f}", rows)
 
 
+def _sampler(report: Report) -> Iterator[Panel]:
+    for title, key, form in (
+        ("mean ratio", "mean", "{:.3f}"),
+        ("tokens outside [0.9, 1.1]", "outside", "{:.1%}"),
+    ):
+        yield Panel(title, form, {row["over"]: {"fastpo": row[key]} for row in report["rows"]})
+
+
+def _supports(report: Report) -> Iterator[Panel]:
+    names = {"few_s": "fastpo, one by one", "many_s": "fastpo, in tiles", "plain_s": "all words"}
+    for trained in (True, False):
+        rows: dict[str, dict[str, float | None]] = {
+            f"{row['words']:,} words": {name: row[key] for key, name in names.items()}
+            for row in report["rows"]
+            if row["trained"] is trained
+        }
+        head = "trained" if trained else "frozen"
+        yield Panel(f"{head} head, CPU time, s", "{:.3g}", rows)
+
+
 _KINDS = {
     "head": _head,
     "step": _step,
@@ -165,4 +185,6 @@ _KINDS = {
     "lazy logits": _lazy,
     "primitives": _primitives,
     "plan contexts": _contexts,
+    "sampler": _sampler,
+    "supports": _supports,
 }

@@ -220,7 +220,7 @@ def test_a_support_has_a_row_for_each_number_of_words():
     given = {"shape": shape, "threads": 1, "created": "2026-11-28T00:00:00", "rows": [row]}
     table = readme.render(made("supports", **given), "x.json")
     assert "2,048 tokens, V 151,936, H 896, float32" in table
-    assert "| 1,024 | trained | 0.25 s | 4.00 s | 3.00 s |" in table
+    assert "| 1,024 | trained | 0.25 s | 4 s | 3 s |" in table
 
 
 def test_a_sampler_has_a_row_for_each_way_to_score_it():

@@ -20,7 +20,7 @@ def supports(report: Report) -> Iterator[str]:
     yield "| words of a token | head | one by one | in tiles | all words |"
     yield "| --- | --- |" + " --- |" * 3
     for row in report["rows"]:
-        cells = " | ".join(f"{row[way]:.2f} s" for way in ("few_s", "many_s", "plain_s"))
+        cells = " | ".join(f"{row[way]:.3g} s" for way in ("few_s", "many_s", "plain_s"))
         head = "trained" if row["trained"] else "frozen"
         yield f"| {row['words']:,} | {head} | {cells} |"
 
