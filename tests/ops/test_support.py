@@ -259,6 +259,27 @@ def test_a_head_that_is_made_by_tiles(limit):
     torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "arranged", [lambda x: x.t().contiguous().t(), lambda x: torch._neg_view(-x)]
+)
+def test_words_one_by_one_in_any_layout(arranged, backend, monkeypatch):
+    """Kernels know no stride of columns, and memory of a negated view holds the other sign."""
+    monkeypatch.setattr(planner, "gathered_words", lambda vocab, device: vocab)
+    x = make_head(7, 50, 8)
+    ids = torch.stack((x.labels, (x.labels + 7) % 50, torch.full((7,), 3)), 1)
+
+    def gradients(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        logps = fastpo.linear_logps(*leaves, x.labels, support=ids, backend=backend).logps
+        return logps.detach(), *torch.autograd.grad(logps.sum(), leaves)
+
+    expected = gradients(x.hidden, x.weight)
+    for leaves in ((arranged(x.hidden), x.weight), (x.hidden, arranged(x.weight))):
+        for found, wanted in zip(gradients(*leaves), expected, strict=True):
+            assert torch.equal(found, wanted)
+
+
 def test_nobody_is_scored():
     x = make_head(4, V, H, seed=7).like(torch.float32)
     nobody = torch.full_like(x.labels, -100)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..rows import backend as R
 from ..rows import registry
+from ..walks.anchored import unit_columns
 from ..walks.backward import row_grads
 from ..walks.checks import OUTPUTS
 from ..walks.derivatives import check_plain, first_derivatives
@@ -128,12 +129,12 @@ class _FewWords:
         spec = replace(call.spec, logit_map=R.LogitMap())
         self.head = Head(hidden, weight, None, columns, replace(spec, shard=None))
         self.head.spec = spec
-        self.weight, self.counts = weight, (call.ids >= 0).sum(1)
+        self.weight, self.counts = unit_columns(weight), (call.ids >= 0).sum(1)
         self.words = registry.word_kernels(spec.backend)
-        self.bias, self.up = bias, up
+        self.bias, self.up = bias, None if up is None else unit_columns(up)
         gemm = self.head.gemm
-        self.hidden = hidden.to(gemm)
-        self.down = None if down is None else down.to(gemm)
+        self.hidden = unit_columns(hidden.to(gemm))
+        self.down = None if down is None else unit_columns(down.to(gemm))
 
     def forward(self) -> tuple[Tensor, Forward]:
         head, outputs = self.head, self.head.spec.outputs

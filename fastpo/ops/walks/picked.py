@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..rows import registry
 from ..tiles.tiled import Tiled
+from .anchored import unit_columns
 from .derivatives import check_plain, first_derivatives
 from .saving import stays
 
@@ -22,8 +23,9 @@ def picked_products(
     if isinstance(weight, Tiled):
         words, ids = ids.unique(return_inverse=True)
         weight = weight.index_select(0, words)
+    operands = unit_columns(hidden), unit_columns(weight), ids.contiguous()
     with stays():
-        found: Tensor = _Picked.apply(hidden, weight, ids.contiguous())
+        found: Tensor = _Picked.apply(*operands)
     return found
 
 
