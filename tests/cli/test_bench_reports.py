@@ -134,7 +134,7 @@ def test_an_error_that_is_not_finite_is_in_the_table():
         (
             [],
             "what: expected head, step, shared, soak, sweep, primitives, trainers, frameworks, "
-            "real model, plan errors, lazy logits, supports, sampler, plan contexts of fastpo bench",
+            "real model, plan errors, lazy logits, supports, sampler, plan contexts",
         ),
         (HEAD | {"rows": {}}, "rows: expected a list, got an object"),
         (HEAD | {"rows": [None]}, "rows[0]: expected an object, got null"),
