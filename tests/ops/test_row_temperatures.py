@@ -243,3 +243,21 @@ def test_the_operator_takes_them():
     )  # fmt: skip
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.fastpo.linear_logps.default, arguments, test_utils=checks)
+
+
+def test_one_graph_holds_them():
+    x = make_head(6, 50, 8).like(torch.float32)
+    own = temperatures((6,), 6)
+
+    def loss(hidden, weight, own):
+        logps = fastpo.linear_logps(hidden * 2, weight, x.labels, temperature=own).logps
+        found = fastpo.linear_divergence(
+            hidden, weight, hidden * 0.5, weight, kind="reverse_kl", teacher_temperature=own
+        )
+        return (logps - found.divergence).sum()
+
+    given = x.hidden, x.weight, own
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*given), loss(*given))
+    wrong = own.masked_fill(torch.arange(6) == 2, -1.0)
+    assert compiled(x.hidden, x.weight, wrong).isnan()

@@ -113,7 +113,8 @@ def each_row(
 ) -> Tensor:  # float64, of the shape of `labels`
     """The temperature of each token, 1 where ignored.
 
-    On a CPU one that is not finite and > 0 raises; elsewhere it makes its row NaN, unread.
+    On a CPU one that is not finite and > 0 raises; elsewhere, and in a graph that is compiled, it
+    makes its row NaN, unread.
     """
     check_whole(**{name: temperature})
     if not temperature.is_floating_point() or temperature.requires_grad:
@@ -130,7 +131,8 @@ def each_row(
     if ignore_index is not None:
         rows = rows.masked_fill(labels == ignore_index, 1.0)
     allowed = (rows > 0) & (rows < float("inf"))
-    if labels.device.type == "cpu" and not bool(allowed.all()):
+    read = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    if read and not bool(allowed.all()):
         place = tuple(x.item() for x in (~allowed).nonzero()[0])
         raise ValueError(
             f"{name}: expected finite numbers > 0, got {rows[place].item()} at token {place}"
