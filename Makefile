@@ -9,7 +9,7 @@ SITE := $(VENV)/docs
 ZIG := $(VENV)/zig
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo demo-real test fuzz lint format docs wheels hub versions soak triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
+.PHONY: setup demo demo-real test fuzz lint format docs wheels hub versions soak release-check triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -144,6 +144,10 @@ versions: $(ZIG)
 	    tests/ops/test_linear_logps.py tests/objectives/test_objectives.py \
 	    tests/integrations/attach/test_attach.py tests/integrations/trl/test_trl_lazy.py; \
 	}; check lowest $(LOW_PYTHON) $(LOWEST); check highest $(HIGH_PYTHON) $(HIGHEST)
+
+# Before a release, beside .ci/run.
+release-check: $(READY) $(ZIG)
+	bash .ci/release-check
 
 # 10,000 patches, attachments and steps, and runs that are killed: an hour and more.
 soak: $(DEMO)
