@@ -161,7 +161,8 @@ class _HeadLive(Live):
         self.passing("head", self.workspace)
         if "backward" in func.__name__ and self.shared:
             # d weight takes the place of what was kept: that is counted once, as d weight.
-            kept = max(args[5], key=lambda x: x.untyped_storage().nbytes())
+            saved = args[6]
+            kept = max(saved, key=lambda x: x.untyped_storage().nbytes())
             self.shrink(kept, self.shared)
         with self.as_("head"):
             return super().__torch_dispatch__(func, types, args, kwargs)

@@ -246,11 +246,15 @@ def _unstacked(func: Any, args: Any, kwargs: Any) -> Any:
     return replace(stack, root=replace(stack.root, op=func, func=run, family=Family()), stacked=0)
 
 
+# Three sizes that tell where each has gone.
+_MARK = torch.empty(2, 3, 4, dtype=torch.float32, device="meta")
+
+
 def _turn(func: Any, args: Any, kwargs: Any) -> Any:
     """[B, V, T] of [B, T, V], before a loss that wants the words there."""
     operand, *rest = args
     try:
-        turned = func(torch.empty(2, 3, 4, device="meta"), *rest, **kwargs).shape
+        turned = func(_MARK, *rest, **kwargs).shape
     except (RuntimeError, TypeError, IndexError):
         return NotImplemented  # whatever is wrong, the logits will tell
     if operand.node.ndim != 3 or turned != (2, 4, 3):

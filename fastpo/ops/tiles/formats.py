@@ -9,9 +9,17 @@ from torch import Tensor
 
 from ..walks.checks import DTYPES, check_integer, check_kind, given, shape_of
 
-# E2M1: sign, two bits of exponent, one of mantissa.
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _NVFP4_BLOCK = 16
+
+
+def _e2m1(codes: Tensor) -> Tensor:
+    """float32 numbers of four bits: sign, two bits of exponent, one of mantissa.
+
+    Computed: a table made on the host would wait for the device.
+    """
+    exponent, half = (codes >> 1) & 3, (codes & 1).float() / 2
+    size = torch.where(exponent == 0, half, torch.ldexp(1 + half, exponent - 1))
+    return torch.where(codes >> 3 == 1, -size, size)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +101,7 @@ class NVFP4:
     def tile(self, v0: int, v1: int) -> Tensor:
         packed = self.stored[v0:v1]
         codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1).int()  # [v1 - v0, H]
-        table = torch.tensor((*_E2M1, *(-x for x in _E2M1)), dtype=torch.float32)
-        words = table.to(self.device).index_select(0, codes.flatten())
+        words = _e2m1(codes)
         scales = self.scales[v0:v1].float() * self.scale
         words = words.view(*scales.shape, _NVFP4_BLOCK) * scales.unsqueeze(-1)
         return words.flatten(1).to(self.dtype)

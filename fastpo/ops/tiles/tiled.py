@@ -118,7 +118,11 @@ def _described(source: TileSource) -> tuple[torch.Size, torch.dtype, torch.devic
     if getattr(source, "requires_grad", False):
         raise ValueError("weight: expected a tile source without gradient, got requires_grad=True")
     # "cuda" to the one that is meant, as tensors have it.
-    return torch.Size(shape), source.dtype, torch.empty(0, device=source.device).device
+    return (
+        torch.Size(shape),
+        source.dtype,
+        torch.empty(0, dtype=source.dtype, device=source.device).device,
+    )
 
 
 def tiled(weight: Any) -> Tensor:
