@@ -98,7 +98,7 @@ def patch(
     seams = _all(setting, own, sharing, whole_groups, support)
     dispensable = _without_seams(lazy) and objective is None and sharing is None and not support
     try:
-        made, now = _checked(seams, setting)
+        made, now = _checked(seams, setting, support)
     except RuntimeError as error:
         if not dispensable:
             raise
@@ -121,12 +121,14 @@ def patch(
 
 
 def _checked(
-    seams: dict[Seam, Make], setting: Setting
+    seams: dict[Seam, Make], setting: Setting, support: bool
 ) -> tuple[dict[Seam, Make], dict[Seam, Make]]:
     """Those of the installed version, and of them what is replaced at once; nothing is changed."""
     made = fitting(seams)
     if setting.objective is not None:
         fitting(by_name.replacements(setting))  # raises where TRL has no seams for one
+    if support:
+        fitting(sampled.replacements())  # and here
     now = {seam: make for seam, make in made.items() if seam.module == GATHER.module}
     for seam in (GATHER, *now):
         seam.read()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from importlib import metadata
 
 import pytest
 
@@ -214,6 +215,13 @@ def test_a_report_of_another_length_is_refused(tmp_path):
         )
         with pytest.raises(ValueError, match="sampling_mask: expected a list of word ids for each"):
             built.train()
+
+
+def test_a_trl_without_its_seams_is_refused(monkeypatch):
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda x: "1.14.0" if x == "trl" else version(x))
+    with pytest.raises(RuntimeError, match=r"trl: expected version 1.15 or 1.16, got 1.14.0"):
+        fastpo.patch(support=True)
 
 
 def test_support_is_true_or_false():
