@@ -23,7 +23,7 @@ def test_notebook(path):
 
 
 def shown(cell) -> list[str]:
-    """All that was printed, in however many messages it came, then the kinds of the other outputs."""
+    """What was printed, in however many messages it came, then the kinds of other outputs."""
     outputs = cell.get("outputs", [])
     printed = "".join(output.get("text", "") for output in outputs)
     others = [output.output_type for output in outputs if output.output_type != "stream"]
