@@ -32,6 +32,7 @@ from .logits import (
 from .objectives.by_name import ARGUMENTS as INIT
 from .objectives.by_name import VERSIONS as OBJECTIVES
 from .objectives.trainers import PairTrainer, SingleTrainer
+from .sampled import SCORES
 
 
 class _TwoOutputs(FusedHead):
@@ -217,25 +218,6 @@ _CHUNKED_LOSS = (
     "final_logit_softcapping",
     "lm_head_bias",
 )
-_SCORES = (
-    "model",
-    "input_ids",
-    "attention_mask",
-    "logits_to_keep",
-    "batch_size",
-    "compute_entropy",
-    "compute_aux_loss",
-    "pixel_values",
-    "image_grid_thw",
-    "num_images",
-    "pixel_attention_mask",
-    "spatial_shapes",
-    "num_tiles",
-    "image_sizes",
-    "token_type_ids",
-    "mm_token_type_ids",
-    "image_position_ids",
-)
 _FORWARDED = ("model", "args", "batch_size", "compute_aux_loss", "kwargs")
 _SCORE, _BOTH_LOGPS = "_get_per_token_logps_and_entropies", "selective_log_softmax_and_entropy"
 _LOGPS, _ENTROPY = "selective_log_softmax", "entropy_from_logits"
@@ -246,10 +228,10 @@ _STABLE: tuple[Row, ...] = (
     (_EARLY, "kto", "KTOTrainer._compute_loss", LOSS, _WithReference),
     (_EARLY, "kto", "KTOTrainer.compute_ref_log_probs", LOSS[:2], Reader),
     (_13, "kto", "KTOTrainer._compute_loss_liger", LOSS, _OwnLoss),
-    (_13, "grpo", f"GRPOTrainer.{_SCORE}", _SCORES, Reader),
+    (_13, "grpo", f"GRPOTrainer.{_SCORE}", SCORES, Reader),
     (_14, "grpo", f"GRPOTrainer.{_SCORE}", _FORWARDED, Reader),
     (_13, "grpo", "GRPOTrainer.compute_liger_loss", ("unwrapped_model", "inputs"), _OwnLoss),
-    (_EARLY, "rloo", f"RLOOTrainer.{_SCORE}", _SCORES, Reader),
+    (_EARLY, "rloo", f"RLOOTrainer.{_SCORE}", SCORES, Reader),
     (_EARLY, "sft", "SFTTrainer.compute_loss", (*LOSS, "num_items_in_batch"), _ComputeLoss),
     (_EARLY, "sft", _ENTROPY, ("logits", "chunk_size"), _Entropy),
     *((_13, name, _ENTROPY, ("logits", "chunk_size"), _Entropy) for name in _TRAINERS),

@@ -30,7 +30,8 @@ _REPORTED = "sampling_mask"
 _COLUMN = "fastpo_support"
 _OLD = "old_per_token_logps"
 _METRIC = "fastpo/sampler_"
-_SCORES = (
+# What `_get_per_token_logps_and_entropies` takes, since 1.13.
+SCORES = (
     "model",
     "input_ids",
     "attention_mask",
@@ -256,7 +257,7 @@ def replacements() -> dict[Seam, Make]:
             ("_generate_and_score_completions", ("inputs",)): _Generates,
             ("_generate", ("prompts",)): _Samples,
             ("_compute_loss", ("model", "inputs")): _Loss,
-            ("_get_per_token_logps_and_entropies", _SCORES): _Scores,
+            ("_get_per_token_logps_and_entropies", SCORES): _Scores,
         }
         module = f"trl.trainer.{name}_trainer"
         for (method, parameters), make in methods.items():
