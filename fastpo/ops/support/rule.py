@@ -24,25 +24,47 @@ def resolve_rule(
     bias: Tensor | None,
     spec: HeadSpec,
     limit: int,
-    drawn: Tensor | None = None,  # [n], a word of each token that is kept in any case
 ) -> Resolved:
     """Waits for a device; z of as many rows as make one tile exist at once."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
-        head = Head(hidden, weight, bias, labels, spec)
+        head = _head(hidden, weight, bias, spec)
         few: list[Tensor] = []
         bits: list[Tensor] = []
-        counts = []
+        counts = [torch.zeros(0, dtype=torch.int64, device="cpu")]
         for a, b in _rows(head):
             allowed = _kept(_logits(head, a, b), rule)
-            if drawn is not None:
-                allowed.scatter_(1, drawn[a:b].unsqueeze(1), True)
             own = allowed.sum(1).cpu()
             short, long = split(own, limit)
             few.append(_ids(allowed[short], int(own[short].max()) if len(short) else 0))
             bits.append(packed(allowed[long]))
             counts.append(own)
-        return _joined(few, bits, torch.cat(counts) if counts else labels.cpu(), limit, head)
+        return _joined(few, bits, torch.cat(counts), limit, head)
+
+
+def ruled_words(
+    rule: Rule,
+    hidden: Tensor,  # [n, H]
+    weight: Tensor | Adapted,  # [V, H]
+    bias: Tensor | None,
+    spec: HeadSpec,
+    drawn: Tensor,  # [n], a word of each token that is kept in any case
+) -> tuple[Tensor, Tensor]:
+    """Ids of all tokens, one after the other, and how many each has, on the host."""
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = _head(hidden, weight, bias, spec)
+        ids = [head.empty(0, dtype=torch.int64)]
+        counts = [torch.zeros(0, dtype=torch.int64, device="cpu")]
+        for a, b in _rows(head):
+            allowed = _kept(_logits(head, a, b), rule)
+            allowed.scatter_(1, drawn[a:b].unsqueeze(1), True)
+            ids.append(allowed.nonzero(as_tuple=True)[1])
+            counts.append(allowed.sum(1).cpu())
+        return torch.cat(ids), torch.cat(counts)
+
+
+def _head(hidden: Tensor, weight: Tensor | Adapted, bias: Tensor | None, spec: HeadSpec) -> Head:
+    labels = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+    return Head(hidden, weight, bias, labels, spec)
 
 
 def _joined(

@@ -20,7 +20,7 @@ from ..walks.head import Adapted, HeadSpec, check_labels
 from ..walks.mask import WordMask, unpacked
 from .few import FewCall, score_few
 from .resolve import Resolved, resolve
-from .rule import resolve_rule
+from .rule import resolve_rule, ruled_words
 from .words import Rule, Support
 
 
@@ -111,10 +111,8 @@ def kept_words(
     with gather(weight, bias):
         check_tensors(hidden, weight, labels, bias)
         check_labels(labels, problem.vocab, None)
-        # Ids of all of them: no token has too many.
-        found = _ruled(rule, problem, problem.vocab, labels)
-    _, ids = found.few
-    return Support(ids[ids >= 0], F.pad(found.counts.cumsum(0), (1, 0)))
+        ids, counts = ruled_words(rule, *_whole(problem), labels)
+    return Support(ids, F.pad(counts.cumsum(0), (1, 0)))
 
 
 def _zeros(labels: Tensor, name: str) -> Tensor:
@@ -128,10 +126,11 @@ def _resolved(support: Tensor | Support | Rule, own: _Problem, scored: Tensor) -
     limit = planner.gathered_words(own.vocab, scored.device.type) if one_by_one else 0
     if not isinstance(support, Rule):
         return resolve(support, own.vocab, scored, limit)
-    return _ruled(support, own, limit)
+    return resolve_rule(support, *_whole(own), limit)
 
 
-def _ruled(rule: Rule, own: _Problem, limit: int, labels: Tensor | None = None) -> Resolved:
+def _whole(own: _Problem) -> tuple[Tensor, Tensor | Adapted, Tensor | None, HeadSpec]:
+    """What a rule looks at: the adapter's columns beside the others, no gradient."""
     if own.options.shard is not None:
         raise ValueError("support: expected word ids where the head lies in shards, got a rule")
     spec = own.options.spec(own.hidden, (False, False), own.weight)
@@ -142,7 +141,7 @@ def _ruled(rule: Rule, own: _Problem, limit: int, labels: Tensor | None = None) 
         down, up = (x.detach() for x in own.adapter)
         hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
         whole = Adapted(head, up, slice(None))
-    return resolve_rule(rule, hidden, whole, own.bias, spec, limit, labels)
+    return hidden, whole, own.bias, spec
 
 
 def _groups(
@@ -157,14 +156,14 @@ def _groups(
     inside[few] = columns >= 0
     inside[many] = _has(bits, own.labels[many])
     whole = (found.counts == 0).to(device)
+    lost = found.wrong
     if outside == "error":
         _check_inside(own, found, inside, scored)
-        # A label that cannot be: its row is NaN.
-        lost = ~inside | found.wrong
-        labels = own.labels.masked_fill(lost, own.vocab)
-        own, columns = replace(own, labels=labels), columns.masked_fill(found.wrong[few], -1)
-        inside = torch.ones_like(inside)
-    elif outside == "raw":
+        lost = lost | ~inside
+    # A label that cannot be: its row is NaN.
+    own = replace(own, labels=own.labels.masked_fill(lost, own.vocab))
+    columns, inside = columns.masked_fill(lost[few], -1), inside | lost
+    if outside == "raw":
         whole |= ~inside
     yield from _few(own, few, ids, columns, inside & ~whole)
     yield from _many(own, many, bits, counts, inside & ~whole)
