@@ -100,12 +100,14 @@ class Attached(Handle):
     def __init__(
         self, model: PreTrainedModel, options: HeadOptions, sharing: backbone.Sharing | None
     ) -> None:
-        predictions.watch(self)
         self.options, self.sharing = options, sharing
         self.known: Any = None  # the treatment of logits that a probe has shown
         self.own_loss = LOSS.read()
         self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
         super().__init__(model)
+
+    def begin(self) -> None:
+        predictions.watch(self)
 
     def detach(self) -> None:
         predictions.unwatch(self)

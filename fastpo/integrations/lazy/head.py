@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.walks.checks import DTYPES
+from ...ops.walks.derivatives import transform
 from ..adapter import is_adapter
 from ..heads import linear_head, tensor_parallel
 from ..seams.calls import answered, standing_in, unhidden
@@ -38,7 +39,9 @@ def lazy_head(who: str, model: Any, options: HeadOptions = OWN) -> Iterator[None
     own, sharded = unhidden(head.forward), isinstance(parts[0], DTensor)
 
     def forward(hidden: Tensor) -> Tensor:
-        if hidden.dtype not in DTYPES:
+        # Inside torch.func and forward-mode AD logits are asked for derivatives of every kind.
+        transformed = any(transform(x) is not None for x in (hidden, *head.parameters()))
+        if hidden.dtype not in DTYPES or transformed:
             made: Tensor = own(hidden)
             return made
         if not sharded:

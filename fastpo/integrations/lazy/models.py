@@ -55,8 +55,10 @@ class LazyModel(Handle):
 
     def __init__(self, model: nn.Module, options: HeadOptions) -> None:
         self.options = options
-        ddp.serve()
         super().__init__(model)
+
+    def begin(self) -> None:
+        ddp.serve()
 
     def run(self, model: Any, args: Any, kwargs: Any) -> Any:
         own = self.below(model)

@@ -22,15 +22,29 @@ class Handle:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.active = model, True
         below = vars(model).get(STATE)
-        if below is not None:  # detached under somebody's wrapper, where our forward still stands
-            self.own = below.own
-        else:
-            # An instance may carry a forward of its own, accelerate's for one.
-            self.own = vars(model).get("forward")
-            owner: Any = model  # methods of an instance are nothing mypy knows
-            owner.forward = MethodType(_wrapped(type(model).forward), model)
-            owner._replicate_for_data_parallel = MethodType(_replicate_for_data_parallel, model)
+        # An instance may carry a forward of its own, accelerate's for one. Or it was detached under
+        # somebody's wrapper, where our forward still stands.
+        self.own = vars(model).get("forward") if below is None else below.own
         setattr(model, STATE, self)
+        if below is None:
+            self._stand_in()
+        self.begin()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a deep copy, or of a pickle, which names bound methods and asks the model for them:
+        by then it has ours, as the handle comes before them among its attributes."""
+        vars(self).update(state)
+        if self.active:
+            self._stand_in()
+            self.begin()
+
+    def _stand_in(self) -> None:
+        forward = MethodType(_wrapped(type(self.model).forward), self.model)
+        replicate = MethodType(_replicate_for_data_parallel, self.model)
+        vars(self.model).update(forward=forward, _replicate_for_data_parallel=replicate)
+
+    def begin(self) -> None:
+        """What a handle needs in its process, that of a copy or a pickle too."""
 
     def run(self, model: Any, args: Any, kwargs: Any) -> Any:
         """model: the handle's own, or a replica of it."""

@@ -153,6 +153,9 @@ class Sharing(Handle):
         self.packer = packer
         super().__init__(model)
 
+    def begin(self) -> None:
+        self.packer.known.clear()  # another process has another attention to look at
+
     @property
     def tokens(self) -> Tokens:
         return self.packer.tokens

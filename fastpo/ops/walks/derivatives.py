@@ -13,19 +13,19 @@ from torch.autograd import forward_ad
 def check_plain(name: str, tensors: Iterable[Tensor | None]) -> None:
     """RuntimeError for what a transform hands in: forward-mode AD would find tangents of zero."""
     for x in tensors:
-        transform = _transform(x) if isinstance(x, Tensor) else None
-        if transform is not None:
-            raise refused(name, transform)
+        found = transform(x) if isinstance(x, Tensor) else None
+        if found is not None:
+            raise refused(name, found)
 
 
-def refused(name: str, transform: str) -> RuntimeError:
+def refused(name: str, inside: str) -> RuntimeError:
     return RuntimeError(
-        f"{name}: expected tensors outside torch.func and forward-mode AD, "
-        f"got one inside {transform}"
+        f"{name}: expected tensors outside torch.func and forward-mode AD, got one inside {inside}"
     )
 
 
-def _transform(x: Tensor) -> str | None:
+def transform(x: Tensor) -> str | None:
+    """Which transform handed it in; None for an ordinary tensor."""
     # A compiler traces through torch.func; what it leaves of vmap, the operator's own rule refuses.
     if not torch.compiler.is_compiling():
         functorch = torch._C._functorch

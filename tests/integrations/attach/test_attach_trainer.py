@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -56,6 +57,14 @@ def test_metrics_of_logits_are_refused(tmp_path):
     assert trainer.evaluate(ignore_keys=IGNORED)["eval_shape"] == (3, 11)
     handle.detach()
     assert trainer.evaluate()["eval_shape"] == (3, 12, words)
+
+
+def test_nor_of_a_copy_s(tmp_path):
+    model = tiny.model("llama")
+    with fastpo.attach(model):
+        twin = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=REFUSED):
+        make_trainer(twin, tmp_path).evaluate()
 
 
 def test_losses_alone_are_not(tmp_path):

@@ -140,7 +140,43 @@ def test_copies_pickles_and_states(lazily):
     torch.save(model, buffer)
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)
+    assert isinstance(loaded(**tiny.batch()).logits, LazyLogits)
     torch.testing.assert_close(loaded(**tiny.batch()).loss, model(**tiny.batch()).loss)
+
+
+def tangents(score, weights):
+    make, read = torch.autograd.forward_ad.make_dual, torch.autograd.forward_ad.unpack_dual
+    with torch.autograd.forward_ad.dual_level():
+        return read(score({k: make(v, v) for k, v in weights.items()}, ROWS)).tangent
+
+
+ROWS = torch.arange(1, 13).view(3, 4)
+TRANSFORMS = {
+    "vmap": lambda f, w: torch.func.vmap(lambda row: f(w, row[None]))(ROWS),
+    "grad": lambda f, w: torch.func.grad(f)(w, ROWS),
+    "grad of each row": lambda f, w: torch.func.vmap(
+        torch.func.grad(lambda w, row: f(w, row[None])), (None, 0)
+    )(w, ROWS),
+    "jvp": lambda f, w: torch.func.jvp(lambda w: f(w, ROWS), (w,), (w,)),
+    "jvp of grad": lambda f, w: torch.func.jvp(torch.func.grad(lambda w: f(w, ROWS)), (w,), (w,)),
+    "forward-mode AD": tangents,
+}
+
+
+@pytest.mark.parametrize("names", [("lm_head.weight",), ("model.norm.weight",), None])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_model_inside_torch_func(lazily, transform, names):
+    """With the head's weight, one before it and all as its arguments."""
+    model = tiny.model("llama", attn_implementation="eager")
+    weights = {k: v.detach() for k, v in model.named_parameters() if names is None or k in names}
+
+    def score(weights, ids):
+        logits = torch.func.functional_call(model, weights, (ids,)).logits[:, :-1]
+        return logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).mean()
+
+    expected = TRANSFORMS[transform](score, weights)
+    lazily(model)
+    torch.testing.assert_close(TRANSFORMS[transform](score, weights), expected)
 
 
 def test_another_thread_sees_lazy_logits_too(lazily):

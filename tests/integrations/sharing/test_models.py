@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 
 import pytest
 
@@ -254,6 +255,18 @@ def test_a_deep_copy_packs_for_itself():
         own = expected(input_ids=ids, attention_mask=mask).logits[mask != 0]
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
     handle.detach()
+
+
+def test_a_pickle_packs_in_another_process():
+    model, (ids, mask) = model_of("llama", "sdpa")(), _batches.right()
+    with shared_prompts(model, always=True):
+        own = model(input_ids=ids, attention_mask=mask).logits
+        pickled = pickle.dumps(model)
+    attention.restore()
+    twin = pickle.loads(pickled)
+    torch.testing.assert_close(twin(input_ids=ids, attention_mask=mask).logits, own)
+    tokens = vars(twin.model)["_fastpo"].tokens
+    assert tokens.padded == 2 * ids.numel() and tokens.saved > 0.3
 
 
 def test_the_model_is_given_back():
