@@ -38,6 +38,9 @@ from .walks.mixture import Operands
 from .walks.saving import stays
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .shards.tokens import Tokens
     from .walks.vocab_shard import VocabShard
 
 LEFT_OUT = -100
@@ -121,18 +124,18 @@ class DivergenceOptions:
     """What `linear_divergence` takes as keywords.  name: who errors are of."""
 
     kind: str
-    beta: float
-    alpha: float
-    temperature: float | Tensor
-    teacher_temperature: float | Tensor | None
-    softcap: float | None
-    teacher_softcap: float | None
-    logit_scale: float
-    teacher_logit_scale: float
-    teacher_grad: bool
-    outputs: tuple[str, ...]
-    budget: int | None
-    backend: str | None
+    beta: float = 0.5
+    alpha: float = 0.5
+    temperature: float | Tensor = 1.0
+    teacher_temperature: float | Tensor | None = None
+    softcap: float | None = None
+    teacher_softcap: float | None = None
+    logit_scale: float = 1.0
+    teacher_logit_scale: float = 1.0
+    teacher_grad: bool = False
+    outputs: tuple[str, ...] = ("divergence",)
+    budget: int | None = None
+    backend: str | None = None
     shard: VocabShard | None = None
     name: str = "linear_divergence"
 
@@ -159,19 +162,28 @@ def diverge(
     teacher: Operands,
     mask: Tensor | None,  # [...]
     options: DivergenceOptions,
+    count: Callable[[int], Tokens] | None = None,
 ) -> DivergenceStats:
-    """`linear_divergence`; of the options' shard the weights hold the words."""
+    """`linear_divergence`; of the options' shard the weights hold the words.
+
+    count: where others have tokens of their own: from how many are here.
+    """
     pair = [(x.hidden, x.weight, x.bias) for x in (student, teacher)]
     check_plain(options.name, (*pair[0], *pair[1], mask))
     labels = labels_of(student.hidden, mask)
     check_tensors(student.hidden, student.weight, labels, student.bias)
     _check_teacher(student, teacher, labels)
     options.check()
-    left_out = None if mask is None else LEFT_OUT
-    maps, inverses = options.maps(labels, left_out)
+    left_out = None if mask is None and count is None else LEFT_OUT
+    maps, rows = options.maps(labels, left_out)
+    rows = [labels.flatten(), *rows]
     tensors = [x for hidden, *head in pair for x in (hidden.reshape(-1, hidden.shape[-1]), *head)]
     if not options.teacher_grad:
         tensors[3:] = [x if x is None else x.detach() for x in tensors[3:]]
+    tokens = None if count is None else count(labels.numel())
+    if tokens is not None:
+        rows = [x if x is None else tokens.gather(x) for x in rows]
+        tensors[::3] = [tokens.gather_hidden(x) for x in tensors[::3] if x is not None]
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     plain = (
         *maps,
@@ -183,7 +195,9 @@ def diverge(
     )
     call = _Call(options.name, plain, options.shard)
     with stays():
-        found = _Divergence.apply(labels.flatten(), *inverses, call, *tensors)
+        found = _Divergence.apply(*rows, call, *tensors)
+    if tokens is not None:
+        found = map(tokens.own, found)
     named = dict(zip(_OUTPUTS, found, strict=True))
     return DivergenceStats(**{name: named[name].view(labels.shape) for name in options.outputs})
 

@@ -11,10 +11,9 @@ from dataclasses import replace
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
 
 from .shards.gathered import HeadOptions, score, whole
-from .shards.part import of_dtensor, part_of
+from .shards.part import in_shards, of_dtensor, part_of
 from .shards.tokens import Tokens, count
 from .stats import TokenStats
 from .support.resolve import check_support
@@ -98,7 +97,7 @@ def vocab_parallel_logps(
     elif not own_tokens:
         stats = score(rows, part.weight, part.bias, targets, options, inverse=inverse)
     else:
-        tokens = count(len(rows), rows.device, part.shard.group)
+        tokens = count(len(rows), options.name, rows.device, part.shard.group)
         stats = score_own(tokens, rows, part.weight, part.bias, targets, options, inverse)
     return TokenStats(**{name: getattr(stats, name).view(labels.shape) for name in outputs})
 
@@ -130,12 +129,12 @@ def score_sharded(
     own_tokens: bool = True,
 ) -> TokenStats:
     """`score` of a weight that may be in shards, of FSDP2 or, not `own_tokens`, tensor-parallel."""
-    if isinstance(weight, DTensor) and tuple(weight.placements) == (Shard(0),) and adapter is None:
+    if in_shards(weight) and adapter is None:
         part = of_dtensor(weight, bias)
         shared = replace(options, shard=part.shard)
         if not own_tokens:
             return score(hidden, part.weight, part.bias, labels, shared)
-        tokens = count(len(hidden), hidden.device, part.shard.group)
+        tokens = count(len(hidden), options.name, hidden.device, part.shard.group)
         # Hidden states are gathered in 16 bits, their gradients summed in 32: 10·H bytes a token.
         # The head is gathered and its gradient scattered, both in 16 bits, 4·H bytes a word.
         if 5 * sum(tokens.counts) <= 2 * part.shard.vocab:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 
 import _processes
@@ -108,6 +109,76 @@ def divergences(rank: int) -> dict:
             backend=backend,
         )
     return found
+
+
+OWN = (5, 0, 8)  # own tokens of the processes, turn by turn
+OWN_CASES = [
+    (kind, mapped, dtype)
+    for kind, mapped, dtype in itertools.product(KINDS, MAPS, DTYPES)
+    if dtype == "float32" or mapped == "plain"
+]
+
+
+def own_rows(turn: int, rank: int) -> slice:
+    """Of the first process those before the second's; the turn after the last has none at all."""
+    if turn == len(OWN):
+        return slice(0, 0)
+    first, second = OWN[turn], OWN[turn - 1]
+    return slice(first) if rank == 0 else slice(first, first + second)
+
+
+def diverge_rows(function, tensors, rows: slice, kind: str, mapped: str, **options):
+    """`diverge` of some rows: their divergence, entropy, and the gradients of all tensors."""
+    h, w, b, th, tw, tb = tensors
+    maps = {k: v[rows] if isinstance(v, torch.Tensor) else v for k, v in MAPS[mapped].items()}
+    given = {**KINDS[kind], **maps, **options}
+    found = function(h[rows], w, th[rows], tw, kind=kind, bias=b, teacher_bias=tb, **given)
+    found = [torch.where(MASK[rows], x, 0) for x in found]
+    factors = torch.linspace(-1, 1, TOKENS, dtype=found[0].dtype)[rows]
+    grads = torch.autograd.grad((found[0] * factors).sum(), tensors)
+    return [x.detach() for x in found], grads
+
+
+def own_tokens(rank: int) -> dict:
+    mesh = dist.device_mesh.init_device_mesh("cpu", (_processes.PROCESSES,))
+    found = {}
+    for case, turn in itertools.product(OWN_CASES, range(len(OWN) + 1)):
+        kind, mapped, dtype = case
+        tensors = [
+            x if i % 3 == 0 else distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_()
+            for i, x in enumerate(sides(DTYPES[dtype]))
+        ]
+        call, rows = fastpo.vocab_parallel_divergence, own_rows(turn, rank)
+        given = {"mask": MASK[rows], "teacher_grad": True, "outputs": ("divergence", "entropy")}
+        given |= {"own_tokens": True, "budget": 8 * 3 * VOCAB // 2}  # 3 tokens
+        values, grads = diverge_rows(call, tensors, rows, kind, mapped, **given)
+        assert all(isinstance(x, DTensor) == (i % 3 > 0) for i, x in enumerate(grads))
+        grads = [x.full_tensor() if isinstance(x, DTensor) else x for x in grads]
+        found[case, turn] = values, grads
+    return found
+
+
+@pytest.mark.parametrize("case", OWN_CASES, ids="-".join)
+def test_a_divergence_of_own_tokens(case, found):
+    """Each loss is its process's own; d weight is the mean, d hidden is not."""
+    kind, mapped, dtype = case
+    for turn in range(len(OWN) + 1):
+        (first, grads), (second, other_grads) = (each["own_tokens"][case, turn] for each in found)
+        rows = slice(own_rows(turn, 1).stop)
+        function = reference.linear_divergence
+        eager, eager_grads = diverge_rows(function, sides(DTYPES[dtype]), rows, kind, mapped)
+        truth, truth_grads = diverge_rows(function, sides(torch.float64), rows, kind, mapped)
+        for i, name in enumerate(("divergence", "entropy")):
+            value = torch.cat((first[i], second[i]))
+            assert_as_good_as_eager(name, value, eager[i], truth[i], factor=4.0)
+        for i, name in enumerate(LEAVES):
+            if name.endswith("hidden"):
+                whole, share = grads[i] + other_grads[i], 1
+            else:
+                assert torch.equal(grads[i], other_grads[i]), f"{name}: expected the same bits"
+                whole, share = grads[i], _processes.PROCESSES
+            expected = [x[i] / share for x in (eager_grads, truth_grads)]
+            assert_as_good_as_eager(name, whole, *expected, factor=4.0)
 
 
 def head(dtype: torch.dtype) -> list[torch.Tensor]:
@@ -227,7 +298,8 @@ def everything(rank: int, folder) -> None:
     planner.tile_shape = lambda tokens, vocab, kind: planner.Tiles(5, 64)
     of_dtensors(rank)
     of_wrong_shards(rank)
-    found = {"divergences": divergences(rank), "extremes": extremes(rank)}
+    found = {"own_tokens": own_tokens(rank)}
+    found |= {"divergences": divergences(rank), "extremes": extremes(rank)}
     found |= {"lists": lists(rank), "mixtures": mixtures(rank)}
     torch.save(found, folder / f"{rank}.pt")
 
@@ -355,6 +427,8 @@ def test_wrong_shards_of_a_teacher(mesh):
     fewer = distribute_tensor(tw[:9], mesh, [Shard(0)])
     with pytest.raises(ValueError, match=r"teacher_weight: expected 211 words on .*, got 9 on"):
         call(h, own, th, fewer, kind="jsd")
+    with pytest.raises(ValueError, match="own_tokens: expected True or False, got 1"):
+        call(h, w, th, tw, own_tokens=1, **given)
     with pytest.raises(ValueError, match="hidden: expected a whole tensor, got DTensor"):
         call(distribute_tensor(h, mesh, [Shard(0)]), own, th, other, kind="jsd")
 
@@ -382,3 +456,26 @@ def test_without_processes():
     h, w, _, th, tw, _ = sides(torch.float32)
     with pytest.raises(RuntimeError, match="expected an initialised process group, got none"):
         fastpo.vocab_parallel_divergence(h, w, th, tw, kind="jsd", first=0, vocab=VOCAB)
+
+
+TWINS = {
+    "linear_logps": "vocab_parallel_logps",
+    "linear_divergence": "vocab_parallel_divergence",
+    "linear_topk": "vocab_parallel_topk",
+    "mixed_linear_logps": "vocab_parallel_mixed_logps",
+}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_options_are_those_of_a_whole_head(name):
+    """What they mean is said there alone."""
+    whole, shards = (
+        {
+            option: (parameter.kind, parameter.default)
+            for option, parameter in inspect.signature(getattr(fastpo, function)).parameters.items()
+        }
+        for function in (name, TWINS[name])
+    )
+    added = set(shards) - set(whole)
+    assert {"first", "vocab", "group"} <= added <= {"first", "vocab", "group", "own_tokens"}
+    assert {option: shards.get(option) for option in whole} == whole

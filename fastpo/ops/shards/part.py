@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
@@ -48,6 +49,11 @@ def part_of(
     return Part(weight, bias, VocabShard(first, vocab, group))
 
 
+def in_shards(weight: Tensor) -> TypeGuard[DTensor]:
+    """Are its words spread over one group, and nothing else?"""
+    return isinstance(weight, DTensor) and tuple(weight.placements) == (Shard(0),)
+
+
 def of_dtensor(weight: DTensor, bias: Tensor | None) -> Part:
     """Words are the rows of the local tensor, in order of the mesh's processes."""
     local = _local("weight", weight), None if bias is None else _local("bias", bias)
@@ -85,7 +91,7 @@ def beside(
 
 
 def _local(name: str, x: Tensor) -> Tensor:
-    if not isinstance(x, DTensor) or tuple(x.placements) != (Shard(0),):
+    if not in_shards(x):
         got = x.placements if isinstance(x, DTensor) else "a plain tensor"
         raise ValueError(f"{name}: expected a DTensor in (Shard(dim=0),), got {got}")
     local: Tensor = x.to_local()

@@ -15,8 +15,9 @@ from ..walks.vocab_shard import all_gather
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many tokens each process of `group` has."""
+    """How many tokens each process of `group` has.  name: who errors are of."""
 
+    name: str
     counts: tuple[int, ...]
     rank: int
     group: dist.ProcessGroup | None  # None: all processes
@@ -48,10 +49,10 @@ class Tokens:
 
 # Not for a compiler, as the head between: how many tokens others have is no constant.
 @torch.compiler.disable
-def count(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tokens:
+def count(n: int, name: str, device: torch.device, group: dist.ProcessGroup | None) -> Tokens:
     """Waits for the device."""
     counts = all_gather(torch.tensor(n, dtype=torch.int64, device=device), group)
-    return Tokens(tuple(counts.tolist()), dist.get_rank(group), group)
+    return Tokens(name, tuple(counts.tolist()), dist.get_rank(group), group)
 
 
 class _Gather(torch.autograd.Function):
@@ -78,4 +79,4 @@ class _Own(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.tokens.gather(grad.detach() / len(ctx.tokens.counts))
-        return *first_derivatives("vocab_parallel_logps", (found,), (grad,)), None
+        return *first_derivatives(ctx.tokens.name, (found,), (grad,)), None
