@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 
 import pytest
 
@@ -14,6 +15,8 @@ import _processes
 import _tiny as tiny
 import _trainers
 import torch
+import transformers
+import trl
 from _processes import PROCESSES
 from _tiny import one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -175,6 +178,46 @@ def test_what_was_written_down_is_read_after_unpatch(tmp_path):
         found.append(logged(trainer))
     assert found[0] == found[1]
     assert {type(value) for value in found[1].values()} <= {int, float, type(None)}
+
+
+def numbers(trainer):
+    """What only takes numbers, as json does, and not what stands for them."""
+    found = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    return json.loads(json.dumps({**found, "tokens": trainer._total_train_tokens}))
+
+
+def subclass(own, seen):
+    def compute_loss(self, *args, **kwargs):
+        loss = own.compute_loss(self, *args, **kwargs)
+        seen.append(numbers(self))
+        return loss
+
+    return type("Mine", (own,), {"compute_loss": compute_loss, "__module__": "script"})
+
+
+class Callback(transformers.TrainerCallback):
+    def on_substep_end(self, *_, **__):
+        self.seen.append(numbers(self.trainer))
+
+
+@pytest.mark.parametrize("prefix", COLLECTIVES)
+@pytest.mark.parametrize("kind", ["subclass", "callback"])
+def test_code_of_a_script_finds_numbers(kind, prefix, tmp_path, monkeypatch):
+    """In the middle of a step, too."""
+    runs = {"one by one": [], "at once": []}
+    for each, seen in runs.items():
+        with way(each), monkeypatch.context() as patch:
+            if kind == "subclass":
+                own = getattr(trl, f"{prefix}Trainer")
+                patch.setattr(trl, f"{prefix}Trainer", subclass(own, seen))
+            trainer = build(prefix, tmp_path, {"gradient_accumulation_steps": 2, "max_steps": 2})
+            if kind == "callback":
+                callback = Callback()
+                callback.seen, callback.trainer = seen, trainer
+                trainer.add_callback(callback)
+            trainer.train()
+    assert len(runs["at once"]) == (4 if kind == "subclass" else 2)
+    assert runs["at once"] == runs["one by one"]
 
 
 # TRL's prefix, rows, rows of a micro-batch: accelerate fills the last batch of both up.

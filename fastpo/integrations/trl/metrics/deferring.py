@@ -3,7 +3,8 @@
 A micro-batch of DPO makes 15 collectives and brings 15 values to the host one after another; the
 device idles meanwhile. While TRL's `_compute_loss` runs, the trainer's accelerator is stood in for
 by one that writes the metrics down (see `ledger.py`): one collective for a step, one transfer when
-`log` averages them. Names and values are TRL's.
+`log` averages them. Names and values are TRL's. Where a script has a trainer or a callback of its
+own, which may read them earlier or in one process alone, they are there when the loss is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from typing import Any
 from torch import Tensor
 
 from .ledger import Ledger, Site
+from .pending import PendingNumber
+
+# Whose trainers and callbacks read metrics where they are logged, and nowhere else.
+_KNOWN = ("trl", "transformers", "fastpo", "builtins")
 
 
 class Deferring:
@@ -57,6 +62,26 @@ def deferred(trainer: Any, compute_loss: Callable[..., Any]) -> Iterator[None]:
             yield
     finally:
         trainer.accelerator = accelerator
+    if _watched(trainer):
+        ledger.read()
+        _settle(trainer)
+
+
+def _watched(trainer: Any) -> bool:
+    handler = getattr(trainer, "callback_handler", None)
+    watching = (trainer, *getattr(handler, "callbacks", ()))
+    kinds = (kind for one in watching for kind in type(one).__mro__)
+    return any(kind.__module__.partition(".")[0] not in _KNOWN for kind in kinds)
+
+
+def _settle(trainer: Any) -> None:
+    """Numbers in the place of what stood for them."""
+    for name, value in list(vars(trainer).items()):
+        if isinstance(value, PendingNumber):
+            setattr(trainer, name, value.plain())
+    for metrics in getattr(trainer, "_metrics", {}).values():
+        for values in metrics.values():
+            values[:] = [x.plain() if isinstance(x, PendingNumber) else x for x in values]
 
 
 @functools.cache
