@@ -216,8 +216,7 @@ def test_code_of_a_script_finds_numbers(kind, prefix, tmp_path, monkeypatch):
                 callback.seen, callback.trainer = seen, trainer
                 trainer.add_callback(callback)
             trainer.train()
-    assert len(runs["at once"]) == (4 if kind == "subclass" else 2)
-    assert runs["at once"] == runs["one by one"]
+    assert runs["at once"] == runs["one by one"] != []
 
 
 # TRL's prefix, rows, rows of a micro-batch: accelerate fills the last batch of both up.
