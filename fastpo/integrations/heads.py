@@ -71,12 +71,14 @@ def logit_map(config: Any) -> tuple[float | None, float]:
     """Soft-cap and factor of the logits, by the names the model families give them."""
     config = config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is None:
+        softcap = getattr(config, "logits_soft_cap", None)  # RecurrentGemma
     # Cohere; Muse Glimmer; Falcon-H1
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         factor = getattr(config, name, None)
         if factor is not None:
             return softcap, float(factor)
-    divisor = getattr(config, "logits_scaling", None)  # Granite, MiniCPM3
-    if divisor is None:
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    if divisor is None or config.model_type == "minicpm3":  # which divides its hidden states
         return softcap, 1.0
     return softcap, float(divisor if config.model_type == "hyperclovax" else 1 / divisor)

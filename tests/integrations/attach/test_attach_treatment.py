@@ -9,6 +9,7 @@ pytest.importorskip("datasets")
 
 import _tiny as tiny
 import torch
+import transformers
 from _tiny import one_thread  # noqa: F401
 from torch import nn
 from torch.nn.modules import module as every_module
@@ -140,6 +141,36 @@ def test_honoured(case, first_call):
         if first_call and case != "hook that looks":
             assert (found[-1][0]["loss"] - before).abs() > 1e-3
     torch.testing.assert_close(*found, rtol=1e-4, atol=2e-6)
+
+
+# Where a family treats logits under another name, or its hidden states before the head.
+FAMILIES = {
+    "RecurrentGemma": {
+        "logits_soft_cap": 2.0,
+        "attention_window_size": 8,
+        "num_hidden_layers": 3,  # of them one with attention
+    },
+    "MiniCPM3": {
+        "dim_model_base": 8,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 4,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 8,
+        "num_key_value_heads": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("prefix", FAMILIES)
+def test_families(prefix, monkeypatch):
+    if not hasattr(transformers, f"{prefix}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has none")
+    monkeypatch.setitem(tiny.MODELS, prefix, (prefix, FAMILIES[prefix]))
+    model = tiny.model(prefix)
+    own = steps(model)
+    fastpo.attach(model)
+    torch.testing.assert_close(steps(model), own, rtol=1e-4, atol=2e-6)
 
 
 def replaced_forward(model):
