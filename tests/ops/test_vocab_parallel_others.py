@@ -14,7 +14,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import fastpo
 from fastpo import planner, reference
+from fastpo.ops.linear_divergence import DivergenceOptions
+from fastpo.ops.vocab_parallel_divergence import diverge_sharded
 from fastpo.ops.walks.checks import OUTPUTS
+from fastpo.ops.walks.mixture import Operands
+from fastpo.ops.walks.vocab_shard import VocabShard
 from fastpo.testing import assert_as_good_as_eager, make_head
 
 TOKENS, VOCAB, CUT = 13, 211, 150  # the second process has the words from CUT on
@@ -181,6 +185,62 @@ def test_a_divergence_of_own_tokens(case, found):
             assert_as_good_as_eager(name, whole, *expected, factor=4.0)
 
 
+# name -> (how often the 13 rows are there, is the teacher in shards, do the heads stay in them?)
+TRAVELS = {
+    "few": (1, True, True),
+    "few_of_a_whole_teacher": (1, False, True),
+    "some": (6, True, True),
+    "some_of_a_whole_teacher": (6, False, False),
+    "many": (10, True, False),
+}
+
+
+def half(x: torch.Tensor, rank: int, often: int) -> torch.Tensor:
+    return x[slice(6) if rank == 0 else slice(6, None)].repeat(often, 1)
+
+
+def travelling(rank: int) -> dict:
+    """What the integrations call: hidden states go to the heads, or the heads to them."""
+    mesh = dist.device_mesh.init_device_mesh("cpu", (_processes.PROCESSES,))
+    calls, own, found = [], VocabShard.merge_pair, {}
+    VocabShard.merge_pair = lambda *x: calls.append(x) or own(*x)
+    for name, (often, sharded, _) in TRAVELS.items():
+        h, w, b, th, tw, tb = sides(torch.float32)
+        th, tw, tb = (x.detach() for x in (th, tw, tb))
+        w, b = (distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_() for x in (w, b))
+        if sharded:
+            tw, tb = (distribute_tensor(x, mesh, [Shard(0)]) for x in (tw, tb))
+        operands = Operands(half(h, rank, often), w, b), Operands(half(th, rank, often), tw, tb)
+        calls.clear()
+        values = diverge_sharded(*operands, None, DivergenceOptions("jsd")).divergence
+        grads = torch.autograd.grad(values.square().sum(), (h, w, b))
+        grads = [x.full_tensor() if isinstance(x, DTensor) else x for x in grads]
+        found[name] = [values.detach(), *grads], bool(calls)
+    VocabShard.merge_pair = own
+    return found
+
+
+@pytest.mark.parametrize("name", TRAVELS)
+def test_the_lighter_of_tokens_and_heads_travels(name, found):
+    often, _, stay = TRAVELS[name]
+    (first, shards), (second, others) = (each["travelling"][name] for each in found)
+    assert shards == others == stay
+
+    def whole(dtype: torch.dtype) -> list[torch.Tensor]:
+        h, w, b, th, tw, tb = sides(dtype)
+        rows, other = (torch.cat([half(x, rank, often) for rank in (0, 1)]) for x in (h, th))
+        given = {"kind": "jsd", "bias": b, "teacher_bias": tb}
+        values = reference.linear_divergence(rows, w, other, tw, **given).divergence
+        dhidden, *grads = torch.autograd.grad(values.square().sum(), (h, w, b))
+        return [values.detach(), dhidden, *(x / _processes.PROCESSES for x in grads)]
+
+    assert all(torch.equal(*pair) for pair in zip(first[2:], second[2:], strict=True))
+    results = torch.cat((first[0], second[0])), first[1] + second[1], *first[2:]
+    names, wholes = ("divergence", *LEAVES[:3]), map(whole, (torch.float32, torch.float64))
+    for one in zip(names, results, *wholes, strict=True):
+        assert_as_good_as_eager(*one, factor=4.0)
+
+
 def head(dtype: torch.dtype) -> list[torch.Tensor]:
     """Three words, two of them the second process's, have the same logit in every row."""
     hidden, weight, bias = (x.detach() for x in sides(torch.float32)[:3])
@@ -298,7 +358,7 @@ def everything(rank: int, folder) -> None:
     planner.tile_shape = lambda tokens, vocab, kind: planner.Tiles(5, 64)
     of_dtensors(rank)
     of_wrong_shards(rank)
-    found = {"own_tokens": own_tokens(rank)}
+    found = {"own_tokens": own_tokens(rank), "travelling": travelling(rank)}
     found |= {"divergences": divergences(rank), "extremes": extremes(rank)}
     found |= {"lists": lists(rank), "mixtures": mixtures(rank)}
     torch.save(found, folder / f"{rank}.pt")

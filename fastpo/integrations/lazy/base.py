@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from ...ops.shards.gathered import HeadOptions
+from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.tiles.tiled import Tiled, dense
 
 
 @dataclass(eq=False)
 class Base:
-    """What all views of one call of the head share, and the log-probabilities known so far."""
+    """What all views of one call of the head share, and the log-probabilities known so far.
+
+    own_tokens: of a weight in shards, whether each process has rows of its own.
+    """
 
     hidden: Tensor  # [M, H]
     weight: Tensor  # [V, H]
@@ -24,6 +29,7 @@ class Base:
     own: HeadOptions  # budget and backend
     known: Known
     family: Family = field(default_factory=lambda: Family())
+    own_tokens: bool = True
     versions: tuple[int | None, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -45,11 +51,24 @@ class Base:
         assert hidden is not None and weight is not None
         adapter = None if down is None or up is None else (down, up)
         self.check()
-        return Base(hidden, weight, bias, adapter, self.own, self.known.detach(), self.family)
+        known = self.known.detach()
+        return Base(hidden, weight, bias, adapter, self.own, known, self.family, self.own_tokens)
+
+    @cached_property
+    def gathered(self) -> Base:
+        """With the whole head; where it lies in shards all processes have to ask for it."""
+        if not isinstance(self.weight, DTensor):
+            return self
+        self.check()
+        with torch.enable_grad():  # whoever asks first
+            weight: Tensor = whole(self.weight)
+            bias = None if self.bias is None else whole(self.bias)
+        return Base(self.hidden, weight, bias, None, self.own, self.known, self.family)
 
     def check(self) -> None:
         """Logits that a model had made would not change with its weights, nor go with them."""
-        if self.weight.numel() and not self.weight.untyped_storage().size():
+        here = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        if here.numel() and not here.untyped_storage().size():
             raise RuntimeError(
                 "lm_head.weight: expected to be there after the forward, got one given up; under "
                 "FSDP2 say reshard_after_forward=False for the module that holds it"
@@ -91,7 +110,10 @@ def _version(x: Tensor | None) -> int | None:
 
 
 def _memory(x: Tensor | None) -> Tensor | None:
-    """What a quantised weight is made of; anything else is there itself."""
+    """What a quantised weight is made of, and of a sharded one what is here."""
+    if isinstance(x, DTensor):
+        here: Tensor = x.to_local()
+        return here
     return x.stored if isinstance(x, Tiled) else x
 
 

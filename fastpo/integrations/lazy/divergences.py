@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from ...ops.linear_divergence import linear_divergence
+from ...ops.linear_divergence import DivergenceOptions
+from ...ops.vocab_parallel_divergence import diverge_sharded
+from ...ops.walks.mixture import Operands
 from .promise import Promise
 
 
 def divergence(student: Promise, teacher: Promise, kind: str, beta: float = 0.5) -> Tensor:
     """A kind of `linear_divergence` per position [*rows.shape], nats, of heads that join."""
+    scored = ((student.rows >= 0) & (teacher.rows >= 0)).flatten()
     rows = [side.rows.flatten().clamp(min=0) for side in (student, teacher)]
-    scored = (student.rows >= 0) & (teacher.rows >= 0)
-    sides = [_operands(side, row) for side, row in zip((student, teacher), rows, strict=True)]
-    found = linear_divergence(
-        *sides[0],
-        *sides[1],
-        kind=kind,
-        beta=beta,
-        mask=scored.flatten(),
-        bias=student.base.bias,
-        teacher_bias=teacher.base.bias,
+    found: Tensor | None = None
+    if isinstance(student.base.weight, DTensor):  # hidden states that do not count do not travel
+        found = scored.nonzero().squeeze(1)
+        rows = [x.index_select(0, found) for x in rows]
+    options = DivergenceOptions(
+        kind,
+        beta,
         softcap=student.options.softcap,
         teacher_softcap=teacher.options.softcap,
         logit_scale=student.options.logit_scale,
@@ -30,13 +31,20 @@ def divergence(student: Promise, teacher: Promise, kind: str, beta: float = 0.5)
         budget=student.options.budget,
         backend=student.options.backend,
     )
-    assert found.divergence is not None
-    return found.divergence.view(student.rows.shape)
+    own, other = (_operands(x, row) for x, row in zip((student, teacher), rows, strict=True))
+    mask, own_tokens = scored if found is None else None, student.base.own_tokens
+    values = diverge_sharded(own, other, mask, options, own_tokens=own_tokens).divergence
+    assert values is not None
+    if found is not None:
+        values = values.new_zeros(len(scored)).index_copy(0, found, values)
+    return values.view(student.rows.shape)
 
 
-def _operands(side: Promise, rows: Tensor) -> tuple[Tensor, Tensor]:
+def _operands(side: Promise, rows: Tensor) -> Operands:
     hidden, adapter = side.base.select(rows)
+    weight, bias = side.base.weight, side.base.bias
     if adapter is None:
-        return hidden, side.base.weight
+        return Operands(hidden, weight, bias)
     down, up = (part.to(hidden.dtype) for part in adapter)
-    return torch.cat((hidden, down), 1), torch.cat((side.base.weight.to(hidden.dtype), up), 1)
+    hidden, weight = torch.cat((hidden, down), 1), torch.cat((weight.to(hidden.dtype), up), 1)
+    return Operands(hidden, weight, bias)

@@ -21,14 +21,17 @@ from .promise import OWN, Promise
 
 
 @contextmanager
-def lazy_head(who: str, model: Any, options: HeadOptions = OWN) -> Iterator[None]:
+def lazy_head(
+    who: str, model: Any, options: HeadOptions = OWN, shards: bool = False
+) -> Iterator[None]:
     """The model's head answers with `LazyLogits`; a head fastpo does not know stays itself.
 
     who: whose full logits are kept then, for the log.
+    shards: a head in shards stays in them, because all processes read the same of its logits.
     """
     try:
         head: Any = linear_head(model)
-        parts = _readable(head)
+        parts, own_tokens = _readable(head, shards), not tensor_parallel(head)
     except RuntimeError as error:
         say_once(f"{who} keeps its full logits", str(error))
         yield
@@ -47,18 +50,20 @@ def lazy_head(who: str, model: Any, options: HeadOptions = OWN) -> Iterator[None
         if not sharded:
             return promised(Promise.of(head, hidden, options))
         # Not the weight FSDP2 has gathered for this forward: it is gone when logits are asked for.
-        # Gathered here, because every process calls the head; not every one has labels to score.
         # In mixed precision FSDP2, too, gathers 16 bits.
-        weight, bias = (None if x is None else whole(x.to(hidden.dtype)) for x in parts)
-        return promised(Promise.of(head, hidden, options, (weight, bias)))
+        found = tuple(None if x is None else x.to(hidden.dtype) for x in parts)
+        if not shards:
+            # Gathered here: every process calls the head, not every one has labels to score.
+            found = tuple(None if x is None else whole(x) for x in found)
+        return promised(Promise.of(head, hidden, options, found, own_tokens))
 
     with standing_in(head, "forward", forward):
         yield
 
 
-def _readable(head: Any) -> tuple[Tensor, Tensor | None]:
+def _readable(head: Any, shards: bool) -> tuple[Tensor, Tensor | None]:
     """Weight and bias between two forwards; RuntimeError where they cannot be read after one."""
-    if tensor_parallel(head):
+    if tensor_parallel(head) and not shards:
         raise RuntimeError("lm_head.weight: expected a whole tensor, got a tensor-parallel shard")
     if hasattr(head.weight, "ds_id"):
         raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of ZeRO-3")

@@ -210,7 +210,7 @@ def promise_of(logits: Any) -> Promise | None:
     if not isinstance(node, Promise):
         return None
     logits._past = True
-    return node
+    return node.gathered
 
 
 def _standing(logits: Any) -> Node | None:
@@ -227,7 +227,8 @@ def _standing(logits: Any) -> Node | None:
 
 
 def promises(student: Any, teacher: Any) -> tuple[Promise, Promise] | None:
-    """`promise_of` both; None, and neither counts as read, where one has real logits.
+    """`promise_of` both, in shards where their heads are; None, and neither counts as read, where
+    one has real logits.
 
     Nor where one is of an adapter on a quantised head, which are not one weight.
     """
@@ -244,6 +245,8 @@ def _answer(func: Any, args: Any, kwargs: Any) -> Any:
     """What is known without logits, its promises as tensors."""
     lazy = _lazy((args, kwargs))
     nodes = {id(x): _standing(x) for x in lazy}
+    if func not in VIEWS:
+        nodes = {key: _gathered(node) for key, node in nodes.items()}
     if not lazy or None in nodes.values() or any(_hooked(x) for x in lazy):
         return NotImplemented
     found = _read(func, args, kwargs, nodes)
@@ -267,6 +270,10 @@ def _read(func: Any, args: Any, kwargs: Any, nodes: dict[int, Any]) -> Any:
             return found
     args, kwargs = tree_map_only(LazyLogits, lambda x: Operand(x, nodes[id(x)]), (args, kwargs))
     return express(func, args, kwargs)
+
+
+def _gathered(node: Any) -> Any:
+    return node.gathered if isinstance(node, Promise) else node
 
 
 def _made_of(logits: LazyLogits) -> list[LazyLogits]:
@@ -342,7 +349,7 @@ def _scale(name: str, logits: Any, by: Any) -> bool:
 
 def _scale_rows(name: str, logits: Any, node: Node, by: Any) -> bool:
     """By one number a row, say: what is read from now on goes by blocks."""
-    func = torch.mul if name.startswith("mul") else torch.div
+    func, node = torch.mul if name.startswith("mul") else torch.div, _gathered(node)
     scaled = express(func, (Operand(promised(node), node), by), {})
     if not isinstance(scaled, Rowwise) or scaled.dtype != node.dtype:
         return False

@@ -44,10 +44,18 @@ class Promise:
     edition: int = 0  # how often these logits were scaled in place
 
     @classmethod
-    def of(cls, head: Any, hidden: Tensor, own: HeadOptions = OWN, parts: Any = None) -> Promise:
+    def of(
+        cls,
+        head: Any,
+        hidden: Tensor,
+        own: HeadOptions = OWN,
+        parts: Any = None,
+        own_tokens: bool = True,
+    ) -> Promise:
         """Instead of `head(hidden)`, for a linear layer with or without LoRA.
 
         parts: weight and bias, where the layer's own will be gone when they are read.
+        own_tokens: see `Base`.
         """
         hidden = hidden.to(head.weight.device)  # with a device_map the backbone may end elsewhere
         given, kind = hidden.dtype, hidden.device.type
@@ -61,7 +69,8 @@ class Promise:
         else:
             (weight, bias), adapter = parts, None
         rows = torch.arange(len(flat), dtype=torch.int64, device=flat.device)
-        base = Base(rounded(flat, weight), weight, bias, adapter, own, Known.of(flat))
+        operand = rounded(flat, weight), weight, bias, adapter
+        base = Base(*operand, own, Known.of(flat), own_tokens=own_tokens)
         dtype = given if keeps_dtype(base_layer(head)) else hidden.dtype
         made = cls(base, rows.view(hidden.shape[:-1]), dtype)
         # Logits of a pass without gradient stay constants, wherever they are read.
@@ -104,6 +113,12 @@ class Promise:
 
     def whole(self, leaves: tuple[Tensor | None, ...]) -> Tensor:
         return self.on(leaves).materialize()
+
+    @property
+    def gathered(self) -> Promise:
+        """Of the whole head; where it lies in shards all processes have to ask for it."""
+        base = self.base.gathered
+        return self if base is self.base else replace(self, base=base)
 
     @property
     def plain(self) -> Promise:
@@ -261,9 +276,10 @@ class Promise:
 
     def materialize(self) -> Tensor:
         """The logits, as the model would have made them."""
-        hidden, adapter = self.base.select(self.rows.flatten().clamp(min=0))
+        base = self.base.gathered
+        hidden, adapter = base.select(self.rows.flatten().clamp(min=0))
         down = None if adapter is None else adapter[0]
-        return self.read(self.base.products(hidden, down)).view(self.shape)
+        return self.read(base.products(hidden, down)).view(self.shape)
 
     def read(self, x: Tensor) -> Tensor:
         """What this reading makes of the head's products [N, V]."""

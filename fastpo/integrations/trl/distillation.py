@@ -1,32 +1,28 @@
 """TRL's distillation trainers: two heads, and the divergence between them without logits.
 
-DistillationTrainer hands hidden states to one function. GKD, GOLD, IW-OPD, SDPO and SDFT take the
-logits of student and teacher: both heads are lazy while they do, and where the two meet fastpo
-computes the divergence per token. A server's teacher has log-probabilities of a few words only.
-Masks and reductions stay TRL's.
+DistillationTrainer hands hidden states to one function: `fused_pair`. GKD, GOLD, IW-OPD, SDPO and
+SDFT take the logits of student and teacher: both heads are lazy while they do, and where the two
+meet fastpo computes the divergence per token. A server's teacher has log-probabilities of a few
+words only. Masks and reductions stay TRL's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.linear_divergence import linear_divergence
 from ...ops.shards.gathered import HeadOptions
 from ..lazy.divergences import divergence
 from ..lazy.logits import promises
-from ..seams.saying import say_once
 from ..seams.seam import Make, Replacement, Seam
+from . import fused_pair
 from .gold import Sorted
-from .head import Compact, unserved
 from .logits import LOSS, Reader
 
-_VERSIONS = ("1.16",)
 _EXPERIMENTAL = ("1.13", "1.14", "1.15", "1.16")
 
 
@@ -95,80 +91,13 @@ class _TwoHeads(Reader):
     others = ("teacher_model",)
 
 
-class _Divergence(Replacement):
-    """`linear_divergence` behind the `apply` of TRL's autograd function."""
+class _Divided(_TwoHeads):
+    """One whose loss is `generalized_jsd_loss` and nothing else."""
 
-    def __init__(self, original: Any, own: HeadOptions) -> None:
-        super().__init__(original)
-        self.own = own
-
-    def apply(self, *arguments: Any) -> tuple[Tensor, Tensor]:
-        why = self._unserved(*arguments[:6])
-        if why is None:
-            return self.divergence(*arguments)
-        say_once("DistillationTrainer keeps its own divergence", why)
-        divergence, entropy = self.original.apply(*arguments)
-        return divergence, entropy
-
-    @staticmethod
-    def _unserved(*tensors: Tensor | None) -> str | None:
-        # ZeRO-3 takes the weights away before the backward, which does not gather them again.
-        if any(hasattr(weight, "ds_id") for weight in (tensors[1], tensors[4])):
-            return "lm_head.weight: expected a whole tensor, got a shard"
-        return unserved(**dict(zip(_APPLY, tensors, strict=False)))
-
-    def divergence(
-        self,
-        student_hidden: Tensor,  # [N, H]
-        student_weight: Tensor,  # [V, H]
-        student_bias: Tensor | None,
-        teacher_hidden: Tensor,  # [N, H']
-        teacher_weight: Tensor,  # [V, H']
-        teacher_bias: Tensor | None,
-        beta: float,
-        temperature: float = 1.0,
-        student_logit_scale: float = 1.0,
-        student_final_logit_softcapping: float | None = None,
-        teacher_logit_scale: float = 1.0,
-        teacher_final_logit_softcapping: float | None = None,
-    ) -> tuple[Tensor, Tensor]:  # each [N]
-        found = linear_divergence(
-            student_hidden,
-            student_weight,
-            teacher_hidden,
-            teacher_weight,
-            kind="jsd",
-            beta=beta,
-            bias=student_bias,
-            teacher_bias=teacher_bias,
-            temperature=temperature,
-            softcap=student_final_logit_softcapping,
-            teacher_softcap=teacher_final_logit_softcapping,
-            logit_scale=student_logit_scale,
-            teacher_logit_scale=teacher_logit_scale,
-            outputs=("divergence", "entropy"),
-            budget=self.own.budget,
-            backend=self.own.backend,
-        )
-        assert found.divergence is not None and found.entropy is not None
-        return found.divergence, found.entropy.detach()
+    def shards(self, trainer: Any) -> bool:
+        return not getattr(trainer, "use_uld_loss", False)  # GOLD's across tokenizers
 
 
-_TRL = "trl.trainer.distillation_trainer"
-_APPLY = (
-    "student_hidden",
-    "student_weight",
-    "student_bias",
-    "teacher_hidden",
-    "teacher_weight",
-    "teacher_bias",
-    "beta",
-    "temperature",
-    "student_logit_scale",
-    "student_final_logit_softcapping",
-    "teacher_logit_scale",
-    "teacher_final_logit_softcapping",
-)
 _LOSS = (*LOSS, "num_items_in_batch")
 _PAIR = ("teacher_logits", "labels", "beta", "temperature", "reduction")
 _ULD = (
@@ -184,9 +113,9 @@ _ULD = (
 _FORWARD = ("model", "input_ids", "attention_mask", "logits_to_keep")
 _SELF = ("student_logits", "teacher_logits", "distillation_alpha")
 _TABLE: tuple[tuple[str, str, tuple[str, ...], Make], ...] = (
-    ("gkd", "GKDTrainer.compute_loss", _LOSS, _TwoHeads),
+    ("gkd", "GKDTrainer.compute_loss", _LOSS, _Divided),
     ("gkd", "GKDTrainer.generalized_jsd_loss", (*_PAIR, "num_items_in_batch"), _JSD),
-    ("gold", "GOLDTrainer.compute_loss", _LOSS, _TwoHeads),
+    ("gold", "GOLDTrainer.compute_loss", _LOSS, _Divided),
     (
         "gold",
         "GOLDTrainer.generalized_jsd_loss",
@@ -214,6 +143,4 @@ def replacements(own: HeadOptions) -> dict[Seam, Make]:
         Seam(f"trl.experimental.{name}.{name}_trainer", attribute, parameters, _EXPERIMENTAL): make
         for name, attribute, parameters, make in _TABLE
     }
-    apply = Seam(_TRL, "ChunkedDivergenceFunction", _APPLY, _VERSIONS, "forward", optional=True)
-    compact = Seam(_TRL, "_use_triton", ("device",), _VERSIONS, optional=True)
-    return {**made, apply: partial(_Divergence, own=own), compact: Compact}
+    return {**made, **fused_pair.replacements(own)}

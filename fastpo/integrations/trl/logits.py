@@ -28,6 +28,11 @@ class Reader(Method):
 
     others: tuple[str, ...] = ()  # attributes of the trainer
 
+    def shards(self, trainer: Any) -> bool:
+        """Does the method read the same of the logits on every process, whatever its batch holds?
+        Then heads in shards stay in them."""
+        return False
+
     def __init__(
         self, original: Any, options: HeadOptions = OWN, sharing: bool | None = None
     ) -> None:
@@ -48,7 +53,8 @@ class Reader(Method):
                 if one is None:
                     continue
                 inner = bare(trainer, one)
-                stack.enter_context(lazy_head(type(trainer).__name__, inner, self.options))
+                who, shards = type(trainer).__name__, self.shards(trainer)
+                stack.enter_context(lazy_head(who, inner, self.options, shards))
                 if self.sharing is not None:
                     stack.enter_context(packing(inner, self.sharing))
             yield
@@ -70,6 +76,9 @@ def real_outputs(result: Any) -> Any:
     if isinstance(logits, LazyLogits) and torch.is_grad_enabled():
         # The weights will have changed when logits of a training step are read after it.
         outputs.logits = logits.detach() + 0
+    elif (promise := promise_of(logits)) is not None:
+        # Of a head in shards, gathered here: perhaps one process alone reads them.
+        outputs.logits = promised(promise)
     return result
 
 

@@ -16,7 +16,7 @@ import _processes
 import _tiny as tiny
 import _trainers
 import torch
-from accelerate.state import DistributedType, PartialState
+from _sharding import shard_on_a_cpu, whole
 from transformers import training_args
 from trl.trainer import distillation_trainer
 
@@ -124,12 +124,6 @@ HALVES = ("dpo", "cpo", "gkd", "sft_smoothed")  # run in mixed precision, too
 WHOLE = {"use_cpu": True, "ddp_backend": "gloo"}
 
 
-def shard_on_a_cpu():
-    """accelerate shards on accelerators only: for it the CPU of this process is one of several."""
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-
-
 def train(name, folder, changes):
     prefix, data, model, own, arguments = TRAINERS[name]
     path = _trainers.saved(folder / model, model)
@@ -140,16 +134,6 @@ def train(name, folder, changes):
     logs[-1].pop("total_flos")  # transformers counts the numbers this process holds
     weights = dict(trainer.model.named_parameters())
     return logs, {n: whole(p) for n, p in weights.items()}, {n: held(p) for n, p in weights.items()}
-
-
-def whole(parameter):
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().clone()
-    gather = getattr(parameter, "full_tensor", parameter.detach)
-    return gather().detach().clone()
 
 
 def held(parameter):
