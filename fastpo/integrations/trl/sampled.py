@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...mismatch import diagnose
@@ -79,14 +80,19 @@ class Replay:
 
 @dataclass
 class Record:
-    """The words that a rule keeps now, and the one that was drawn: found, scored and remembered."""
+    """The words that a rule keeps now, and the one that was drawn: found, scored and remembered.
+
+    mass: their probability among all words, as they were found.
+    """
 
     rule: Rule
     found: list[Support] = field(default_factory=list)
+    mass: list[Tensor] = field(default_factory=list)
 
     def score(self, operands: Operands, gather: Any, adapter: Any) -> TokenStats:
-        own = kept_words(self.rule, *operands, gather=gather, adapter=adapter)
+        own, mass = kept_words(self.rule, *operands, gather=gather, adapter=adapter)
         self.found.append(own)
+        self.mass.append(mass)
         return score_over(own, "error", *operands, gather=gather, adapter=adapter)
 
 
@@ -115,10 +121,12 @@ class _Batch:
     """What is known of a batch.
 
     rows: words of each row's tokens that count, once somebody has found them.
+    mass: the probability of these words, of the same tokens, where the policy's pass found them.
     reference: makes the policy the reference, which is the same model with other adapters.
     """
 
     rows: list[Support] | None = None
+    mass: Tensor | None = None
     reference: Callable[[], AbstractContextManager[Any]] | None = None
 
 
@@ -142,6 +150,7 @@ class _Generates(Method):
             output = self.original(trainer, inputs)
         if batch.rows is not None:
             output[_COLUMN] = batch.rows
+        _log_mass(trainer, batch, output)
         _log(trainer, output)
         return output
 
@@ -163,8 +172,10 @@ class _Loss(Method):
     """`_compute_loss`: the policy's pass, over what the batch carries."""
 
     def __call__(self, trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
-        with _of(_Batch(inputs.get(_COLUMN))):
-            return self.original(trainer, model, inputs)
+        with _of(_Batch(inputs.get(_COLUMN))) as batch:
+            loss = self.original(trainer, model, inputs)
+        _log_mass(trainer, batch, inputs)
+        return loss
 
 
 class _Scores(Method):
@@ -202,6 +213,7 @@ class _Scores(Method):
         with _scoring(record):
             results = run()
         batch.rows = Support.cat(record.found).split(sizes)
+        batch.mass = torch.cat(record.mass)
         return results
 
 
@@ -222,18 +234,34 @@ class _Adapter(Replacement):
             batch.reference = None
 
 
+def _log_mass(trainer: Any, batch: _Batch, output: dict[str, Any]) -> None:
+    """What the sampler's rule has kept of the policy, where its words were found just now."""
+    if batch.mass is None:
+        return
+    sampled = _sampled(output)[output["completion_mask"] != 0]
+    if bool(sampled.any()):
+        _add(trainer, {f"{_METRIC}kept_mass": float(batch.mass[sampled].double().mean())})
+
+
 def _log(trainer: Any, output: dict[str, Any]) -> None:
     """How far the policy is from what the sampler says of itself, where both are there."""
     sampler, own = (output.get(name) for name in ("sampling_per_token_logps", _OLD))
     if sampler is None or own is None:
         return
-    mask = output["completion_mask"]
-    if "tool_mask" in output:
-        mask = mask * output["tool_mask"]
+    mask = _sampled(output)
     if bool(mask.any()):
-        numbers = diagnose(sampler, own, mask=mask).log(_METRIC)
-        for name, value in numbers.items():
-            trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
+        _add(trainer, diagnose(sampler, own, mask=mask).log(_METRIC))
+
+
+def _sampled(output: dict[str, Any]) -> Tensor:  # [B, T] bool
+    """Tokens that no tool has written."""
+    mask: Tensor = output["completion_mask"] != 0
+    return mask if "tool_mask" not in output else mask & (output["tool_mask"] != 0)
+
+
+def _add(trainer: Any, numbers: dict[str, float]) -> None:
+    for name, value in numbers.items():
+        trainer._metrics["train" if trainer.model.training else "eval"][name].append(value)
 
 
 def _words(rows: list[Support], sizes: list[int]) -> Support:

@@ -48,18 +48,23 @@ def ruled_words(
     bias: Tensor | None,
     spec: HeadSpec,
     drawn: Tensor,  # [n], a word of each token that is kept in any case
-) -> tuple[Tensor, Tensor]:
-    """Ids of all tokens, one after the other, and how many each has, on the host."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids of all tokens, one after the other, how many each has, on the host, and the probability
+    [n] of these among all words."""
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = _head(hidden, weight, bias, spec)
         ids = [head.empty(0, dtype=torch.int64)]
         counts = [torch.zeros(0, dtype=torch.int64, device="cpu")]
+        mass = [head.empty(0, dtype=torch.float32)]
         for a, b in _rows(head):
-            allowed = _kept(_logits(head, a, b), rule)
+            z = _logits(head, a, b)
+            allowed = _kept(z, rule)
             allowed.scatter_(1, drawn[a:b].unsqueeze(1), True)
             ids.append(allowed.nonzero(as_tuple=True)[1])
             counts.append(allowed.sum(1).cpu())
-        return torch.cat(ids), torch.cat(counts)
+            lse = z.logsumexp(1)
+            mass.append((z.masked_fill_(~allowed, float("-inf")).logsumexp(1) - lse).exp())
+        return torch.cat(ids), torch.cat(counts), torch.cat(mass)
 
 
 def _head(hidden: Tensor, weight: Tensor | Adapted, bias: Tensor | None, spec: HeadSpec) -> Head:

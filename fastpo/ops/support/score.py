@@ -105,14 +105,15 @@ def kept_words(
     options: HeadOptions,
     gather: Callable[..., AbstractContextManager[Any]] = gathered,
     adapter: tuple[Tensor, Tensor] | None = None,  # [N, r] and [V, r]
-) -> Support:
-    """What the rule keeps of each token, and its label, which a sampler has drawn in any case."""
+) -> tuple[Support, Tensor]:
+    """What the rule keeps of each token, and its label, which a sampler has drawn in any case; and
+    the probability [N] of these words among all."""
     problem = _Problem(hidden, weight, bias, labels, options, gather, adapter, None)
     with gather(weight, bias):
         check_tensors(hidden, weight, labels, bias)
         check_labels(labels, problem.vocab, None)
-        ids, counts = ruled_words(rule, *_whole(problem), labels)
-    return Support(ids, F.pad(counts.cumsum(0), (1, 0)))
+        ids, counts, mass = ruled_words(rule, *_whole(problem), labels)
+    return Support(ids, F.pad(counts.cumsum(0), (1, 0))), mass
 
 
 def _zeros(labels: Tensor, name: str) -> Tensor:

@@ -56,18 +56,23 @@ def rule(z, words):
 
 
 def spying(prefix, words_of=rule):
-    """A trainer class that holds every pass to the words of its batch; `passes` counts them."""
+    """A trainer class that holds every pass to the words of its batch; `passes` counts them, and
+    `masses` are what the words had of all in each batch."""
 
     class Spy(getattr(trl, f"{prefix}Trainer")):
         def _generate_and_score_completions(self, inputs):
             self.early, self.passes = [], getattr(self, "passes", [])
+            self.masses = getattr(self, "masses", [])
             output = super()._generate_and_score_completions(inputs)
             ids = [
                 torch.cat((output[f"prompt_{n}"], output[f"completion_{n}"]), 1)
                 for n in ("ids", "mask")
             ]
             z, words = completions(self.model, *ids, output["completion_ids"].shape[1])
-            found = zip(ids[0], words_of(z, words), strict=True)
+            kept = words_of(z, words)
+            mass = (z.double().softmax(-1) * kept).sum(-1)
+            self.masses.append(mass[output["completion_mask"].bool()].mean().item())
+            found = zip(ids[0], kept, strict=True)
             self.kept = getattr(self, "kept", {}) | {tuple(r.tolist()): own for r, own in found}
             for call in self.early:
                 self.judge(*call)
@@ -104,6 +109,11 @@ def spying(prefix, words_of=rule):
     return Spy
 
 
+def logged_masses(trainer):
+    name = "fastpo/sampler_kept_mass"
+    return [log[name] for log in trainer.state.log_history if name in log]
+
+
 def by_turns(completion_ids, **_):
     """Never the same for both completions of a prompt."""
     return [float(i % 2) for i in range(len(completion_ids))]
@@ -136,6 +146,8 @@ def test_every_pass_is_over_the_words_of_the_policy_that_sampled(
         built.train()
     assert sum(built.passes) == 3 and len(built.passes) > 3
     assert any(log.get("kl", 0) > 1e-3 for log in built.state.log_history)
+    assert max(built.masses) < 0.99
+    assert logged_masses(built) == pytest.approx(built.masses, rel=1e-5)
 
 
 def test_without_a_reference_the_policy_finds_them_itself(tmp_path):
@@ -146,6 +158,7 @@ def test_without_a_reference_the_policy_finds_them_itself(tmp_path):
         )
         built.train()
     assert built.passes == [True] * 3
+    assert logged_masses(built) == pytest.approx(built.masses, rel=1e-5)
 
 
 @pytest.mark.parametrize("prefix", ["GRPO", "RLOO"])
@@ -202,6 +215,7 @@ def test_what_the_sampler_reports_is_replayed(tmp_path):
     # A sampler that says -1 of every word.
     assert first["fastpo/sampler_mean"] > 0 and first["fastpo/sampler_outside"] == 1
     assert first["fastpo/sampler_q01"] <= first["fastpo/sampler_q99"] < 1
+    assert not logged_masses(built), "a product with all words"
 
 
 def test_a_report_of_another_length_is_refused(tmp_path):
