@@ -312,7 +312,7 @@ def _(
 
 def _traced(labels: Tensor) -> bool:
     """Then it is one operator of the graph, or of tensors that hold nothing."""
-    return torch.compiler.is_compiling() or type(labels) is not Tensor
+    return torch.compiler.is_compiling() or type(labels) is not Tensor or labels.is_meta
 
 
 class _Divergence(torch.autograd.Function):

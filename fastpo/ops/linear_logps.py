@@ -341,10 +341,11 @@ def _backward(ctx: Any, *results: Any) -> tuple:
     check_plain("linear_logps", given)
     operands = (hidden, weight, bias)
     found: Any
-    if type(driver.Forward(*saved).kept) is Tensor:
+    kept = driver.Forward(*saved).kept
+    if type(kept) is Tensor and not kept.is_meta:
         spec = _spec(hidden, inverse, *ctx.options)
         found = _walk_back(given, *operands, labels, saved, needs, spec, ctx.loan)
-    else:  # traced: an operator may not return memory of an argument
+    else:  # traced, or empty: an operator may not return memory of an argument
         *options, _ = ctx.options
         found = _backward_op(given, *operands, labels, inverse, saved, needs, *options, False)
     leaves = tuple(x if need else None for x, need in zip(found, needs, strict=True))

@@ -161,7 +161,7 @@ def best_words(
     head_grad = torch.is_grad_enabled() and head_grad
     head = options.spec(hidden, head_grad, None if mask is None else _LEFT_OUT)
     with stays():
-        values, ids, lse = _LinearTopK.apply(
+        values, ids, lse = _run(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             bias,
@@ -170,6 +170,12 @@ def best_words(
             walk.TopKSpec(k, head, options.name),
         )
     return TopK(values.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))
+
+
+@torch.compiler.disable  # its loops would be traced tile by tile
+def _run(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    found: tuple[Tensor, Tensor, Tensor] = _LinearTopK.apply(*operands)
+    return found
 
 
 class _LinearTopK(torch.autograd.Function):

@@ -135,9 +135,15 @@ def mix(
     own = _weights_of_heads(coefficients, len(operands), labels)
     rows = (hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens)
     with stays():
-        results = _MixedLinearLogps.apply(labels.reshape(-1), own, spec, *rows, *words, *biases)
+        results = _run(labels.reshape(-1), own, spec, *rows, *words, *biases)
     fields = dict(zip(OUTPUTS, results, strict=True))
     return TokenStats(**{name: fields[name].view(labels.shape) for name in options.outputs})
+
+
+@torch.compiler.disable  # its loops would be traced tile by tile
+def _run(*operands: Any) -> tuple[Tensor, ...]:
+    found: tuple[Tensor, ...] = _MixedLinearLogps.apply(*operands)
+    return found
 
 
 class _MixedLinearLogps(torch.autograd.Function):

@@ -92,6 +92,7 @@ def _temperatures(
     return each.reshape(-1).index_select(0, order).split(sizes)
 
 
+@torch.compiler.disable  # how many there are is no constant
 def _grouped(heads: Tensor, count: int) -> tuple[Tensor, list[int]]:
     """Tokens sorted by head, stably, and how many each head has; on the host."""
     wrong = (heads < 0) | (heads >= count)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _primitives import CALLS
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fastpo
 
@@ -81,3 +83,43 @@ PLAN_TABLE = [
 def test_plan_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         fastpo.plan(**{"tokens": 8, "vocab": 16, "hidden": 4} | changes)
+
+
+def faked(call):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return call.gradients(call.leaves())
+
+
+def in_a_mode(call):
+    leaves = call.leaves()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return call.gradients(leaves)
+
+
+def on_meta(call):
+    leaves = call.leaves().items()
+    trained = call.trained
+    return call.gradients(
+        {k: x.detach().to("meta").requires_grad_(k in trained) for k, x in leaves}
+    )
+
+
+OPERATORS = ("linear_logps", "linear_divergence", "multi_token_logps")
+
+
+@pytest.mark.parametrize("way", [faked, in_a_mode, on_meta])
+@pytest.mark.parametrize("case", CALLS)
+def test_tensors_that_hold_nothing(case, way, mesh):
+    """Operators have the shapes of their results; the others say no before a kernel runs."""
+    call = CALLS[case]
+    if call.name in OPERATORS and case != "logps of tiles":
+        found = way(call)
+        assert [(x.shape, x.dtype) for x in found] == [
+            (x.shape, x.dtype) for x in call.gradients(call.leaves())
+        ]
+        return
+    # PyTorch's own words where a value is wanted before that.
+    words = r"expected a tensor in memory, got (a FakeTensor|one on the meta device)|_local_scalar"
+    refusals = RuntimeError, DataDependentOutputException, NotImplementedError
+    with pytest.raises(refusals, match=words + "|Cannot copy out of meta"):
+        way(call)

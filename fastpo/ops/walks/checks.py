@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 OUTPUTS = ("logps", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1", "lse")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -16,6 +17,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype eager products would run in here."""
     kind = hidden.device.type
+    if kind == "meta":  # which PyTorch has no autocast for
+        return hidden.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
@@ -70,6 +73,18 @@ def check_whole(**tensors: Tensor) -> None:
         # By attribute: torch.distributed takes half a second to import.
         if hasattr(tensor, "placements"):
             raise ValueError(f"{name}: expected a whole tensor, got DTensor {tensor.placements}")
+
+
+def check_memory(**tensors: Tensor) -> None:
+    """RuntimeError for tensors that hold nothing: kernels would read at their addresses.
+
+    Operators, which know the shapes of their results without a walk, do not get here.
+    """
+    made = torch.empty(0, device="cpu")  # what a FakeTensorMode makes of it
+    for name, x in (*tensors.items(), (next(iter(tensors)), made)):
+        if x.is_meta or isinstance(x, FakeTensor):
+            kind = "a FakeTensor" if isinstance(x, FakeTensor) else "one on the meta device"
+            raise RuntimeError(f"{name}: expected a tensor in memory, got {kind}")
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from ... import planner
 from ..rows import backend as R
 from ..rows import registry
 from ..rows.pair import backend as P
+from .checks import check_memory
 from .head import Head, HeadSpec, mm_float32
 from .mixture import Gradients, Operands, Sums
 
@@ -145,6 +146,7 @@ def fake_forward(operands: Sequence[Operands], labels: Tensor, spec: DivergenceS
 
 def forward(operands: Sequence[Operands], labels: Tensor, spec: DivergenceSpec) -> Saved:
     device = operands[0].hidden.device
+    check_memory(hidden=operands[0].hidden)
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         heads = _Heads(operands, labels, spec)
         first = heads.first

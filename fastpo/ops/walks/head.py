@@ -14,6 +14,7 @@ from ... import planner
 from ..rows import backend as R
 from ..rows import registry
 from ..tiles.tiled import Tiled
+from .checks import check_memory
 from .mask import WordMask
 
 if TYPE_CHECKING:
@@ -288,6 +289,7 @@ def addmm_float32(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 def check_labels(labels: Tensor, vocab: int, ignore_index: int | None) -> None:
     """On a CPU a label outside the vocabulary raises; elsewhere its row becomes NaN, unread."""
+    check_memory(labels=labels)
     if labels.device.type != "cpu":
         return
     wrong = (labels < 0) | (labels >= vocab)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..rows import registry
 from ..tiles.tiled import Tiled
 from .anchored import unit_columns
+from .checks import check_memory
 from .derivatives import check_plain, first_derivatives
 from .saving import stays
 
@@ -25,7 +26,13 @@ def picked_products(
         weight = weight.index_select(0, words)
     operands = unit_columns(hidden), unit_columns(weight), ids.contiguous()
     with stays():
-        found: Tensor = _Picked.apply(*operands)
+        return _run(*operands)
+
+
+@torch.compiler.disable
+def _run(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    check_memory(hidden=hidden)
+    found: Tensor = _Picked.apply(hidden, weight, ids)
     return found
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..rows import backend as R
 from .backward import BackwardWalk, row_grads
 from .best_words import NEVER, merge, unpack
+from .checks import check_memory
 from .forward import finish, folded_tiles
 from .head import Forward, Head, HeadSpec, kept_shapes
 from .logits import to_logits
@@ -55,6 +56,7 @@ def forward(
     exclude: Tensor | None,  # [N]
     spec: TopKSpec,
 ) -> Found:
+    check_memory(hidden=hidden)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, labels, spec.head)
         n = len(head.hidden)
