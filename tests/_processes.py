@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import time
@@ -14,6 +15,10 @@ import torch.multiprocessing as mp
 
 PROCESSES = 2
 
+# Imported once, by a server that processes are forked from: what they import takes seconds.
+SHARED = ("torch.distributed.fsdp", "torch.distributed.tensor", "transformers.trainer", "peft")
+SHARED += ("trl.trainer.dpo_trainer", "trl.trainer.kto_trainer", "trl.trainer.grpo_trainer")
+
 
 def free_port() -> int:
     with socket.socket() as found:
@@ -23,7 +28,11 @@ def free_port() -> int:
 
 def run(work: Callable[..., None], *arguments: Any, seconds: float = 120) -> None:
     """`work(rank, *arguments)` in each process; one that fails or waits for ever fails the test."""
-    started = mp.spawn(_process, args=(free_port(), work, arguments), nprocs=PROCESSES, join=False)
+    multiprocessing.set_forkserver_preload([*SHARED])
+    # A GPU that an import has only counted is lost to a fork.
+    method = "spawn" if torch.cuda.is_available() else "forkserver"
+    given = free_port(), dict(os.environ), work, arguments
+    started = mp.start_processes(_process, given, PROCESSES, join=False, start_method=method)
     deadline = time.monotonic() + seconds
     while not started.join(timeout=1):
         if time.monotonic() > deadline:
@@ -32,7 +41,15 @@ def run(work: Callable[..., None], *arguments: Any, seconds: float = 120) -> Non
             pytest.fail(f"processes: expected to end in {seconds} s, got none that did")
 
 
-def _process(rank: int, port: int, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _process(
+    rank: int,
+    port: int,
+    environment: dict[str, str],
+    work: Callable[..., None],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.clear()
+    os.environ |= environment
     local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES}
     os.environ |= {name: str(value) for name, value in local.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
