@@ -280,6 +280,26 @@ def test_words_one_by_one_in_any_layout(arranged, backend, monkeypatch):
             assert torch.equal(found, wanted)
 
 
+@pytest.mark.parametrize("ruled", [False, True])
+def test_between_two_compiled_graphs(ruled):
+    def loss(hidden, weight, labels, ids):
+        words = fastpo.Support.rule(top_k=3) if ruled else ids
+        stats = fastpo.linear_logps(hidden * 2, weight, labels, support=words, outside="raw")
+        return (stats.logps * 0.5).sum()
+
+    inputs = make_head(16, 300, 8, ignored=0.2)
+    ids = torch.arange(16 * 5).view(16, 5)
+    results = []
+    for function in (loss, torch.compile(loss, backend="aot_eager")):
+        x = inputs.like(torch.float32)
+        value = function(x.hidden, x.weight, x.labels, ids)
+        results.append((value, *torch.autograd.grad(value, (x.hidden, x.weight))))
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="score_over"):
+        torch.compile(loss, fullgraph=True, backend="eager")(x.hidden, x.weight, x.labels, ids)
+
+
 def test_nobody_is_scored():
     x = make_head(4, V, H, seed=7).like(torch.float32)
     nobody = torch.full_like(x.labels, -100)
