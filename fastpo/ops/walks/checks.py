@@ -82,7 +82,7 @@ def check_memory(**tensors: Tensor) -> None:
     """
     made = torch.empty(0, device="cpu")  # what a FakeTensorMode makes of it
     for name, x in (*tensors.items(), (next(iter(tensors)), made)):
-        if x.is_meta or isinstance(x, FakeTensor):
+        if x.device.type == "meta" or isinstance(x, FakeTensor):
             kind = "a FakeTensor" if isinstance(x, FakeTensor) else "one on the meta device"
             raise RuntimeError(f"{name}: expected a tensor in memory, got {kind}")
 
