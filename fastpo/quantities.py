@@ -76,6 +76,9 @@ class Quantities:
     def rows(self, objective: Callable[..., Tensor], **hyperparameters: Any) -> Tensor:
         """The objective's rows; weights of the batch that it does not name itself multiply them."""
         rows = objective(**self.for_objective(objective), **hyperparameters)
+        if not isinstance(rows, Tensor) or rows.dim() != 1:
+            got = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+            raise ValueError(f"objective: expected one loss per row, unreduced, got {got}")
         function = _positional(objective)[1]
         named = inspect.signature(function).parameters
         for name in _ROW_WEIGHTS:

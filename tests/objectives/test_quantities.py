@@ -180,6 +180,13 @@ def test_only_what_is_asked_is_computed():
     assert len(calls) == 2
 
 
+def test_losses_that_are_no_rows():
+    q = Quantities({"chosen_token_logps": torch.randn(B, T)})
+    for reduce in (lambda x: x, torch.mean, lambda x: (x, None)):
+        with pytest.raises(ValueError, match="objective: expected one loss per row"):
+            q.rows(lambda chosen_token_logps, reduce=reduce: reduce(chosen_token_logps))
+
+
 def test_weights_of_rows():
     a, w = torch.randn(B), torch.tensor([0.0, 1.0, 3.0])
     q = Quantities({"chosen_logratios": a, "rejected_logratios": -a, "pair_weights": w})

@@ -299,6 +299,31 @@ def test_what_is_missing_is_named(key, tmp_path):
         trainer("DPO", tmp_path, loss_type=key, **changes)
 
 
+NOT_QUANTITIES = r"objective: expected parameters named as quantities are, got "
+WRONG_FUNCTIONS = {
+    "unknown": (lambda difficulty: difficulty, NOT_QUANTITIES + "difficulty"),
+    "keywords": (lambda **q: q["chosen_logps"], NOT_QUANTITIES + r"\*\*q"),
+    "module": (torch.nn.Identity(), NOT_QUANTITIES + r"\*args"),
+    "unbound": (lambda chosen_logps, *, tau: tau * chosen_logps, "tau: expected a value bound"),
+    "reduced": (lambda chosen_logps: -chosen_logps.mean(), r"one loss per row, .*got \(\)"),
+    "tokens": (lambda chosen_token_logps: -chosen_token_logps, r"one loss per row, .*got \(2, "),
+    "pair": (lambda chosen_logps: (-chosen_logps, {}), "one loss per row, .*got tuple"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FUNCTIONS)
+def test_a_function_of_one_s_own_that_cannot_be_right(case, tmp_path):
+    function, message = WRONG_FUNCTIONS[case]
+    with fastpo.patched(objective=function), pytest.raises(ValueError, match=message):
+        trainer("DPO", tmp_path).train()
+
+
+def test_a_column_without_numbers(tmp_path):
+    data = tiny.preferences().add_column("margins", [None] * len(tiny.preferences()))
+    with fastpo.patched(objective="dpo"), pytest.raises(ValueError, match="margins: expected equally"):
+        trainer("DPO", tmp_path, data=data).train()
+
+
 def test_a_list_of_the_wrong_length(tmp_path):
     data = tiny.preferences()
     for side in SIDES:

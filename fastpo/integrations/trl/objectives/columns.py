@@ -143,6 +143,6 @@ def _stacked(name: str, values: list[Any], device: torch.device) -> Tensor:
     fractions = any(isinstance(x, float) for x in tree_leaves(values))
     try:
         tensor = torch.tensor(values, dtype=torch.float32 if fractions else None, device=device)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: expected equally many numbers per row, got {error}") from error
     return tensor.t().contiguous() if SHAPES[name][0] == ("K", "B") else tensor

@@ -108,10 +108,28 @@ def terms_of(
 
 def of_family(function: Objective, families: Sequence[str]) -> Objective:
     entry = entry_of(function)
-    if entry is not None and entry.family not in families:
+    if entry is None:
+        _check_parameters(function)
+    elif entry.family not in families:
         expected = " or ".join(families)
         raise ValueError(f"{entry.key}: expected an objective of {expected}, got {entry.family}")
     return function
+
+
+def _check_parameters(function: Objective) -> None:
+    """Of a function of the caller's own: quantities by name, and hyperparameters that are known."""
+    base, bound = unwrap(function)
+    for parameter in inspect.signature(base).parameters.values():
+        name, kind = parameter.name, parameter.kind
+        if name in bound:
+            continue
+        if kind is parameter.KEYWORD_ONLY and parameter.default is parameter.empty:
+            raise ValueError(f"{name}: expected a value bound beforehand, got none")
+        named = kind is parameter.POSITIONAL_OR_KEYWORD and name in SHAPES
+        if not named and kind is not parameter.KEYWORD_ONLY:
+            raise ValueError(
+                f"objective: expected parameters named as quantities are, got {parameter}"
+            )
 
 
 def _configured(config: Any, key: str) -> dict[str, Any]:
