@@ -320,7 +320,7 @@ def test_a_function_of_one_s_own_that_cannot_be_right(case, tmp_path):
 
 def test_a_column_without_numbers(tmp_path):
     data = tiny.preferences().add_column("margins", [None] * len(tiny.preferences()))
-    with fastpo.patched(objective="dpo"), pytest.raises(ValueError, match="margins: expected equally"):
+    with fastpo.patched(objective="dpo"), pytest.raises(ValueError, match="margins: expected"):
         trainer("DPO", tmp_path, data=data).train()
 
 
