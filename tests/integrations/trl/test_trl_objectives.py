@@ -318,6 +318,21 @@ def test_a_function_of_one_s_own_that_cannot_be_right(case, tmp_path):
         trainer("DPO", tmp_path).train()
 
 
+def test_a_reference_that_is_no_model():
+    for given in ("path/to/model", ["path/to/model"], (None,)):
+        with pytest.raises(ValueError, match=r"references\['prev'\]: expected a model, got "):
+            fastpo.patch(objective="inpo", references={"prev": given})
+
+
+def test_a_text_of_another_kind_than_the_others(tmp_path):
+    data = tiny.preferences().add_column("third", ["an apple"] * len(tiny.preferences()))
+    with (
+        fastpo.patched(objective="tpo_triple"),
+        pytest.raises(ValueError, match="third: expected a list as chosen is, got a str"),
+    ):
+        trainer("DPO", tmp_path, data=data)
+
+
 def test_a_column_without_numbers(tmp_path):
     data = tiny.preferences().add_column("margins", [None] * len(tiny.preferences()))
     with fastpo.patched(objective="dpo"), pytest.raises(ValueError, match="margins: expected"):

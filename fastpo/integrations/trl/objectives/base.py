@@ -54,8 +54,8 @@ class ObjectiveTrainer:
         trainer.precompute_ref_logps = self.precompute
         trainer.data_collator = self.carrying(trainer.data_collator)
         self.other_models = {
-            name: [self._frozen(one) for one in (models if isinstance(models, list) else [models])]
-            for name, models in self.setting.references.items()
+            name: [self._frozen(one) for one in self.setting.models(name)]
+            for name in self.setting.references
         }
 
     def _frozen(self, model: Any) -> Any:
@@ -154,6 +154,9 @@ def tokenized_text(text: str, dataset: Any, prepare: Any, processing_class: Any,
 
     def as_pair(row: Any) -> dict[str, Any]:
         prompt = row.get(f"{text}_prompt", row["prompt"])
+        expected, got = (type(row.get(name, row[text])).__name__ for name in ("chosen", text))
+        if got != expected:  # a string, or messages
+            raise ValueError(f"{text}: expected a {expected} as chosen is, got a {got}")
         return {"prompt": prompt, "chosen": row[text], "rejected": row[text]}
 
     whole = copy.copy(args)

@@ -48,7 +48,16 @@ class Setting:
         unknown = set(self.references) - {"prev", "history"}
         if unknown:
             raise ValueError(f"references: expected prev and history, got {', '.join(unknown)}")
+        for name in self.references:
+            for one in self.models(name):
+                if not isinstance(one, torch.nn.Module):
+                    raise ValueError(f"references[{name!r}]: expected a model, got {one!r}")
         self.bound()
+
+    def models(self, name: str) -> list[Any]:
+        """Of one name in `references`, in their order."""
+        given = self.references[name]
+        return list(given) if isinstance(given, list | tuple) else [given]
 
     def bound(self) -> Objective:
         """The objective with its hyperparameters, checked."""
