@@ -95,7 +95,7 @@ class _Divided(_TwoHeads):
     """One whose loss is `generalized_jsd_loss` and nothing else."""
 
     def shards(self, trainer: Any) -> bool:
-        return not getattr(trainer, "use_uld_loss", False)  # GOLD's across tokenizers
+        return not getattr(trainer.args, "use_uld_loss", False)  # GOLD's across tokenizers
 
 
 _LOSS = (*LOSS, "num_items_in_batch")

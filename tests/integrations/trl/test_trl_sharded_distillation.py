@@ -35,6 +35,7 @@ FSDP = {
     "gkd_bias": ("GKD", "phi", GIVEN, ["PhiDecoderLayer"], False),
     "gkd_teacher": ("GKD", "llama", GIVEN, LLAMA, True),
     "gkd_evaluated": ("GKD", "llama", EVALUATED, LLAMA, False),
+    "gkd_lora": ("GKD", "llama", {**GIVEN, "lora": True}, LLAMA, False),
     "gold": ("GOLD", "llama_tied", GOLD, LLAMA, False),
     "head_alone": ("Distillation", "llama", SAMPLED, [*LLAMA, "Linear"], False),
     "heads_alone": ("Distillation", "llama", SAMPLED, [*LLAMA, "Linear"], True),
@@ -59,15 +60,21 @@ def load(folder, name: str, **options):
 def train(prefix, student, teacher, folder, settings):
     """The logs and whole weights, and how many exchanges of pairs of shards there were."""
     data = tiny.prompts() if prefix == "Distillation" else tiny.conversations()
-    evaluated = {"eval_dataset": data} if "eval_strategy" in settings else {}
     settings = {"per_device_train_batch_size": 1, "max_steps": 2, **settings}
+    arguments = {"peft_config": _trainers.lora()} if settings.pop("lora", False) else {}
+    if "eval_strategy" in settings:
+        arguments |= {"eval_dataset": data, "compute_metrics": best}
     with exchanges() as calls:
-        trainer = _trainers.build(
-            prefix, folder, student, data, settings, teacher_model=teacher, **evaluated
-        )
+        given = student, data, settings
+        trainer = _trainers.build(prefix, folder, *given, teacher_model=teacher, **arguments)
         logs, _ = _trainers.train(trainer)
     logs[-1].pop("total_flos")  # transformers counts the numbers this process holds
     return logs, {n: whole(p) for n, p in trainer.model.named_parameters()}, len(calls)
+
+
+def best(found):
+    """Of full logits, which Trainer gathers of all processes."""
+    return {"best": float(found.predictions.argmax(-1).mean())}
 
 
 @contextmanager
@@ -119,6 +126,7 @@ def test_under_fsdp2(name, under_fsdp):
     assert calls == 0
     *ours, calls = first[name, "ours"]
     assert calls >= 2
+    assert any("eval_best" in log for log in ours[0]) == (name == "gkd_evaluated")
     _trainers.assert_same(ours, expected)
     torch.testing.assert_close(second[name, "ours"][1], ours[1], rtol=0, atol=0)
 
