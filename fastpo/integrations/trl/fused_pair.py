@@ -80,7 +80,7 @@ class _Step(Method):
             raise RuntimeError(
                 "DistillationTrainer: expected a student that is not tensor-parallel, got one that "
                 "is: TRL draws other completions in each process, whose activations would be "
-                "added up; GKDTrainer and GOLDTrainer train it on given texts"
+                "added up; GKDTrainer draws the same ones"
             )
         return self.original(trainer, student, *args, **kwargs)
 

@@ -47,6 +47,7 @@ if not FUSED:
 PARALLEL = {
     "gkd": ("GKD", "llama", GIVEN, True),
     "gkd_bias": ("GKD", "phi", GIVEN, False),
+    "gkd_sampled": ("GKD", "llama", {"lmbda": 1.0, "max_new_tokens": 4}, True),
     "gold": ("GOLD", "llama", GOLD, True),
 }
 WHOLE = {"use_cpu": True, "ddp_backend": "gloo"}
