@@ -212,7 +212,10 @@ def finish(head: Head, state: Tensor, tokens: int) -> Forward:
         moment = state[R.MOMENT] + own * (target - m).clamp_min(R.LOG_FLOOR)
         values["entropy"] = (log_mass - moment / mass).clamp_min(0)
     if "log_sum_sq_probs" in outputs:
-        values["log_sum_sq_probs"] = (state[R.SQUARES] + own.square()).log() - 2 * log_mass
+        squares = state[R.SQUARES] + own.square()
+        # One logarithm rounds once; of a peaked row the ratio would be near 1 and lose its digits.
+        ratio = (squares / mass.square()).log()
+        values["log_sum_sq_probs"] = torch.where(mass < 2, squares.log() - 2 * log_mass, ratio)
     if "mean_logits" in outputs:
         words = head.spec.vocab(head.weight) if head.mask is None else head.mask.counts
         values["mean_logits"] = state[R.SUM] / words
