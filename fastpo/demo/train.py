@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import fastpo
+from fastpo.integrations import checkpointing
 from fastpo.integrations.trl.objectives.by_name import objectives_only
 from fastpo.integrations.trl.objectives.needs import Setting
 
@@ -44,7 +45,7 @@ def arguments(job: Job) -> dict[str, Any]:
         "seed": job.seed,
         "use_cpu": device() == "cpu",
         "bf16": device() == "cuda" and torch.cuda.is_bf16_supported(),
-        "gradient_checkpointing": False,
+        **checkpointing.argument(False),
         "dataloader_pin_memory": False,
         "report_to": "none",
         "save_strategy": "no",

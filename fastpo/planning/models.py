@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ..integrations.checkpointing import enable
 from .quantised import quantise
 from .setting import Lora, Setting
 
@@ -178,9 +179,7 @@ def _adapted(model: PreTrainedModel, lora: Lora) -> Any:
 
 
 def _checkpoint(model: PreTrainedModel, offload: bool) -> None:
-    # transformers 5.23 has another name for it.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    enable(model)
     if offload:
         model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=_offloaded)
 

@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 from ...demo import smollm2
 from ...demo.errors import DemoError
+from ...integrations.checkpointing import enable
 from ..errors import BenchError
 
 RANK, ADAPTED = 16, ("q_proj", "v_proj")
@@ -129,7 +130,7 @@ def build(
         _adapt(policy if adapted else nn.Module())
     copied = None if of.lora else copy.deepcopy(policy).requires_grad_(False).eval()
     if checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable(policy)
     return Models(policy.train(), copied)
 
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 import fastpo
+from fastpo.integrations.checkpointing import argument
 from fastpo.testing import assert_as_good_as_eager
 
 from . import architectures
@@ -242,7 +243,7 @@ def _config(job: Job, folder: str) -> Any:
         max_grad_norm=0,
         use_cpu=job.device == "cpu",
         bf16=False,  # the weights already are
-        gradient_checkpointing=job.checkpointing,
+        **argument(job.checkpointing),
         report_to="none",
         save_strategy="no",
         logging_steps=1,
