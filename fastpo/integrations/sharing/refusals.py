@@ -21,6 +21,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "position_ids": (),  # compared with the columns
     "use_cache": (False,),
     "past_key_values": (),
+    "cache": (),  # its name since transformers 5.24
     "output_attentions": (False,),
     "return_dict": (True,),
     "inputs_embeds": (),

@@ -35,6 +35,8 @@ def assert_same(ours, own):
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_loss_and_gradients_are_the_models_own(name):
+    if name == "qwen2_moe" and transformers.__version__ < "4.57":
+        pytest.skip("its own loss over the router asks a CPU for its index there")
     model, inputs = tiny.model(name), tiny.batch()
     own_output, own = step(model, inputs)
     fastpo.attach(model)

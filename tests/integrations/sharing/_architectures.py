@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import _tiny as tiny
@@ -110,14 +111,19 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "layers of indexed_attention",
     ),
     "bloom": ("Bloom", {"n_head": 4}, REGISTRY),
-    "gptj": ("GPTJ", {"rotary_dim": 8}, REGISTRY),
     "mpt": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, REGISTRY),
-    "codegen": ("CodeGen", {"rotary_dim": 8}, REGISTRY),
     "doge": ("Doge", {}, "attention that is looked up in a registry of its own"),
     "bidirectional": ("Llama", {"is_causal": False}, "attention that is not causal"),
     "cross": ("GPT2", {"add_cross_attention": True, **DRY}, "attention to another sequence"),
     "opt": ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.0}, "off when packed"),
 }
+# Their attention is in the registry since transformers 5.24.
+for _name, _prefix in {"gptj": "GPTJ", "codegen": "CodeGen"}.items():
+    _file = import_module(f"transformers.models.{_name}.modeling_{_name}")
+    if hasattr(_file, "ALL_ATTENTION_FUNCTIONS"):
+        RIGHT[_name] = (_prefix, {"rotary_dim": 8})
+    else:
+        REFUSED[_name] = (_prefix, {"rotary_dim": 8}, REGISTRY)
 
 
 def model(prefix: str, changes: dict[str, Any]) -> Any:

@@ -17,7 +17,7 @@ import _architectures
 import _batches
 import torch
 from _tiny import one_thread  # noqa: F401
-from transformers import DynamicCache, masking_utils, modeling_utils
+from transformers import DynamicCache, LlamaModel, masking_utils, modeling_utils
 
 from fastpo.integrations.seams.saying import say_once
 from fastpo.integrations.sharing import attention, backbone
@@ -110,11 +110,15 @@ def ids():
     return _batches.right()[0]
 
 
+# transformers 5.24 gave it another name.
+NAMES = inspect.signature(LlamaModel.forward).parameters
+CACHE = "cache" if "cache" in NAMES else "past_key_values"
+
 CALLS = {
     "embeddings": (embedded, "no input_ids of shape (R, T)"),
     "cache": (
-        lambda: {"input_ids": ids(), "past_key_values": cached()},
-        "past_key_values is given",
+        lambda: {"input_ids": ids(), CACHE: cached()},
+        f"{CACHE} is given",
     ),
     "use_cache": (lambda: {**plain(), "use_cache": True}, "use_cache is given"),
     "4-D mask": (
