@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
 from ...ops.shards.gathered import HeadOptions, whole
@@ -42,9 +44,7 @@ def lazy_head(
     own, sharded = unhidden(head.forward), isinstance(parts[0], DTensor)
 
     def forward(hidden: Tensor) -> Tensor:
-        # Inside torch.func and forward-mode AD logits are asked for derivatives of every kind.
-        transformed = any(transform(x) is not None for x in (hidden, *head.parameters()))
-        if hidden.dtype not in DTYPES or transformed:
+        if hidden.dtype not in DTYPES or any(map(_watched, (hidden, *head.parameters()))):
             made: Tensor = own(hidden)
             return made
         if not sharded:
@@ -59,6 +59,13 @@ def lazy_head(
 
     with standing_in(head, "forward", forward):
         yield
+
+
+def _watched(x: Tensor) -> bool:
+    """Inside torch.func and forward-mode AD logits are asked for derivatives of every kind; whoever
+    traces, or runs a model on tensors that hold nothing, wants its own operations."""
+    traced = torch.jit.is_tracing() or isinstance(x, FakeTensor)
+    return traced or transform(x) is not None
 
 
 def _readable(head: Any, shards: bool) -> tuple[Tensor, Tensor | None]:

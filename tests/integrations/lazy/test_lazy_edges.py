@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from _tiny import one_thread  # noqa: F401
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastpo
 from fastpo.integrations.lazy import cell
@@ -96,6 +97,34 @@ def test_a_batch_of_padding_has_gradients_of_zeros():
     loss = F.cross_entropy(lazy.flatten(0, 1), ignored, reduction="sum")
     assert loss == 0
     assert all(not grad.any() for grad in torch.autograd.grad(loss, leaves))
+
+
+def test_a_model_without_values_has_its_own_logits():
+    model, ids = tiny.model("llama"), tiny.batch()["input_ids"]
+    with fastpo.lazy_logits(model), FakeTensorMode(allow_non_fake_inputs=True):
+        logits = model(torch.ones_like(ids)).logits
+        logits.log_softmax(-1)[..., 3].sum().backward()
+    assert logits.shape == (*ids.shape, len(model.lm_head.weight))
+    assert not isinstance(logits, LazyLogits)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_trace_is_that_of_the_model():
+    model, ids = tiny.model("llama"), tiny.batch()["input_ids"]
+    other = ids.flip(0)
+
+    class Logps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids):
+            return self.model(ids, use_cache=False).logits.log_softmax(-1)
+
+    expected = Logps()(other)
+    with fastpo.lazy_logits(model):
+        traced = torch.jit.trace(Logps(), ids, check_trace=False)
+    torch.testing.assert_close(traced(other), expected)
 
 
 def in_place(logits):
