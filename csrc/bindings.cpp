@@ -205,7 +205,7 @@ void bind_cuda(py::module_& m, const char* name) {
 AnchoredTile anchored_tile(uintptr_t x, int64_t x_stride, uintptr_t words, int64_t words_stride,
                            int64_t n, int64_t v, int64_t h, uintptr_t columns, uintptr_t origin,
                            uintptr_t bias, float slope, int sums, uintptr_t partial, uintptr_t e,
-                           int64_t e_stride) {
+                           int64_t e_stride, bool pingpong, int swizzle, bool words_first) {
   return {pointer<const void>(x),
           x_stride,
           pointer<const void>(words),
@@ -220,7 +220,10 @@ AnchoredTile anchored_tile(uintptr_t x, int64_t x_stride, uintptr_t words, int64
           sums,
           pointer<float>(partial),
           pointer<void>(e),
-          e_stride};
+          e_stride,
+          pingpong,
+          swizzle,
+          words_first};
 }
 
 void bind_anchored(py::module_& m) {
@@ -228,7 +231,8 @@ void bind_anchored(py::module_& m) {
   py::class_<AnchoredTile>(m, "AnchoredTile")
       .def(py::init(&anchored_tile), py::kw_only(), arg("x"), arg("x_stride"), arg("words"),
            arg("words_stride"), arg("n"), arg("v"), arg("h"), arg("columns"), arg("origin"),
-           arg("bias"), arg("slope"), arg("sums"), arg("partial"), arg("e"), arg("e_stride"));
+           arg("bias"), arg("slope"), arg("sums"), arg("partial"), arg("e"), arg("e_stride"),
+           arg("pingpong"), arg("swizzle"), arg("words_first"));
   m.def(
       "anchored_cuda",
       [](const AnchoredTile& tile, int device, int multiprocessors, uintptr_t stream) {

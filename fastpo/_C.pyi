@@ -182,6 +182,9 @@ class AnchoredTile:
         partial: int,
         e: int,
         e_stride: int,
+        pingpong: bool,
+        swizzle: int,
+        words_first: bool,
     ) -> None: ...
 
 def anchored_cuda(tile: AnchoredTile, device: int, multiprocessors: int, stream: int) -> None:

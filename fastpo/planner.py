@@ -109,9 +109,9 @@ def memory_of(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
-# Words of exponentials are cut and padded so that blocks of the product stay whole and rows start
-# at multiples of 512 bytes, whatever the vocabulary: a library's products need 16.
-GRANULE = 256
+# Words of exponentials are cut and padded so that blocks of the product, of 192 or 256 words, stay
+# whole and rows start at multiples of 512 bytes, whatever the vocabulary: a library's need 16.
+GRANULE = 768
 
 
 def padded(words: int) -> int:
@@ -124,7 +124,8 @@ def exponential_words(vocab: int) -> int:
     In the backward d hidden is read and written once a block, 733/32768 of a product. In one
     block d weight would have no place among them.
     """
-    return padded(-(-vocab // -(-vocab // 32_768)))
+    most = 32_768 // GRANULE * GRANULE
+    return padded(-(-vocab // -(-vocab // most)))
 
 
 def frozen_rows(tokens: int, vocab: int, itemsize: int, device: torch.device) -> int:
@@ -191,7 +192,7 @@ def _anchored_workspace(
 ) -> int:
     """Bytes alive beside inputs, outputs, gradients and what is kept; `again`: tokens not kept."""
     tokens, vocab, hidden = sizes
-    sums = 4 * min(tokens, 8192) * (-(-vocab // GRANULE))
+    sums = 4 * min(tokens, 8192) * (-(-vocab // 192))  # of the narrowest blocks
     if mode == "frozen":
         rows = min(frozen_rows(tokens, vocab, dtype.itemsize, device), tokens)
         return sums + rows * (padded(vocab) * dtype.itemsize + 4 * hidden)

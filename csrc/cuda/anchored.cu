@@ -1,8 +1,10 @@
-// The anchored product with the sum of exponentials alone, and the choice of the kernel.
-#include "anchored.cuh"
+// The choice of the anchored product's kernel.
+#include "anchored_kernels.h"
 
 void fastpo::anchored_cuda(const AnchoredTile& t, int device, int multiprocessors, void* stream) {
   if (t.n == 0) return;
-  if (t.sums != 1) return anchored_stats_cuda(t, device, multiprocessors, stream);
-  launch<RowSum>(t, device, multiprocessors, stream);
+  const bool alone = t.sums == 1;
+  AnchoredKernel& kernel = t.pingpong ? (alone ? anchored_pingpong : anchored_pingpong_stats)
+                                      : (alone ? anchored_cooperative : anchored_cooperative_stats);
+  kernel(t, device, multiprocessors, stream);
 }

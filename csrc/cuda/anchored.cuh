@@ -1,5 +1,5 @@
-// The anchored product on CUTLASS 3: TMA loads, warp-group products, persistent 128 x 256 blocks,
-// and an epilogue that turns accumulators into exponentials before they leave the registers.
+// The anchored product on CUTLASS 3: TMA loads, warp-group products, persistent blocks, and an
+// epilogue that turns accumulators into exponentials before they leave the registers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,41 +14,85 @@
 #include <string>
 
 #include "anchored_cell.cuh"
-#include "fastpo/anchored.h"
-
-namespace fastpo {
-
-// The kernels with all sums; a file of their own, so that two compilers share the work.
-void anchored_stats_cuda(const AnchoredTile& tile, int device, int multiprocessors, void* stream);
-
-}  // namespace fastpo
+#include "anchored_kernels.h"
 
 namespace {
 
 using namespace cute;
 namespace fusion = cutlass::epilogue::fusion;
 
-using BlockShape = Shape<Int<fastpo::kAnchoredRows>, Int<fastpo::kAnchoredWords>, _64>;
-using Cluster = Shape<_2, _1, _1>;
+// Both warp groups have half a block: nothing is multiplied while they take its exponentials.
+struct Cooperative {
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecializedCooperative;
+};
+
+// Each has a block of its own, and multiplies while the other takes exponentials: a thread holds as
+// many products as a block has words. All sums beside 192 of them would not fit in registers.
+struct PingPong {
+  using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+  using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
+};
+
+template <int kWords>
+using BlockOf = Shape<Int<fastpo::kAnchoredRows>, Int<kWords>, _64>;
+using Cluster = Shape<Int<fastpo::kAnchoredCluster>, _1, _1>;
 using Element = cutlass::bfloat16_t;
 using RowMajor = cutlass::layout::RowMajor;
 constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
-using Slope = fusion::Sm90ScalarBroadcast<float>;
-template <class Value>
-using PerRow = fusion::Sm90ColBroadcast<0, BlockShape, Value, Value, Stride<_1, _0, _0>>;
-using PerWord = fusion::Sm90RowBroadcast<0, BlockShape, float, float, Stride<_0, _1, _0>>;
-// Sums go out block by block, in the one order that makes them the same bits in every run. Cells
-// past the last row or word are not in them.
-using RowSum = fusion::Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, BlockShape,
-                                        float, float, kRound, Stride<_1, _0, _0>, 4, false, false>;
+// What a whole launch has in common; the epilogue reads it where it is needed.
+struct Common : fusion::Sm90VisitorImpl<> {
+  struct Arguments {
+    const float* bias;
+    float slope;
+  };
+  using Params = Arguments;
+  template <class Shape>
+  static constexpr Params to_underlying_arguments(Shape const&, Arguments const& given, void*) {
+    return given;
+  }
+  template <class Shape>
+  static bool can_implement(Shape const&, Arguments const&) {
+    return true;
+  }
+  template <class Shape>
+  static size_t get_workspace_size(Shape const&, Arguments const&) {
+    return 0;
+  }
+  template <class Shape>
+  static cutlass::Status initialize_workspace(Shape const&, Arguments const&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
 
-// Reads slope, bias, origin and the label's column, feeds the row sums and returns e. The library's
+  CUTLASS_HOST_DEVICE Common() {}
+  CUTLASS_HOST_DEVICE Common(Params const& given, SharedStorage const&) : params(given) {}
+  template <bool kReferenceSrc, class... Args>
+  CUTLASS_DEVICE auto get_consumer_store_callbacks(fusion::ConsumerStoreArgs<Args...> const&) {
+    return fusion::EmptyConsumerStoreCallbacks{};
+  }
+
+  Params params;
+};
+
+template <class Block, class Value>
+using PerRow = fusion::Sm90ColBroadcast<0, Block, Value, Value, Stride<_1, _0, _0>>;
+// Sums go out block by block, in the one order that makes them the same bits in every run. Rows
+// past the last have sums, too, which nobody reads.
+template <class Block>
+using RowSum =
+    fusion::Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Block, float, float,
+                             kRound, Stride<_1, _0, _0>, 4, false, false, false>;
+
+// Reads bias, slope, each row's origin and label, feeds the row sums and returns e. The library's
 // own graphs would not do: no node hands on the column of a cell, and all values get one type.
-template <class... Sums>
-struct AnchoredCells
-    : fusion::Sm90VisitorImpl<Slope, PerWord, PerRow<float>, PerRow<int>, Sums...> {
-  using Nodes = fusion::Sm90VisitorImpl<Slope, PerWord, PerRow<float>, PerRow<int>, Sums...>;
+template <class Block, class... Sums>
+using CellNodes =
+    fusion::Sm90VisitorImpl<Common, PerRow<Block, float>, PerRow<Block, int>, Sums...>;
+template <class Block, class... Sums>
+struct AnchoredCells : CellNodes<Block, Sums...> {
+  using Nodes = CellNodes<Block, Sums...>;
   using Nodes::Nodes;
   // What the builder shapes its blocks by where nothing is stored.
   using ElementAux = Element;
@@ -57,10 +101,17 @@ struct AnchoredCells
   struct Callbacks : NodeCallbacks {
     using NodeCallbacks::callbacks_tuple;
     Coordinates coordinates;  // (CPY, CPY_M, CPY_N, EPI_M, EPI_N), from the thread's first cell on
-    int first;                // column of that cell
+    Common::Params const& common;
+    int first;    // column of that cell
+    int columns;  // of the whole
 
-    CUTLASS_DEVICE Callbacks(NodeCallbacks&& nodes, Coordinates const& given, int column)
-        : NodeCallbacks(cute::move(nodes)), coordinates(given), first(column) {}
+    CUTLASS_DEVICE Callbacks(NodeCallbacks&& nodes, Coordinates const& given,
+                             Common::Params const& of_all, int column, int all)
+        : NodeCallbacks(cute::move(nodes)),
+          coordinates(given),
+          common(of_all),
+          first(column),
+          columns(all) {}
 
     template <int N>
     CUTLASS_DEVICE cutlass::Array<float, N> visit(cutlass::Array<float, N> const& products,
@@ -69,27 +120,43 @@ struct AnchoredCells
         return get<decltype(i)::value>(callbacks_tuple)
             .visit(products, epi_v, epi_m, epi_n, input...);
       };
-      const auto slope = node(_0{}), bias = node(_1{}), origin = node(_2{});
-      const auto label = node(_3{});
-      cutlass::Array<float, N> e, moment, square, u, beaten;
+      const auto origin = node(_1{});
+      const auto label = node(_2{});
       Tensor here = coordinates(_, _, _, epi_m, epi_n);
+      const auto column = [&](int i) CUTLASS_LAMBDA_FUNC_INLINE {
+        return first + static_cast<int>(get<1>(here(epi_v * N + i)));
+      };
+      cutlass::Array<float, N> e, moment, square, u = products, beaten;
+      if (common.bias != nullptr) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < N; ++i) u[i] += column(i) < columns ? common.bias[column(i)] : 0.0f;
+      }
+      bool special = false;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < N; ++i) {
-        const int column = first + static_cast<int>(get<1>(here(epi_v * N + i)));
-        const auto cell =
-            fastpo::anchored_cell(products[i], bias[i], origin[i], slope[i], column == label[i]);
-        e[i] = cell.e;
-        moment[i] = cell.moment;
-        square[i] = cell.square;
-        u[i] = cell.u;
-        beaten[i] = cell.beaten;
+        e[i] = fastpo::anchored_exponential(u[i], origin[i], common.slope);
+        // Cells of one row have one answer: the compiler asks once.
+        special |= fastpo::any_special(column(0), fastpo::kAnchoredVisit, label[i], columns);
       }
-      node(_4{}, e);
+      if (__any_sync(0xffffffff, special)) {
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < N; ++i) {
+          fastpo::mask_special(u[i], e[i], column(i), label[i], columns);
+        }
+      }
+      CUTLASS_PRAGMA_UNROLL
+      for (int i = 0; i < N; ++i) {
+        const auto sums = fastpo::anchored_sums(u[i], e[i], origin[i], common.slope);
+        moment[i] = sums.moment;
+        square[i] = sums.square;
+        beaten[i] = sums.beaten;
+      }
+      node(_3{}, e);
       if constexpr (sizeof...(Sums) == fastpo::kAnchoredSums) {
-        node(_5{}, moment);
-        node(_6{}, square);
-        node(_7{}, u);
-        node(_8{}, beaten);
+        node(_4{}, moment);
+        node(_5{}, square);
+        node(_6{}, u);
+        node(_7{}, beaten);
       }
       return e;
     }
@@ -100,24 +167,24 @@ struct AnchoredCells
     const int columns = static_cast<int>(get<1>(args.problem_shape_mnkl));
     const int first = columns - static_cast<int>(get<1>(args.residue_tCcD));
     auto nodes = Nodes::template get_consumer_store_callbacks<kReferenceSrc>(args);
-    return Callbacks<decltype(nodes), decltype(args.tCcD)>(cute::move(nodes), args.tCcD, first);
+    return Callbacks<decltype(nodes), decltype(args.tCcD)>(
+        cute::move(nodes), args.tCcD, get<0>(Nodes::ops).params, first, columns);
   }
 };
 
 // Stored: Element, or void.
-template <class Stored, class... Sums>
+template <class Schedule, class Block, class Stored, class... Sums>
 struct Product {
   using CollectiveEpilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, BlockShape, Cluster,
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Block, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, RowMajor, 8, Stored,
-      RowMajor, 8, cutlass::epilogue::TmaWarpSpecializedCooperative,
-      AnchoredCells<Sums...>>::CollectiveOp;
+      RowMajor, 8, typename Schedule::Epilogue, AnchoredCells<Block, Sums...>>::CollectiveOp;
   using CollectiveMainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, RowMajor, 8, Element,
-      cutlass::layout::ColumnMajor, 8, float, BlockShape, Cluster,
+      cutlass::layout::ColumnMajor, 8, float, Block, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
           sizeof(typename CollectiveEpilogue::SharedStorage))>,
-      cutlass::gemm::KernelTmaWarpSpecializedCooperative>::CollectiveOp;
+      typename Schedule::Mainloop>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<Shape<int, int, int, int>, CollectiveMainloop,
                                                       CollectiveEpilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
@@ -130,23 +197,23 @@ void check(cutlass::Status status, const char* what) {
   }
 }
 
-template <class Stored, class... Sums>
+template <class Schedule, class Block, class Stored, class... Sums>
 void launch(const fastpo::AnchoredTile& t, int device, int multiprocessors, cudaStream_t stream) {
-  using Gemm = typename Product<Stored, Sums...>::Gemm;
+  using Gemm = typename Product<Schedule, Block, Stored, Sums...>::Gemm;
+  using Order = cutlass::gemm::kernel::detail::RasterOrderOptions;
   const auto stride = [](int64_t x) { return make_stride(x, _1{}, int64_t{0}); };
   cutlass::KernelHardwareInfo hardware;
   hardware.device_id = device;
   hardware.sm_count = multiprocessors;
-  const int64_t one_sum = ceil_div(t.v, int64_t{fastpo::kAnchoredWords}) *
-                          round_up(t.n, int64_t{fastpo::kAnchoredRows});
+  const int64_t one_sum =
+      ceil_div(t.v, int64_t{size<1>(Block{})}) * round_up(t.n, int64_t{fastpo::kAnchoredRows});
   int sum = 0;
   typename Gemm::Arguments arguments{
       cutlass::gemm::GemmUniversalMode::kGemm,
       {static_cast<int>(t.n), static_cast<int>(t.v), static_cast<int>(t.h), 1},
       {static_cast<const Element*>(t.x), stride(t.x_stride), static_cast<const Element*>(t.words),
        stride(t.words_stride)},
-      {{Slope::Arguments{{t.slope}},
-        {t.bias},
+      {{Common::Arguments{t.bias, t.slope},
         {t.origin},
         {t.columns},
         typename Sums::Arguments{t.partial + one_sum * sum++}...},
@@ -154,20 +221,37 @@ void launch(const fastpo::AnchoredTile& t, int device, int multiprocessors, cuda
        stride(0),
        static_cast<Element*>(t.e),
        stride(t.e_stride)},
-      hardware};
+      hardware,
+      {t.swizzle, t.words_first ? Order::AlongN : Order::AlongM}};
   Gemm gemm;
   check(gemm.can_implement(arguments), "shape");
   check(gemm.initialize(arguments, nullptr, stream), "initialise");
   check(gemm.run(stream), "launch");
 }
 
-template <class... Sums>
-void launch(const fastpo::AnchoredTile& t, int device, int multiprocessors, void* stream) {
+template <class Schedule, class Block, class... Sums>
+void launch_with(const fastpo::AnchoredTile& t, int device, int multiprocessors, void* stream) {
   if (cudaSetDevice(device) != cudaSuccess)
     throw std::runtime_error("anchored_cuda: set device failed");
   const auto on = static_cast<cudaStream_t>(stream);
-  if (t.e == nullptr) return launch<void, Sums...>(t, device, multiprocessors, on);
-  launch<Element, Sums...>(t, device, multiprocessors, on);
+  if (t.e == nullptr)
+    launch<Schedule, Block, void, Sums...>(t, device, multiprocessors, on);
+  else
+    launch<Schedule, Block, Element, Sums...>(t, device, multiprocessors, on);
+}
+
+template <class Schedule, int kWords>
+void launch_sum(const fastpo::AnchoredTile& t, int device, int multiprocessors, void* stream) {
+  using Block = BlockOf<kWords>;
+  launch_with<Schedule, Block, RowSum<Block>>(t, device, multiprocessors, stream);
+}
+
+// With all kAnchoredSums.
+template <class Schedule, int kWords>
+void launch_sums(const fastpo::AnchoredTile& t, int device, int multiprocessors, void* stream) {
+  using Block = BlockOf<kWords>;
+  using Sum = RowSum<Block>;
+  launch_with<Schedule, Block, Sum, Sum, Sum, Sum, Sum>(t, device, multiprocessors, stream);
 }
 
 }  // namespace

@@ -20,28 +20,40 @@ __host__ __device__ __forceinline__ float power_of_two(float x) {
 #endif
 }
 
-// What a cell adds to the sums of its row, in their order.
-struct AnchoredCell {
-  float e;       // exp2((u - origin)·slope), 0 in the label's column
+// exp2 of how far u = product + bias is above its row's origin.
+__host__ __device__ __forceinline__ float anchored_exponential(float u, float origin, float slope) {
+  // The difference first: the product with slope alone would round at the size of the logits.
+  return power_of_two((u - origin) * slope);
+}
+
+// Columns that a thread's cells of one visit are spread over, at most.
+constexpr int kAnchoredVisit = 32;
+
+// Whether one of `width` columns from `left` on is the row's label, or no word.
+__host__ __device__ __forceinline__ bool any_special(int left, int width, int label, int columns) {
+  return static_cast<unsigned>(label - left) < static_cast<unsigned>(width) ||
+         left + width > columns;
+}
+
+// Of the label only u is summed, of what is no word nothing.
+__host__ __device__ __forceinline__ void mask_special(float& u, float& e, int column, int label,
+                                                      int columns) {
+  if (column == label || column >= columns) e = 0.0f;
+  if (column >= columns) u = 0.0f;
+}
+
+// What a cell adds to the sums of its row beside e and u.
+struct AnchoredSums {
   float moment;  // e·log2 e
   float square;  // e²
-  float u;       // of the label too
   float beaten;  // whether the word is above the label
 };
 
-__host__ __device__ __forceinline__ AnchoredCell anchored_cell(float product, float bias,
-                                                               float origin, float slope,
-                                                               bool is_label) {
-  AnchoredCell cell;
-  cell.u = product + bias;
-  // The difference first: the product with slope alone would round at the size of the logits.
-  const float d = (cell.u - origin) * slope;
-  cell.e = is_label ? 0.0f : power_of_two(d);
+__host__ __device__ __forceinline__ AnchoredSums anchored_sums(float u, float e, float origin,
+                                                               float slope) {
   // The floor keeps 0·(-inf) out.
-  cell.moment = cell.e * fmaxf(d, kLogFloor * kLog2E);
-  cell.square = cell.e * cell.e;
-  cell.beaten = cell.e > 1.0f ? 1.0f : 0.0f;
-  return cell;
+  const float d = fmaxf((u - origin) * slope, kLogFloor * kLog2E);
+  return {e * d, e * e, e > 1.0f ? 1.0f : 0.0f};
 }
 
 }  // namespace fastpo

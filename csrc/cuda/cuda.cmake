@@ -24,7 +24,9 @@ if(cutlass STREQUAL "AUTO")
   set(cutlass "${package}/source/include")
 endif()
 if(EXISTS "${cutlass}/cutlass/cutlass.h" AND CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.4)
-  add_library(anchored OBJECT cuda/anchored.cu cuda/anchored_stats.cu)
+  add_library(anchored OBJECT cuda/anchored.cu
+    cuda/anchored_cooperative.cu cuda/anchored_cooperative_stats.cu
+    cuda/anchored_pingpong.cu cuda/anchored_pingpong_stats.cu)
   target_include_directories(anchored PRIVATE include)
   target_include_directories(anchored SYSTEM PRIVATE "${cutlass}")
   # With assertions the kernel holds function calls, and its products would wait for one another.

@@ -327,6 +327,11 @@ def epilogue(sass: str) -> list[str]:
 
     Masks are apart: a branch leads around each group of them. Of Hopper's kernel alone.
     """
+    return path_behind_products(sass, lambda x: "FSEL" in x and "MUFU" not in x)
+
+
+def path_behind_products(sass: str, apart: Callable[[str], bool]) -> list[str]:
+    """From the last product's end to a branch back; `apart`: which instructions are led around."""
     code = instructions(sass)
     place_of = {place: i for i, (place, _) in enumerate(code)}
     waits = [i for i, (_, text) in enumerate(code) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in text]
@@ -341,8 +346,7 @@ def epilogue(sass: str) -> list[str]:
         i += 1
         if branch and branch[1] and to in place_of:
             skipped = " ".join(text for _, text in code[i : place_of[to]])
-            if "FSEL" in skipped and "MUFU" not in skipped:
-                i = place_of[to]
+            i = place_of[to] if apart(skipped) else i
     return path
 
 

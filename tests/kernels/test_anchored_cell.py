@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
@@ -22,16 +23,31 @@ SUMS = """
 #define __forceinline__ inline
 #include "anchored_cell.cuh"
 extern "C" void add_up(const float* products, const float* bias, const float* origin,
-                       const int64_t* labels, float slope, int n, int v, float* sums) {
-  for (int i = 0; i < n * v; ++i) {
-    const int row = i / v, column = i % v;
-    const auto cell = fastpo::anchored_cell(products[i], bias[column], origin[row], slope,
-                                            column == labels[row]);
-    const float parts[] = {cell.e, cell.moment, cell.square, cell.u, cell.beaten};
+                       const int* labels, float slope, int n, int v, float* sums) {
+  // Columns go on to a multiple of what one visit of a thread sees.
+  const int width = fastpo::kAnchoredVisit, end = (v + width - 1) / width * width;
+  for (int i = 0; i < n * end; ++i) {
+    const int row = i / end, column = i % end, left = column / width * width;
+    float u = column < v ? products[row * v + column] + bias[column] : 0.0f;
+    float e = fastpo::anchored_exponential(u, origin[row], slope);
+    if (fastpo::any_special(left, width, labels[row], v))
+      fastpo::mask_special(u, e, column, labels[row], v);
+    const auto cell = fastpo::anchored_sums(u, e, origin[row], slope);
+    const float parts[] = {e, cell.moment, cell.square, u, cell.beaten};
     for (int s = 0; s < 5; ++s) sums[s * n + row] += parts[s];
   }
 }
 """
+
+
+def truth(z: Tensor, origin: Tensor, labels: Tensor, factor: float) -> Tensor:
+    """Sums in float64 of e, e·log2 e and e² over the others, and of u over all words."""
+    z, d = z.double(), z.double() - origin.double().unsqueeze(1)
+    e = d.exp().masked_fill(torch.arange(z.shape[1]) == labels.unsqueeze(1), 0)
+    moment = torch.where(e == 0, 0, e * d / math.log(2))
+    return torch.stack([e.sum(1), moment.sum(1), e.square().sum(1), z.sum(1) / factor])
+
+
 BLOCKS = _blocks.GemmBlocks(16, 64, 32, 2, 1, num_stages=2, num_warps=4, tma=False)
 
 
@@ -59,10 +75,13 @@ def test_the_same_sums_as_in_triton(factor, tmp_path):
         x, words, labels, bias, origin * factor / math.log(2), expected, None, BLOCKS, 3,
         factor=factor, stats=15,
     )  # fmt: skip
-    given = [ctypes.c_void_p(t.data_ptr()) for t in (products, bias, origin, labels)]
+    columns = labels.int()
+    given = [ctypes.c_void_p(t.data_ptr()) for t in (products, bias, origin, columns)]
     sizes = (ctypes.c_float(factor / math.log(2)), n, v, ctypes.c_void_p(sums.data_ptr()))
     ctypes.CDLL(str(library)).add_up(*given, *sizes)
     torch.testing.assert_close(sums[:4], expected[:4].sum(1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(sums[:4].double(), truth(z, origin * factor, labels, factor),
+                               rtol=1e-5, atol=1e-4)  # fmt: skip
     # One counts the words above the label, the other knows the highest.
     assert torch.equal(sums[4] > 0, expected[4].amax(0) > 1e-5)
     assert sums[4].any() and not sums[4, :20].any()

@@ -5,50 +5,59 @@
 
 from __future__ import annotations
 
-import os
+import functools
 import re
-import shutil
 import subprocess
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from _nvcc import (
+    GEMM,
+    NVCC,
+    PRODUCTS,
+    ROOT,
+    SOURCES,
+    compiled,
+    epilogue,
+    has_cutlass,
+    main_loop,
+    product_kernels,
+    tensor_cycles,
+)
 
-CSRC = Path(__file__).parents[2] / "csrc"
-NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
-CUTLASS = os.environ.get("FASTPO_CUTLASS", "")
-# file -> (architectures, most registers a thread, options)
-ROWS = (("sm_80", "sm_90a"), 64, ["--fmad=false"])
-# Three warp groups of 128 threads share 65,536 registers.
-GEMM = (("sm_90a",), 168, ["--expt-relaxed-constexpr", "-DNDEBUG", f"-I{CUTLASS}"])
-SOURCES = {
-    "rows_forward.cu": ROWS,
-    "rows_backward.cu": ROWS,
-    "anchored.cu": GEMM,
-    "anchored_stats.cu": GEMM,
-}
 CASES = [(name, sm) for name, (devices, *_) in SOURCES.items() for sm in devices]
+SHARED_MEMORY = 232_448  # bytes one block may have
+# Words of a block, warp groups that share one, most instructions a cell where E is not stored and
+# where it is.
+CODE = {
+    "cooperative": (256, 2, 7.0, 8.1),
+    "cooperative_stats": (256, 2, 13.8, 14.9),
+    "pingpong": (192, 1, 6.5, 7.7),
+    "pingpong_stats": (192, 2, 14.6, 15.8),
+}
+LAYOUT = Path(__file__).with_name("anchored_layout.cu")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc; `make cuda` brings one")
+needs_cutlass = pytest.mark.skipif(
+    not has_cutlass(), reason="FASTPO_CUTLASS names no CUTLASS headers"
+)
+
+Build = Callable[[str, str], tuple[str, Path]]
 
 
-def compiled(name: str, device: str, folder: Path) -> str:
-    """What ptxas says of every kernel of the file."""
-    options = SOURCES[name][2]
-    number = device.removeprefix("sm_")
-    command = [NVCC, "-std=c++17", "-O3", "-Xptxas=-v", f"-I{CSRC / 'include'}", *options]
-    command += [f"-gencode=arch=compute_{number},code={device}", "-c", str(CSRC / "cuda" / name)]
-    done = subprocess.run(
-        [*command, "-o", str(folder / "kernels.o")], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("cuda")
+    return functools.cache(lambda name, device: compiled(name, device, folder))
 
 
 @pytest.mark.parametrize(("name", "device"), CASES)
-def test_registers_and_spills(name: str, device: str, tmp_path: Path) -> None:
-    if SOURCES[name] is GEMM and not (Path(CUTLASS) / "cutlass" / "cutlass.h").exists():
+def test_registers_and_spills(name: str, device: str, build: Build) -> None:
+    if SOURCES[name] is GEMM and not has_cutlass():
         pytest.skip("FASTPO_CUTLASS names no CUTLASS headers")
-    report = compiled(name, device, tmp_path)
+    report, _ = build(name, device)
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
     assert registers and spills, report
@@ -56,3 +65,82 @@ def test_registers_and_spills(name: str, device: str, tmp_path: Path) -> None:
     assert max(spills) == 0
     # What ptxas says when products of tensor cores wait for one another.
     assert "serialized" not in report
+
+
+@needs_cutlass
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_machine_code_of_the_products(name: str, build: Build) -> None:
+    pytest.importorskip("triton")
+    words, groups, *most = CODE[name]
+    for stored, code in product_kernels(build(f"anchored_{name}", "sm_90a")[1]).items():
+        loop, path = main_loop(code), epilogue(code)
+        # A step of 64: all of the tensor cores' time, and loads by a warp that does nothing else.
+        assert groups * tensor_cycles(code) == 128 * words * 64 / 2048
+        assert not any("UTMALDG" in text for text in loop) and code.count("UTMALDG") == 2
+        assert len(loop) <= 64
+        cells = 128 * words // (128 * groups)
+        assert sum("MUFU.EX2" in text for text in path) == cells
+        # Parts of 64 rows and 32 words of a warp group go out as blocks.
+        assert sum("UTMASTG" in text for text in path) == (words // 32 * (2 // groups)) * stored
+        assert 3 < len(path) / cells <= most[stored]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
+    """Of each kernel shared memory, rows, words and threads, and then its cells, see LAYOUT."""
+    program = tmp_path_factory.mktemp("layout") / "layout"
+    command = [NVCC, "-std=c++17", "-gencode=arch=compute_90a,code=sm_90a", *GEMM[2]]
+    command += [f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cuda'}", str(LAYOUT)]
+    done = subprocess.run([*command, "-o", str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    printed = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    found: dict[str, list[list[int]]] = {}
+    for line in printed.splitlines():
+        if line.startswith("="):
+            name, *sizes = line[1:].split(",")
+            found[name] = [list(map(int, sizes))]
+        else:
+            found[name].append(list(map(int, line.split())))
+    return found
+
+
+@needs_cutlass
+def test_every_product_meets_its_row_and_word(layouts) -> None:
+    """Where the library says that cells are, by which labels and bias are found, is where the
+    products lie in the registers: its coordinates run on the host."""
+    from fastpo.ops.rows import anchored_cutlass
+
+    assert len(layouts) == 8
+    for name, ((shared, rows, words, threads), *cells) in layouts.items():
+        assert shared <= SHARED_MEMORY
+        assert words == anchored_cutlass.block_words("pingpong" in name)
+        assert {(row, word) for *_, row, word, _, _ in cells} == {
+            (row, word) for row in range(rows) for word in range(words)
+        }
+        assert len(cells) == rows * words
+        assert threads == (128 if name.removesuffix(" stored") == "pingpong" else 256)
+        visits = defaultdict(list)
+        for thread, part, row, word, taken_row, taken_word in cells:
+            assert (row, word) == (taken_row, taken_word)
+            visits[thread, part].append((row, word))
+        for visit in visits.values():
+            # What `any_special` asks: columns from the first cell's on, and two rows.
+            first = visit[0][1]
+            assert all(0 <= word - first < 32 for _, word in visit)
+            assert len({row for row, _ in visit}) == 2
+
+
+@needs_cutlass
+def test_a_row_is_summed_in_one_order_whatever_is_kept_and_asked(layouts) -> None:
+    def orders(name: str) -> dict[int, list[list[int]]]:
+        """Of a row its words as each of the threads that share it adds them up."""
+        found: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+        for thread, _, row, word, _, _ in layouts[name][1:]:
+            found[row][thread].append(word)
+        return {row: [each[thread] for thread in sorted(each)] for row, each in found.items()}
+
+    for schedule in ("cooperative", "pingpong"):
+        first = orders(schedule)
+        assert len(first) == 128 and all(len(each) == 4 for each in first.values())
+        for other in (" stored", " stats", " stats stored"):
+            assert orders(schedule + other) == first

@@ -6,9 +6,11 @@
 
 namespace fastpo {
 
-// Sums per row go out for every block of so many words; rows come in blocks, too.
-constexpr int kAnchoredWords = 256;
+// Sums per row go out for every block of so many words. Rows come in blocks, too, two of which read
+// their words together.
+constexpr int anchored_words(bool pingpong) { return pingpong ? 192 : 256; }
 constexpr int kAnchoredRows = 128;
+constexpr int kAnchoredCluster = 2;
 // Of e, e·log2 e and e² over the others, of u = x·words + bias over all words, and the number of
 // words with e > 1.
 constexpr int kAnchoredSums = 5;
@@ -24,13 +26,19 @@ struct AnchoredTile {
   const float* bias;    // [v] or null
   float slope;          // e = exp2((u - origin)·slope), 0 in the label's column
   int sums;             // the first one alone, or kAnchoredSums
-  float* partial;       // [sums, ⌈v / kAnchoredWords⌉, n rounded up to kAnchoredRows], written
+  float* partial;       // [sums, ⌈v / anchored_words⌉, n rounded up to kAnchoredRows], written
   void* e;              // [n, v] bfloat16, or null: not wanted
   int64_t e_stride;
+  bool pingpong;     // where one sum is wanted one warp group multiplies while the other takes
+                     // exponentials; with all, blocks are as wide, and the sum has the same bits
+  int swizzle;       // so many blocks side by side, 1, 2, 4 or 8, before those behind them
+  bool words_first;  // whether behind is along the words
 };
 
-// Rows of x, words and e start at multiples of 16 bytes. Asynchronous on `stream`.
-// Throws std::runtime_error when the device is not sm_90 or the launch fails.
+// Blocks of rows are rounded up to kAnchoredCluster·swizzle, blocks of words to swizzle: what is
+// beyond the end is multiplied, too. Rows of x, words and e start at multiples of 16 bytes.
+// Asynchronous on `stream`. Throws std::runtime_error when the device is not sm_90 or the launch
+// fails.
 void anchored_cuda(const AnchoredTile& tile, int device, int multiprocessors, void* stream);
 
 }  // namespace fastpo

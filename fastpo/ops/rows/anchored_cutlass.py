@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -10,9 +12,51 @@ from .native import compiled
 
 _C, _MISSING = compiled()
 
-# Of sums, as the kernel cuts rows and words.
-_ROWS, _WORDS = 128, 256
+_ROWS = 128  # of a block; two of them read their words together
 _ALIGNMENT = 16  # bytes, of what the hardware copies as blocks
+
+
+class Schedule(NamedTuple):
+    pingpong: bool  # one warp group multiplies while the other takes exponentials: of one sum alone
+    swizzle: int  # blocks side by side before those behind them: 1, 2, 4 or 8
+    words_first: bool  # whether behind is along the words, or along the rows
+
+
+def schedule() -> Schedule:
+    """Of all products. No GPU timing has chosen it yet.
+
+    Depends on nothing: how words are cut is the order of a row's sums, see kernels/_blocks.py.
+    """
+    # Predicted in docs/kernels.md. Eight blocks of words side by side: x, which passes through the
+    # cache of 50 MB at H 4096, is read for every 1,536 words anew.
+    return Schedule(pingpong=True, swizzle=8, words_first=False)
+
+
+def block_words(pingpong: bool) -> int:
+    """How the kernel cuts the words, as `anchored_words` of anchored.h says."""
+    return 192 if pingpong else 256
+
+
+def padded_blocks(n: int, v: int, words: int, swizzle: int) -> tuple[int, int]:
+    """Blocks of rows and of words that are multiplied, those beyond the end among them."""
+    return _up(-(-n // _ROWS), 2 * swizzle), _up(-(-v // words), swizzle)
+
+
+def swizzled(n: int, v: int, words: int, most: int) -> int:
+    """The largest swizzle that adds at most a 200th of blocks beyond the end."""
+
+    def count(swizzle: int) -> int:
+        rows, columns = padded_blocks(n, v, words, swizzle)
+        return rows * columns
+
+    found = 1
+    while 2 * found <= most and 200 * count(2 * found) <= 201 * count(1):
+        found *= 2
+    return found
+
+
+def _up(x: int, step: int) -> int:
+    return -(-x // step) * step
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -51,13 +95,14 @@ def product(
     """Row sums of e = exp2((x·words + bias - origin)·slope) and statistics, see anchored.h."""
     assert _C is not None, _MISSING
     n, v, stored = len(x), len(words), 0 if e is None else len(e)
-    blocks = -(-v // _WORDS)
+    chosen = schedule()
+    width = block_words(chosen.pingpong)
+    blocks = -(-v // width)
     found = x.new_empty(sums, blocks, n, dtype=torch.float32)
-    for a, b in ((0, stored), (stored, n)):
+    for a, b, into in ((0, stored, e), (stored, n, None)):
         if a == b:
             continue
-        whole = -(-(b - a) // _ROWS) * _ROWS
-        partial = x.new_empty(sums, blocks, whole, dtype=torch.float32)
+        partial = x.new_empty(sums, blocks, _up(b - a, _ROWS), dtype=torch.float32)
         work = _C.AnchoredTile(
             x=x[a:b].data_ptr(),
             x_stride=x.stride(0),
@@ -72,8 +117,11 @@ def product(
             slope=slope,
             sums=sums,
             partial=partial.data_ptr(),
-            e=0 if a == stored or e is None else e.data_ptr(),
-            e_stride=0 if e is None else e.stride(0),
+            e=0 if into is None else into.data_ptr(),
+            e_stride=0 if into is None else into.stride(0),
+            pingpong=chosen.pingpong,
+            swizzle=swizzled(b - a, v, width, chosen.swizzle),
+            words_first=chosen.words_first,
         )
         with torch.cuda.device(x.device):
             stream = torch.cuda.current_stream()

@@ -1,0 +1,6 @@
+#include "anchored.cuh"
+
+void fastpo::anchored_pingpong_stats(const AnchoredTile& t, int device, int multiprocessors,
+                                     void* stream) {
+  launch_sums<Cooperative, anchored_words(true)>(t, device, multiprocessors, stream);
+}
