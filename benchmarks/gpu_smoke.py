@@ -27,7 +27,7 @@ import torch
 import fastpo
 from fastpo import reference
 from fastpo.bench import report
-from fastpo.ops.rows import registry
+from fastpo.ops.rows import anchored_cutlass, registry
 from fastpo.ops.walks.checks import OUTPUTS
 from fastpo.testing import HeadInputs, make_head, max_error, rounding
 
@@ -79,6 +79,9 @@ EXTRAS: tuple[dict[str, Any], ...] = (
     {"options": (("support", 20),)},  # words of each token, products one by one
     {"options": (("support", 0.1),)},  # of all words, in masked tiles
 )
+# Of "cutlass" alone, whose schedule is the other one where nothing is said.
+COOPERATIVE: dict[str, Any] = {"options": (("pingpong", False),)}
+SCHEDULE = anchored_cutlass.schedule()
 
 
 def cases(backend: str) -> list[Case]:
@@ -87,9 +90,10 @@ def cases(backend: str) -> list[Case]:
     kinds += [(SHAPES[DEVICE][0], dtype) for dtype in ("float16", "float32")]
     if backend in INTERPRETED:
         kinds = [(shape, "float32") for shape in SHAPES["cpu"]]
+    extras = EXTRAS + (COOPERATIVE,) * (backend == "cutlass")
     return [
         Case(*shape, dtype, mode, **extra)
-        for extra, (shape, dtype), mode in itertools.product(EXTRAS, kinds, MODES)
+        for extra, (shape, dtype), mode in itertools.product(extras, kinds, MODES)
     ]
 
 
@@ -126,6 +130,8 @@ def run(case: Case, drawn: HeadInputs, backend: str | None) -> dict[str, torch.T
     torch.manual_seed(0)
     options = own(case, x.labels)
     outputs = options.pop("outputs", ("logps",))
+    schedule = SCHEDULE._replace(pingpong=options.pop("pingpong", SCHEDULE.pingpong))
+    anchored_cutlass.schedule = lambda: schedule
     operands = (x.hidden, x.weight, x.labels)
     if backend is None:
         stats = reference.linear_logps(*operands, bias=x.bias, **options)

@@ -1,7 +1,8 @@
 """Which blocks the anchored product should have: compiled by many processes, timed by one in turns.
 
-Every candidate stands in for `kernels/_blocks.py` while it runs, and is judged against float64
-before it is timed. The JSON is written after each head.
+Every candidate stands in for `kernels/_blocks.py`, or for the schedule of
+`fastpo/ops/rows/anchored_cutlass.py`, while it runs, and is judged against float64 before it is
+timed. The JSON is written after each head.
 
     python benchmarks/gpu_tune.py --out tune.json
 """
@@ -27,7 +28,7 @@ import fastpo
 from fastpo.bench import machine, report
 from fastpo.bench.check import judge
 from fastpo.bench.variants import Result
-from fastpo.ops.rows import registry
+from fastpo.ops.rows import anchored_cutlass, registry
 from fastpo.testing import HeadInputs, make_head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +43,8 @@ SMALL = {"cuda": (256, 8192), "cpu": (16, 48)}[DEVICE]
 JUDGED = 64  # tokens
 MODES = ("score", "keep")
 
-Candidate = tuple[str, str, dict[str, int]]  # name, backend, what is another in GemmBlocks
+# name, backend, what is another in GemmBlocks, or in the schedule of "cutlass"
+Candidate = tuple[str, str, dict[str, Any]]
 
 
 def candidates() -> list[Candidate]:
@@ -50,20 +52,27 @@ def candidates() -> list[Candidate]:
     for group, halvings in itertools.product(GROUPS, HALVINGS):
         changes = {"group": group, "halvings": halvings}
         found.append((f"group {group}, halvings {halvings}", "anchored", changes))
-    found.append(("cutlass", "cutlass", {}))
+    for pingpong, swizzle, words_first in itertools.product((True, False), (1, 8), (False, True)):
+        name = f"{'ping-pong' if pingpong else 'cooperative'}, swizzle {swizzle}"
+        name += f", {'words' if words_first else 'rows'} first"
+        changes = {"pingpong": pingpong, "swizzle": swizzle, "words_first": words_first}
+        found.append((name, "cutlass", changes))
     return [each for each in found if registry.unavailable(each[1], torch.device(DEVICE)) is None]
 
 
 @contextmanager
-def standing_in(changes: dict[str, int]) -> Iterator[None]:
+def standing_in(backend: str, changes: dict[str, Any]) -> Iterator[None]:
     from fastpo.kernels import _blocks
 
-    original = _blocks.gemm_blocks
-    _blocks.gemm_blocks = lambda *given: original(*given)._replace(**changes)
+    module, name = _blocks, "gemm_blocks"
+    if backend == "cutlass":
+        module, name = anchored_cutlass, "schedule"
+    original = getattr(module, name)
+    setattr(module, name, lambda *given: original(*given)._replace(**changes))
     try:
         yield
     finally:
-        _blocks.gemm_blocks = original
+        setattr(module, name, original)
 
 
 def forward(x: HeadInputs, candidate: Candidate, mode: str) -> Tensor:
@@ -71,7 +80,7 @@ def forward(x: HeadInputs, candidate: Candidate, mode: str) -> Tensor:
     _, backend, changes = candidate
     x.hidden.requires_grad_(mode == "keep")
     x.weight.requires_grad_(mode == "keep")
-    with standing_in(changes):
+    with standing_in(backend, changes):
         stats = fastpo.linear_logps(x.hidden, x.weight, x.labels, budget=2**62, backend=backend)
     assert stats.logps is not None
     return stats.logps.detach()
@@ -144,7 +153,7 @@ def main() -> int:
         made["rows"] += rows
         for row in rows:
             said = row.get("reason") or f"{row['mode']:<6}{row['median_ms']:>9.3f} ms"
-            print(f"{row['shape']} {row['variant']:<24}{said}", flush=True)
+            print(f"{row['shape']} {row['variant']:<36}{said}", flush=True)
         if options.out is not None:
             report.write(made, options.out)
     return int(any(row["status"] == "wrong" for row in made["rows"]))

@@ -101,3 +101,23 @@ def test_a_moment_on_a_gpu_begins_behind_a_head_start(monkeypatch):
     start = moment()
     now += 7.0
     assert moment() - start == pytest.approx(7e-3)
+
+
+def test_a_candidate_stands_in_while_it_runs(monkeypatch):
+    pytest.importorskip("triton")
+    tune = script("gpu_tune", monkeypatch)
+    monkeypatch.setattr(tune.registry, "unavailable", lambda *_: None)
+    found = {name: (backend, changes) for name, backend, changes in tune.candidates()}
+    schedules = [changes for backend, changes in found.values() if backend == "cutlass"]
+    assert len(schedules) == 8 and len(found) == len(tune.candidates())
+    shipped = tune.anchored_cutlass.schedule()
+    assert shipped._asdict() in schedules
+    with tune.standing_in(*found["cooperative, swizzle 1, rows first"]):
+        assert tune.anchored_cutlass.schedule() == (False, 1, False)
+    assert tune.anchored_cutlass.schedule() == shipped
+
+
+def test_cutlass_is_looked_at_in_both_schedules(smoke):
+    cooperative = [case for case in smoke.cases("cutlass") if ("pingpong", False) in case.options]
+    assert {case.mode for case in cooperative} == set(smoke.MODES)
+    assert not any("pingpong" in str(case) for case in smoke.cases("anchored"))
