@@ -1,8 +1,8 @@
 """What a call of the head should take on a GPU that is not there: predicted, not measured.
 
 The library's own calls run on tensors without values, and every launch is written down: bytes, from
-the shapes of its operands, and products. Triton's kernels are then compiled for the GPU, and their
-instructions counted. ASSUMED turns those into times.
+the shapes of its operands, and products. Kernels are then compiled for the GPU, those on CUTLASS by
+the nvcc of `make cuda`, and their instructions counted. ASSUMED turns those into times.
 
     python benchmarks/predict.py    # writes the JSON, and from it the tables of docs/kernels.md
 """
@@ -10,16 +10,15 @@ instructions counted. ASSUMED turns those into times.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 import triton
+from predict_cutlass import ASSUMED, CLOCKS, FLOPS, ROOT, Fused, tools
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,31 +26,23 @@ from torch.utils._pytree import tree_leaves
 import fastpo
 from fastpo import planner
 from fastpo.bench import report
+from fastpo.ops.rows import anchored_cutlass as cutlass
 
-ROOT = Path(__file__).parents[1]
 RESULT = "benchmarks/results/h100_predicted.json"
 PAGE = ROOT / "docs" / "kernels.md"
 BLOCK = re.compile(rf"(?<=<!-- predicted: {RESULT} -->\n).*?(?=<!-- end of predicted -->)", re.S)
 
 TOKENS = 8192
 HEADS = ((896, 151_936), (2048, 128_256), (4096, 128_256))  # hidden, vocabulary
-BACKENDS = {"triton": "float32 tiles", "anchored": "anchored"}
-STATISTICS = ("logps", "entropy", "mean_logits", "is_top1")  # what TRL's trainers ask for
-
-ASSUMED = {
-    "multiprocessors": 132,
-    "GHz": 1.6,
-    "bfloat16 FLOP a clock of one": 4096,
-    "of it attained by a library": 0.91,
-    "of that by Triton's main loop": 0.95,
-    "instructions of a warp a clock of one": 4,
-    "exponentials a clock of one": 16,
-    "TB/s": 3.35,
-    "of it attained": 0.9,
-    "µs between launches": 2.0,
+BACKENDS = {
+    "triton": "float32 tiles",
+    "anchored": "anchored",
+    "cooperative": "cutlass, cooperative",
+    "cutlass": "cutlass",
 }
-CLOCKS = ASSUMED["multiprocessors"] * ASSUMED["GHz"] * 1e6  # a millisecond, of all
-FLOPS = CLOCKS * ASSUMED["bfloat16 FLOP a clock of one"] * ASSUMED["of it attained by a library"]
+SCHEDULE = cutlass.schedule
+COOPERATIVE = SCHEDULE()._replace(pingpong=False)
+STATISTICS = ("logps", "entropy", "mean_logits", "is_top1")  # what TRL's trainers ask for
 
 
 @dataclass(frozen=True)
@@ -77,7 +68,7 @@ class Launch:
     name: str
     bytes: int  # each operand once: what leaves the cache too early is read more often
     flops: float = 0.0
-    kernel: Any = None  # as _aot.py compiles it
+    kernel: Any = None  # as _aot.py compiles it, or Fused
     grid: tuple[int, ...] = field(default=())
 
 
@@ -151,6 +142,16 @@ def kernel_launch(kernel: Any, args: tuple, grid: tuple[int, ...], named: dict) 
     return Launch(name, moved, flops, bound, grid)
 
 
+def fused_launch(work: dict[str, Any]) -> Launch:
+    """Of what fastpo._C.AnchoredTile is given."""
+    n, v, h, sums, stored = (work[name] for name in ("n", "v", "h", "sums", "e_stride"))
+    words, overlaps = cutlass.block_words(work["pingpong"]), work["pingpong"] and sums == 1
+    fused = Fused(n, v, h, sums, stored > 0, words, work["swizzle"], overlaps)
+    moved = 2 * (n + v) * h + 8 * n + 4 * sums * -(-v // words) * n + 2 * n * v * fused.stored
+    name = "cutlass, one group multiplies" if overlaps else "cutlass, both groups multiply"
+    return Launch(name, moved, 2.0 * n * v * h, fused)
+
+
 def _fold_traffic(a: dict, grid: tuple[int, ...]) -> int:
     """With maxima only rows out of range are looked at: none, here."""
     if a["maxima_ptr"] is not None:
@@ -182,21 +183,10 @@ TRAFFIC: dict[str, Callable[[dict, tuple[int, ...]], int]] = {
 }
 
 
-@cache
-def tools() -> tuple[Any, Any]:
-    """The GPU that tests pretend, and how they compile: for this process they replace the real."""
-    tests = ROOT / "tests"
-    sys.path[:0] = [str(tests), str(tests / "kernels")]
-    import _aot
-    import _pretended_gpu
-
-    return _pretended_gpu, _aot
-
-
 def launches_of(
     tokens: int, hidden: int, vocab: int, case: Case, backend: str
 ) -> tuple[planner.Plan, list[Launch]]:
-    gpu, _ = tools()
+    gpu, *_ = tools()
     found: list[Launch] = []
 
     @contextmanager
@@ -208,6 +198,13 @@ def launches_of(
         found.append(kernel_launch(self, args, grid, named))
 
     triton.runtime.JITFunction.run = run
+    fastpo._C.AnchoredTile = lambda **named: named  # type: ignore[attr-defined]
+    fastpo._C.anchored_cuda = lambda work, *_: found.append(fused_launch(work))  # type: ignore[attr-defined]
+    if backend == "cooperative":
+        backend, schedule = "cutlass", lambda: COOPERATIVE
+    else:
+        schedule = SCHEDULE
+    cutlass.schedule = schedule  # type: ignore[assignment]
     linear_logps = fastpo.linear_logps  # imports the operators
     gpu.run_operators(watched)
     empty, bf16 = partial(torch.empty, device="cuda"), torch.bfloat16
@@ -231,6 +228,8 @@ def launches_of(
 KERNELS = {
     "anchored_fwd_tma": "epilogue of the anchored product",
     "anchored_fwd_tma alone": "the same beside a known log-sum-exp",
+    "cutlass, one group multiplies": "the same on CUTLASS, ping-pong",
+    "cutlass, both groups multiply": "the same on CUTLASS, cooperative",
     "rows_fwd": "forward rows",
     "rows_bwd": "backward rows",
 }
@@ -238,8 +237,10 @@ KERNELS = {
 
 def work_of(launch: Launch) -> tuple[float, float]:
     """Instructions and exponentials of all warps; of an anchored product its epilogue's."""
-    paths = executed(launch)
-    warps = 0 if launch.kernel is None else launch.kernel.options["num_warps"]
+    paths, warps = executed(launch), 0
+    if launch.kernel is not None:
+        fused = isinstance(launch.kernel, Fused)
+        warps = launch.kernel.warps if fused else launch.kernel.options["num_warps"]
     issued = sum(len(path) * times for path, times in paths)
     powers = sum(sum("MUFU.EX2" in line for line in path) * times for path, times in paths)
     return warps * issued, warps * powers
@@ -256,7 +257,10 @@ def executed(launch: Launch) -> list[tuple[list[str], float]]:
     """Instructions of a thread, and how often all programs together run them."""
     if launch.name not in KERNELS:
         return []
-    a, (sass, _), aot = launch.kernel.arguments, compiled(launch), tools()[1]
+    (sass, _), aot = compiled(launch), tools()[1]
+    if isinstance(launch.kernel, Fused):
+        return [(launch.kernel.epilogue, launch.kernel.blocks)]
+    a = launch.kernel.arguments
     if launch.flops:
         blocks = -(-a["n"] // a["BLOCK_M"]) * -(-a["vocab"] // a["BLOCK_V"])
         return [(aot.epilogue(sass), blocks)]
@@ -274,6 +278,8 @@ _COMPILED: dict[tuple, tuple[str, dict]] = {}
 def compiled(launch: Launch) -> tuple[str, dict[str, int]]:
     """Machine code for sm_90, and what it takes."""
     aot = tools()[1]
+    if isinstance(launch.kernel, Fused):
+        return launch.kernel.compiled
     source = aot.source_of(launch.kernel)
     key = (launch.name, str(source.signature), str(source.constants), str(source.attrs))
     if key not in _COMPILED:
@@ -285,8 +291,11 @@ def compiled(launch: Launch) -> tuple[str, dict[str, int]]:
 
 def milliseconds(launch: Launch) -> float:
     """Memory beside all else; of an anchored product the epilogue behind the main loop."""
-    rate = FLOPS if launch.kernel is None else FLOPS * ASSUMED["of that by Triton's main loop"]
-    busy = launch.flops / rate + working(launch)
+    if isinstance(launch.kernel, Fused):
+        busy = launch.kernel.clocks / (ASSUMED["GHz"] * 1e6)
+    else:
+        ours = 1.0 if launch.kernel is None else ASSUMED["of that by a main loop of ours"]
+        busy = launch.flops / (FLOPS * ours) + working(launch)
     moving = launch.bytes / (ASSUMED["TB/s"] * ASSUMED["of it attained"] * 1e9)
     return max(busy, moving) + ASSUMED["µs between launches"] / 1e3
 
@@ -319,8 +328,12 @@ def row(hidden: int, vocab: int, case: str, backend: str) -> dict[str, Any]:
 
 
 def counts(launch: Launch) -> dict[str, float]:
-    a, (instructions, exponentials) = launch.kernel.arguments, work_of(launch)
-    cells = a["n"] * a["vocab"] if launch.flops else launch.grid[0] * a["width"]
+    instructions, exponentials = work_of(launch)
+    if isinstance(launch.kernel, Fused):
+        cells = launch.kernel.blocks * 128 * launch.kernel.words
+    else:
+        a = launch.kernel.arguments
+        cells = a["n"] * a["vocab"] if launch.flops else launch.grid[0] * a["width"]
     return {
         "instructions_per_cell": 32 * instructions / cells,
         "exponentials_per_cell": 32 * exponentials / cells,

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
     not (ROOT / "benchmarks" / "predict.py").is_file(), reason="not a checkout"
 )
-N, H, V = 64, 16, 300
+N, H, V = 64, 16, 304
 LAUNCHES = f"""
 import json, predict
 found = {{
@@ -53,6 +54,18 @@ EXPECTED = {
 }
 
 
+# The same but for the product: two blocks of words, and columns in place of labels.
+CUTLASS = X + W + 2 * TILE + 2 * NUMBERS + 2 * NUMBERS
+for backend, name in (
+    ("cutlass", "cutlass, one group multiplies"),
+    ("cooperative", "cutlass, both groups multiply"),
+):
+    EXPECTED[backend] = [
+        (name, CUTLASS) if launch[0] == "anchored_fwd_tma" else launch
+        for launch in EXPECTED["anchored"]
+    ]
+
+
 @pytest.fixture(scope="module")
 def launches() -> dict[str, list]:
     """In a process of its own, where the kernels are not interpreted and the GPU is pretended."""
@@ -74,6 +87,31 @@ def test_bytes_and_products_of_a_call(launches, backend):
     assert sum(flops for *_, flops in found) == 3 * 2 * N * H * V
     # What is left is numbers of rows, and d hidden scaled by one each.
     assert all(moved <= 2 * (4 * N * H) + NUMBERS for name, moved, _ in found if name not in names)
+
+
+@pytest.mark.parametrize(("hidden", "longer"), [(2048, "products"), (64, "epilogue")])
+def test_what_overlaps_in_a_product_on_cutlass(monkeypatch, hidden, longer):
+    """By hand, of 3 rounds of blocks of 128 x 192 and of 2 of 128 x 256."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    predict = importlib.import_module("predict_cutlass")
+    path, loop = ["MUFU.EX2 R0, R0"] * 192 + ["FADD"] * 808, ["HGMMA"] * 60
+    nvcc = SimpleNamespace(
+        epilogue=lambda _: path, main_loop=lambda _: loop, tensor_cycles=lambda _: 768.0
+    )
+    monkeypatch.setattr(predict, "tools", lambda: (None, None, nvcc))
+    monkeypatch.setattr(predict, "_compiled", lambda _: ({False: "code"}, {}))
+    steps, attained = hidden // 64, 0.91 * 0.95
+    blocks = {"n": 128 * 132, "h": hidden, "sums": 1, "stored": False, "swizzle": 1}
+    pingpong = predict.Fused(v=3 * 192, words=192, overlaps=True, **blocks)
+    # 1,000 instructions every second clock and the other's main loop; exponentials take 1,536.
+    products, epilogue = 768 * steps / attained, 2000 + 60 * steps
+    assert (products > epilogue) == (longer == "products")
+    expected = 3 * max(products, epilogue) + min(products, epilogue)
+    assert pingpong.clocks == pytest.approx(expected)
+    shared = predict.Fused(v=2 * 256, words=256, overlaps=False, **blocks)
+    # Two warp groups multiply, and take exponentials of 8 warps at 16 a clock.
+    assert shared.clocks == pytest.approx(2 * (2 * products + 32 * 8 * 192 / 16))
+    assert (pingpong.file, shared.file) == ("anchored_pingpong", "anchored_cooperative")
 
 
 def test_the_page_is_what_was_computed(monkeypatch):
