@@ -19,7 +19,15 @@ def hooks(layer: Any, kinds: tuple[str, ...]) -> list[Callable[..., Any]]:
 
 def numbers(layer: Any, kinds: tuple[str, ...] = FORWARD) -> tuple[int, ...]:
     """One for each hook, none given twice."""
-    return tuple(number for held in _held(layer, kinds) for number in held)
+    return own_numbers(layer, kinds) + global_numbers(kinds)
+
+
+def own_numbers(layer: Any, kinds: tuple[str, ...] = FORWARD) -> tuple[int, ...]:
+    return tuple(number for kind in kinds for number in getattr(layer, kind))
+
+
+def global_numbers(kinds: tuple[str, ...] = FORWARD) -> tuple[int, ...]:
+    return tuple(number for kind in kinds for number in getattr(every, f"_global{kind}"))
 
 
 def name(hook: Any) -> str:

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from ...layout.cost import LayerCost, is_worth
 from ...layout.tree import Layout, layout_of
-from ..seams.calls import standing_in, unhidden
+from ..seams import hooks
+from ..seams.calls import beneath, standing_in, unhidden
 from ..seams.handle import OURS, Handle, attached
 from ..seams.saying import say_once
 from . import attention, probe, refusals
@@ -57,6 +58,7 @@ class Packer:
     tokens: Tokens = field(default_factory=Tokens)
     # By what the model has been looked at as: why it is left alone, or what it costs.
     known: dict[Any, str | LayerCost] = field(default_factory=dict)
+    shape: Any = None  # of the model that is known
 
     def run(self, model: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`own(*args, **kwargs)`, the backbone's forward, on a packed row where that is right."""
@@ -82,6 +84,7 @@ class Packer:
         # Before the batch: every process of a sharded model probes it at its first call.
         cost = self._checked(model, own, inputs)
         refusals.check_call(inputs)
+        refusals.check_noise(model)
         share = self.share and not refusals.drops(model)
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         try:
@@ -99,10 +102,16 @@ class Packer:
         # Weights that are offloaded are on no device between calls.
         given = (x.device for x in inputs.values() if isinstance(x, Tensor))
         device = next(given, weight.device)
-        key = implementation, weight.dtype, device.type
+        key, shape = (implementation, weight.dtype, device.type), _shape(model)
+        changed = self.shape not in (None, shape)
+        if shape != self.shape:
+            self.shape, self.known = shape, {}
         if key not in self.known:
             try:
                 refusals.check_model(model)
+                if changed and refusals.sharded(model):
+                    # Perhaps in this process alone: others would not be there in the probe.
+                    raise Refused("a hook or layer that came later, in shards")
                 attention.install(implementation)
                 probe.check(self, model, own, device)
                 self.known[key] = layer_cost(model, device)
@@ -139,6 +148,13 @@ class Packer:
             if value is not None:
                 output[name] = _put_back(value, layout)
         return output
+
+
+def _shape(model: nn.Module) -> tuple[Any, ...]:
+    """What changes when somebody puts a hook, a forward or a layer of his own into it."""
+    layers = (x for x in model.modules() if x is not model)
+    each = ((type(x), *hooks.own_numbers(x), id(beneath(x, "forward"))) for x in layers)
+    return (*each, hooks.global_numbers())
 
 
 @functools.cache

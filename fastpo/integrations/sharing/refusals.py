@@ -119,6 +119,17 @@ def check_rotation(model: Any, layout: Layout) -> None:
             raise Refused(f"pads beyond the {limit} tokens at which its rope changes")
 
 
+def check_noise(model: nn.Module) -> None:
+    """Raises Refused while transformers adds noise to embeddings, as large as a row is long."""
+    if model.training and any("neftune_noise_alpha" in vars(x) for x in model.modules()):
+        raise Refused("noise on embeddings (NEFTune)")
+
+
+def sharded(model: nn.Module) -> bool:
+    """Does a forward wait for other processes? Parameters of FSDP and of ZeRO-3 say so."""
+    return any(hasattr(x, "placements") or hasattr(x, "ds_id") for x in model.parameters())
+
+
 def drops(model: nn.Module) -> bool:
     """Is any noise drawn? Tokens that are computed once would be dropped together."""
     if not model.training:

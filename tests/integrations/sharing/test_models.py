@@ -16,6 +16,7 @@ import torch
 from _batches import BATCHES, model_of, run
 from _tiny import one_thread  # noqa: F401
 from torch import nn
+from transformers.integrations.neftune import neftune_post_forward_hook
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -255,6 +256,84 @@ def test_a_deep_copy_packs_for_itself():
         own = expected(input_ids=ids, attention_mask=mask).logits[mask != 0]
     torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
     handle.detach()
+
+
+def centred(mlp, inputs, output):
+    """Of all tokens of a row."""
+    return output - output.mean(1, keepdim=True)
+
+
+def by_columns(mlp, inputs):
+    x = inputs[0]
+    return (x + torch.linspace(0, 1, x.shape[1]).view(1, -1, 1),)
+
+
+def forward_of_its_own(model):
+    mlp, own = model.layers[0].mlp, model.layers[0].mlp.forward
+    mlp.forward = lambda x: centred(mlp, x, own(x))
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return centred(self, x, x)
+
+
+def another_layer(model):
+    model.layers[0].mlp = nn.Sequential(model.layers[0].mlp, Centred())
+
+
+CHANGES = {
+    "hook": lambda model: model.layers[0].mlp.register_forward_hook(centred),
+    "pre-hook": lambda model: model.layers[1].mlp.register_forward_pre_hook(by_columns),
+    "forward": forward_of_its_own,
+    "layer": another_layer,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_put_on_a_layer_later_is_looked_at(change):
+    ids, mask = _batches.right()
+    found = []
+    for shared in (False, True):
+        model = model_of("llama", "sdpa")().model
+        with shared_prompts(model, always=True) if shared else contextlib.nullcontext() as handle:
+            model(input_ids=ids, attention_mask=mask)
+            undo = CHANGES[change](model)
+            found.append(model(input_ids=ids, attention_mask=mask).last_hidden_state[mask != 0])
+            if undo is not None and shared:
+                undo.remove()
+                handle.tokens.computed = handle.tokens.padded = 0
+                model(input_ids=ids, attention_mask=mask)
+                assert handle.tokens.saved > 0.3
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def test_in_shards_no_process_probes_alone(monkeypatch):
+    """One may have a hook that the others have not, and they would not answer."""
+    ids, mask = _batches.right()
+    model = model_of("llama", "sdpa")().model
+    with shared_prompts(model, always=True) as handle:
+        model(input_ids=ids, attention_mask=mask)
+        model.layers[0].mlp.down_proj.weight.ds_id = 0  # of ZeRO-3
+        model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        handle.tokens.computed = handle.tokens.padded = 0
+        monkeypatch.setattr(probe, "check", None)
+        model(input_ids=ids, attention_mask=mask)
+        assert handle.tokens.saved == 0 < handle.tokens.padded
+
+
+def test_noise_on_embeddings_is_that_of_whole_rows():
+    ids, mask = _batches.right()
+    found = []
+    for shared in (False, True):
+        model = model_of("llama", "sdpa")().model
+        with shared_prompts(model, always=True) if shared else contextlib.nullcontext():
+            model(input_ids=ids, attention_mask=mask)
+            model.train().embed_tokens.neftune_noise_alpha = 5.0
+            model.embed_tokens.register_forward_hook(neftune_post_forward_hook)
+            torch.manual_seed(0)
+            found.append(model(input_ids=ids, attention_mask=mask).last_hidden_state)
+    assert torch.equal(*found)
 
 
 def test_a_pickle_packs_in_another_process():
