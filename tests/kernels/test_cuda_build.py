@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import re
 import subprocess
 from collections import defaultdict
@@ -38,6 +40,26 @@ CODE = {
     "pingpong_stats": (192, 2, 14.6, 15.8),
 }
 LAYOUT = Path(__file__).with_name("anchored_layout.cu")
+SIZES = [(n, v) for n in (8192, 4096, 896, 300, 1) for v in (151_936, 128_256, 50_257, 2000)]
+# Blocks that the library's scheduler walks through, of lines "rows words swizzle order".
+SCHEDULER = """
+#include <cstdio>
+#include <cutlass/gemm/kernel/tile_scheduler_params.h>
+int main() {
+  using Params = cutlass::gemm::kernel::detail::PersistentTileSchedulerSm90Params;
+  unsigned rows, words;
+  int swizzle, along_words;
+  while (std::scanf("%u %u %d %d", &rows, &words, &swizzle, &along_words) == 4) {
+    Params params;
+    cutlass::KernelHardwareInfo hardware;
+    hardware.sm_count = 132;
+    using Order = Params::RasterOrderOptions;
+    params.initialize(dim3((rows + 1) / 2 * 2, words, 1), {2, 1, 1}, hardware, swizzle,
+                      along_words ? Order::AlongN : Order::AlongM);
+    std::printf("%d\\n", int(params.blocks_per_problem_));
+  }
+}
+"""
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc; `make cuda` brings one")
 needs_cutlass = pytest.mark.skipif(
@@ -102,6 +124,26 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int
         else:
             found[name].append(list(map(int, line.split())))
     return found
+
+
+@needs_cutlass
+@pytest.mark.parametrize("words", [192, 256])
+def test_as_many_blocks_as_the_schedule_was_chosen_for(words, tmp_path: Path) -> None:
+    from fastpo.ops.rows.anchored_cutlass import padded_blocks, swizzled
+
+    source, program = tmp_path / "scheduler.cu", tmp_path / "scheduler"
+    source.write_text(SCHEDULER)
+    command = [NVCC, "-std=c++17", "-arch=sm_90a", *GEMM[2], str(source), "-o", str(program)]
+    subprocess.run(command, check=True, capture_output=True)
+    expected, lines = [], []
+    for (n, v), most, order in itertools.product(SIZES, (1, 2, 4, 8), (0, 1)):
+        swizzle = swizzled(n, v, words, most)
+        expected.append(math.prod(padded_blocks(n, v, words, swizzle)))
+        lines.append(f"{-(-n // 128)} {-(-v // words)} {swizzle} {order}")
+    done = subprocess.run(
+        [program], input="\n".join(lines), text=True, capture_output=True, check=True
+    )
+    assert list(map(int, done.stdout.split())) == expected
 
 
 @needs_cutlass
