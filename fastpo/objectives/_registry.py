@@ -97,8 +97,10 @@ class Parameter:
     @classmethod
     def of(cls, parameter: inspect.Parameter, hint: Any) -> "Parameter":
         range_: Interval | OneOf | None = None
-        if get_origin(hint) is Annotated:
-            hint, range_ = get_args(hint)[:2]
+        # Python 3.10 writes `| None` around the whole hint of what defaults to None.
+        for inner in (hint, *get_args(hint)):
+            if get_origin(inner) is Annotated:
+                hint, range_ = get_args(inner)[:2]
         union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         options = [option for option in union if option is not type(None)]
         if options == [Any] and parameter.default is not None:
