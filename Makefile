@@ -127,23 +127,11 @@ hub: $(READY)
 	$(BIN)/python -m pytest -q tests/kernels/test_hub.py
 
 # The lowest of what pyproject.toml claims, and the newest there is: without constraints, in
-# environments of their own, with a wheel.
-LOWEST := torch==2.8.0 'numpy<2.4' transformers==4.55.4 trl==0.18.2
-HIGHEST := torch numpy transformers trl
-LOW_PYTHON := python3.10
-HIGH_PYTHON := $(PYTHON)
+# environments of their own, with a wheel; then the gate of the kernels with the Tritons of both.
+TRITONS := 3.4.0 3.9.0
 versions: $(ZIG)
-	set -e; check() { \
-	  name=$$1 python=$$2; shift 2; folder=build/versions/$$name; \
-	  rm -rf $$folder; $$python -m venv $$folder; \
-	  $(BIN)/python .ci/wheels.py $$folder/wheel --machine x86_64 --python \
-	    $$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
-	  $$folder/bin/pip install -q $$folder/wheel/*.whl peft accelerate datasets pytest hypothesis "$$@"; \
-	  $$folder/bin/fastpo info; \
-	  OMP_NUM_THREADS=1 $$folder/bin/python -m pytest -q -c pyproject.toml -p no:cacheprovider \
-	    tests/ops/test_linear_logps.py tests/objectives/test_objectives.py \
-	    tests/integrations/attach/test_attach.py tests/integrations/trl/test_trl_lazy.py; \
-	}; check lowest $(LOW_PYTHON) $(LOWEST); check highest $(HIGH_PYTHON) $(HIGHEST)
+	$(BIN)/python .ci/versions.py build/versions
+	set -e; for version in $(TRITONS); do $(MAKE) triton TRITON=$$version; done
 
 # Before a release, beside .ci/run.
 release-check: $(READY) $(ZIG)
