@@ -137,7 +137,7 @@ def install(implementation: str) -> None:
     if implementation == "eager":
         _serve_eager()
         return
-    attention = AttentionInterface._global_mapping[implementation]
+    attention: Any = AttentionInterface._global_mapping[implementation]
     if not isinstance(attention, _Attention):
         AttentionInterface.register(implementation, _Attention(attention))
 
@@ -190,7 +190,8 @@ def _nothing() -> None:
 def restore() -> None:
     """Both registries as they were."""
     for interface in (AttentionMaskInterface, AttentionInterface):
-        for name, function in list(interface._global_mapping.items()):
+        registered: dict[str, Any] = interface._global_mapping
+        for name, function in list(registered.items()):
             if isinstance(function, _Mask | _Attention):
                 interface.register(name, function.original)
     hidden = getattr(_EAGER.current(), "hidden", None)
