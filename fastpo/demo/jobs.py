@@ -93,7 +93,7 @@ def run(job: Job, name: str) -> Iterator[dict[str, Any]]:
         finally:
             if process.poll() is None:
                 process.kill()
-                process.wait()
+            process.communicate()  # waits, and closes the pipe
     if code:
         raise DemoFailure(_obituary(name, code, error, log))
 
