@@ -84,7 +84,8 @@ def pro_ranking(
     own = mean * (scores - lowest[groups])
     other = mean[None, :] * (scores[:, None] - scores[None, :])
     gap = torch.where(ahead, other - own[:, None], -math.inf)
-    contrast = group_sum(F.pad(gap, (1, 0)).logsumexp(1), groups, count)
+    # Not logsumexp: its gradient takes the exponential of a difference of larger numbers.
+    contrast = group_sum(-F.pad(gap, (1, 0)).log_softmax(1)[:, 0], groups, count)
     rounds = (group_sizes(groups, count) - 1).to(logps.dtype).square()
     return contrast - sft_weight * rounds * _of_first(logps, ahead, groups, count)
 

@@ -8,7 +8,7 @@ import math
 from functools import partial
 from typing import Annotated
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import REDUCTIONS, exp_cap, masked_mean, masked_sum
@@ -89,7 +89,9 @@ def sapo(
 
     def term(ratio: Tensor, advantages: Tensor) -> Tensor:
         tau = either(advantages > 0, temperature_pos, temperature_neg, advantages)
-        return -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+        # The slope of torch.sigmoid near 1 is rounding, and a large ratio multiplies it.
+        gate = F.logsigmoid(tau * (ratio - 1)).exp()
+        return -4 / tau * gate * advantages
 
     return batch.rows(term, masked_mean, level, Penalties(beta, unbiased_kl, entropy_coef))
 

@@ -6,9 +6,8 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Sequence
+from collections import defaultdict
 from pathlib import Path
-from typing import Annotated
 
 import pytest
 import torch
@@ -19,8 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastpo import objectives
-from fastpo.objectives import Interval, NonNegative, OneOf, _quantities
-from fastpo.objectives._registry import lookup, parameters_of, quantities_of
+from fastpo.objectives import Interval, OneOf, _quantities
+from fastpo.objectives._registry import lookup, quantities_of
 from fastpo.testing import assert_as_good_as_eager
 
 for module in sorted(Path(__file__).parent.glob("_objective_truth_*.py")):
@@ -95,16 +94,27 @@ def test_value_and_gradient(key, case, optional):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_precision(key):
-    """float32 as good as the naive formula in float32; half precision computed in float32."""
-    function, row, inputs, hyper = problem(key)
-    truth, dtruth = truth_of(function, row, inputs, hyper)
-    eager, deager = truth_of(function, row, inputs, hyper, torch.float32)
-    ours, dours = evaluate(function, row, inputs, hyper, torch.float32)
-    for t, e, o in zip(truth, eager, ours, strict=True):
-        assert o.dtype == torch.float32
-        assert_as_good_as_eager(key, o, e, t)
-    for name in dtruth:
-        assert_as_good_as_eager(f"{key}: d{name}", dours[name], deager[name], dtruth[name])
+    """float32 as good as the naive formula in float32, which may be lucky in one draw."""
+    found = defaultdict(list)
+    for seed in range(16):
+        function, row, inputs, hyper = problem(key, seed=seed)
+        truth, dtruth = truth_of(function, row, inputs, hyper)
+        eager, deager = truth_of(function, row, inputs, hyper, torch.float32)
+        ours, dours = evaluate(function, row, inputs, hyper, torch.float32)
+        for i, results in enumerate(zip(ours, eager, truth, strict=True)):
+            found[f"row {i}"].append(results)
+        for name in dtruth:
+            found[f"d{name}"].append((dours[name], deager[name], dtruth[name]))
+    for name, draws in found.items():
+        each = zip(*draws, strict=True)
+        fused, plain, exact = (torch.cat([x.flatten() for x in results]) for results in each)
+        assert fused.dtype == torch.float32
+        assert_as_good_as_eager(f"{key}: {name}", fused, plain, exact)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_half_precision_is_computed_in_float32(key):
+    function, _, inputs, hyper = problem(key)
     for half in (torch.bfloat16, torch.float16):
         low = {n: x.to(half) if x.is_floating_point() else x for n, x in inputs.items()}
         wide = {n: x.float() if x.is_floating_point() else x for n, x in low.items()}
@@ -333,49 +343,6 @@ def test_table():
     assert bound.__name__ == "dpo"
     assert inspect.signature(bound).parameters["beta"].default == 0.3
     assert "beta: a number in (0, inf)" in objectives.get("dpo").__doc__
-
-
-def test_registering():
-    def mine(chosen_logps: Tensor, *, scale=2.0):
-        """scale·c."""
-        return scale * chosen_logps
-
-    with pytest.raises(ValueError, match=r"^dpo: expected a name that is free, got 'dpo'$"):
-        objectives.objective("dpo", family="pairs")(mine)
-    with pytest.raises(ValueError, match=r"^family: expected one of .*, got 'test_objectives'$"):
-        objectives.objective("mine")(mine)
-
-    def other(chosen_logprobs: Tensor):
-        return chosen_logprobs
-
-    with pytest.raises(
-        ValueError, match=r"^other: expected quantities of the catalogue, got .*logprobs"
-    ):
-        objectives.objective("other", family="pairs")(other)
-
-
-def test_kinds_of_hyperparameters():
-    def mine(
-        *,
-        weights: Annotated[Sequence[float] | None, NonNegative] = None,
-        count: Annotated[int | None, Interval(1, 9, "[)")] = None,
-        flag: bool = False,
-        free=None,
-    ): ...
-
-    known = parameters_of(mine)
-    good = {"weights": ([1, 0.5], (), None), "count": (1, None), "flag": (True,), "free": (1, "x")}
-    bad = {"weights": (0.5, [-1.0], ["x"], [True]), "count": (9, 1.0, True), "flag": (1, None)}
-    assert all(known[name].admits(value) for name, values in good.items() for value in values)
-    assert not any(known[name].admits(value) for name, values in bad.items() for value in values)
-    with pytest.raises(
-        ValueError, match=r"^weights: expected a list of numbers in \[0, inf\) or None"
-    ):
-        known["weights"].check(0.5)
-    with pytest.raises(
-        ValueError, match=r"^count: expected an integer in \[1, 9\) or None, got 9$"
-    ):
-        known["count"].check(9)
 
 
 def test_missing_and_conflicting_quantities():

@@ -1,0 +1,54 @@
+"""How an objective and its hyperparameters are registered, and what is refused."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import pytest
+from torch import Tensor
+
+from fastpo import objectives
+from fastpo.objectives import Interval, NonNegative
+from fastpo.objectives._registry import parameters_of
+
+
+def test_registering():
+    def mine(chosen_logps: Tensor, *, scale=2.0):
+        """scale·c."""
+        return scale * chosen_logps
+
+    with pytest.raises(ValueError, match=r"^dpo: expected a name that is free, got 'dpo'$"):
+        objectives.objective("dpo", family="pairs")(mine)
+    with pytest.raises(ValueError, match=r"^family: expected one of .*, got 'test_registry'$"):
+        objectives.objective("mine")(mine)
+
+    def other(chosen_logprobs: Tensor):
+        return chosen_logprobs
+
+    with pytest.raises(
+        ValueError, match=r"^other: expected quantities of the catalogue, got .*logprobs"
+    ):
+        objectives.objective("other", family="pairs")(other)
+
+
+def test_kinds_of_hyperparameters():
+    def mine(
+        *,
+        weights: Annotated[Sequence[float] | None, NonNegative] = None,
+        count: Annotated[int | None, Interval(1, 9, "[)")] = None,
+        flag: bool = False,
+        free=None,
+    ): ...
+
+    known = parameters_of(mine)
+    good = {"weights": ([1, 0.5], (), None), "count": (1, None), "flag": (True,), "free": (1, "x")}
+    bad = {"weights": (0.5, [-1.0], ["x"], [True]), "count": (9, 1.0, True), "flag": (1, None)}
+    assert all(known[name].admits(value) for name, values in good.items() for value in values)
+    assert not any(known[name].admits(value) for name, values in bad.items() for value in values)
+    with pytest.raises(
+        ValueError, match=r"^weights: expected a list of numbers in \[0, inf\) or None"
+    ):
+        known["weights"].check(0.5)
+    with pytest.raises(
+        ValueError, match=r"^count: expected an integer in \[1, 9\) or None, got 9$"
+    ):
+        known["count"].check(9)
