@@ -164,7 +164,8 @@ cuda: $(READY)
 	  nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cutlass
 	CUDACXX=$(CURDIR)/$(NVCC)/nvidia/cu13/bin/nvcc \
 	FASTPO_CUTLASS=$(CURDIR)/$(NVCC)/cutlass_library/source/include \
-	  $(BIN)/python -m pytest -q -n auto tests/kernels/test_cuda_build.py
+	  $(BIN)/python -m pytest -q -n auto --dist loadgroup \
+	  tests/kernels/test_cuda_build.py
 
 # Each run stays in .benchmarks under its commit; COMPARE=0001 shows what became of that run's cases.
 COMPARE :=

@@ -29,7 +29,13 @@ from _nvcc import (
     tensor_cycles,
 )
 
-CASES = [(name, sm) for name, (devices, *_) in SOURCES.items() for sm in devices]
+# One worker for all tests of a source: each would compile it for itself.
+CASES = [
+    pytest.param(name, sm, marks=pytest.mark.xdist_group(name))
+    for name, (devices, *_) in SOURCES.items()
+    for sm in devices
+]
+MADE = [pytest.param(name, marks=pytest.mark.xdist_group(f"anchored_{name}")) for name in PRODUCTS]
 SHARED_MEMORY = 232_448  # bytes one block may have
 # Words of a block, warp groups that share one, most instructions a cell where E is not stored and
 # where it is.
@@ -90,7 +96,7 @@ def test_registers_and_spills(name: str, device: str, build: Build) -> None:
 
 
 @needs_cutlass
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", MADE)
 def test_machine_code_of_the_products(name: str, build: Build) -> None:
     pytest.importorskip("triton")
     words, groups, *most = CODE[name]
@@ -147,6 +153,7 @@ def test_as_many_blocks_as_the_schedule_was_chosen_for(words, tmp_path: Path) ->
 
 
 @needs_cutlass
+@pytest.mark.xdist_group("layouts")
 def test_every_product_meets_its_row_and_word(layouts) -> None:
     """Where the library says that cells are, by which labels and bias are found, is where the
     products lie in the registers: its coordinates run on the host."""
@@ -173,6 +180,7 @@ def test_every_product_meets_its_row_and_word(layouts) -> None:
 
 
 @needs_cutlass
+@pytest.mark.xdist_group("layouts")
 def test_a_row_is_summed_in_one_order_whatever_is_kept_and_asked(layouts) -> None:
     def orders(name: str) -> dict[int, list[list[int]]]:
         """Of a row its words as each of the threads that share it adds them up."""
