@@ -80,7 +80,7 @@ def check_memory(**tensors: Tensor) -> None:
 
     Operators, which know the shapes of their results without a walk, do not get here.
     """
-    made = torch.empty(0, device="cpu")  # what a FakeTensorMode makes of it
+    made = torch.empty(0, dtype=torch.float32, device="cpu")  # what a FakeTensorMode makes of it
     for name, x in (*tensors.items(), (next(iter(tensors)), made)):
         if x.device.type == "meta" or isinstance(x, FakeTensor):
             kind = "a FakeTensor" if isinstance(x, FakeTensor) else "one on the meta device"
