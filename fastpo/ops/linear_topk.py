@@ -172,12 +172,6 @@ def best_words(
     return TopK(values.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))
 
 
-@torch.compiler.disable  # its loops would be traced tile by tile
-def _run(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    found: tuple[Tensor, Tensor, Tensor] = _LinearTopK.apply(*operands)
-    return found
-
-
 class _LinearTopK(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -227,3 +221,7 @@ def _check_lists(
             raise ValueError(f"{name}: expected device {labels.device}, got {tensor.device}")
     if exclude is not None and exclude.device.type == "cpu" and bool((exclude >= vocab).any()):
         raise ValueError(f"exclude: expected values below {vocab}, got {int(exclude.max())}")
+
+
+# Its loops would be traced tile by tile.
+_run = torch.compiler.disable(_LinearTopK.apply)

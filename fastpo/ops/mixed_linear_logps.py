@@ -140,12 +140,6 @@ def mix(
     return TokenStats(**{name: fields[name].view(labels.shape) for name in options.outputs})
 
 
-@torch.compiler.disable  # its loops would be traced tile by tile
-def _run(*operands: Any) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = _MixedLinearLogps.apply(*operands)
-    return found
-
-
 class _MixedLinearLogps(torch.autograd.Function):
     """Of labels, coefficients, spec, then M hidden states, M weights and M biases."""
 
@@ -248,3 +242,7 @@ def _weights_of_heads(
             "coefficients: expected a tensor without gradient, got requires_grad=True; detach it"
         )
     return coefficients.detach().float().reshape((-1, heads) if coefficients.dim() > 1 else heads)
+
+
+# Its loops would be traced tile by tile.
+_run = torch.compiler.disable(_MixedLinearLogps.apply)
