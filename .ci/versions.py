@@ -26,6 +26,7 @@ HIGHEST = ["transformers", "trl", "peft", "accelerate", "datasets"]
 TESTS = [
     "tests/ops/test_linear_logps.py",
     "tests/objectives/test_objectives.py",
+    "tests/objectives/test_registry.py",
     "tests/integrations/attach/test_attach.py",
     "tests/integrations/trl/test_trl_lazy.py",
 ]
