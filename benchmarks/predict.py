@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import triton
-from predict_cutlass import ASSUMED, CLOCKS, FLOPS, ROOT, Fused, tools
+from predict_cutlass import ASSUMED, CLOCKS, FLOPS, ROOT, SCHEDULES, Fused, tools
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,8 +40,6 @@ BACKENDS = {
     "cooperative": "cutlass, cooperative",
     "cutlass": "cutlass",
 }
-SCHEDULE = cutlass.schedule
-COOPERATIVE = SCHEDULE()._replace(pingpong=False)
 STATISTICS = ("logps", "entropy", "mean_logits", "is_top1")  # what TRL's trainers ask for
 
 
@@ -200,11 +198,9 @@ def launches_of(
     triton.runtime.JITFunction.run = run
     fastpo._C.AnchoredTile = lambda **named: named  # type: ignore[attr-defined]
     fastpo._C.anchored_cuda = lambda work, *_: found.append(fused_launch(work))  # type: ignore[attr-defined]
-    if backend == "cooperative":
-        backend, schedule = "cutlass", lambda: COOPERATIVE
-    else:
-        schedule = SCHEDULE
-    cutlass.schedule = schedule  # type: ignore[assignment]
+    if backend in SCHEDULES:
+        schedule, backend = SCHEDULES[backend], "cutlass"
+        cutlass.schedule = lambda: schedule
     linear_logps = fastpo.linear_logps  # imports the operators
     gpu.run_operators(watched)
     empty, bf16 = partial(torch.empty, device="cuda"), torch.bfloat16
@@ -330,7 +326,7 @@ def row(hidden: int, vocab: int, case: str, backend: str) -> dict[str, Any]:
 def counts(launch: Launch) -> dict[str, float]:
     instructions, exponentials = work_of(launch)
     if isinstance(launch.kernel, Fused):
-        cells = launch.kernel.blocks * 128 * launch.kernel.words
+        cells = launch.kernel.cells
     else:
         a = launch.kernel.arguments
         cells = a["n"] * a["vocab"] if launch.flops else launch.grid[0] * a["width"]

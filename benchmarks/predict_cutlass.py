@@ -20,6 +20,11 @@ from fastpo.ops.rows import anchored_cutlass as cutlass
 ROOT = Path(__file__).parents[1]
 NVCC = ROOT / "build" / "nvcc"  # where `make cuda` puts it
 
+SCHEDULES = {
+    "cutlass": cutlass.schedule(),
+    "cooperative": cutlass.schedule()._replace(pingpong=False),
+}
+
 ASSUMED = {
     "multiprocessors": 132,
     "GHz": 1.6,
@@ -73,6 +78,10 @@ class Fused:
     def blocks(self) -> int:
         """Those beyond the end among them."""
         return math.prod(cutlass.padded_blocks(self.n, self.v, self.words, self.swizzle))
+
+    @property
+    def cells(self) -> int:
+        return self.blocks * 128 * self.words
 
     @property
     def warps(self) -> int:
