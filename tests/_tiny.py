@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import functools
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import torch
 import transformers
 from _probes import Widest, count_calls, one_thread  # noqa: F401
@@ -17,6 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+needs_tensor_parallelism = pytest.mark.skipif(
+    not (
+        find_spec("transformers.distributed")
+        and find_spec("transformers.distributed.tensor_parallel")
+    ),
+    reason="needs the tensor parallelism of transformers 5.23",
+)
 
 QUESTIONS = ("what is red", "where is the cat", "who sings", "name a fruit", "is it late", "why")
 GOOD = ("a warm colour", "on the mat by the door", "the bird", "an apple", "yes it is", "because")

@@ -113,13 +113,7 @@ def parallel(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
 
 
-@pytest.mark.skipif(
-    not (
-        find_spec("transformers.distributed")
-        and find_spec("transformers.distributed.tensor_parallel")
-    ),
-    reason="needs the tensor parallelism of transformers 5.23",
-)
+@tiny.needs_tensor_parallelism
 @pytest.mark.parametrize("name", TENSOR_PARALLEL)
 def test_attached_model_under_tensor_parallelism(name, parallel):
     """Each process has its own words, the same tokens and the whole loss."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from importlib.util import find_spec
 
 import pytest
 
@@ -109,13 +108,17 @@ def fsdp(rank, folder):
     torch.save(runs, folder / f"{rank}.pt")
 
 
+def run(work, cases, folder):
+    """What each process has saved, given the models of the cases."""
+    for model in {"gemma2", *(student for _, student, *_ in cases.values())}:
+        _trainers.saved(folder / model, model)
+    _processes.run(work, folder, seconds=240)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+
+
 @pytest.fixture(scope="module")
 def under_fsdp(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fsdp")
-    for model in {"gemma2", *(student for _, student, *_ in FSDP.values())}:
-        _trainers.saved(folder / model, model)
-    _processes.run(fsdp, folder, seconds=240)
-    return torch.load(folder / "0.pt"), torch.load(folder / "1.pt")
+    return run(fsdp, FSDP, tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.mark.parametrize("name", FSDP)
@@ -150,19 +153,10 @@ def parallel(rank, folder):
 @pytest.fixture(scope="module")
 def under_tensor_parallelism(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
-    for model in {"gemma2", *(student for _, student, *_ in PARALLEL.values())}:
-        _trainers.saved(folder / model, model)
-    _processes.run(parallel, folder)
-    return [folder, torch.load(folder / "0.pt"), torch.load(folder / "1.pt")]
+    return folder, *run(parallel, PARALLEL, folder)
 
 
-@pytest.mark.skipif(
-    not (
-        find_spec("transformers.distributed")
-        and find_spec("transformers.distributed.tensor_parallel")
-    ),
-    reason="needs the tensor parallelism of transformers 5.23",
-)
+@tiny.needs_tensor_parallelism
 @pytest.mark.parametrize("name", PARALLEL)
 def test_under_tensor_parallelism(name, under_tensor_parallelism):
     folder, *ranks = under_tensor_parallelism
