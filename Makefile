@@ -157,11 +157,12 @@ quantised: $(READY)
 	  tests/integrations/attach/test_quantised_heads.py tests/integrations/trl/test_trl_quantised.py \
 	  tests/ops/test_compressed_tensors.py
 
-# csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit.
+# csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit. The runtime beside it is
+# no constraint: torch's CUDA build asks for its own.
 NVCC := build/nvcc
 cuda: $(READY)
 	$(BIN)/pip install -q -c constraints.txt --no-deps --upgrade --target $(NVCC) nvidia-cuda-nvcc \
-	  nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime nvidia-cuda-cccl nvidia-cutlass
+	  nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime==13.5.37 nvidia-cuda-cccl nvidia-cutlass
 	CUDACXX=$(CURDIR)/$(NVCC)/nvidia/cu13/bin/nvcc \
 	FASTPO_CUTLASS=$(CURDIR)/$(NVCC)/cutlass_library/source/include \
 	  $(BIN)/python -m pytest -q -n auto --dist loadgroup \

@@ -88,6 +88,15 @@ def test_kernels_is_no_package() -> None:
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_the_constraints_fit_torch_with_cuda() -> None:
+    """Which runtime and libraries of NVIDIA's it brings is its own choice: a pin beside it conflicts,
+    and no `make` worked where the index has no torch for CPUs."""
+    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
+    of_compilers = {"cccl", "crt", "nvcc"}
+    ours = {"nvidia-cutlass", "nvidia-nvvm", *(f"nvidia-cuda-{name}" for name in of_compilers)}
+    assert {name for name in pinned if re.match("nvidia|cuda", name)} <= ours
+
+
 def test_wheel_contents(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
