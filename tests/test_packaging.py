@@ -89,8 +89,8 @@ def test_kernels_is_no_package() -> None:
 
 
 def test_the_constraints_fit_torch_with_cuda() -> None:
-    """Which runtime and libraries of NVIDIA's it brings is its own choice: a pin beside it conflicts,
-    and no `make` worked where the index has no torch for CPUs."""
+    """Which of NVIDIA's libraries it brings is its own choice: a pin beside it conflicts, and no
+    `make` works where the index has no torch for CPUs."""
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)
     of_compilers = {"cccl", "crt", "nvcc"}
     ours = {"nvidia-cutlass", "nvidia-nvvm", *(f"nvidia-cuda-{name}" for name in of_compilers)}
