@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "fastpo/anchored.h"
+#include "fastpo/openmp.h"
 #include "fastpo/pair_rows.h"
 #include "fastpo/rows.h"
 #include "fastpo/words.h"
@@ -246,6 +247,9 @@ void bind_anchored(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+#ifdef FASTPO_ZIG
+  find_openmp();  // an ImportError that says so, not a parallel region that ends the process
+#endif
   m.doc() = "Row kernels of fastpo over raw addresses; _C.pyi says what each argument is.";
   bind_tiles(m);
   bind_pairs(m);
