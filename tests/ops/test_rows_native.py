@@ -104,7 +104,7 @@ def test_matches_float64(backend: Backend, logit_map: R.LogitMap, kept: torch.dt
 def test_extreme_logits(backend: Backend, spread: float) -> None:
     """From nearly uniform rows to one word holding all the mass, everything else underflowing."""
     for kept in KEPT:
-        problem = make_problem(8, 70, R.LogitMap(), spread=spread, seed=5)
+        problem = make_problem(64, 70, R.LogitMap(), spread=spread, seed=5)
         ours = fold(backend.kernels, problem, kept=kept, device=backend.device)
         eager = fold(rows_torch, problem, kept=kept, device=backend.device)
         assert_state(problem, ours, eager)
@@ -177,7 +177,7 @@ def test_nan_at_the_label_poisons_its_row(backend: Backend) -> None:
 @pytest.mark.parametrize("label", [-100, -1, 74, 2**62, -(2**62)])
 def test_label_outside_the_tiles(backend: Backend, label: int) -> None:
     """TARGET stays NaN; every column is one of the others."""
-    problem = make_problem(3, 37, R.LogitMap(), seed=7)
+    problem = make_problem(64, 37, R.LogitMap(), seed=7)
     problem.labels[:] = label
     ours = fold(backend.kernels, problem, device=backend.device)
     assert ours.state[R.TARGET].isnan().all()
