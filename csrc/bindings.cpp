@@ -183,10 +183,16 @@ void bind_pairs(py::module_& m) {
            arg("constants_stride"), arg("factors"), arg("factors_stride"));
 }
 
-template <class Tile, void (*kRows)(const Tile&, int, Isa)>
+py::tuple isa_names() {
+  py::tuple names(host_isas());
+  for (int isa = 0; isa < host_isas(); ++isa) names[isa] = host_isa_name(isa);
+  return names;
+}
+
+template <class Tile, void (*kRows)(const Tile&, int, int)>
 void bind_cpu(py::module_& m, const char* name) {
   m.def(
-      name, [](const Tile& tile, int threads, int isa) { kRows(tile, threads, Isa(isa)); },
+      name, [](const Tile& tile, int threads, int isa) { kRows(tile, threads, isa); },
       py::arg("tile"), py::arg("threads"), py::arg("isa"),
       py::call_guard<py::gil_scoped_release>());
 }
@@ -254,7 +260,7 @@ PYBIND11_MODULE(_C, m) {
   bind_tiles(m);
   bind_pairs(m);
   bind_words(m);
-  m.def("cpu_isa", [] { return static_cast<int>(best_isa()); });
+  m.attr("cpu_isas") = isa_names();
   bind_cpu<ForwardTile, rows_forward_host>(m, "rows_forward_cpu");
   bind_cpu<BackwardTile, rows_backward_host>(m, "rows_backward_cpu");
   bind_cpu<PairSoftmaxes, pair_softmaxes_host>(m, "pair_softmaxes_cpu");

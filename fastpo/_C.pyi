@@ -1,9 +1,11 @@
 """Row kernels over raw addresses, as in csrc/include/fastpo; 0 is an absent tensor.
 
-Strides count elements. dtypes: 0 float32, 1 bfloat16, 2 float16. isa: 0 scalar, 1 AVX2, 2 AVX-512.
+Strides count elements. dtypes: 0 float32, 1 bfloat16, 2 float16. isa: a place in cpu_isas.
 The tensors must outlive the call, on CUDA until the stream has run it.
 """
 
+# Instruction sets that were compiled in and that this processor has: scalar first, the best last.
+cpu_isas: tuple[str, ...]
 has_cuda: bool
 has_cutlass: bool
 
@@ -144,11 +146,8 @@ class WordSums:
         out_stride: int,
     ) -> None: ...
 
-def cpu_isa() -> int:
-    """The best instruction set that is compiled in and that this processor has."""
-
 def rows_forward_cpu(tile: ForwardTile, threads: int, isa: int) -> None:
-    """Raises RuntimeError when the processor lacks `isa`."""
+    """Raises RuntimeError when `isa` is no place in cpu_isas."""
 
 def rows_backward_cpu(tile: BackwardTile, threads: int, isa: int) -> None: ...
 def pair_softmaxes_cpu(tile: PairSoftmaxes, threads: int, isa: int) -> None: ...

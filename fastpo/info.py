@@ -25,7 +25,6 @@ PACKAGES = (
     "liger_kernel",
     "flash_attn",
 )
-_ISA = ("scalar", "AVX2", "AVX-512")
 
 
 def facts() -> dict[str, Any]:
@@ -60,7 +59,7 @@ def _extension() -> dict[str, Any]:
     return {
         "file": module.__file__,
         "reason": None,
-        "cpu": _ISA[cpu.ISA],
+        "cpu": cpu.ISAS[cpu.ISA],
         "cuda": module.has_cuda,
         "cutlass": module.has_cutlass,
     }

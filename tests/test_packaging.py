@@ -175,9 +175,9 @@ print(text(facts()))
 def test_what_the_wheels_are_compiled_by(machine: str, tmp_path: Path) -> None:
     """zig, for glibc 2.28: what is not of the processor at hand, and what zig's runtime lacks."""
     pytest.importorskip("ziglang")
-    sources = [ROOT / "csrc/cpu/rows.cpp", ROOT / "csrc/cpu/rows_scalar.cpp"]
-    own = {"x86_64": ["on_gomp", "cpu_model"], "aarch64": ["on_gomp"]}[machine]
-    sources += [ROOT / f"csrc/zig/{name}.cpp" for name in own]
+    own = {"x86_64": "zig/cpu_model", "aarch64": "cpu/rows_neon"}[machine]
+    names = ("cpu/rows", "cpu/rows_scalar", "zig/on_gomp", own)
+    sources = [ROOT / f"csrc/{name}.cpp" for name in names]
     zig = (sys.executable, "-m", "ziglang", "c++", "-target", f"{machine}-linux-gnu.2.28")
     flags = ("-std=c++17", "-O1", "-fPIC", "-fopenmp", "-Wall", "-Wextra", "-Werror", "-c")
     include = ("-I", str(ROOT / "csrc/include"))

@@ -6,7 +6,7 @@
 #include <type_traits>
 
 #include "row.h"
-#include "vector_scalar.h"
+#include "vectors/scalar.h"
 
 namespace {
 

@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "fastpo/pair_rows.h"
-#include "vector_math.h"
+#include "vectors/math.h"
 
 namespace {
 

@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "fastpo/rows.h"
-#include "half.h"
-#include "vector_math.h"
+#include "vectors/half.h"
+#include "vectors/math.h"
 
 namespace {
 

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "fastpo/pair_rows.h"
 #include "fastpo/rows.h"
@@ -14,17 +15,34 @@ namespace {
 // Waking threads costs microseconds: below this many columns in all, one thread is faster.
 constexpr int64_t kWorthThreads = 16 * 1024;
 
-const RowTable& table(const char* who, Isa isa) {
-  if (isa > best_isa()) {
-    throw std::runtime_error(std::string(who) + ": isa: expected at most " +
-                             std::to_string(static_cast<int>(best_isa())) + " here, got " +
-                             std::to_string(static_cast<int>(isa)));
-  }
-#ifdef FASTPO_X86
-  if (isa == Isa::kAvx512) return kRowsAvx512;
-  if (isa == Isa::kAvx2) return kRowsAvx2;
+std::vector<const RowTable*> find_tables() {
+  std::vector<const RowTable*> found = {&kRowsScalar};
+#if defined(FASTPO_X86)
+  __builtin_cpu_init();
+  // F16C came before both; gcc and clang disagree on whether it can be asked for.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx2) found.push_back(&kRowsAvx2);
+  if (avx2 && avx512) found.push_back(&kRowsAvx512);
+#elif defined(FASTPO_NEON)
+  found.push_back(&kRowsNeon);
 #endif
-  return kRowsScalar;
+  return found;
+}
+
+const std::vector<const RowTable*>& tables() {
+  static const auto found = find_tables();
+  return found;
+}
+
+const RowTable& table(const char* who, int isa) {
+  const int best = host_isas() - 1;
+  if (isa < 0 || isa > best) {
+    throw std::runtime_error(std::string(who) + ": isa: expected 0 to " + std::to_string(best) +
+                             " (" + host_isa_name(best) + ") here, got " + std::to_string(isa));
+  }
+  return *tables()[static_cast<size_t>(isa)];
 }
 
 template <class Tile>
@@ -49,47 +67,35 @@ void run(const WordSums& work, Row<WordSums> row, int threads) {
 
 }  // namespace
 
-Isa best_isa() {
-#ifdef FASTPO_X86
-  static const Isa best = [] {
-    __builtin_cpu_init();
-    // F16C came before both; gcc and clang disagree on whether it can be asked for.
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx2 && avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kScalar;
-  }();
-  return best;
-#else
-  return Isa::kScalar;
-#endif
-}
+int host_isas() { return static_cast<int>(tables().size()); }
 
-void rows_forward_host(const ForwardTile& tile, int threads, Isa isa) {
+const char* host_isa_name(int isa) { return tables()[static_cast<size_t>(isa)]->name; }
+
+void rows_forward_host(const ForwardTile& tile, int threads, int isa) {
   if (tile.n > 0) run(tile, table("rows_forward", isa).forward(tile), threads);
 }
 
-void rows_backward_host(const BackwardTile& tile, int threads, Isa isa) {
+void rows_backward_host(const BackwardTile& tile, int threads, int isa) {
   if (tile.n > 0) run(tile, table("rows_backward", isa).backward(tile), threads);
 }
 
-void pair_softmaxes_host(const PairSoftmaxes& work, int threads, Isa isa) {
+void pair_softmaxes_host(const PairSoftmaxes& work, int threads, int isa) {
   if (work.n > 0) run(work, table("pair_softmaxes", isa).pair_softmaxes, threads);
 }
 
-void pair_values_host(const PairValues& work, int threads, Isa isa) {
+void pair_values_host(const PairValues& work, int threads, int isa) {
   if (work.n > 0) run(work, table("pair_values", isa).pair_values, threads);
 }
 
-void pair_gradients_host(const PairGradients& work, int threads, Isa isa) {
+void pair_gradients_host(const PairGradients& work, int threads, int isa) {
   if (work.n > 0) run(work, table("pair_gradients", isa).pair_gradients, threads);
 }
 
-void word_products_host(const WordProducts& work, int threads, Isa isa) {
+void word_products_host(const WordProducts& work, int threads, int isa) {
   if (work.n > 0) run(work, table("word_products", isa).word_products(work), threads);
 }
 
-void word_sums_host(const WordSums& work, int threads, Isa isa) {
+void word_sums_host(const WordSums& work, int threads, int isa) {
   if (work.n > 0) run(work, table("word_sums", isa).word_sums(work), threads);
 }
 

@@ -1,16 +1,8 @@
-#include "backward.h"
-#include "forward.h"
-#include "pair_rows.h"
-#include "rows_isa.h"
-#include "vector_avx512.h"
-#include "vector_scalar.h"
-#include "words.h"
+#include "rows_of.h"
+#include "vectors/avx512.h"
 
 namespace fastpo {
 
-extern const RowTable kRowsAvx512 = {choose_forward<Avx512>,     choose_backward<Avx512>,
-                                     pair_softmaxes_row<Avx512>, pair_values_row<Avx512>,
-                                     pair_gradients_row<Avx512>, choose_word_products<Avx512>,
-                                     choose_word_sums<Avx512>};
+extern const RowTable kRowsAvx512 = rows_of<Avx512>("AVX-512");
 
 }  // namespace fastpo

@@ -14,6 +14,7 @@ template <class Work>
 using Row = void (*)(const Work&, int64_t);
 
 struct RowTable {
+  const char* name;
   Row<ForwardTile> (*forward)(const ForwardTile&);
   Row<BackwardTile> (*backward)(const BackwardTile&);
   Row<PairSoftmaxes> pair_softmaxes;
@@ -26,5 +27,6 @@ struct RowTable {
 extern const RowTable kRowsScalar;
 extern const RowTable kRowsAvx2;
 extern const RowTable kRowsAvx512;
+extern const RowTable kRowsNeon;
 
 }  // namespace fastpo

@@ -1,15 +1,8 @@
-#include "backward.h"
-#include "forward.h"
-#include "pair_rows.h"
-#include "rows_isa.h"
-#include "vector_scalar.h"
-#include "words.h"
+#include "rows_of.h"
+#include "vectors/scalar.h"
 
 namespace fastpo {
 
-extern const RowTable kRowsScalar = {choose_forward<Scalar>,     choose_backward<Scalar>,
-                                     pair_softmaxes_row<Scalar>, pair_values_row<Scalar>,
-                                     pair_gradients_row<Scalar>, choose_word_products<Scalar>,
-                                     choose_word_sums<Scalar>};
+extern const RowTable kRowsScalar = rows_of<Scalar>("scalar");
 
 }  // namespace fastpo

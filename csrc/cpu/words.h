@@ -4,8 +4,8 @@
 #include <cstdint>
 
 #include "fastpo/words.h"
-#include "half.h"
 #include "row.h"
+#include "vectors/half.h"
 
 namespace {
 

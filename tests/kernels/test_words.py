@@ -1,20 +1,34 @@
-"""Kernels over a few words of each row: every backend against float64, by the house's rule."""
+"""Kernels over a few words of each row: every backend against float64, by the house's rule.
+
+Of the compiled one every instruction set of this processor runs.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from fastpo.ops.rows import cpu as rows_cpu
 from fastpo.ops.rows import registry
+from fastpo.ops.rows.words.backend import WordKernels
 from fastpo.testing import assert_as_good_as_eager
 
+OTHERS = [b for b in ("torch", "triton") if not registry.unavailable(b, torch.device("cpu"))]
 BACKENDS = [
-    b for b in ("cpu", "torch", "triton") if not registry.unavailable(b, torch.device("cpu"))
+    *(pytest.param(("cpu", isa), id=name) for isa, name in enumerate(rows_cpu.ISAS)),
+    *(pytest.param((name, 0), id=name) for name in OTHERS),
 ]
 N, K, V = 23, 9, 31
 # Shorter than a vector, than all chains of them, longer and no multiple.
 WIDTHS = (1, 7, 133, 300)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=BACKENDS)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> WordKernels:
+    backend, isa = request.param
+    monkeypatch.setattr(rows_cpu, "ISA", isa)
+    return registry.word_kernels(backend)
 
 
 def problem(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -33,13 +47,12 @@ def whole(ids: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:  # [N, V]
     return dense.scatter_add_(1, ids.where(ids >= 0, V), cells)[:, :V]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_products(backend, width, dtype):
+def test_products(kernels, width, dtype):
     hidden, weight, ids, _ = problem(width, dtype)
     out = torch.full((N, K), 7.0)
-    registry.word_kernels(backend).products(hidden, weight, ids, out)
+    kernels.products(hidden, weight, ids, out)
 
     def eager(dtype):
         x = hidden.to(dtype) @ weight.to(dtype).t()
@@ -49,11 +62,10 @@ def test_products(backend, width, dtype):
     assert_as_good_as_eager("products", out, eager(torch.float32), eager(torch.float64))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("of", ["tokens", "words"])
-def test_sums(backend, width, dtype, of):
+def test_sums(kernels, width, dtype, of):
     hidden, weight, ids, cells = problem(width, dtype)
     if of == "tokens":
         rows, index, offsets = weight, ids.flatten(), torch.arange(N + 1) * K
@@ -63,7 +75,7 @@ def test_sums(backend, width, dtype, of):
         rows, index, numbers = hidden.to(dtype), order // K, cells.flatten()[order]
         offsets = torch.searchsorted(words, torch.arange(V + 1))
     out = torch.full((len(offsets) - 1, width), 7.0, dtype=dtype)
-    registry.word_kernels(backend).sums(numbers, index, offsets, rows, out)
+    kernels.sums(numbers, index, offsets, rows, out)
 
     def eager(dtype):
         dense = whole(ids, cells.to(dtype))
@@ -73,21 +85,18 @@ def test_sums(backend, width, dtype, of):
     assert_as_good_as_eager("sums", out, eager(torch.float32).to(dtype), truth)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_word_that_is_not_named_is_not_read(backend):
+def test_a_word_that_is_not_named_is_not_read(kernels):
     hidden, weight, ids, cells = problem(7, torch.float32)
     weight[4] = float("nan")
     ids[ids == 4] = -1
     out, sums = torch.empty(N, K), torch.empty(N, 7)
-    kernels = registry.word_kernels(backend)
     kernels.products(hidden, weight, ids, out)
     kernels.sums(cells.flatten(), ids.flatten(), torch.arange(N + 1) * K, weight, sums)
     assert out.isfinite().all() and sums.isfinite().all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_of_nothing(backend):
-    kernels, none = registry.word_kernels(backend), torch.zeros(0, dtype=torch.int64)
+def test_nothing_of_nothing(kernels):
+    none = torch.zeros(0, dtype=torch.int64)
     kernels.products(torch.ones(3, 4), torch.ones(5, 4), none.view(3, 0), torch.empty(3, 0))
     out = torch.full((2, 4), 7.0)
     kernels.sums(torch.zeros(0), none, torch.zeros(3, dtype=torch.int64), torch.ones(5, 4), out)

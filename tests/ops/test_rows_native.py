@@ -41,13 +41,11 @@ class Backend:
     isa: int = 0
 
 
-ISA_NAMES = ("scalar", "avx2", "avx512")
 CUDA_MISSING = rows_cuda.unavailable(torch.device("cuda")) or (
     None if torch.cuda.is_available() else "no CUDA device"
 )
 BACKENDS = [
-    pytest.param(Backend(rows_cpu, "cpu", isa), id=ISA_NAMES[isa])
-    for isa in range(rows_cpu.ISA + 1)
+    pytest.param(Backend(rows_cpu, "cpu", isa), id=name) for isa, name in enumerate(rows_cpu.ISAS)
 ] + [
     pytest.param(
         Backend(rows_cuda, "cuda"),
@@ -325,7 +323,6 @@ def test_one_thread_pool(two_threads: None) -> None:
 
 def test_unsupported_instruction_set() -> None:
     assert rows_cpu._C is not None
-    missing = rows_cpu._C.cpu_isa() + 1
     empty = rows_cpu.forward_tile(
         torch.zeros(1, 1),
         0,
@@ -338,8 +335,11 @@ def test_unsupported_instruction_set() -> None:
         None,
         False,
     )
-    with pytest.raises(RuntimeError, match="isa: expected at most"):
-        rows_cpu._C.rows_forward_cpu(empty, 1, missing)
+    best = len(rows_cpu.ISAS) - 1
+    for missing in (-1, best + 1):
+        expected = rf"isa: expected 0 to {best} \({rows_cpu.ISAS[-1]}\) here, got {missing}"
+        with pytest.raises(RuntimeError, match=expected):
+            rows_cpu._C.rows_forward_cpu(empty, 1, missing)
 
 
 def test_unavailable_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,8 +76,8 @@ struct PairGradients : PairTile {
 };
 
 // As rows_forward_host. pair_gradients writes zeros, reading nothing, where kPairGrad is 0.
-void pair_softmaxes_host(const PairSoftmaxes& work, int threads, Isa isa);
-void pair_values_host(const PairValues& work, int threads, Isa isa);
-void pair_gradients_host(const PairGradients& work, int threads, Isa isa);
+void pair_softmaxes_host(const PairSoftmaxes& work, int threads, int isa);
+void pair_values_host(const PairValues& work, int threads, int isa);
+void pair_gradients_host(const PairGradients& work, int threads, int isa);
 
 }  // namespace fastpo

@@ -88,16 +88,15 @@ struct BackwardTile {
   int64_t out_stride;
 };
 
-// Instruction sets of the host kernels, each one needing more than the one before.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
-
-// The best one that was compiled and that this processor has.
-Isa best_isa();
+// Instruction sets that were compiled and that this processor has: how many, and the name of each.
+// 0 is scalar, the last one the best.
+int host_isas();
+const char* host_isa_name(int isa);
 
 // Rows are shared out among `threads`. Sums of a tile are carried in double.
-// Throws std::runtime_error when the processor lacks `isa`.
-void rows_forward_host(const ForwardTile& tile, int threads, Isa isa);
-void rows_backward_host(const BackwardTile& tile, int threads, Isa isa);
+// Throws std::runtime_error when `isa` is none of host_isas().
+void rows_forward_host(const ForwardTile& tile, int threads, int isa);
+void rows_backward_host(const BackwardTile& tile, int threads, int isa);
 
 // The same on a CUDA device: asynchronous on `stream` (a cudaStream_t) of `device`.
 // Throw std::runtime_error when the launch fails.

@@ -37,7 +37,7 @@ struct WordSums {
 };
 
 // As rows_forward_host.
-void word_products_host(const WordProducts& work, int threads, Isa isa);
-void word_sums_host(const WordSums& work, int threads, Isa isa);
+void word_products_host(const WordProducts& work, int threads, int isa);
+void word_sums_host(const WordSums& work, int threads, int isa);
 
 }  // namespace fastpo

@@ -1,4 +1,7 @@
-"""Row kernels of csrc/cpu: a row per thread at a time, AVX-512, AVX2 or scalar by the processor."""
+"""Row kernels of csrc/cpu: a row per thread at a time, vectors as wide as the processor has them.
+
+AVX-512 or AVX2 on x86-64, NEON on 64-bit ARM, one float at a time elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from .native import backward_tile, compiled, forward_tile
 
 _C, _MISSING = compiled()
 
-# 0 scalar, 1 AVX2, 2 AVX-512; tests lower it.
-ISA = 0 if _C is None else _C.cpu_isa()
+# Instruction sets that were compiled and that this processor has, scalar first.
+ISAS: tuple[str, ...] = () if _C is None else _C.cpu_isas
+ISA = len(ISAS) - 1  # the best; tests lower it
 
 
 def unavailable(device: torch.device) -> str | None:

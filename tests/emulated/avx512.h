@@ -1,5 +1,5 @@
 // AVX-512 lane by lane, for a processor without it: what Intel's reference says each intrinsic of
-// csrc/cpu/vector_avx512.h does. Included before that file, whose own code stays as it is.
+// csrc/cpu/vectors/avx512.h does. Included before that file, whose own code stays as it is.
 #pragma once
 
 #include <immintrin.h>

@@ -1,4 +1,4 @@
-// Sixteen floats in AVX-512 registers (F, BW, DQ, VL); see vector_scalar.h for the rules.
+// Sixteen floats in AVX-512 registers (F, BW, DQ, VL); see scalar.h for the rules.
 #pragma once
 
 #include <immintrin.h>

@@ -1,7 +1,8 @@
 // One float at a time: any processor, and what the vector wrappers must agree with.
 //
 // A wrapper is a struct of static functions over `Float`, a pack of kWidth floats. min and max
-// return their SECOND operand when either is NaN (the rule of x86), so max(bound, x) keeps NaN.
+// return their SECOND operand when that is NaN, so max(bound, x) keeps NaN. When the first one is,
+// x86 returns the second all the same and ARM returns NaN: nothing may depend on it.
 #pragma once
 
 #include <cstdint>

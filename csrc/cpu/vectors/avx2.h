@@ -1,4 +1,4 @@
-// Eight floats in AVX2 registers with FMA and F16C; see vector_scalar.h for the rules.
+// Eight floats in AVX2 registers with FMA and F16C; see scalar.h for the rules.
 #pragma once
 
 #include <immintrin.h>
