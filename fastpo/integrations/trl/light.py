@@ -11,7 +11,7 @@ from typing import Any
 
 from ..seams.seam import Make, Method, Seam
 from .head import light_passes
-from .metrics.deferring import deferred
+from .metrics.deferring import deferred, settle
 
 _VERSIONS = ("1.15", "1.16")
 _LOSS = ("model", "inputs", "return_outputs")
@@ -27,6 +27,14 @@ class _Loss(Method):
             return self.original(trainer, model, inputs, return_outputs)
 
 
+class _Log(Method):
+    """Averages the metrics since the last one."""
+
+    def __call__(self, trainer: Any, logs: Any, start_time: float | None = None) -> None:
+        settle(trainer)
+        self.original(trainer, logs, start_time)
+
+
 class _Reference(Method):
     def __call__(self, trainer: Any, model: Any, inputs: Any) -> Any:
         with light_passes():
@@ -38,6 +46,7 @@ def replacements() -> dict[Seam, Make]:
     for module, trainer in _TRAINERS.items():
         place = f"trl.trainer.{module}"
         made[Seam(place, f"{trainer}._compute_loss", _LOSS, _VERSIONS)] = _Loss
+        made[Seam(place, f"{trainer}.log", ("logs", "start_time"), _VERSIONS)] = _Log
         reference = f"{trainer}.compute_ref_log_probs"
         made[Seam(place, reference, ("model", "inputs"), _VERSIONS)] = _Reference
     return made

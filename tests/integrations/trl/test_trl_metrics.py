@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import sys
 
 import pytest
 
@@ -272,3 +274,19 @@ def test_two_processes_log_the_same(tmp_path):
         own, at_once = (ranks[0][prefix, each][0] for each in ("own", "at once"))
         for log, own_log in zip(at_once, own, strict=True):
             assert log == pytest.approx(own_log, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("prefix", ["DPO", "KTO"])
+def test_an_average_is_of_floats(prefix, tmp_path, monkeypatch):
+    """Since Python 3.12 `sum` rounds floats once, but not what only behaves like them."""
+    module = sys.modules[getattr(trl, f"{prefix}Trainer").__module__]
+    averaged = []
+    monkeypatch.setattr(module, "sum", lambda x: averaged.append(x) or math.fsum(x), raising=False)
+    with way("at once"):
+        trainer, batches = losses(prefix, tmp_path, 2)
+        for batch in batches[:2]:
+            trainer.compute_loss(trainer.model, batch)
+        averaged.clear()
+        trainer.log({})
+    assert {len(values) for values in averaged} >= {2}
+    assert {type(value) for values in averaged for value in values} <= {int, float}

@@ -64,7 +64,7 @@ def deferred(trainer: Any, compute_loss: Callable[..., Any]) -> Iterator[None]:
         trainer.accelerator = accelerator
     if _watched(trainer):
         ledger.read()
-        _settle(trainer)
+        settle(trainer)
 
 
 def _watched(trainer: Any) -> bool:
@@ -74,8 +74,8 @@ def _watched(trainer: Any) -> bool:
     return any(kind.__module__.partition(".")[0] not in _KNOWN for kind in kinds)
 
 
-def _settle(trainer: Any) -> None:
-    """Numbers in the place of what stood for them."""
+def settle(trainer: Any) -> None:
+    """Numbers in the place of what stood for them: Python's `sum` has its own way with floats."""
     for name, value in list(vars(trainer).items()):
         if isinstance(value, PendingNumber):
             setattr(trainer, name, value.plain())
