@@ -41,7 +41,8 @@ def facts(device: str) -> dict[str, Any]:
         "load_average": load_average(),
         "system": platform.platform(),
         "versions": {"python": platform.python_version()}
-        | {name: installed(name) for name in ("fastpo", *PACKAGES)},
+        | {name: installed(name) for name in ("fastpo", *PACKAGES)}
+        | {"torch": torch.__version__},  # says for which CUDA, as its metadata may not
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)

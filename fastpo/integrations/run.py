@@ -116,7 +116,9 @@ def _clear_main() -> None:
     main = vars(sys.modules["__main__"])
     main.clear()
     main |= vars(ModuleType("__main__"))
-    main |= {"__annotations__": {}, "__builtins__": builtins, "__loader__": BuiltinImporter}
+    main |= {"__builtins__": builtins, "__loader__": BuiltinImporter}
+    if sys.version_info < (3, 14):  # made when they are asked for, since
+        main["__annotations__"] = {}
 
 
 def _execute(source: bytes, file: str, loader: Any) -> None:

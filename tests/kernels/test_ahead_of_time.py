@@ -22,11 +22,19 @@ KERNELS += ["pair softmaxes", "pair values", "pair gradients"]
 # Bytes one program may have.
 SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
-# Bytes a thread spills: ptxas keeps these to 80 registers on consumer Blackwell.
-SPILLS = {("pair softmaxes", 120): 40}
-# All statistics beside a stored E, by release.
-SPILLS["descriptors", 90] = {"3.4": 16, "3.6": 8, "3.9": 64}.get(triton.__version__[:3], 0)
-SPILLS["pair softmaxes", 90] = {"3.4": 8}.get(triton.__version__[:3], 0)
+# What a release of Triton does worse than 3.7: bytes a thread spills, all of them beside every
+# statistic or in kernels that wait for memory, and how many times its instructions a cell takes.
+SPILLED = {
+    "3.4": {("descriptors", 90): 16, ("pair softmaxes", 90): 8, ("pair softmaxes", 100): 8},
+    "3.5": {("descriptors", 90): 8},
+    "3.6": {("descriptors", 90): 8},
+    "3.8": {("forward", 80): 8},
+    "3.9": {("descriptors", 90): 64, ("pair softmaxes", 80): 24, ("pair softmaxes", 90): 40},
+}
+MORE_INSTRUCTIONS = {"3.4": 1.035, "3.5": 1.05, "3.8": 1.01}
+RELEASE = triton.__version__[:3]
+# ptxas keeps the pairs' to 80 registers on consumer Blackwell.
+SPILLS = {("pair softmaxes", 120): 40} | SPILLED.get(RELEASE, {})
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +74,7 @@ def test_instructions_per_cell_of_the_epilogue(compiled, stats, kept, instructio
     name = f"descriptors 512x128256x4096 bf16 stats={stats} kept={kept}"
     (found,) = [x for x in compiled if x["name"] == name]
     assert found["utmaldg"] >= 2 and found["hgmma"] == 4, "one k-step, unrolled"
-    assert 3 < found["epilogue"] / 128 <= instructions
+    assert 3 < found["epilogue"] / 128 <= instructions * MORE_INSTRUCTIONS.get(RELEASE, 1)
 
 
 @pytest.mark.skipif(not PREDICTED.is_file(), reason="not a checkout")
