@@ -112,11 +112,13 @@ def preference(trainer: DPOTrainer, emit: Emit) -> float:
     wins: list[torch.Tensor] = []
     loader = trainer.get_eval_dataloader()
     for batch in loader:
-        mask = batch["completion_mask"]
-        labels = batch["input_ids"].masked_fill(mask == 0, -100)
+        mask = batch["completion_mask"][:, 1:]
         inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        logps = model(**inputs, labels=labels, use_cache=False, fused_lm_head=True).log_probs
-        chosen, rejected = (logps.sum(1) / mask[:, 1:].sum(1).clamp(min=1)).chunk(2)
+        with fastpo.lazy_logits(model):
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            words = batch["input_ids"][:, 1:, None]
+            logps = logits.log_softmax(-1).gather(-1, words).squeeze(-1) * mask
+        chosen, rejected = (logps.sum(1) / mask.sum(1).clamp(min=1)).chunk(2)
         wins.append((chosen > rejected).float())
         emit(evaluating=len(wins), of=len(loader))
     return torch.cat(wins).mean().item()
