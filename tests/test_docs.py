@@ -79,6 +79,8 @@ def names(checkpoint, tmp_path, mesh) -> dict[str, Any]:
 @pytest.mark.parametrize("page", dict.fromkeys(block.page for block in PYTHON))
 def test_code_runs(page, names):
     """Each block as it stands, those of a page one after the other."""
+    if page == "docs/training.md":
+        pytest.importorskip("trl", minversion="1.15")  # the first with objectives by name
     for block in PYTHON:
         if block.page != page or "unrun" in block.info:
             continue

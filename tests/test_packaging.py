@@ -206,7 +206,7 @@ def test_a_checkout_is_not_built_without_its_extension(tmp_path: Path, sdist: Pa
         archive.extractall(tmp_path, filter="data")
     source = next(tmp_path.glob("fastpo-*/"))
     build = "from scikit_build_core.build import build_editable; build_editable('..')"
-    with pytest.raises(AssertionError, match="Could not find compiler"):
+    with pytest.raises(AssertionError, match=r"Could not find (the )?compiler"):
         run(sys.executable, "-c", build, cwd=source, CXX="/nowhere/c++")
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ties import lowest, reaches
 from ._math import (
     avg,
     exp_cap,
@@ -249,7 +250,10 @@ def high_entropy_mask(
     *,
     top: Annotated[float, Unit] = 0.2,
 ) -> Quantities:
-    """1 where scored and entropy ≥ the 1 - top quantile over all scored tokens, else 0."""
+    """1 where scored and entropy ≥ the 1 - top quantile over all scored tokens, else 0.
+
+    Tokens whose entropies differ by rounding alone are on one side, above.
+    """
     entropy = entropy.detach()
     if entropy.numel() == 0:
         return {"is_weights": torch.zeros_like(entropy)}
@@ -261,7 +265,8 @@ def high_entropy_mask(
     # take, not []: indexing by a 0-d tensor reads it on the host.
     at_low, at_high = ranked.take(low), ranked.take(torch.minimum(low + 1, last))
     quantile = torch.lerp(at_low, at_high, (position - low).to(entropy.dtype))
-    return {"is_weights": (mask & (entropy >= quantile)).to(entropy.dtype)}
+    least = lowest(entropy, mask & (entropy >= quantile))
+    return {"is_weights": (mask & reaches(entropy, least)).to(entropy.dtype)}
 
 
 @transform("sampler_is_weights", outputs=("is_weights",))

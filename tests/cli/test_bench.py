@@ -190,7 +190,7 @@ def test_rivals_compute_what_they_are_compared_with(name):
 
 
 def test_trls_head_trains_without_datasets():
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", minversion="1.15")  # the first with a fused head
     program = """
 import sys, torch
 sys.modules["datasets"] = None  # as if it were not installed

@@ -299,7 +299,7 @@ if __name__ == "__main__":
     ],
 )
 def test_options_of_the_patch(options, target, shared, tmp_path):
-    pytest.importorskip("trl")
+    pytest.importorskip("trl", minversion="1.15")  # the first with a fused head
     (tmp_path / "script.py").write_text(SHARING)
     command = [sys.executable, *FASTPO, *options, *target, "--padding-free"]
     code, said, errors = outcome(command, tmp_path)

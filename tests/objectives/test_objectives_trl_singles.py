@@ -7,6 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("trl", minversion="1.15")
+
 from test_objectives_trl import (
     agree,
     at,

@@ -14,7 +14,7 @@ from .. import readers, verl
 from ..lazy import everywhere
 from ..seams.saying import say_once
 from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
-from . import adapter, distillation, early, light, sampled, shared
+from . import adapter, distillation, early, entropies, light, sampled, shared
 from . import logits as trl_logits
 from .head import COMPACT, GATHER, HEAD, Compact, FusedHead
 from .objectives import by_name
@@ -166,6 +166,7 @@ def _all(
         **by_name.replacements(setting),
         **adapter.replacements(sharing),
         **light.replacements(),
+        **entropies.replacements(),
         **trl_logits.replacements(),
         **distillation.replacements(own),
         **early.replacements(own),
