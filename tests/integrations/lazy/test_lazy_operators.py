@@ -38,7 +38,7 @@ PARTS = 8
 
 @pytest.fixture(autouse=True)
 def seeds_of_a_cpu(monkeypatch):
-    """torch's table seeds thousands of times; devices that are not there note each with its stack."""
+    """torch seeds its table thousands of times: devices that are not there note each stack."""
     monkeypatch.setattr(torch, "manual_seed", torch.default_generator.manual_seed)
 
 
