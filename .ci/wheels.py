@@ -81,6 +81,8 @@ def build(python: Path, machine: str, source: Path, folder: Path) -> Path:
     command += [f"--config-settings={setting}" for setting in settings]
     subprocess.run(command, env=environment, check=True)
     (made,) = {*out.glob("*.whl")} - before
+    if made.name.endswith("-none-any.whl"):  # as a user's install has it where nothing compiles
+        raise RuntimeError(f"{python}: expected headers that zig finds for {machine}, got others")
     return made
 
 
