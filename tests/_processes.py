@@ -7,6 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,6 +40,11 @@ def run(work: Callable[..., None], *arguments: Any, seconds: float = 120) -> Non
             for process in started.processes:
                 process.kill()
             pytest.fail(f"processes: expected to end in {seconds} s, got none that did")
+
+
+def loaded(folder: Path) -> list[Any]:
+    """What each process has saved there as "<rank>.pt", in the order of ranks."""
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
 def _process(

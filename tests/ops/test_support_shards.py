@@ -70,7 +70,7 @@ def all_cases(rank: int, folder) -> None:
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("supports")
     _processes.run(all_cases, folder)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+    return _processes.loaded(folder)
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)

@@ -88,7 +88,7 @@ def all_cases(rank: int, folder) -> None:
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cases")
     _processes.run(all_cases, folder)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+    return _processes.loaded(folder)
 
 
 def own_way(inputs: HeadInputs, **options):
@@ -147,7 +147,7 @@ def own_tokens(rank: int, folder) -> None:
 def test_own_tokens_of_a_sharded_head(tmp_path):
     """Each loss is its process's own; d weight is the mean, d hidden is not."""
     _processes.run(own_tokens, tmp_path)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+    results = _processes.loaded(tmp_path)
     for turn, (first, second) in enumerate(zip(*results, strict=True)):
         rows = slice(TOKENS[turn] + TOKENS[turn - 1])
 
@@ -210,7 +210,7 @@ def extremes(rank: int, folder) -> None:
 
 def test_words_masked_out_nan_rows_and_wrong_shards(tmp_path):
     _processes.run(extremes, tmp_path)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = _processes.loaded(tmp_path)
     inputs = problem()
     inputs.bias.data[CUT:] = float("-inf")
     truth = values(

@@ -157,4 +157,4 @@ def everything(rank: int, folder) -> None:
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
     _processes.run(everything, folder)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+    return _processes.loaded(folder)

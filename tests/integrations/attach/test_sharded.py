@@ -110,7 +110,7 @@ def parallel(tmp_path_factory):
     for name in TENSOR_PARALLEL:
         tiny.model(name).save_pretrained(folder / name)
     _processes.run(tensor_parallel, folder)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+    return _processes.loaded(folder)
 
 
 @tiny.needs_tensor_parallelism

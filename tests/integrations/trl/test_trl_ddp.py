@@ -39,7 +39,7 @@ def process(rank, folder):
 def test_two_processes_train_the_same(tmp_path):
     _trainers.saved(tmp_path)
     _processes.run(process, tmp_path)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+    ranks = _processes.loaded(tmp_path)
     for prefix in TRAINERS:
         # The main process alone writes its log to the end.
         _trainers.assert_same(ranks[0][prefix, True], ranks[0][prefix, False])

@@ -263,7 +263,7 @@ def collectives_saved(prefix):
 def test_two_processes_log_the_same(tmp_path):
     tiny.model("llama").save_pretrained(tmp_path / "model")
     _processes.run(process, tmp_path)
-    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
+    ranks = _processes.loaded(tmp_path)
     for rank, prefix in itertools.product(ranks, SPLITS):
         own, one_by_one, at_once = (rank[prefix, each] for each in WAYS)
         assert at_once[0] == one_by_one[0]

@@ -113,7 +113,7 @@ def run(work, cases, folder):
     for model in {"gemma2", *(student for _, student, *_ in cases.values())}:
         _trainers.saved(folder / model, model)
     _processes.run(work, folder, seconds=240)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+    return _processes.loaded(folder)
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def process(rank, folder, sharded):
 def trained(folder, sharded, seconds):
     _trainers.saved(folder)
     _processes.run(process, folder, sharded, seconds=seconds)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(_processes.PROCESSES)]
+    return _processes.loaded(folder)
 
 
 @pytest.fixture(scope="module")
