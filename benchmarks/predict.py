@@ -10,7 +10,7 @@ the nvcc of `make cuda`, and their instructions counted. ASSUMED turns those int
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import triton
 from predict_cutlass import ASSUMED, CLOCKS, FLOPS, ROOT, SCHEDULES, Fused, tools
+from predict_traffic import TRAFFIC, size
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -122,10 +123,6 @@ def operands(func: Any, args: tuple, kwargs: dict, result: Any) -> tuple[list, l
     return read, written
 
 
-def size(x: Tensor | None) -> int:
-    return 0 if x is None else x.numel() * x.dtype.itemsize
-
-
 def kernel_launch(kernel: Any, args: tuple, grid: tuple[int, ...], named: dict) -> Launch:
     bound = tools()[1].bound(kernel.__name__, kernel, args, named)
     a = bound.arguments
@@ -148,37 +145,6 @@ def fused_launch(work: dict[str, Any]) -> Launch:
     moved = 2 * (n + v) * h + 8 * n + 4 * sums * -(-v // words) * n + 2 * n * v * fused.stored
     name = "cutlass, one group multiplies" if overlaps else "cutlass, both groups multiply"
     return Launch(name, moved, 2.0 * n * v * h, fused)
-
-
-def _fold_traffic(a: dict, grid: tuple[int, ...]) -> int:
-    """With maxima only rows out of range are looked at: none, here."""
-    if a["maxima_ptr"] is not None:
-        return 4 * a["n"]
-    sums = 4 * a["blocks"] * a["n"] * a["WANTED"].bit_count()
-    cells = 0 if a["e_ptr"] is None else a["stored"] * a["e_ptr"].itemsize
-    return sums + 8 * a["n"] + size(a["origin_ptr"]) + size(a["state_ptr"]) + cells
-
-
-def _product_traffic(a: dict, grid: tuple[int, ...]) -> int:
-    moved = sum(size(a[f"{x}_desc"].base) for x in "xw") if "x_desc" in a else 0
-    moved += sum(size(a.get(f"{x}_ptr")) for x in ("x", "w", "labels", "bias", "base"))
-    if a["partial_ptr"] is not None:
-        moved += 4 * a["partial_ptr"].shape[1] * a["n"] * a["WANTED"].bit_count()
-    return moved + (0 if a["e_ptr"] is None else a["stored"] * a["vocab"] * a["e_ptr"].itemsize)
-
-
-def _target_traffic(a: dict, grid: tuple[int, ...]) -> int:
-    return 2 * size(a["x_ptr"]) + size(a["labels_ptr"]) + 12 * len(a["labels_ptr"])
-
-
-# Of kernels that touch less than all of what they are given.
-TRAFFIC: dict[str, Callable[[dict, tuple[int, ...]], int]] = {
-    "anchored_fwd_kernel": _product_traffic,
-    "anchored_fwd_tma_kernel": _product_traffic,
-    "anchored_fold_kernel": _fold_traffic,
-    "anchored_again_kernel": lambda a, grid: 4 * a["n"] * grid[1],
-    "anchored_target_kernel": _target_traffic,
-}
 
 
 def launches_of(

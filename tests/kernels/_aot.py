@@ -30,6 +30,7 @@ from fastpo.kernels import (
     anchored_fold,
     anchored_target,
     pair_rows,
+    rescale,
     rows,
     words,
 )
@@ -93,6 +94,8 @@ ANCHORED = [
     (500, 50_257, 4090, BF16, True, True, 0),
     (1, 1, 8, BF16, True, True, ALL),
 ]
+
+RESCALED = (4090, 4096)  # hidden sizes
 
 # width, biases, the student's and the teacher's map, dtypes written
 PAIRS = [
@@ -162,6 +165,11 @@ def launches() -> Iterator[Launch]:
         name = f"backward {width} {_words(biased, logit_map)}{'entropy ' if entropy else ''}"
         name += f"kept={_short(dtype)} out={_short(dtype_out)}"
         yield record(name, "rows_bwd_kernel", rows_triton.backward, arguments)
+    for hidden in RESCALED:
+        arguments = (torch.empty(n, hidden), numbers, numbers)
+        name, adapter = f"rescale {hidden}", rows_triton.rescale
+        found = record(name, "rescale_kernel", adapter, arguments, rescale)
+        yield found._replace(architectures=ARCHITECTURES + OTHERS)
     for case in ANCHORED:
         yield from anchored_launches(*case)
     for case in PAIRS:

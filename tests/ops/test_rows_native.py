@@ -138,7 +138,7 @@ def test_a_tile_of_masked_words_leaves_no_trace(backend: Backend) -> None:
     keep = [row for row in range(R.STATE) if row != R.SUM]
     assert torch.equal(ours.state[keep], alone.state[keep])
     assert (ours.kept[0] == 0).all() and torch.equal(ours.kept[1], alone.kept[0])
-    # `frozen` rescales by exp(previous anchor - anchor), which has to stay a number.
+    # `frozen` rescales by exp(anchor before - anchor), which has to stay a number.
     assert torch.isfinite(ours.anchors[0]).all()
 
 

@@ -1,7 +1,8 @@
-"""What a backend is: two row kernels over a float32 tile of raw products [n, v].
+"""What a backend is: two row kernels over a float32 tile of raw products [n, v], and one over sums.
 
 The driver multiplies matrices; a backend turns a tile into statistics (`forward`) and into
-d loss / d products (`backward`). It never sees which loss runs.
+d loss / d products (`backward`), and brings sums beside an anchor to another (`rescale`). It never
+sees which loss runs.
 
 State, float32 [len(STATE), n], folded tile by tile; `m` is the running maximum of the row and
 "others" are all words but the label:
@@ -98,7 +99,7 @@ def headroom(dtype: torch.dtype) -> float:
 
 
 class RowKernels(Protocol):
-    """A backend module offers these two functions and `unavailable`."""
+    """A backend module offers these three functions and `unavailable`."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot serve the device; None when it can."""
@@ -134,3 +135,11 @@ class RowKernels(Protocol):
         In the label's column out = LABEL, which already carries dz/dx. From `kept`, exp(l) is
         kept·exp((anchor - SHIFT) - LOG_MASS) and z is log(kept) + anchor.
         """
+
+    def rescale(
+        self,
+        total: Tensor,  # [n, h] float32 sums of exp(z - before)·(...), updated
+        before: Tensor,  # [n] float32
+        anchors: Tensor,  # [n] float32
+    ) -> None:
+        """total = total·exp(before - anchors) of each row."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import backend as R
+from . import torch as eager
 from .native import backward_tile, compiled, forward_tile
 
 _C, _MISSING = compiled()
@@ -55,3 +56,6 @@ def backward(
     assert _C is not None, _MISSING
     work = backward_tile(source, anchors, first, labels, bias, grads, logit_map, entropy_grad, out)
     _C.rows_backward_cpu(work, torch.get_num_threads(), ISA)
+
+
+rescale = eager.rescale  # of few blocks of tokens, beside products that take far longer

@@ -99,3 +99,7 @@ def backward(
         dz = dz * (1.0 - saturation.square())
     dx = dz * logit_map.tempered(logit_map.factor, dz)
     out.copy_(torch.where(column == label, grads[R.LABEL].unsqueeze(1), dx))
+
+
+def rescale(total: Tensor, before: Tensor, anchors: Tensor) -> None:
+    total.mul_(torch.exp(before - anchors).unsqueeze(1))

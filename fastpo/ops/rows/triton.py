@@ -94,3 +94,9 @@ def backward(
         factor=logit_map.factor,
         entropy_grad=entropy_grad,
     )
+
+
+def rescale(total: Tensor, before: Tensor, anchors: Tensor) -> None:
+    from ...kernels.rescale import rescale as rescale_rows
+
+    rescale_rows(total, before, anchors)

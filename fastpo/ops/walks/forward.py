@@ -137,8 +137,7 @@ def _frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) 
     """d logp / d hidden of rows a to b: the second product, inside the forward."""
     x = head.block(a, b)
     total = torch.zeros(b - a, x.shape[1], dtype=torch.float32, device=head.device)
-    anchor = head.empty(b - a, dtype=torch.float32)
-    previous = torch.full_like(anchor, float("-inf"))
+    before, anchor = head.empty(2, b - a, dtype=torch.float32)
     buffer = None
     if head.gemm != torch.float32:
         buffer = head.empty(head.tile_cells, dtype=head.gemm)
@@ -147,13 +146,14 @@ def _frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) 
         tile = head.products(x, words)
         e = tile if buffer is None else buffer[: tile.numel()].view_as(tile)
         _fold(head, tile, v0, state, a, b, e, anchor, fold_cap=True)
-        total.mul_(torch.exp(previous - anchor).unsqueeze(1))
+        if v0 > 0:
+            head.kernels.rescale(total, before, anchor)
         addmm_float32(total, e, words)
-        previous.copy_(anchor)
+        before, anchor = anchor, before
     block = state[:, a:b]
     head.merge(block)
     # Σ over the others of p_v·dz/dx·W_v
-    total.mul_(torch.exp(anchor - block[R.MAX] - _log_mass(block)).unsqueeze(1))
+    total.mul_(torch.exp(before - block[R.MAX] - _log_mass(block)).unsqueeze(1))
     _write_direction(head, block, total, a, b, direction)
 
 
