@@ -140,7 +140,8 @@ def kernel_launch(kernel: Any, args: tuple, grid: tuple[int, ...], named: dict) 
 def fused_launch(work: dict[str, Any]) -> Launch:
     """Of what fastpo._C.AnchoredTile is given."""
     n, v, h, sums, stored = (work[name] for name in ("n", "v", "h", "sums", "e_stride"))
-    words, overlaps = cutlass.block_words(work["pingpong"]), work["pingpong"] and sums == 1
+    overlaps = work["pingpong"]
+    words = cutlass.block_words(overlaps)
     fused = Fused(n, v, h, sums, stored > 0, words, work["swizzle"], overlaps)
     moved = 2 * (n + v) * h + 8 * n + 4 * sums * -(-v // words) * n + 2 * n * v * fused.stored
     name = "cutlass, one group multiplies" if overlaps else "cutlass, both groups multiply"

@@ -210,7 +210,7 @@ void bind_cuda(py::module_& m, const char* name) {
 
 #ifdef FASTPO_HAS_CUTLASS
 AnchoredTile anchored_tile(uintptr_t x, int64_t x_stride, uintptr_t words, int64_t words_stride,
-                           int64_t n, int64_t v, int64_t h, uintptr_t columns, uintptr_t origin,
+                           int64_t n, int64_t v, int64_t h, uintptr_t columns, uintptr_t base,
                            uintptr_t bias, float slope, int sums, uintptr_t partial, uintptr_t e,
                            int64_t e_stride, bool pingpong, int swizzle, bool words_first) {
   return {pointer<const void>(x),
@@ -221,7 +221,7 @@ AnchoredTile anchored_tile(uintptr_t x, int64_t x_stride, uintptr_t words, int64
           v,
           h,
           pointer<const int>(columns),
-          pointer<const float>(origin),
+          pointer<const float>(base),
           pointer<const float>(bias),
           slope,
           sums,
@@ -237,7 +237,7 @@ void bind_anchored(py::module_& m) {
   using py::arg;
   py::class_<AnchoredTile>(m, "AnchoredTile")
       .def(py::init(&anchored_tile), py::kw_only(), arg("x"), arg("x_stride"), arg("words"),
-           arg("words_stride"), arg("n"), arg("v"), arg("h"), arg("columns"), arg("origin"),
+           arg("words_stride"), arg("n"), arg("v"), arg("h"), arg("columns"), arg("base"),
            arg("bias"), arg("slope"), arg("sums"), arg("partial"), arg("e"), arg("e_stride"),
            arg("pingpong"), arg("swizzle"), arg("words_first"));
   m.def(

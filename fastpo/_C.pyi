@@ -174,7 +174,7 @@ class AnchoredTile:
         v: int,
         h: int,
         columns: int,
-        origin: int,
+        base: int,
         bias: int,
         slope: float,
         sums: int,

@@ -72,7 +72,6 @@ def anchored_fold_kernel(
     factor,
     slope,
     largest,
-    FUSED: tl.constexpr,  # exponents are acc·slope - origin·slope in one rounding
     WANTED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -88,9 +87,7 @@ def anchored_fold_kernel(
         origin = tl.load(origin_ptr + m, mask=rows, other=0.0)
         base = origin * slope
     # log2 of what the origin's own exponential is: not 1, because its exponent was rounded.
-    own = tl.zeros((BLOCK_M,), tl.float32)
-    if FUSED:
-        own = tl.fma(origin, slope, -base)
+    own = tl.fma(origin, slope, -base)
     shrink = tl.exp2(-own)
     mass = _fold(partial_ptr, m, rows, blocks, stride_partial, False, BLOCK_M, BLOCK_P)
     tl.store(state_ptr + OTHERS * stride_state + m, mass * shrink, mask=rows)
@@ -137,7 +134,6 @@ def anchored_fold(
     factor: float,
     stats: int,
     largest: float,  # a sum above this is computed again
-    fused: bool,  # whether `partial` comes from anchored.py
 ) -> None:
     n = len(labels)
     with torch.cuda.device_of(partial):
@@ -162,7 +158,6 @@ def anchored_fold(
             factor,
             factor * LOG2_E.value,
             largest,
-            FUSED=fused,
             WANTED=1 + 2 * stats,
             BLOCK_M=_ROWS,
             BLOCK_P=32,

@@ -28,7 +28,7 @@ struct Cooperative {
 };
 
 // Each has a block of its own, and multiplies while the other takes exponentials: a thread holds as
-// many products as a block has words. All sums beside 192 of them would not fit in registers.
+// many products as a block has words, and beside 192 of them few other numbers.
 struct PingPong {
   using Mainloop = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
   using Epilogue = cutlass::epilogue::TmaWarpSpecialized;
@@ -80,12 +80,17 @@ template <class Block, class Value>
 using PerRow = fusion::Sm90ColBroadcast<0, Block, Value, Value, Stride<_1, _0, _0>>;
 // Sums go out block by block, in the one order that makes them the same bits in every run. Rows
 // past the last have sums, too, which nobody reads.
+template <template <class> class Reduce, class Block>
+using OfRow = fusion::Sm90ColReduction<Reduce, Reduce, Reduce, 0, Block, float, float, kRound,
+                                       Stride<_1, _0, _0>, 4, false, false, false>;
 template <class Block>
-using RowSum =
-    fusion::Sm90ColReduction<cutlass::plus, cutlass::plus, cutlass::plus, 0, Block, float, float,
-                             kRound, Stride<_1, _0, _0>, 4, false, false, false>;
+using RowSum = OfRow<cutlass::plus, Block>;
+template <class T>
+struct Largest : cutlass::maximum<T> {};
+template <class Block>
+using RowLargest = OfRow<Largest, Block>;
 
-// Reads bias, slope, each row's origin and label, feeds the row sums and returns e. The library's
+// Reads bias, slope, each row's base and label, feeds the row sums and returns e. The library's
 // own graphs would not do: no node hands on the column of a cell, and all values get one type.
 template <class Block, class... Sums>
 using CellNodes =
@@ -113,6 +118,25 @@ struct AnchoredCells : CellNodes<Block, Sums...> {
           first(column),
           columns(all) {}
 
+    template <class Node, int N>
+    CUTLASS_DEVICE static void add_up(Node const& node, cutlass::Array<float, N> const& u,
+                                      cutlass::Array<float, N> const& d,
+                                      cutlass::Array<float, N> const& e) {
+      node(_3{}, e);
+      if constexpr (sizeof...(Sums) == fastpo::kAnchoredSums) {
+        cutlass::Array<float, N> moment, square;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < N; ++i) {
+          moment[i] = e[i] * d[i];
+          square[i] = e[i] * e[i];
+        }
+        node(_4{}, moment);
+        node(_5{}, square);
+        node(_6{}, u);
+        node(_7{}, d);
+      }
+    }
+
     template <int N>
     CUTLASS_DEVICE cutlass::Array<float, N> visit(cutlass::Array<float, N> const& products,
                                                   int epi_v, int epi_m, int epi_n) {
@@ -120,43 +144,41 @@ struct AnchoredCells : CellNodes<Block, Sums...> {
         return get<decltype(i)::value>(callbacks_tuple)
             .visit(products, epi_v, epi_m, epi_n, input...);
       };
-      const auto origin = node(_1{});
+      const auto base = node(_1{});
       const auto label = node(_2{});
       Tensor here = coordinates(_, _, _, epi_m, epi_n);
       const auto column = [&](int i) CUTLASS_LAMBDA_FUNC_INLINE {
         return first + static_cast<int>(get<1>(here(epi_v * N + i)));
       };
-      cutlass::Array<float, N> e, moment, square, u = products, beaten;
-      if (common.bias != nullptr) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int i = 0; i < N; ++i) u[i] += column(i) < columns ? common.bias[column(i)] : 0.0f;
-      }
-      bool special = false;
+      bool special = common.bias != nullptr;
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < N; ++i) {
-        e[i] = fastpo::anchored_exponential(u[i], origin[i], common.slope);
         // Cells of one row have one answer: the compiler asks once.
         special |= fastpo::any_special(column(0), fastpo::kAnchoredVisit, label[i], columns);
       }
-      if (__any_sync(0xffffffff, special)) {
+      cutlass::Array<float, N> e;
+      // Each way adds up its own cells: what both hand on would wait in registers, all at once.
+      if (!__any_sync(0xffffffff, special)) {
+        cutlass::Array<float, N> d;
         CUTLASS_PRAGMA_UNROLL
         for (int i = 0; i < N; ++i) {
-          fastpo::mask_special(u[i], e[i], column(i), label[i], columns);
+          d[i] = fastpo::anchored_exponent(products[i], common.slope, base[i]);
+          e[i] = fastpo::power_of_two(d[i]);
         }
-      }
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < N; ++i) {
-        const auto sums = fastpo::anchored_sums(u[i], e[i], origin[i], common.slope);
-        moment[i] = sums.moment;
-        square[i] = sums.square;
-        beaten[i] = sums.beaten;
-      }
-      node(_3{}, e);
-      if constexpr (sizeof...(Sums) == fastpo::kAnchoredSums) {
-        node(_4{}, moment);
-        node(_5{}, square);
-        node(_6{}, u);
-        node(_7{}, beaten);
+        add_up(node, products, d, e);
+      } else {
+        cutlass::Array<float, N> d, u = products;
+        CUTLASS_PRAGMA_UNROLL
+        for (int i = 0; i < N; ++i) {
+          // Few cells at a time: all their biases' addresses would not fit in registers.
+          if (i % 8 == 0) __syncwarp();
+          const bool a_word = column(i) < columns;
+          if (common.bias != nullptr && a_word) u[i] += common.bias[column(i)];
+          d[i] = fastpo::anchored_exponent(u[i], common.slope, base[i]);
+          e[i] = fastpo::power_of_two(d[i]);
+          fastpo::mask_special(u[i], d[i], e[i], column(i) == label[i], a_word);
+        }
+        add_up(node, u, d, e);
       }
       return e;
     }
@@ -214,9 +236,11 @@ void launch(const fastpo::AnchoredTile& t, int device, int multiprocessors, cuda
       {static_cast<const Element*>(t.x), stride(t.x_stride), static_cast<const Element*>(t.words),
        stride(t.words_stride)},
       {{Common::Arguments{t.bias, t.slope},
-        {t.origin},
+        {t.base},
         {t.columns},
-        typename Sums::Arguments{t.partial + one_sum * sum++}...},
+        typename Sums::Arguments{
+            t.partial + one_sum * sum++,
+            std::is_same_v<Sums, RowLargest<Block>> ? fastpo::kLowest : 0.0f}...},
        nullptr,
        stride(0),
        static_cast<Element*>(t.e),
@@ -251,7 +275,8 @@ template <class Schedule, int kWords>
 void launch_sums(const fastpo::AnchoredTile& t, int device, int multiprocessors, void* stream) {
   using Block = BlockOf<kWords>;
   using Sum = RowSum<Block>;
-  launch_with<Schedule, Block, Sum, Sum, Sum, Sum, Sum>(t, device, multiprocessors, stream);
+  launch_with<Schedule, Block, Sum, Sum, Sum, Sum, RowLargest<Block>>(t, device, multiprocessors,
+                                                                      stream);
 }
 
 }  // namespace

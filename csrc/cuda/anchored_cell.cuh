@@ -20,10 +20,9 @@ __host__ __device__ __forceinline__ float power_of_two(float x) {
 #endif
 }
 
-// exp2 of how far u = product + bias is above its row's origin.
-__host__ __device__ __forceinline__ float anchored_exponential(float u, float origin, float slope) {
-  // The difference first: the product with slope alone would round at the size of the logits.
-  return power_of_two((u - origin) * slope);
+// log2 of a cell's exponential, of u = product + bias. One rounding, at the size of the difference.
+__host__ __device__ __forceinline__ float anchored_exponent(float u, float slope, float base) {
+  return fmaf(u, slope, -base);
 }
 
 // Columns that a thread's cells of one visit are spread over, at most.
@@ -35,25 +34,16 @@ __host__ __device__ __forceinline__ bool any_special(int left, int width, int la
          left + width > columns;
 }
 
-// Of the label only u is summed, of what is no word nothing.
-__host__ __device__ __forceinline__ void mask_special(float& u, float& e, int column, int label,
-                                                      int columns) {
-  if (column == label || column >= columns) e = 0.0f;
-  if (column >= columns) u = 0.0f;
-}
-
-// What a cell adds to the sums of its row beside e and u.
-struct AnchoredSums {
-  float moment;  // e·log2 e
-  float square;  // e²
-  float beaten;  // whether the word is above the label
-};
-
-__host__ __device__ __forceinline__ AnchoredSums anchored_sums(float u, float e, float origin,
-                                                               float slope) {
-  // The floor keeps 0·(-inf) out.
-  const float d = fmaxf((u - origin) * slope, kLogFloor * kLog2E);
-  return {e * d, e * e, e > 1.0f ? 1.0f : 0.0f};
+// Of the label only u counts, of what is no word nothing. A word that a bias of -inf removes has
+// no mass, and 0·(-inf) would be NaN.
+__host__ __device__ __forceinline__ void mask_special(float& u, float& d, float& e, bool is_label,
+                                                      bool is_word) {
+  d = fmaxf(d, kLogFloor * kLog2E);
+  if (is_label || !is_word) {
+    d = kLowest;
+    e = 0.0f;
+  }
+  if (!is_word) u = 0.0f;
 }
 
 }  // namespace fastpo

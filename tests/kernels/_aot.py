@@ -215,7 +215,7 @@ def anchored_launches(
             f"fold {name} again={again is not None}", "anchored_fold_kernel",
             anchored_fold.anchored_fold,
             (folded, None if again is None else maxima, labels, numbers, state, numbers, e),
-            anchored_fold, vocab=vocab, fused=True, **given,
+            anchored_fold, vocab=vocab, **given,
         )  # fmt: skip
     yield record(
         "target " + name, "anchored_target_kernel", anchored_target.anchored_target,
@@ -352,9 +352,9 @@ def path_behind_products(sass: str, apart: Callable[[str], bool]) -> list[str]:
         if to <= place or "EXIT" in text:
             break
         i += 1
-        if branch and branch[1] and to in place_of:
+        if branch and to in place_of:
             skipped = " ".join(text for _, text in code[i : place_of[to]])
-            i = place_of[to] if apart(skipped) else i
+            i = place_of[to] if not branch[1] or apart(skipped) else i
     return path
 
 

@@ -41,26 +41,27 @@ void print(const char* name) {
   }
 }
 
-template <class Sum, class Schedule, int kWords>
+template <class Schedule, int kWords>
 void print_sum(const char* name, const char* stored) {
+  using Sum = RowSum<BlockOf<kWords>>;
   print<Schedule, kWords, void, Sum>(name);
   print<Schedule, kWords, Element, Sum>(stored);
 }
 
-template <int kWords>
-using Sum = RowSum<BlockOf<kWords>>;
+template <class Schedule, int kWords>
+void print_sums(const char* name, const char* stored) {
+  using Sum = RowSum<BlockOf<kWords>>;
+  using Most = RowLargest<BlockOf<kWords>>;
+  print<Schedule, kWords, void, Sum, Sum, Sum, Sum, Most>(name);
+  print<Schedule, kWords, Element, Sum, Sum, Sum, Sum, Most>(stored);
+}
 
 }  // namespace
 
 int main() {
   constexpr int kWide = fastpo::anchored_words(false), kNarrow = fastpo::anchored_words(true);
-  using Wide = Sum<kWide>;
-  using Narrow = Sum<kNarrow>;
-  print_sum<Wide, Cooperative, kWide>("cooperative", "cooperative stored");
-  print_sum<Narrow, PingPong, kNarrow>("pingpong", "pingpong stored");
-  print<Cooperative, kWide, void, Wide, Wide, Wide, Wide, Wide>("cooperative stats");
-  print<Cooperative, kWide, Element, Wide, Wide, Wide, Wide, Wide>("cooperative stats stored");
-  print<Cooperative, kNarrow, void, Narrow, Narrow, Narrow, Narrow, Narrow>("pingpong stats");
-  print<Cooperative, kNarrow, Element, Narrow, Narrow, Narrow, Narrow, Narrow>(
-      "pingpong stats stored");
+  print_sum<Cooperative, kWide>("cooperative", "cooperative stored");
+  print_sum<PingPong, kNarrow>("pingpong", "pingpong stored");
+  print_sums<Cooperative, kWide>("cooperative stats", "cooperative stats stored");
+  print_sums<PingPong, kNarrow>("pingpong stats", "pingpong stats stored");
 }

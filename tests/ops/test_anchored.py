@@ -85,7 +85,7 @@ class Tile:
         given = {"factor": self.factor, "stats": stats}
         anchored.anchored_fwd(*rows, base, self.partial, e, blocks, 3, **given)
         given["largest"] = walk._LARGEST_SUM
-        fold = {**given, "vocab": v, "fused": True}
+        fold = {**given, "vocab": v}
         kept = (self.labels, origin, self.state, self.offset, e)
         anchored_fold.anchored_fold(self.partial, None, *kept, **fold)
         self.again = self.state[R.OTHERS] > walk._LARGEST_SUM

@@ -11,8 +11,8 @@ namespace fastpo {
 constexpr int anchored_words(bool pingpong) { return pingpong ? 192 : 256; }
 constexpr int kAnchoredRows = 128;
 constexpr int kAnchoredCluster = 2;
-// Of e, e·log2 e and e² over the others, of u = x·words + bias over all words, and the number of
-// words with e > 1.
+// Of e, e·log2 e and e² over the others, of u = x·words + bias over all words; the last is no sum,
+// but the largest log2 e of the others.
 constexpr int kAnchoredSums = 5;
 
 struct AnchoredTile {
@@ -21,16 +21,15 @@ struct AnchoredTile {
   const void* words;  // [v, h] bfloat16
   int64_t words_stride;
   int64_t n, v, h;
-  const int* columns;   // [n] column of each row's label; outside [0, v) where it is not here
-  const float* origin;  // [n]
-  const float* bias;    // [v] or null
-  float slope;          // e = exp2((u - origin)·slope), 0 in the label's column
-  int sums;             // the first one alone, or kAnchoredSums
-  float* partial;       // [sums, ⌈v / anchored_words⌉, n rounded up to kAnchoredRows], written
-  void* e;              // [n, v] bfloat16, or null: not wanted
+  const int* columns;  // [n] column of each row's label; outside [0, v) where it is not here
+  const float* base;   // [n]
+  const float* bias;   // [v] or null
+  float slope;         // e = exp2(u·slope - base), 0 in the label's column
+  int sums;            // the first one alone, or kAnchoredSums
+  float* partial;      // [sums, ⌈v / anchored_words⌉, n rounded up to kAnchoredRows], written
+  void* e;             // [n, v] bfloat16, or null: not wanted
   int64_t e_stride;
-  bool pingpong;     // where one sum is wanted one warp group multiplies while the other takes
-                     // exponentials; with all, blocks are as wide, and the sum has the same bits
+  bool pingpong;     // one warp group multiplies while the other takes exponentials
   int swizzle;       // so many blocks side by side, 1, 2, 4 or 8, before those behind them
   bool words_first;  // whether behind is along the words
 };

@@ -17,7 +17,7 @@ _ALIGNMENT = 16  # bytes, of what the hardware copies as blocks
 
 
 class Schedule(NamedTuple):
-    pingpong: bool  # one warp group multiplies while the other takes exponentials: of one sum alone
+    pingpong: bool  # one warp group multiplies while the other takes exponentials
     swizzle: int  # blocks side by side before those behind them: 1, 2, 4 or 8
     words_first: bool  # whether behind is along the words, or along the rows
 
@@ -86,13 +86,13 @@ def product(
     words: Tensor,  # [v, H] bfloat16
     columns: Tensor,  # [n] int32, column of each row's label, outside [0, v) where it is not here
     bias: Tensor | None,  # [v] float32
-    origin: Tensor,  # [n] float32
+    base: Tensor,  # [n] float32
     e: Tensor | None,  # [stored, v] bfloat16, written: of the first rows
     slope: float,
     sums: int,  # the first one alone, or all
     multiprocessors: int,
 ) -> Tensor:  # [sums, blocks of words, n] float32
-    """Row sums of e = exp2((x·words + bias - origin)·slope) and statistics, see anchored.h."""
+    """Row sums of e = exp2((x·words + bias)·slope - base) and statistics, see anchored.h."""
     assert _C is not None, _MISSING
     n, v, stored = len(x), len(words), 0 if e is None else len(e)
     chosen = schedule()
@@ -112,7 +112,7 @@ def product(
             v=v,
             h=x.shape[1],
             columns=columns[a:b].data_ptr(),
-            origin=origin[a:b].data_ptr(),
+            base=base[a:b].data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
             slope=slope,
             sums=sums,

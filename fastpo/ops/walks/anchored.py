@@ -92,7 +92,7 @@ def _fold(
     rows = Operands(unit_columns(head.block(a, b)), unit_columns(words), head.labels[a:b],
                     head.bias, spec.logit_map.factor)  # fmt: skip
     anchored_target(*rows.tensors, state[R.TARGET], origin, base, factor=rows.factor)
-    partial, fused = product(head, rows, origin, base, e, spec.stats)
+    partial = product(head, rows, base, e, spec.stats)
     assert partial is not None
     squares = spec.stats & R.STATS["log_sum_sq_probs"]
     given = {
@@ -101,13 +101,13 @@ def _fold(
         "largest": _LARGEST_SUM_OF_SQUARES if squares else _LARGEST_SUM,
     }
     fold = (rows.labels, origin, state, offset, e)
-    anchored_fold(partial, None, *fold, vocab=len(words), fused=fused, **given)
+    anchored_fold(partial, None, *fold, vocab=len(words), **given)
     maxima = head.empty(-(-len(words) // WORDS), n, dtype=torch.float32)
     again = head.empty(len(partial), *maxima.shape, dtype=torch.float32)
     others = state[R.OTHERS]
     anchored_again(*rows.tensors, others, maxima, None, None, **given)
     anchored_again(*rows.tensors, others, maxima, again, e, **given)
-    anchored_fold(again, maxima, *fold, vocab=len(words), fused=True, **given)
+    anchored_fold(again, maxima, *fold, vocab=len(words), **given)
     own = torch.exp(state[R.TARGET] - state[R.MAX])
     return offset.exp_().div_(state[R.OTHERS] + own)
 
@@ -130,21 +130,18 @@ class Operands:
 def product(
     head: Head,
     rows: Operands,
-    origin: Tensor | None,  # [n] float32, products beside which exponentials are taken
-    base: Tensor,  # [n] float32, their exponents to the base of 2
+    base: Tensor,  # [n] float32, exponents to the base of 2 beside which exponentials are taken
     e: Exponentials | None,
     stats: int,
     *,
-    sums: bool = True,  # whether any are wanted, and the origin known
-) -> tuple[Tensor | None, bool]:  # [sums, blocks of words, n], see anchored_fold's `fused`
-    """Exponentials beside the origin, 0 at the label, and their sums block by block."""
+    sums: bool = True,  # whether any are wanted
+) -> Tensor | None:  # [sums, blocks of words, n]
+    """Exponentials beside the base, 0 at the label, and their sums block by block."""
     from ...kernels.anchored import SUMS, anchored_fwd
 
     programs, count = _multiprocessors(head.device), SUMS.value if stats else 1
-    named = head.spec.backend == "cutlass" and origin is not None
-    if named and cutlass.serves(rows.x, rows.words, rows.bias):
-        assert origin is not None
-        return _cutlass_product(rows, origin, e, count, programs), False
+    if head.spec.backend == "cutlass" and cutlass.serves(rows.x, rows.words, rows.bias):
+        return _cutlass_product(rows, base, e, count, programs)
     crowded = rows.bias is not None and stats != 0
     blocks, partial = _gemm_blocks(rows.x, rows.words, crowded), None
     if sums:
@@ -152,11 +149,11 @@ def product(
         partial = head.empty(*shape, dtype=torch.float32)
     given = {"factor": rows.factor, "stats": stats}
     anchored_fwd(*rows.tensors, base, partial, e, blocks, programs, **given)
-    return partial, True
+    return partial
 
 
 def _cutlass_product(
-    rows: Operands, origin: Tensor, e: Exponentials | None, sums: int, programs: int
+    rows: Operands, base: Tensor, e: Exponentials | None, sums: int, programs: int
 ) -> Tensor:
     """A launch for each block of E."""
     vocab, slope, found = len(rows.words), rows.factor * LOG2_E, []
@@ -169,13 +166,9 @@ def _cutlass_product(
         if e is not None:
             block = e.cells[e.rows * v0 :][: e.rows * step].view(e.rows, step)
             stored = block[e.first : e.first + e.stored, : v1 - v0]
-        own = (rows.x, rows.words[v0:v1], columns, bias, origin)
+        own = (rows.x, rows.words[v0:v1], columns, bias, base)
         found.append(cutlass.product(*own, stored, slope, sums, programs))
-    partial = found[0] if len(found) == 1 else torch.cat(found, 1)
-    if sums > 1:
-        # How many words are above the label becomes the distance of the highest.
-        partial[4].sub_(0.5).mul_(math.inf)
-    return partial
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
 
 
 def exponents_of(factor: float) -> float:

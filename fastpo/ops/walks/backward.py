@@ -299,7 +299,7 @@ class ExponentialsWalk(BackwardWalk):
         bias = None if head.bias is None else head.bias[v0:v1]
         rows = Operands(x, unit_columns(words), labels, bias, head.spec.logit_map.factor)
         e = Exponentials(self._dx[:-1], b - a, width, 0, b - a)
-        product(head, rows, None, base, e, 0, sums=False)
+        product(head, rows, base, e, 0, sums=False)
         inside = labels.clamp(0, v1 - v0 - 1) == labels
         self._dx.scatter_(0, torch.where(inside, cells - v0, len(self._dx) - 1), own)
         return self._dx[:-1].view(b - a, width)[:, : v1 - v0]
