@@ -6,10 +6,12 @@ from collections import Counter
 
 import pytest
 import torch
+from _cutlass import stand_in
 from _draws import assert_draws
 
 import fastpo
 from fastpo import planner, reference
+from fastpo.ops.rows import anchored_cutlass
 from fastpo.ops.rows import triton as rows_triton
 from fastpo.ops.walks import head as walk
 from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head
@@ -45,15 +47,18 @@ def problem() -> HeadInputs:
     return inputs
 
 
-def run(inputs: HeadInputs, mode: str, grads: tuple[str, ...], fused: bool = True) -> dict:
+def run(
+    inputs: HeadInputs, mode: str, grads: tuple[str, ...], backend: str | None = "anchored"
+) -> dict:
+    """backend None: the reference."""
     if mode == "frozen":
         inputs.weight.requires_grad_(False), inputs.bias.requires_grad_(False)
     operands, given = (inputs.hidden, inputs.weight, inputs.labels), {"temperature": 0.9}
-    if fused:
+    if backend is not None:
         budget = MODES[mode] * planner.exponential_words(V) * -(-V // planner.exponential_words(V))
         stats = fastpo.linear_logps(
             *operands, bias=inputs.bias, **given, outputs=("logps", *grads), budget=4 * budget,
-            backend="anchored",
+            backend=backend,
         )  # fmt: skip
     else:
         stats = reference.linear_logps(*operands, bias=inputs.bias, **given)
@@ -63,15 +68,25 @@ def run(inputs: HeadInputs, mode: str, grads: tuple[str, ...], fused: bool = Tru
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
+@pytest.fixture
+def on_cutlass(monkeypatch) -> list:
+    """Its product in plain PyTorch, of float32 operands however they lie."""
+    monkeypatch.setattr(anchored_cutlass, "unavailable", lambda device: None)
+    monkeypatch.setattr(anchored_cutlass, "serves", lambda *operands: True)
+    return stand_in(monkeypatch, torch.float32)
+
+
 @pytest.mark.parametrize("grads", [("logps",), ("lse",), ("logps", "entropy", "lse")], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_over_several_blocks(small_blocks, mode, grads):
+@pytest.mark.parametrize("backend", ["anchored", "cutlass"])
+def test_gradients_over_several_blocks(small_blocks, on_cutlass, backend, mode, grads):
     """By what was stored alone where it suffices, else by the row kernels from the same."""
-    truth = run(problem().like(torch.float64), mode, grads, fused=False)
-    eager = run(problem().like(torch.float32), mode, grads, fused=False)
-    fused = run(problem().like(torch.float32), mode, grads)
+    truth = run(problem().like(torch.float64), mode, grads, backend=None)
+    eager = run(problem().like(torch.float32), mode, grads, backend=None)
+    fused = run(problem().like(torch.float32), mode, grads, backend)
     for name, value in fused.items():
         assert_as_good_as_eager(name, value, eager[name], truth[name])
+    assert bool(on_cutlass) == (backend == "cutlass")
 
 
 def test_probabilities_computed_again_are_those_that_would_have_been_kept(small_blocks):
@@ -81,7 +96,7 @@ def test_probabilities_computed_again_are_those_that_would_have_been_kept(small_
         inputs = make_head(N, V, H, seed=seed)
         inputs.hidden[5] *= 30
         again, kept = (run(inputs.like(torch.float32), x, ("logps",)) for x in ("lean", "keep"))
-        truth = run(inputs.like(torch.float64), "keep", ("logps",), fused=False)
+        truth = run(inputs.like(torch.float64), "keep", ("logps",), backend=None)
         draws.append((again, kept, truth))
     assert_draws(draws)
 
