@@ -41,7 +41,8 @@ SIZES = {
     "head_dim": 16,
     "vocab_size": 3000,
 }
-LLAMA = LlamaConfig(**SIZES, num_hidden_layers=8)
+LLAMA = LlamaConfig(**SIZES, num_hidden_layers=6)
+TWO = LlamaConfig(**SIZES, num_hidden_layers=2)
 SHALLOW = LlamaConfig(**SIZES, num_hidden_layers=1)
 MIB = 2**20
 
@@ -49,7 +50,7 @@ MIB = 2**20
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("model")
-    LLAMA.save_pretrained(made)
+    TWO.save_pretrained(made)
     tiny.tokenizer().save_pretrained(made)
     return made
 
@@ -79,9 +80,9 @@ CONFIGS = {
     "windows": (
         Gemma3TextConfig(
             **SIZES,
-            num_hidden_layers=11,
+            num_hidden_layers=9,
             sliding_window=16,
-            layer_types=[("full_attention", "sliding_attention")[i % 2] for i in range(11)],
+            layer_types=[("full_attention", "sliding_attention")[i % 2] for i in range(9)],
         ),
         {},
     ),
@@ -155,9 +156,7 @@ def test_a_teacher_of_many_layers_from_a_few(trainer, head):
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_what_to_paste_is_what_the_trainer_takes(trainer):
     other = {"teacher": LLAMA} if TRAINERS[trainer][1] == "teacher" else {}
-    shallow = copy.deepcopy(LLAMA)
-    shallow.num_hidden_layers = 1
-    plan = fastpo.plan_step(shallow, trainer=trainer, context=32, search=False, **other)
+    plan = fastpo.plan_step(SHALLOW, trainer=trainer, context=32, search=False, **other)
     name = str(plan).splitlines()[-1].partition("(")[0]
     fields = {x.name for x in dataclasses.fields(getattr(_module(trainer), name))}
     assert set(plan.settings) <= fields
@@ -170,27 +169,29 @@ def _module(trainer):
 
 
 def test_parts_are_what_they_are_called():
-    plan = fastpo.plan_step(LLAMA, dtype="bf16", context=32)
+    common = {"dtype": "bf16", "context": 32, "search": False}
+    plan = fastpo.plan_step(TWO, **common)
     parts = plan.heads["fastpo"].estimate.parts
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(LLAMA, dtype=torch.bfloat16)
+        model = transformers.AutoModelForCausalLM.from_config(TWO, dtype=torch.bfloat16)
     weights = sum(x.numel() * 2 for x in model.parameters())
     buffers = sum(x.numel() * x.itemsize for x in model.buffers())
     assert parts["weights"] == weights + buffers
     assert parts["optimizer"] >= 2 * weights
     assert parts["device"] > 500 * MIB
-    lora = fastpo.plan_step(LLAMA, dtype="bf16", context=32, lora="r=8").heads["fastpo"].estimate
+    lora = fastpo.plan_step(TWO, **common, lora="r=8").heads["fastpo"].estimate
     assert lora.parts["optimizer"] < weights // 2 and lora.parts["reference"] == 0
 
 
 def test_less_where_less_is_kept():
     def peak(head="fastpo", **options):
         setting = Setting("llama", **{"dtype": "bf16", "context": 256, "batch": 4, **options})
-        return Depths(setting, LLAMA, head).estimate().peak
+        phases = Session(setting, TWO, head).phases(setting)
+        return max(held.total() for held in phases.values())
 
     def forward(**options):
         setting = Setting("llama", context=512, batch=4, **options)
-        return Depths(setting, LLAMA, "fastpo").estimate().phases["forward"]
+        return Session(setting, LLAMA, "fastpo").phases(setting)["forward"].total()
 
     held = [forward(checkpointing=kind) for kind in ("offload", "layers", "none")]
     assert held == sorted(held) and len({*held}) == 3
@@ -207,14 +208,12 @@ def test_less_where_less_is_kept():
 
 def test_four_bits():
     """Half a byte a number, a byte for 64, four for 256 of those, two tables; the head stays."""
-    shallow = copy.deepcopy(LLAMA)
-    shallow.num_hidden_layers = 1
     common = {"lora": "r=8", "dtype": "bf16", "context": 32, "search": False}
-    plain = fastpo.plan_step(shallow, **common)
-    packed = fastpo.plan_step(shallow, load_in_4bit=True, **common)
+    plain = fastpo.plan_step(SHALLOW, **common)
+    packed = fastpo.plan_step(SHALLOW, load_in_4bit=True, **common)
     assert "on 4 bits" in str(packed) and "bnb_4bit_quant_type='nf4'" in str(packed)
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(shallow)
+        model = transformers.AutoModelForCausalLM.from_config(SHALLOW)
     cells = [x.weight.numel() for x in model.model.modules() if isinstance(x, torch.nn.Linear)]
     saved = sum(2 * n - (n // 2 + n // 64 + 4 * (-(-n // 64 // 256) + 273)) for n in cells)
     parts = [plan.heads["fastpo"].estimate.parts["weights"] for plan in (plain, packed)]
@@ -252,12 +251,10 @@ def test_parts_add_up_where_one_would_be_less_than_nothing():
 
 
 def test_head_and_layers_have_peaks_of_their_own():
-    shallow = copy.deepcopy(LLAMA)
-    shallow.num_hidden_layers = 2
     for trainer in ("dpo", "orpo", "gkd"):
         setting = Setting("llama", trainer=trainer, context=64)
         for head in HEADS:
-            found = Session(setting, shallow, head).phases(setting)
+            found = Session(setting, TWO, head).phases(setting)
             order = [x for x in found if "reference" not in x]
             assert order == ["forward", "head", "backward", "layers' backward", "optimizer"]
 
@@ -291,12 +288,10 @@ def test_the_largest_that_fits(fixed, linear, bend, limit, start):
 
 
 def test_more_memory_fits_more():
-    shallow = copy.deepcopy(LLAMA)
-    shallow.num_hidden_layers = 2
     sizes = {}
     for head in HEADS:
         setting = Setting("llama", dtype="bf16", context=64, trainer="orpo")
-        depths = Depths(setting, shallow, head)
+        depths = Depths(setting, TWO, head)
         for what in ("context", "batch"):
             for memory in (590 * MIB, 650 * MIB):
                 found = depths.largest(what, memory)

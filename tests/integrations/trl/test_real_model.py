@@ -30,7 +30,6 @@ pytestmark = pytest.mark.skipif(
 TRAINERS = {
     "DPO": (tiny.preferences, {"per_device_train_batch_size": 1}),
     "KTO": (tiny.unpaired, {}),
-    "ORPO": (tiny.preferences, {"per_device_train_batch_size": 1}),
     "GRPO": (tiny.prompts, {"num_generations": 2, "max_completion_length": 4}),
 }
 
