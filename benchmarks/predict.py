@@ -220,19 +220,19 @@ def executed(launch: Launch) -> list[tuple[list[str], float]]:
     """Instructions of a thread, and how often all programs together run them."""
     if launch.name not in KERNELS:
         return []
-    (sass, _), aot = compiled(launch), tools()[1]
+    (code, _), sass = compiled(launch), tools()[3]
     if isinstance(launch.kernel, Fused):
         return [(launch.kernel.epilogue, launch.kernel.blocks)]
     a = launch.kernel.arguments
     if launch.flops:
         blocks = -(-a["n"] // a["BLOCK_M"]) * -(-a["vocab"] // a["BLOCK_V"])
-        return [(aot.epilogue(sass), blocks)]
+        return [(sass.epilogue(code), blocks)]
     if launch.name == "rows_bwd":
-        path = [text for _, text in aot.instructions(sass) if text != "NOP"]
+        path = [text for _, text in sass.instructions(code) if text != "NOP"]
         return [(path, launch.grid[0] * launch.grid[1])]
     # One loop for the sums, one for what is kept.
     steps = (-(-a["width"] // block) for block in (a["BLOCK_V"], a["BLOCK_V"] // 2))
-    return [(path, launch.grid[0] * n) for path, n in zip(aot.loops(sass), steps, strict=False)]
+    return [(path, launch.grid[0] * n) for path, n in zip(sass.loops(code), steps, strict=False)]
 
 
 _COMPILED: dict[tuple, tuple[str, dict]] = {}
@@ -240,15 +240,15 @@ _COMPILED: dict[tuple, tuple[str, dict]] = {}
 
 def compiled(launch: Launch) -> tuple[str, dict[str, int]]:
     """Machine code for sm_90, and what it takes."""
-    aot = tools()[1]
+    _, aot, _, sass = tools()
     if isinstance(launch.kernel, Fused):
         return launch.kernel.compiled
     source = aot.source_of(launch.kernel)
     key = (launch.name, str(source.signature), str(source.constants), str(source.attrs))
     if key not in _COMPILED:
         target = aot.GPUTarget("cuda", 90, 32)
-        sass = aot.disassembled(triton.compile(source, target, launch.kernel.options).asm["cubin"])
-        _COMPILED[key] = sass, aot.resources(sass)
+        code = sass.disassembled(triton.compile(source, target, launch.kernel.options).asm["cubin"])
+        _COMPILED[key] = code, sass.resources(code)
     return _COMPILED[key]
 
 

@@ -44,8 +44,11 @@ FLOPS = CLOCKS * ASSUMED["bfloat16 FLOP a clock of one"] * ASSUMED["of it attain
 
 
 @cache
-def tools() -> tuple[Any, Any, Any]:
-    """The GPU that tests pretend, and how they compile: for this process they replace the real."""
+def tools() -> tuple[Any, Any, Any, Any]:
+    """The GPU that tests pretend, how they compile and read machine code.
+
+    For this process they replace the real.
+    """
     tests = ROOT / "tests"
     sys.path[:0] = [str(tests), str(tests / "kernels")]
     os.environ.setdefault("CUDACXX", str(NVCC / "nvidia" / "cu13" / "bin" / "nvcc"))
@@ -53,8 +56,9 @@ def tools() -> tuple[Any, Any, Any]:
     import _aot
     import _nvcc
     import _pretended_gpu
+    import _sass
 
-    return _pretended_gpu, _aot, _nvcc
+    return _pretended_gpu, _aot, _nvcc, _sass
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,14 @@ adapter runs on CPU tensors, so what is compiled is what a GPU would be asked to
 from __future__ import annotations
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import triton
+from _sass import disassembled, reduction_layouts, resources
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -29,8 +26,10 @@ from fastpo.kernels import (
     anchored_again,
     anchored_fold,
     anchored_target,
+    finish,
     pair_rows,
     rescale,
+    row_grads,
     rows,
     words,
 )
@@ -41,9 +40,9 @@ from fastpo.ops.rows.pair import triton as pair_triton
 
 ARCHITECTURES = (80, 90)
 OTHERS = (86, 89, 100, 120)
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64", torch.float64: "*fp64"}
+TYPES[torch.uint8] = "*u8"
 ROWS = 16
 PLAIN, CAPPED = R.LogitMap(0.7), R.LogitMap(0.7, 30.0)
 OWN = R.LogitMap(1.0, 30.0, inverse=torch.ones(ROWS, dtype=torch.float64))
@@ -165,17 +164,32 @@ def launches() -> Iterator[Launch]:
         name = f"backward {width} {_words(biased, logit_map)}{'entropy ' if entropy else ''}"
         name += f"kept={_short(dtype)} out={_short(dtype_out)}"
         yield record(name, "rows_bwd_kernel", rows_triton.backward, arguments)
-    for hidden in RESCALED:
-        arguments = (torch.empty(n, hidden), numbers, numbers)
-        name, adapter = f"rescale {hidden}", rows_triton.rescale
-        found = record(name, "rescale_kernel", adapter, arguments, rescale)
-        yield found._replace(architectures=ARCHITECTURES + OTHERS)
+    yield from small_launches()
     for case in ANCHORED:
         yield from anchored_launches(*case)
     for case in PAIRS:
         yield from pair_launches(*case)
     for dtype in (BF16, FP32):
         yield from word_launches(dtype)
+
+
+def small_launches() -> Iterator[Launch]:
+    """A few numbers a row: for every GPU."""
+    n = ROWS
+    numbers = torch.zeros(n)
+    given = [(rescale, f"rescale {h}", (torch.empty(n, h), numbers, numbers)) for h in RESCALED]
+    for stats, logit_map in ((tuple(R.STATS), OWN), ((), PLAIN)):
+        more = numbers if stats else None
+        state, ignored = torch.zeros(R.STATE, n), numbers > 0 if stats else None
+        saved, name = R.Saved(*(numbers,) * 4, more), _words(False, logit_map)
+        upstream = R.Upstream(numbers, more, more)
+        given.append((finish, f"finish {name}", (state, stats, ignored)))
+        given.append((row_grads, f"row_grads {name}", (saved, upstream, logit_map, ignored)))
+    for module, name, arguments in given:
+        kernel = name.split()[0]
+        adapter = getattr(rows_triton, kernel)
+        found = record(name, f"{kernel}_kernel", adapter, arguments, module)
+        yield found._replace(architectures=ARCHITECTURES + OTHERS)
 
 
 def anchored_launches(
@@ -291,81 +305,6 @@ def source_of(launch: Launch) -> ASTSource:
         if isinstance(number, int) and number % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
-
-
-def disassembled(cubin: bytes) -> str:
-    """Resources and machine code, as Triton's wheel reads them."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", file.name]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def resources(text: str) -> dict[str, int]:
-    """Registers, stack, local memory and matrix instructions."""
-    found = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    units = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG")
-    counts = {name: len(re.findall(rf"\b{name}[. ]", text)) for name in units}
-    counts["epilogue"] = len(epilogue(text))
-    return {name.lower(): int(value) for name, value in (found | counts).items()}
-
-
-def instructions(sass: str) -> list[tuple[int, str]]:
-    """Each with its address."""
-    found = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)
-    return [(int(place, 16), text.strip()) for place, text in found]
-
-
-_BRANCH = re.compile(r"(@!?U?P\d+ )?BRA(?:\.\w+)? 0x([0-9a-f]+)")
-
-
-def loops(sass: str) -> list[list[str]]:
-    """The bodies of loops that end, in the order of the code."""
-    code, found = instructions(sass), []
-    for place, text in code:
-        branch = _BRANCH.match(text)
-        if branch and int(branch[2], 16) < place:
-            found.append([text for at, text in code if int(branch[2], 16) <= at <= place])
-    return found
-
-
-def epilogue(sass: str) -> list[str]:
-    """What a thread runs from the last product's end to the next block, where no mask is needed.
-
-    Masks are apart: a branch leads around each group of them. Of Hopper's kernel alone.
-    """
-    return path_behind_products(sass, lambda x: "FSEL" in x and "MUFU" not in x)
-
-
-def path_behind_products(sass: str, apart: Callable[[str], bool]) -> list[str]:
-    """From the last product's end to a branch back; `apart`: which instructions are led around."""
-    code = instructions(sass)
-    place_of = {place: i for i, (place, _) in enumerate(code)}
-    waits = [i for i, (_, text) in enumerate(code) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in text]
-    path, i = [], waits[0] if waits else len(code)
-    while i < len(code):
-        place, text = code[i]
-        path.append(text)
-        branch = _BRANCH.match(text)
-        to = int(branch[2], 16) if branch else place + 1
-        if to <= place or "EXIT" in text:
-            break
-        i += 1
-        if branch and to in place_of:
-            skipped = " ".join(text for _, text in code[i : place_of[to]])
-            i = place_of[to] if not branch[1] or apart(skipped) else i
-    return path
-
-
-def reduction_layouts(ttgir: str) -> list[str]:
-    """How each sum and maximum of a row is spread over threads, which fixes its order.
-
-    Whole programs and blocks of rows: the result is a number, or a number per row.
-    """
-    named = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
-    found = re.findall(r"\}\) : \(tensor<(\w+), (#[^>]*>?)>\) -> (?:f32|tensor)", ttgir)
-    return [f"{shape} {named.get(layout, layout)}" for shape, layout in found]
 
 
 def report() -> Iterator[dict]:

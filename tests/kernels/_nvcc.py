@@ -38,7 +38,7 @@ def compiled(name: str, device: str, folder: Path) -> tuple[str, Path]:
 
 def product_kernels(cubin: Path) -> dict[bool, str]:
     """Machine code of a file's two products by whether E is stored."""
-    from _aot import disassembled
+    from _sass import disassembled
 
     functions = disassembled(cubin.read_bytes()).split("Function : ")[1:]
     found = {"UTMASTG" in code: code for code in functions}
@@ -48,7 +48,7 @@ def product_kernels(cubin: Path) -> dict[bool, str]:
 
 def resources(cubin: Path) -> dict[str, int]:
     """The most that a kernel of the file takes; of registers what it is launched with."""
-    from _aot import disassembled
+    from _sass import disassembled
 
     found: dict[str, int] = {}
     for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", disassembled(cubin.read_bytes())):
@@ -58,7 +58,7 @@ def resources(cubin: Path) -> dict[str, int]:
 
 def main_loop(code: str) -> list[str]:
     """One step of 64 along the hidden size."""
-    from _aot import loops
+    from _sass import loops
 
     return min((body for body in loops(code) if any("HGMMA" in x for x in body)), key=len)
 
@@ -68,7 +68,7 @@ def epilogue(code: str) -> list[str]:
 
     Of those each has a branch around it.
     """
-    from _aot import path_behind_products
+    from _sass import path_behind_products
 
     def apart(skipped: str) -> bool:
         return "MUFU" not in skipped and (

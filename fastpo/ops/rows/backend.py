@@ -1,8 +1,9 @@
-"""What a backend is: two row kernels over a float32 tile of raw products [n, v], and one over sums.
+"""What a backend is: row kernels over a float32 tile of raw products [n, v], and over rows alone.
 
 The driver multiplies matrices; a backend turns a tile into statistics (`forward`) and into
-d loss / d products (`backward`), and brings sums beside an anchor to another (`rescale`). It never
-sees which loss runs.
+d loss / d products (`backward`), brings sums beside an anchor to another (`rescale`), says what a
+folded row is (`finish`), and what its gradients ask of `backward` (`row_grads`). It never sees
+which loss runs.
 
 State, float32 [len(STATE), n], folded tile by tile; `m` is the running maximum of the row and
 "others" are all words but the label:
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -98,8 +99,26 @@ def headroom(dtype: torch.dtype) -> float:
     return 14 * 0.6931471805599453 if dtype == torch.float16 else 0.0
 
 
+class Saved(NamedTuple):
+    """What the backward has of the forward's results, each [n] float32."""
+
+    logps: Tensor
+    maximum: Tensor
+    log_mass: Tensor
+    target: Tensor
+    entropy: Tensor | None  # where its gradient is wanted
+
+
+class Upstream(NamedTuple):
+    """d loss / d results, each [n] float32; None: 0."""
+
+    logps: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None
+
+
 class RowKernels(Protocol):
-    """A backend module offers these three functions and `unavailable`."""
+    """A backend module offers these five functions and `unavailable`."""
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot serve the device; None when it can."""
@@ -143,3 +162,23 @@ class RowKernels(Protocol):
         anchors: Tensor,  # [n] float32
     ) -> None:
         """total = total·exp(before - anchors) of each row."""
+
+    def finish(
+        self,
+        state: Tensor,  # [STATE, n] float32, of all words
+        stats: tuple[str, ...],  # of entropy, log_sum_sq_probs and is_top1
+        ignored: Tensor | None,  # [n] bool: rows whose results are 0
+    ) -> dict[str, Tensor]:
+        """`stats`, logps, lse, target, maximum and log_mass, each [n]: float32, is_top1 bool.
+
+        log_mass is log Σ exp(z - m) over all words.
+        """
+
+    def row_grads(
+        self,
+        saved: Saved,
+        upstream: Upstream,
+        logit_map: LogitMap,
+        ignored: Tensor | None,  # [n] bool: rows without gradient
+    ) -> Tensor:
+        """[GRADS, n] float32, of rows without gradient all 0 beside an infinite LOG_MASS."""

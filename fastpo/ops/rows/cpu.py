@@ -59,3 +59,5 @@ def backward(
 
 
 rescale = eager.rescale  # of few blocks of tokens, beside products that take far longer
+finish = eager.finish
+row_grads = eager.row_grads

@@ -103,3 +103,60 @@ def backward(
 
 def rescale(total: Tensor, before: Tensor, anchors: Tensor) -> None:
     total.mul_(torch.exp(before - anchors).unsqueeze(1))
+
+
+def logps_of(state: Tensor) -> Tensor:
+    """-log(1 + mass of the others / mass of the label): no cancellation however peaked."""
+    gap = state[R.MAX] - state[R.TARGET] + state[R.OTHERS].log()
+    return -torch.logaddexp(gap, torch.zeros_like(gap))
+
+
+def log_mass_of(state: Tensor) -> Tensor:
+    """log Σ exp(z - m) over all words."""
+    own = torch.exp(state[R.TARGET] - state[R.MAX])
+    others = state[R.OTHERS]
+    peaked = state[R.TARGET] == state[R.MAX]
+    return torch.where(peaked, others.log1p(), (others + own).log())
+
+
+def finish(state: Tensor, stats: tuple[str, ...], ignored: Tensor | None) -> dict[str, Tensor]:
+    m, target = state[R.MAX], state[R.TARGET]
+    own = torch.exp(target - m)  # mass of the label beside the others', in units of exp(m)
+    mass = state[R.OTHERS] + own
+    log_mass = log_mass_of(state)
+    values = {"logps": logps_of(state), "lse": m + log_mass, "target": target.clone()}
+    values |= {"maximum": m.clone(), "log_mass": log_mass}
+    if "entropy" in stats:
+        moment = state[R.MOMENT] + own * (target - m).clamp_min(R.LOG_FLOOR)
+        values["entropy"] = (log_mass - moment / mass).clamp_min(0)
+    if "log_sum_sq_probs" in stats:
+        squares = state[R.SQUARES] + own.square()
+        # One logarithm rounds once; of a peaked row the ratio would be near 1 and lose its digits.
+        ratio = (squares / mass.square()).log()
+        values["log_sum_sq_probs"] = torch.where(mass < 2, squares.log() - 2 * log_mass, ratio)
+    if "is_top1" in stats:
+        values["is_top1"] = (target >= m) & (target > state[R.BEFORE])
+    if ignored is None:
+        return values
+    return {name: value.masked_fill(ignored, 0) for name, value in values.items()}
+
+
+def row_grads(
+    saved: R.Saved, upstream: R.Upstream, logit_map: R.LogitMap, ignored: Tensor | None
+) -> Tensor:
+    logps, shift, log_mass, target, entropy = saved
+    zero = torch.zeros_like(logps)
+    g, g_entropy, g_lse = (zero if x is None else x for x in upstream)
+    entropy = zero if entropy is None else entropy
+    # d loss / d z_v = p_v·(common - g_entropy·log p_v), and at the label + g
+    common = g_lse - g - g_entropy * entropy
+    log_p = logps.clamp_min(R.LOG_FLOOR)  # 0·(-inf) for a label whose bias is -inf would be NaN
+    at_label = -g * torch.expm1(logps) + logps.exp() * (g_lse - g_entropy * (log_p + entropy))
+    at_label = at_label * logit_map.cap_slope(target)
+    at_label = at_label * logit_map.tempered(logit_map.factor, at_label)
+    rows = torch.stack((shift, log_mass, common, g_entropy, at_label))
+    if ignored is not None:
+        # exp(z - inf) = 0 and zero coefficients: nothing of the row is left.
+        rows.masked_fill_(ignored, 0)
+        rows[R.LOG_MASS].masked_fill_(ignored, float("inf"))
+    return rows

@@ -100,3 +100,32 @@ def rescale(total: Tensor, before: Tensor, anchors: Tensor) -> None:
     from ...kernels.rescale import rescale as rescale_rows
 
     rescale_rows(total, before, anchors)
+
+
+def finish(state: Tensor, stats: tuple[str, ...], ignored: Tensor | None) -> dict[str, Tensor]:
+    from ...kernels.finish import finish as finish_rows
+
+    names = ("logps", "lse", "target", "maximum", "log_mass", *stats)
+    dtypes = {"is_top1": torch.bool}
+    results = {x: state.new_empty(state.shape[1], dtype=dtypes.get(x)) for x in names}
+    finish_rows(state, ignored, results)
+    return results
+
+
+def row_grads(
+    saved: R.Saved, upstream: R.Upstream, logit_map: R.LogitMap, ignored: Tensor | None
+) -> Tensor:
+    from ...kernels.row_grads import row_grads as write
+
+    grads = saved.logps.new_empty(R.GRADS, len(saved.logps))
+    write(
+        saved,
+        upstream,
+        ignored,
+        grads,
+        inverse=logit_map.inverse,
+        softcap=logit_map.softcap is not None,
+        cap=logit_map.cap,
+        factor=logit_map.factor,
+    )
+    return grads

@@ -158,15 +158,16 @@ def _cutlass_product(
     """A launch for each block of E."""
     vocab, slope, found = len(rows.words), rows.factor * LOG2_E, []
     step = vocab if e is None else e.words
-    for v0 in range(0, vocab, step):
+    firsts = torch.arange(0, vocab, step, device=rows.labels.device)
+    columns = (rows.labels - firsts.unsqueeze(1)).clamp_(-1, step).int()  # of each launch
+    for i, v0 in enumerate(range(0, vocab, step)):
         v1 = min(v0 + step, vocab)
-        columns = (rows.labels - v0).clamp_(-1, v1 - v0).int()
         bias = None if rows.bias is None else rows.bias[v0:v1]
         stored = None
         if e is not None:
             block = e.cells[e.rows * v0 :][: e.rows * step].view(e.rows, step)
             stored = block[e.first : e.first + e.stored, : v1 - v0]
-        own = (rows.x, rows.words[v0:v1], columns, bias, base)
+        own = (rows.x, rows.words[v0:v1], columns[i], bias, base)
         found.append(cutlass.product(*own, stored, slope, sums, programs))
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 

@@ -58,26 +58,16 @@ def backward(
 def row_grads(head: Head, grads: dict[str, Tensor | None], saved: Forward) -> Tensor:
     """The numbers per row that the row kernel needs, [GRADS, n]."""
 
-    def compact(x: Tensor | None) -> Tensor:
-        return head.compact(torch.zeros_like(saved.logps) if x is None else x.float())
+    def compact(x: Tensor | None) -> Tensor | None:
+        return None if x is None else head.compact(x.float()).contiguous()
 
-    logps, shift, log_mass = map(compact, (saved.logps, saved.maximum, saved.log_mass))
-    g, g_entropy, g_lse = (compact(grads[name]) for name in ("logps", "entropy", "lse"))
-    entropy = compact(saved.entropy if saved.entropy.numel() else None)
-    logit_map = head.logit_map
-    target = compact(saved.target)
-    # d loss / d z_v = p_v·(common - g_entropy·log p_v), and at the label + g
-    common = g_lse - g - g_entropy * entropy
-    log_p = logps.clamp_min(R.LOG_FLOOR)  # 0·(-inf) for a label whose bias is -inf would be NaN
-    at_label = -g * torch.expm1(logps) + logps.exp() * (g_lse - g_entropy * (log_p + entropy))
-    at_label = at_label * logit_map.cap_slope(target)
-    at_label = at_label * logit_map.tempered(logit_map.factor, at_label)
-    rows = torch.stack((shift, log_mass, common, g_entropy, at_label))
-    if head.ignored is not None:
-        # exp(z - inf) = 0 and zero coefficients: nothing of the row is left.
-        rows.masked_fill_(head.ignored, 0)
-        rows[R.LOG_MASS].masked_fill_(head.ignored, float("inf"))
-    return rows
+    logps, maximum, log_mass, target = map(
+        head.compact, (saved.logps, saved.maximum, saved.log_mass, saved.target)
+    )
+    entropy = compact(saved.entropy) if grads["entropy"] is not None else None
+    kept = R.Saved(logps, maximum, log_mass, target, entropy)
+    upstream = R.Upstream(*(compact(grads[name]) for name in ("logps", "entropy", "lse")))
+    return head.kernels.row_grads(kept, upstream, head.logit_map, head.ignored)
 
 
 class BackwardWalk:

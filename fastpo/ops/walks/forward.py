@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..rows import backend as R
+from ..rows.torch import log_mass_of, logps_of
 from . import anchored
 from .backward import backward
 from .head import (
@@ -33,7 +34,7 @@ def forward(
     check_labels(labels, spec.vocab(weight), spec.ignore_index)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, labels, spec)
-        state = R.filled_rows(R.INITIAL_STATE, len(head.hidden), head.device)
+        state = _fresh(head)
         kept_size, anchors_shape = kept_shapes(spec, hidden, weight)
         kept = head.empty(kept_size, dtype=spec.compute_dtype)
         anchors = head.empty(*anchors_shape, dtype=torch.float32)
@@ -50,6 +51,12 @@ def forward(
         return finish(head, state, len(labels))._replace(
             kept=kept, anchors=anchors, direction=_scatter_direction(head, direction)
         )
+
+
+def _fresh(head: Head) -> Tensor:
+    if head.anchored:  # which writes all that it will be asked for
+        return head.empty(R.STATE, len(head.hidden), dtype=torch.float32)
+    return R.filled_rows(R.INITIAL_STATE, len(head.hidden), head.device)
 
 
 def fake_forward(hidden: Tensor, weight: Tensor, spec: HeadSpec) -> Forward:
@@ -153,7 +160,7 @@ def _frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) 
     block = state[:, a:b]
     head.merge(block)
     # Σ over the others of p_v·dz/dx·W_v
-    total.mul_(torch.exp(before - block[R.MAX] - _log_mass(block)).unsqueeze(1))
+    total.mul_(torch.exp(before - block[R.MAX] - log_mass_of(block)).unsqueeze(1))
     _write_direction(head, block, total, a, b, direction)
 
 
@@ -166,7 +173,7 @@ def _write_direction(
     # then its log-probability is NaN.
     labels = head.labels[a:b]
     here = labels.clamp(0, head.plan.vocab - 1)
-    own = -torch.expm1(_logps(state)) * logit_map.cap_slope(state[R.TARGET])
+    own = -torch.expm1(logps_of(state)) * logit_map.cap_slope(state[R.TARGET])
     if head.spec.shard is not None:
         own = own.where(here == labels, 0)
     own = head.weight.index_select(0, here).float().mul_(own.unsqueeze(1))
@@ -185,42 +192,14 @@ def _scatter_direction(head: Head, direction: Tensor) -> Tensor:
     return direction.zero_().index_copy_(0, head.rows, compact)
 
 
-def _logps(state: Tensor) -> Tensor:
-    """-log(1 + mass of the others / mass of the label): no cancellation however peaked."""
-    gap = state[R.MAX] - state[R.TARGET] + state[R.OTHERS].log()
-    return -torch.logaddexp(gap, torch.zeros_like(gap))
-
-
-def _log_mass(state: Tensor) -> Tensor:
-    """log Σ exp(z - m) over all words."""
-    own = torch.exp(state[R.TARGET] - state[R.MAX])
-    others = state[R.OTHERS]
-    peaked = state[R.TARGET] == state[R.MAX]
-    return torch.where(peaked, others.log1p(), (others + own).log())
-
-
 def finish(head: Head, state: Tensor, tokens: int) -> Forward:
     outputs = head.spec.outputs
-    m, target = state[R.MAX], state[R.TARGET]
-    logps = _logps(state)
-    own = torch.exp(target - m)  # mass of the label beside the others', in units of exp(m)
-    mass = state[R.OTHERS] + own
-    log_mass = _log_mass(state)
-    values = {"logps": logps, "lse": m + log_mass, "target": target.clone()}
-    values |= {"maximum": m.clone(), "log_mass": log_mass}
-    if "entropy" in outputs:
-        moment = state[R.MOMENT] + own * (target - m).clamp_min(R.LOG_FLOOR)
-        values["entropy"] = (log_mass - moment / mass).clamp_min(0)
-    if "log_sum_sq_probs" in outputs:
-        squares = state[R.SQUARES] + own.square()
-        # One logarithm rounds once; of a peaked row the ratio would be near 1 and lose its digits.
-        ratio = (squares / mass.square()).log()
-        values["log_sum_sq_probs"] = torch.where(mass < 2, squares.log() - 2 * log_mass, ratio)
+    stats = tuple(name for name in outputs if name in R.STATS and name != "mean_logits")
+    values = head.kernels.finish(state, stats, head.ignored)
     if "mean_logits" in outputs:
         words = head.spec.vocab(head.weight) if head.mask is None else head.mask.counts
-        values["mean_logits"] = state[R.SUM] / words
-    if "is_top1" in outputs:
-        values["is_top1"] = (target >= m) & (target > state[R.BEFORE])
+        mean = state[R.SUM] / words
+        values["mean_logits"] = mean if head.ignored is None else mean.masked_fill(head.ignored, 0)
     # One empty tensor each: a custom operator may not return the same one twice.
     fields = {name: state.new_empty(0) for name in Forward._fields}
     fields.update((name, _spread(head, value, tokens)) for name, value in values.items())
@@ -228,9 +207,7 @@ def finish(head: Head, state: Tensor, tokens: int) -> Forward:
 
 
 def _spread(head: Head, value: Tensor, tokens: int) -> Tensor:
-    """Back to all N rows, 0 where ignored."""
-    if head.ignored is not None:
-        return value.masked_fill(head.ignored, 0)
+    """Back to all N rows, 0 where there was no row."""
     if head.rows is None:
         return value
     return value.new_zeros(tokens).index_copy_(0, head.rows, value)

@@ -1,0 +1,128 @@
+"""From a row's state to its results, and from their gradients to what the row kernel asks.
+
+Against float64, as good as PyTorch's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastpo.ops.rows import backend as R
+from fastpo.ops.rows import torch as rows_torch
+from fastpo.ops.rows import triton as rows_triton
+from fastpo.testing import assert_as_good_as_eager
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+reason = rows_triton.unavailable(torch.device(DEVICE))
+pytestmark = [
+    pytest.mark.skipif(reason is not None, reason=str(reason)),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+N = 300  # of several programs
+STATS = ("entropy", "log_sum_sq_probs", "is_top1")
+MAPS = {
+    "plain": R.LogitMap(0.7),
+    "softcap": R.LogitMap(softcap=30.0, logit_scale=-1.3),
+    "of each row": R.LogitMap(softcap=9.0, inverse=torch.linspace(0.5, 2, N).double()),
+}
+
+
+def initial(n: int) -> Tensor:
+    return torch.tensor(R.INITIAL_STATE).unsqueeze(1).repeat(1, n)
+
+
+def folded() -> Tensor:
+    """States of softmaxes over 50 words: flat ones, peaked ones, labels high and low."""
+    g = torch.Generator().manual_seed(0)
+    z = torch.randn(N, 50, generator=g) * torch.logspace(-3, 2, N).unsqueeze(1)
+    labels = torch.randint(0, 50, (N,), generator=g)
+    labels[::3] = z.argmax(1)[::3]
+    state = initial(N)
+    rows_torch.forward(z, 0, labels, None, state, R.LogitMap(), 15, None, None, False)
+    return state.to(DEVICE)
+
+
+@pytest.mark.parametrize("stats", [STATS, ("entropy",), ()], ids=str)
+@pytest.mark.parametrize("ignores", [False, True])
+def test_results_match_float64(stats, ignores):
+    state = folded()
+    ignored = torch.arange(N, device=DEVICE) % 7 == 3 if ignores else None
+    ours = rows_triton.finish(state, stats, ignored)
+    eager = rows_torch.finish(state, stats, ignored)
+    truth = rows_torch.finish(state.double(), stats, ignored)
+    assert ours.keys() == truth.keys()
+    for name, value in truth.items():
+        if name == "is_top1":
+            assert torch.equal(ours[name], value)
+        else:
+            assert ours[name].dtype == torch.float32
+            assert_as_good_as_eager(name, ours[name], eager[name], value)
+        assert ignored is None or not ours[name][ignored].any()
+
+
+def test_certain_labels_keep_their_digits():
+    """From half the mass down to the smallest of float32, and none at all."""
+    state = initial(40).to(DEVICE)
+    state[R.MAX] = state[R.TARGET] = 12.5
+    state[R.OTHERS] = torch.logspace(0, -38, 40, device=DEVICE)
+    state[R.OTHERS, -1] = 0.0
+    found = rows_triton.finish(state, (), None)
+    truth = -state[R.OTHERS].double().log1p()
+    assert ((found["logps"] - truth).abs() <= truth.abs() * 2**-23).all()
+    assert torch.equal(found["log_mass"], -found["logps"])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(R.TARGET, math.nan), (R.OTHERS, math.nan), (R.OTHERS, math.inf), (R.TARGET, -math.inf)],
+)
+def test_what_is_no_number_is_what_it_is_in_pytorch(field, value):
+    state = folded()
+    state[field, 5] = value
+    ours, eager = (x.finish(state, STATS, None) for x in (rows_triton, rows_torch))
+    for name, expected in eager.items():
+        assert torch.equal(ours[name].isnan(), expected.isnan()), name
+        assert torch.equal(ours[name] == -math.inf, expected == -math.inf), name
+
+
+def exact(numbers: tuple) -> list[Tensor | None]:
+    return [None if x is None else x.double() for x in numbers]
+
+
+@pytest.mark.parametrize("wanted", ["logps", "entropy", "lse", "all"])
+@pytest.mark.parametrize("logit_map", MAPS)
+def test_row_gradients_match_float64(logit_map, wanted):
+    found = rows_torch.finish(folded(), ("entropy",), None)
+    found["target"] *= 0.05  # inside the soft-cap
+    numbers = (found[x] for x in ("logps", "maximum", "log_mass", "target"))
+    saved = R.Saved(*numbers, found["entropy"] if wanted in ("entropy", "all") else None)
+    g = torch.randn(3, N, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    names = R.Upstream._fields
+    upstream = R.Upstream(*(g[i] if wanted in (x, "all") else None for i, x in enumerate(names)))
+    ignored = torch.arange(N, device=DEVICE) % 5 == 1
+    mapped = MAPS[logit_map]
+    if mapped.inverse is not None:
+        mapped = replace(mapped, inverse=mapped.inverse.to(DEVICE))
+    given = (mapped, ignored)
+    ours = rows_triton.row_grads(saved, upstream, *given)
+    eager = rows_torch.row_grads(saved, upstream, *given)
+    truth = rows_torch.row_grads(R.Saved(*exact(saved)), R.Upstream(*exact(upstream)), *given)
+    assert torch.equal(ours[:, ignored], eager[:, ignored])
+    ours, eager, truth = (x[:, ~ignored] for x in (ours, eager, truth))
+    for i in range(R.GRADS):
+        assert_as_good_as_eager(f"row {i}", ours[i], eager[i], truth[i])
+
+
+def test_no_rows():
+    nothing = torch.empty(0, device=DEVICE)
+    assert len(rows_triton.finish(torch.empty(R.STATE, 0, device=DEVICE), (), None)["logps"]) == 0
+    saved, upstream = R.Saved(*[nothing] * 4, None), R.Upstream(nothing, None, None)
+    assert rows_triton.row_grads(saved, upstream, R.LogitMap(), None).shape == (R.GRADS, 0)
