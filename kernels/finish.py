@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .rows import BEFORE, FIXED_ROUNDING, LOG_FLOOR, MAX, MOMENT, OTHERS, SQUARES, TARGET
 
+ALWAYS = ("logps", "lse", "target", "maximum", "log_mass")  # the results that are not asked for
 _ROWS = 128  # of one program
 
 
@@ -84,7 +85,7 @@ def finish_kernel(
 def finish(
     state: Tensor,  # [7, n] float32
     ignored: Tensor | None,  # [n] bool: rows whose results are 0
-    results: dict[str, Tensor],  # [n], written; the five that are always there, and by name others
+    results: dict[str, Tensor],  # [n], written: ALWAYS, and others by name
 ) -> None:
     n = state.shape[1]
     if n == 0:
@@ -95,7 +96,7 @@ def finish(
         finish_kernel[(triton.cdiv(n, _ROWS),)](
             state,
             None if ignored is None else ignored.view(torch.uint8),
-            *(results[name] for name in ("logps", "lse", "target", "maximum", "log_mass")),
+            *(results[name] for name in ALWAYS),
             results.get("entropy"),
             results.get("log_sum_sq_probs"),
             None if best is None else best.view(torch.uint8),

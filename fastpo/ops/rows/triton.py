@@ -103,11 +103,11 @@ def rescale(total: Tensor, before: Tensor, anchors: Tensor) -> None:
 
 
 def finish(state: Tensor, stats: tuple[str, ...], ignored: Tensor | None) -> dict[str, Tensor]:
+    from ...kernels.finish import ALWAYS
     from ...kernels.finish import finish as finish_rows
 
-    names = ("logps", "lse", "target", "maximum", "log_mass", *stats)
-    dtypes = {"is_top1": torch.bool}
-    results = {x: state.new_empty(state.shape[1], dtype=dtypes.get(x)) for x in names}
+    n, dtypes = state.shape[1], {"is_top1": torch.bool}
+    results = {x: state.new_empty(n, dtype=dtypes.get(x)) for x in (*ALWAYS, *stats)}
     finish_rows(state, ignored, results)
     return results
 

@@ -158,8 +158,11 @@ def _cutlass_product(
     """A launch for each block of E."""
     vocab, slope, found = len(rows.words), rows.factor * LOG2_E, []
     step = vocab if e is None else e.words
-    firsts = torch.arange(0, vocab, step, dtype=torch.int64, device=rows.labels.device)
-    columns = (rows.labels - firsts.unsqueeze(1)).clamp_(-1, step).int()  # of each launch
+    columns = rows.labels.unsqueeze(0)  # of each launch
+    if step < vocab:
+        firsts = torch.arange(0, vocab, step, dtype=torch.int64, device=columns.device)
+        columns = columns - firsts.unsqueeze(1)
+    columns = columns.clamp(-1, step).int()
     for i, v0 in enumerate(range(0, vocab, step)):
         v1 = min(v0 + step, vocab)
         bias = None if rows.bias is None else rows.bias[v0:v1]
