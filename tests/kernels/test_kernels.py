@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from _triton import DEVICE, MARKS
 from torch import Tensor
 
 from fastpo.ops.rows import backend as R
@@ -23,13 +24,7 @@ tl = triton.language
 
 from fastpo.kernels import rows  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-reason = rows_triton.unavailable(torch.device(DEVICE))
-pytestmark = [
-    pytest.mark.skipif(reason is not None, reason=str(reason)),
-    # The interpreter is numpy, which warns where a GPU makes its infinities in silence.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = MARKS
 
 # Triton's interpreter truncates what it stores as bfloat16.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])

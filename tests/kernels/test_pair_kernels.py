@@ -25,12 +25,12 @@ from _pair_problem import (
     whole_state,
     whole_sums,
 )
+from _triton import DEVICE, MARKS
 from torch import Tensor
 
 import fastpo
 from fastpo import planner, reference
 from fastpo.ops.rows import registry
-from fastpo.ops.rows import triton as rows_triton
 from fastpo.ops.rows.backend import LogitMap
 from fastpo.ops.rows.pair import backend as P
 from fastpo.ops.rows.pair import torch as pair_torch
@@ -41,13 +41,7 @@ pytest.importorskip("triton")
 
 from fastpo.kernels import _blocks, pair_rows
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-reason = rows_triton.unavailable(torch.device(DEVICE))
-pytestmark = [
-    pytest.mark.skipif(reason is not None, reason=str(reason)),
-    # The interpreter is numpy, which warns where a GPU makes its infinities in silence.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = MARKS
 
 INF, NAN = float("inf"), float("nan")
 # Triton's interpreter truncates what it stores as bfloat16.

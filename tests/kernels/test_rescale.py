@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from _triton import DEVICE, MARKS
 from torch import Tensor
 
 from fastpo.ops.rows import torch as rows_torch
@@ -14,9 +15,7 @@ from fastpo.testing import assert_as_good_as_eager
 
 pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-reason = rows_triton.unavailable(torch.device(DEVICE))
-pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+pytestmark = MARKS
 
 RISES = (0.0, 1e-3, 0.7, 0.0, 11.0, 60.0, 250.0)
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from _triton import DEVICE, MARKS
 from torch import Tensor
 
 from fastpo.ops.rows import backend as R
@@ -19,12 +20,7 @@ from fastpo.testing import assert_as_good_as_eager
 
 pytest.importorskip("triton")
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-reason = rows_triton.unavailable(torch.device(DEVICE))
-pytestmark = [
-    pytest.mark.skipif(reason is not None, reason=str(reason)),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = MARKS
 
 N = 300  # of several programs
 STATS = ("entropy", "log_sum_sq_probs", "is_top1")
@@ -35,17 +31,13 @@ MAPS = {
 }
 
 
-def initial(n: int) -> Tensor:
-    return torch.tensor(R.INITIAL_STATE).unsqueeze(1).repeat(1, n)
-
-
 def folded() -> Tensor:
     """States of softmaxes over 50 words: flat ones, peaked ones, labels high and low."""
     g = torch.Generator().manual_seed(0)
     z = torch.randn(N, 50, generator=g) * torch.logspace(-3, 2, N).unsqueeze(1)
     labels = torch.randint(0, 50, (N,), generator=g)
     labels[::3] = z.argmax(1)[::3]
-    state = initial(N)
+    state = R.filled_rows(R.INITIAL_STATE, N, z.device)
     rows_torch.forward(z, 0, labels, None, state, R.LogitMap(), 15, None, None, False)
     return state.to(DEVICE)
 
@@ -70,7 +62,7 @@ def test_results_match_float64(stats, ignores):
 
 def test_certain_labels_keep_their_digits():
     """From half the mass down to the smallest of float32, and none at all."""
-    state = initial(40).to(DEVICE)
+    state = R.filled_rows(R.INITIAL_STATE, 40, torch.device(DEVICE))
     state[R.MAX] = state[R.TARGET] = 12.5
     state[R.OTHERS] = torch.logspace(0, -38, 40, device=DEVICE)
     state[R.OTHERS, -1] = 0.0

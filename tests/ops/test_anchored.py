@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from _triton import DEVICE, MARKS
 from torch import Tensor
 
 import fastpo
 from fastpo import planner, reference
 from fastpo.ops.rows import backend as R
 from fastpo.ops.rows import registry
-from fastpo.ops.rows import triton as rows_triton
 from fastpo.ops.walks import anchored as walk
 from fastpo.ops.walks.checks import OUTPUTS
 from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head, max_error
@@ -32,15 +32,9 @@ from fastpo.kernels import (  # noqa: E402
     anchored_target,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-reason = rows_triton.unavailable(torch.device(DEVICE))
 interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="float32 products are for the CPU")
 gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-pytestmark = [
-    pytest.mark.skipif(reason is not None, reason=str(reason)),
-    # The interpreter is numpy, which warns where a GPU makes its infinities in silence.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-]
+pytestmark = MARKS
 PRODUCTS = [
     name
     for name in ("anchored", "cutlass")

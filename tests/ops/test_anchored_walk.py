@@ -8,6 +8,7 @@ import pytest
 import torch
 from _cutlass import stand_in
 from _draws import assert_draws
+from _triton import MARKS
 
 import fastpo
 from fastpo import planner, reference
@@ -20,11 +21,9 @@ pytest.importorskip("triton")
 
 from fastpo.kernels import anchored, anchored_again, anchored_fold, anchored_target
 
-reason = rows_triton.unavailable(torch.device("cpu"))
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products are for the CPU"),
-    pytest.mark.skipif(reason is not None, reason=str(reason)),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    *MARKS,
 ]
 N, V, H = 24, 700, 16
 # name -> tokens kept; more than all of them is no bound
