@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import BATCH_SIZES
 from .anchored import SUMS, Exponentials
 from .rows import (
     BEFORE,
@@ -50,7 +51,7 @@ def _fold(
     return found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def anchored_fold_kernel(
     partial_ptr,  # [sums, blocks, n] float32, rows `stride_partial` apart
     maxima_ptr,  # [blocks, n] float32 of z·log2 e: only rows out of range, beside these; or None

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import BATCH_SIZES
 from .pair_operands import PairTerms, Sides, launch, operands, terms_of
 from .rows import (
     LOG_FLOOR,
@@ -64,7 +65,7 @@ def _move(m_before, z):
     return m, shift, _exp_of_row(shift), gap, _exp(gap)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def pair_softmaxes_kernel(
     s_ptr,  # [n, width] float32
     t_ptr,  # [n, width] float32
@@ -168,7 +169,7 @@ def _terms(s, t, p, q, s_weight, t_weight, scale, KIND: tl.constexpr):
     return f, ds, dt
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def pair_values_kernel(
     s_ptr,  # [n, width] float32
     t_ptr,  # [n, width] float32
@@ -231,7 +232,7 @@ def _dproducts(derivative, p, u, total_ptr, grad, factor, SOFTCAP: tl.constexpr)
     return tl.where(grad == 0, 0.0, dx)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def pair_gradients_kernel(
     s_ptr,  # [n, width] float32
     t_ptr,  # [n, width] float32

@@ -288,9 +288,11 @@ def _short(dtype: torch.dtype | None) -> str:
 def source_of(launch: Launch) -> ASTSource:
     """The specialisation Triton's launcher makes: 1 is a constant, multiples of 16 are known."""
     constexpr = {p.name for p in launch.kernel.params if p.is_constexpr}
+    plain = {p.name for p in launch.kernel.params if p.do_not_specialize}
     signature, constants, attributes = {}, {}, {}
     for i, (name, value) in enumerate(launch.arguments.items()):
-        if name in constexpr or value is None or (type(value) is int and value == 1):
+        one = type(value) is int and value == 1 and name not in plain
+        if name in constexpr or value is None or one:
             signature[name], constants[name] = "constexpr", value
             continue
         if isinstance(value, TensorDescriptor):
@@ -302,7 +304,7 @@ def source_of(launch: Launch) -> ASTSource:
             signature[name] = TYPES[value.dtype]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(number, int) and number % 16 == 0:
+        if isinstance(number, int) and number % 16 == 0 and name not in plain:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
 

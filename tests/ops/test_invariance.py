@@ -13,6 +13,7 @@ OUTPUTS = ("logps", "entropy", "lse")
 # Own products, and library products on a CPU; a GPU's library chooses its kernel by the shape.
 OWN = ("anchored", "cutlass")
 INVARIANT = [b for b in BACKENDS if DEVICE == "cpu" or b in OWN]
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # what its own products serve
 COUNTS = {"torch": range(1, 301), "cpu": range(1, 301)}
 
 
@@ -24,7 +25,8 @@ def numbers(hidden, weight, backend):
 
 def head(size, vocab):
     torch.manual_seed(0)
-    return torch.randn(size, device=DEVICE), 0.3 * torch.randn(vocab, size, device=DEVICE)
+    x, weight = torch.randn(size, device=DEVICE), 0.3 * torch.randn(vocab, size, device=DEVICE)
+    return x.to(DTYPE), weight.to(DTYPE)
 
 
 @pytest.mark.parametrize("backend", INVARIANT)
@@ -42,7 +44,7 @@ def test_duplicate_rows_at_every_position(size, vocab, backend):
 def test_parts_of_a_batch(mode, backend):
     """In every mode, with bias and scales, also where rows are left out."""
     x, weight = head(40, 333)
-    hidden = x + torch.randn(53, 40, device=DEVICE)
+    hidden = x + torch.randn(53, 40, device=DEVICE).to(DTYPE)
     labels = torch.randint(0, 333, (53,), device=DEVICE)
     options = {
         "bias": torch.randn(333, device=DEVICE),
