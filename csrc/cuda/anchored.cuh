@@ -226,7 +226,8 @@ void launch(const fastpo::AnchoredTile& t, int device, int multiprocessors, cuda
   const auto stride = [](int64_t x) { return make_stride(x, _1{}, int64_t{0}); };
   cutlass::KernelHardwareInfo hardware;
   hardware.device_id = device;
-  hardware.sm_count = multiprocessors;
+  // Of an odd number the library would make half a cluster, which cannot be launched.
+  hardware.sm_count = round_up(cute::max(multiprocessors - 1, 1), fastpo::kAnchoredCluster);
   const int64_t one_sum =
       ceil_div(t.v, int64_t{size<1>(Block{})}) * round_up(t.n, int64_t{fastpo::kAnchoredRows});
   int sum = 0;
