@@ -158,8 +158,8 @@ quantised: $(READY)
 	  tests/integrations/attach/test_quantised_heads.py tests/integrations/trl/test_trl_quantised.py \
 	  tests/ops/test_compressed_tensors.py
 
-# csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit. The runtime beside it is
-# no constraint: torch's CUDA build asks for its own.
+# csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit; its PTX is run, too. The
+# runtime beside it is no constraint: torch's CUDA build asks for its own.
 NVCC := build/nvcc
 cuda: $(READY)
 	$(BIN)/pip install -q -c constraints.txt --no-deps --upgrade --target $(NVCC) nvidia-cuda-nvcc \
@@ -167,7 +167,7 @@ cuda: $(READY)
 	CUDACXX=$(CURDIR)/$(NVCC)/nvidia/cu13/bin/nvcc \
 	FASTPO_CUTLASS=$(CURDIR)/$(NVCC)/cutlass_library/source/include \
 	  $(BIN)/python -m pytest -q -n auto --dist loadgroup \
-	  tests/kernels/test_cuda_build.py
+	  tests/kernels/test_cuda_build.py tests/ptx/test_extension.py
 
 # Each run stays in .benchmarks under its commit; COMPARE=0001 shows what became of that run's cases.
 COMPARE :=

@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import _as_gpu
 import pytest
 import torch
 import triton
-from torch._ops import OpOverload
-from torch.overrides import TorchFunctionMode
+from _as_gpu import AsGpu, inside, pretend
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import fastpo._C
 
-GPU, META = torch.device("cuda", 0), torch.device("meta")
+META = torch.device("meta")
 _LIBRARY = (Path(fastpo.__file__).parent, Path(__file__).parents[1] / "kernels")
 # The comparison rule, and the one place that reads what was logged.
 _MAY_ASK = (
@@ -48,27 +46,16 @@ _FROM_PYTHON = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_t
 _guarded = False
 
 
-class _OnMeta(TorchFunctionMode):
-    """Says meta where the test says cuda, and the other way round where it asks."""
+class _OnMeta(AsGpu):
+    device = META
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if isinstance(func, OpOverload) or "autocast" in getattr(func, "__name__", ""):
-            return func(*args, **kwargs)  # names of backends, a question about CUDA itself
-        args, kwargs = tree_map(_on_meta, (args, kwargs))
-        if func is torch.Tensor.cuda:
-            return args[0].to(META)
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         if kwargs.get("device") == META:
             kwargs.pop("generator", None)
         result = func(*args, **kwargs)
         if _guarded and func in _FROM_PYTHON and result.device == META:
             raise AssertionError(f"{func.__name__}: a copy from the host inside a guard")
-        return GPU if isinstance(result, torch.device) and result == META else result
-
-
-def _on_meta(x: Any) -> Any:
-    cuda = isinstance(x, str | torch.device) and str(x).partition(":")[0] == "cuda"
-    return META if cuda else x
+        return result
 
 
 class _NoHostCopies(TorchDispatchMode):
@@ -90,13 +77,6 @@ class _NoHostCopies(TorchDispatchMode):
         return result
 
 
-class _Generator(torch.Generator):
-    """Of any device; the GPU's numbers are drawn nowhere."""
-
-    def __new__(cls, device: Any = None) -> Any:
-        return super().__new__(cls)
-
-
 def _guard(mode: str) -> None:
     global _guarded
     _guarded = mode == "error"
@@ -106,37 +86,15 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-_HOPPER = SimpleNamespace(
-    multi_processor_count=132, total_memory=80 * 2**30, L2_cache_size=50 * 2**20
-)
-_CUDA = {
-    "is_available": lambda: True,
-    "get_device_name": lambda *_: "a pretended GPU",
-    "get_device_capability": lambda *_: (9, 0),
-    "get_device_properties": lambda *_: _HOPPER,
-    "current_stream": lambda *_: SimpleNamespace(device_index=0, cuda_stream=0),
-    "device": lambda *_: nullcontext(),
-    "device_of": lambda *_: nullcontext(),
-    "synchronize": _nothing,
-    "set_sync_debug_mode": _guard,
-}
 _NATIVE = {"has_cuda": True, "has_cutlass": True} | dict.fromkeys(
     ("AnchoredTile", "anchored_cuda", "rows_forward_cuda", "rows_backward_cuda"), _nothing
 )
 
 
-def _pretend() -> None:
-    """Before conftest.py asks for a GPU, and for good: the run is of such tests alone."""
-    for module, names in ((torch.cuda, _CUDA), (fastpo._C, _NATIVE)):
-        for name, value in names.items():
-            setattr(module, name, value)
-    torch.Generator = _Generator
-    # PyTorch leaves the mode where it calls what may be overridden, the backward among it.
-    torch.autograd.has_torch_function = lambda _: False
-    triton.runtime.JITFunction.run = _nothing
-
-
-_pretend()
+pretend(set_sync_debug_mode=_guard)
+for _name, _value in _NATIVE.items():
+    setattr(fastpo._C, _name, _value)
+triton.runtime.JITFunction.run = _nothing
 
 
 @contextmanager
@@ -146,19 +104,11 @@ def without_values() -> Iterator[None]:
         yield
 
 
-def run_operators(inside: Callable[[], AbstractContextManager[None]]) -> None:
-    """On meta tensors operators run their own code, not the shapes that stand in for it.
-
-    `inside`, because PyTorch leaves a mode where it calls an operator.
-    """
-
-    def run(function: Any, *args: Any) -> Any:
-        with inside():
-            return function(*args)
-
+def run_operators(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    """On meta tensors operators run their own code, not the shapes that stand in for it."""
     for operator in torch._library.custom_ops.OPDEFS.values():
         if operator._namespace == "fastpo":
-            operator._abstract_fn = partial(run, operator._init_fn)
+            operator._abstract_fn = inside(mode, operator._init_fn)
 
 
 def pytest_collection_finish() -> None:
@@ -184,7 +134,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 def _a_test_asks(error: Exception) -> bool:
     """The library itself may not: on a GPU it would wait."""
-    torch_itself = Path(torch.__file__).parent
+    torch_itself, ours = Path(torch.__file__).parent, (Path(__file__), Path(_as_gpu.__file__))
     files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
-    asking = [x for x in files if x != Path(__file__) and not x.is_relative_to(torch_itself)][-1]
+    asking = [x for x in files if x not in ours and not x.is_relative_to(torch_itself)][-1]
     return asking in _MAY_ASK or not any(map(asking.is_relative_to, _LIBRARY))

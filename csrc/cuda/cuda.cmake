@@ -8,6 +8,11 @@ if(NOT architectures)
   endif()
 endif()
 
+# Linked in, so that the module imports on a machine without driver or toolkit.
+if(NOT CMAKE_CUDA_RUNTIME_LIBRARY)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+endif()
+
 target_sources(_C PRIVATE cuda/rows_forward.cu cuda/rows_backward.cu)
 target_compile_definitions(_C PRIVATE FASTPO_HAS_CUDA)
 # A fused multiply-add would round z differently where it is compared and where it is subtracted.
@@ -29,13 +34,18 @@ if(EXISTS "${cutlass}/cutlass/cutlass.h" AND CMAKE_CUDA_COMPILER_VERSION VERSION
     cuda/anchored_pingpong.cu cuda/anchored_pingpong_stats.cu)
   target_include_directories(anchored PRIVATE include)
   target_include_directories(anchored SYSTEM PRIVATE "${cutlass}")
+  set(hopper ${architectures})
+  list(FILTER hopper INCLUDE REGEX "^90a")
+  if(NOT hopper)
+    set(hopper 90a-real)
+  endif()
   # With assertions the kernel holds function calls, and its products would wait for one another.
   target_compile_options(anchored PRIVATE --expt-relaxed-constexpr -DNDEBUG -Xptxas=-warn-spills)
   set_target_properties(anchored PROPERTIES
-    CUDA_ARCHITECTURES 90a-real
+    CUDA_ARCHITECTURES "${hopper}"
     CUDA_STANDARD 17
     CUDA_STANDARD_REQUIRED ON
-    CUDA_RUNTIME_LIBRARY Static
+    CUDA_RUNTIME_LIBRARY ${CMAKE_CUDA_RUNTIME_LIBRARY}
     CUDA_VISIBILITY_PRESET hidden
     POSITION_INDEPENDENT_CODE ON)
   target_sources(_C PRIVATE $<TARGET_OBJECTS:anchored>)
@@ -45,10 +55,9 @@ elseif(NOT FASTPO_CUTLASS MATCHES "^(AUTO|OFF)$")
   message(FATAL_ERROR "FASTPO_CUTLASS: expected AUTO, OFF or a folder with cutlass/cutlass.h, got ${FASTPO_CUTLASS}")
 endif()
 
-# The runtime is linked in, so the module imports on a machine without driver or toolkit.
 set_target_properties(_C PROPERTIES
   CUDA_ARCHITECTURES "${architectures}"
   CUDA_STANDARD 17
   CUDA_STANDARD_REQUIRED ON
-  CUDA_RUNTIME_LIBRARY Static
+  CUDA_RUNTIME_LIBRARY ${CMAKE_CUDA_RUNTIME_LIBRARY}
   CUDA_VISIBILITY_PRESET hidden)

@@ -1,20 +1,28 @@
-"""What nvcc makes of csrc/cuda: its report, and the machine code as Triton's wheel reads it."""
+"""What nvcc makes of csrc/cuda: the extension without a GPU's runtime, and machine code of its PTX.
+
+Built once, by the project's own CMake files, into a folder of build/without_gpu.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import functools
+import hashlib
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc")
 CUTLASS = os.environ.get("FASTPO_CUTLASS", "")
-# architectures, most registers a thread, options
-ROWS = (("sm_80", "sm_90a"), 64, ["--fmad=false"])
+STAND_IN = ROOT / "tests" / "ptx" / "cudart.cpp"
+# architectures, most registers a thread, CMake's target
+ROWS = (("sm_80", "sm_90a"), 64, "_C")
 # Three warp groups of 128 threads share 65,536 registers; two of them give and one takes.
-GEMM = (("sm_90a",), 168, ["--expt-relaxed-constexpr", "-DNDEBUG", f"-I{CUTLASS}"])
+GEMM = (("sm_90a",), 168, "anchored")
 PRODUCTS = ("cooperative", "cooperative_stats", "pingpong", "pingpong_stats")
 SOURCES = {"rows_forward": ROWS, "rows_backward": ROWS}
 SOURCES |= {f"anchored_{name}": GEMM for name in PRODUCTS}
@@ -24,16 +32,61 @@ def has_cutlass() -> bool:
     return (Path(CUTLASS) / "cutlass" / "cutlass.h").exists()
 
 
+def run(*command: str | Path) -> str:
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+@functools.cache
+def extension() -> Path:
+    """fastpo._C with PTX in place of machine code, and cudart.so beside it, its runtime.
+
+    One process builds, others wait for it.
+    """
+    import pybind11
+
+    assert NVCC is not None, "CUDACXX names no nvcc; `make cuda` brings one"
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    cmake, ninja = shutil.which("cmake", path=tools), shutil.which("ninja", path=tools)
+    assert cmake and ninja, "no cmake, or no ninja"
+    given = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "CMAKE_CUDA_COMPILER": NVCC,
+        "CMAKE_CUDA_ARCHITECTURES": "80-virtual;90a-virtual",
+        "CMAKE_CUDA_FLAGS": "--no-compress",
+        "CMAKE_CUDA_RUNTIME_LIBRARY": "None",
+        "FASTPO_CUDA": "ON",
+        "FASTPO_CUTLASS": CUTLASS or "OFF",
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    defines = [f"-D{name}={value}" for name, value in given.items()]
+    # With another compiler CMake would want to begin anew.
+    build = ROOT / "build" / "without_gpu" / hashlib.sha256(repr(given).encode()).hexdigest()[:8]
+    build.mkdir(parents=True, exist_ok=True)
+    with (build / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        run(cmake, "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", *defines)
+        run(cmake, "--build", build)
+        headers, library = Path(NVCC).parents[1] / "include", build / "cudart.so"
+        if not library.exists() or library.stat().st_mtime < STAND_IN.stat().st_mtime:
+            run("c++", "-shared", "-fPIC", f"-I{headers}", STAND_IN, "-o", library)
+    (found,) = build.glob("_C*.so")
+    return found
+
+
 def compiled(name: str, device: str, folder: Path) -> tuple[str, Path]:
     """What ptxas says of every kernel of the file, and their machine code."""
-    assert NVCC is not None, "CUDACXX names no nvcc; `make cuda` brings one"
-    number, cubin = device.removeprefix("sm_"), folder / f"{name}.{device}.cubin"
-    command = [NVCC, "-std=c++17", "-O3", "-Xptxas=-v", f"-I{ROOT / 'csrc' / 'include'}"]
-    command += [*SOURCES[name][2], f"-gencode=arch=compute_{number},code={device}", "-cubin"]
-    command += [str(ROOT / "csrc" / "cuda" / f"{name}.cu"), "-o", str(cubin)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr, cubin
+    assert NVCC is not None
+    place = extension().parent / "CMakeFiles" / f"{SOURCES[name][2]}.dir" / "cuda" / f"{name}.cu.o"
+    texts = re.findall(rb"\.version [^\0]*", place.read_bytes())
+    (text,) = [x for x in texts if re.search(rb"\.target %s\b" % device.encode(), x)]
+    ptx, cubin = (folder / f"{name}.{device}.{kind}" for kind in ("ptx", "cubin"))
+    ptx.write_bytes(text)
+    ptxas = Path(NVCC).with_name("ptxas")
+    return run(ptxas, "-v", "-warn-spills", f"-arch={device}", ptx, "-o", cubin), cubin
 
 
 def product_kernels(cubin: Path) -> dict[bool, str]:
