@@ -9,7 +9,7 @@ SITE := $(VENV)/docs
 ZIG := $(VENV)/zig
 NATIVE := $(shell find csrc -type f)
 
-.PHONY: setup demo demo-real test fuzz lint format docs wheels hub versions soak release-check triton quantised cuda bench figures gpu gpu-wheels matrix frameworks clean
+.PHONY: setup demo demo-real test fuzz lint format docs wheels hub versions soak release-check triton quantised cuda emulated bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -161,13 +161,23 @@ quantised: $(READY)
 # csrc/cuda through a compiler of its own: no GPU is needed, and no toolkit; its PTX is run, too. The
 # runtime beside it is no constraint: torch's CUDA build asks for its own.
 NVCC := build/nvcc
+WITH_NVCC := CUDACXX=$(CURDIR)/$(NVCC)/nvidia/cu13/bin/nvcc \
+  FASTPO_CUTLASS=$(CURDIR)/$(NVCC)/cutlass_library/source/include
 cuda: $(READY)
 	$(BIN)/pip install -q -c constraints.txt --no-deps --upgrade --target $(NVCC) nvidia-cuda-nvcc \
 	  nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime==13.5.37 nvidia-cuda-cccl nvidia-cutlass
-	CUDACXX=$(CURDIR)/$(NVCC)/nvidia/cu13/bin/nvcc \
-	FASTPO_CUTLASS=$(CURDIR)/$(NVCC)/cutlass_library/source/include \
-	  $(BIN)/python -m pytest -q -n auto --dist loadgroup \
+	$(WITH_NVCC) $(BIN)/python -m pytest -q -n auto --dist loadgroup \
 	  tests/kernels/test_cuda_build.py tests/ptx/test_extension.py
+
+# Tests for a GPU on the one of tests/ptx, which runs PTX slowly: half an hour. Not those of what it
+# has not: torch.compile, autocast, devices beside it.
+EMULATED := $(addprefix tests/kernels/test_,kernels.py pair_kernels.py rescale.py row_results.py words.py) \
+  $(addprefix tests/ops/test_,rows_native.py pair_rows.py invariance.py linear_logps.py)
+emulated: cuda
+	extension=$$($(WITH_NVCC) $(BIN)/python tests/kernels/_nvcc.py); \
+	  PYTHONPATH=tests/ptx:tests OMP_NUM_THREADS=1 FASTPO_EXTENSION=$$extension \
+	  $(BIN)/python -m pytest -q -n auto -p _emulated_gpu $(EMULATED) \
+	  -k 'not unavailable and not compiles and not autocast'
 
 # Each run stays in .benchmarks under its commit; COMPARE=0001 shows what became of that run's cases.
 COMPARE :=

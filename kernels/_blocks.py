@@ -9,8 +9,8 @@ import triton
 # Arguments of kernels that change from batch to batch. A kernel that knew them to be
 # multiples of 16 could add up a row in another order, and be compiled anew for every other batch.
 BATCH_SIZES = (
-    "n", "count", "stored", "row", "rows", "height", "stride_sum", "stride_partial", "stride_state",
-    "stride_grads", "stride_constants", "stride_sums", "stride_factors",
+    "n", "k", "count", "stored", "row", "rows", "height", "stride_sum", "stride_partial",
+    "stride_state", "stride_grads", "stride_constants", "stride_sums", "stride_factors",
 )  # fmt: skip
 
 

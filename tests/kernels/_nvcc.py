@@ -135,3 +135,7 @@ def tensor_cycles(code: str) -> float:
     """Of the main loop's products: 128 for 64 x 256 x 16, as wide as the four units are."""
     shapes = re.findall(r"HGMMA\.(\d+)x(\d+)x(\d+)", "\n".join(main_loop(code)))
     return sum(int(m) * int(n) * int(k) / 2048 for m, n, k in shapes)
+
+
+if __name__ == "__main__":
+    print(extension())
