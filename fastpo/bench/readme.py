@@ -27,6 +27,7 @@ _HEAD_NAMES = {
     "trainable": "trained head",
     "keep": "probabilities kept",
     "lean": "nothing kept",
+    "statistics": "with TRL's statistics",
 }
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from fastpo.testing import HeadInputs
 
-from .variants import CASES, Case, Forward, Outcome, Variant
+from .variants import CASES, STATISTICS, Case, Forward, Outcome, Variant
 
 # TRL's own: `trl.trainer.utils` hands it to the head.
 _TRL_TILE = 32_768
@@ -25,7 +25,8 @@ _PAIRS = 4
 def rival_variants() -> list[Variant]:
     gradient: tuple[Case, ...] = ("frozen", "trainable")
     table: list[tuple[str, Callable[[], Forward], tuple[Case, ...]]] = [
-        ("trl", _trl, tuple(CASES)),
+        ("trl", _trl(), tuple(CASES)),
+        ("trl statistics", _trl(STATISTICS), ("score", "trainable")),
         ("liger ce", _liger_ce("none"), tuple(CASES)),
         ("liger ce sum", _liger_ce("sum"), gradient),
         ("liger scaled ce", _liger_scaled, tuple(CASES)),
@@ -48,16 +49,19 @@ def _from_nll(nll: torch.Tensor) -> Outcome:
     return Outcome(-nll) if nll.dim() else Outcome(-nll.detach().reshape(1), loss=nll)
 
 
-def _trl() -> Forward:
-    from trl.kernels import ChunkedLogProbFunction
+def _trl(statistics: tuple[str, ...] = ()) -> Callable[[], Forward]:
+    def make() -> Forward:
+        from trl.kernels import ChunkedLogProbFunction
 
-    _import_tools_of_trl()
+        _import_tools_of_trl()
 
-    def logps(x: HeadInputs) -> Outcome:
-        options = (None, x.labels, 1.0, _TRL_TILE, None, 1.0, ("log_probs",))
-        return Outcome(ChunkedLogProbFunction.apply(x.hidden, x.weight, *options)[0])
+        def logps(x: HeadInputs) -> Outcome:
+            options = (None, x.labels, 1.0, _TRL_TILE, None, 1.0, statistics)
+            return Outcome(ChunkedLogProbFunction.apply(x.hidden, x.weight, *options)[0])
 
-    return logps
+        return logps
+
+    return make
 
 
 def _import_tools_of_trl() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from fastpo.testing import HeadInputs
 
 Case = Literal["score", "frozen", "trainable"]
 CASES: dict[Case, int] = {"score": 1, "frozen": 2, "trainable": 3}  # products at best
+# Beside log-probabilities what TRL's trainers log.
+STATISTICS = ("entropy", "mean_logits", "is_top1")
 
 
 class Outcome(NamedTuple):
@@ -71,12 +73,21 @@ def own_variants(device: torch.device) -> list[Variant]:
             Variant(f"{name} keep", "trainable", _fused(backend, 2**62, device), own=True),
             Variant(f"{name} lean", "trainable", _fused(backend, 0, device), own=True),
         ]
+        logged: dict[Case, str] = {"score": "statistics", "trainable": "keep statistics"}
+        found += [
+            Variant(f"{name} {mode}", case, _fused(backend, 2**62, device, STATISTICS), own=True)
+            for case, mode in logged.items()
+        ]
     return found
 
 
-def _fused(backend: str, budget: int | None, device: torch.device) -> Callable[[], Forward]:
+def _fused(
+    backend: str, budget: int | None, device: torch.device, statistics: tuple[str, ...] = ()
+) -> Callable[[], Forward]:
+    given: dict[str, Any] = {"outputs": ("logps", *statistics), "budget": budget}
+
     def logps(x: HeadInputs) -> Outcome:
-        stats = fastpo.linear_logps(x.hidden, x.weight, x.labels, budget=budget, backend=backend)
+        stats = fastpo.linear_logps(x.hidden, x.weight, x.labels, backend=backend, **given)
         assert stats.logps is not None
         return Outcome(stats.logps)
 
