@@ -77,7 +77,7 @@ def head_table(report: Report, shape: Shape, rows: list[dict[str, Any]]) -> str:
     if floor is not None:
         lines.append("bare products: " + ", ".join(f"{c} {ms:.2f} ms" for c, ms in floor.items()))
     lines.append(
-        f"{'case':<10} {'variant':<22}{'median ms':>11}{'spread':>19}{'products':>10}"
+        f"{'case':<10} {'variant':<32}{'median ms':>11}{'spread':>19}{'products':>10}"
         f"{'of floor':>10}{'extra MiB':>11}{'error':>10}"
     )
     there = [_head_line(row) for row in rows if row["status"] == "ok"]
@@ -99,7 +99,7 @@ def _is(found: dict[str, Any], shape: Shape) -> bool:
 
 
 def _head_line(row: dict[str, Any]) -> str:
-    start = f"{row['case']:<10} {row['variant']:<22}"
+    start = f"{row['case']:<10} {row['variant']:<32}"
     error = row["errors"]["logps"]
     if "median_ms" not in row:
         return f"{start}{'checked':>11}{error:>60.1e}"
