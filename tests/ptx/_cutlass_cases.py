@@ -35,6 +35,7 @@ class Case:
     words_first: bool = False
     multiprocessors: int = 2
     eager: bool = False
+    seed: int | None = None
     rows: tuple[int, int] = (0, N)
 
 
@@ -47,6 +48,8 @@ def cases() -> Iterator[Case]:
         for multiprocessors in (1, 3, 7):  # odd ones: blocks come in pairs
             yield Case(pingpong, multiprocessors=multiprocessors)
         yield Case(pingpong, 5, stored=True, eager=True)
+        yield Case(pingpong, 5, stored=True, seed=0)
+        yield Case(pingpong, 5, stored=True, eager=True, seed=1)
         yield Case(pingpong, rows=(77, 99))
         yield Case(pingpong, 5, stored=True, rows=(ROW, ROW + 1))
 
@@ -82,7 +85,7 @@ def run(case: Case, gpu: Emulated, x: SimpleNamespace) -> dict:
     from fastpo import _C
 
     assert gpu.runtime is not None
-    gpu.runtime.eager = case.eager
+    gpu.manner.eager, gpu.manner.seed = case.eager, case.seed
     given, partial, e = work(case, x)
     try:
         _C.anchored_cuda(_C.AnchoredTile(**vars(given)), 0, case.multiprocessors, 0)

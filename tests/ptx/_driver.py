@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from _machine import Launch, Machine, Size
-from _memory import Global
+from _machine import Launch, Machine, Manner, Size
 from _runtime import parsed
 from _tensor_map import TensorMap
 from triton.backends.compiler import GPUTarget
@@ -33,12 +32,8 @@ class Compiled(NamedTuple):
 
 
 class Driver(DriverBase):
-    """`eager`: what is asynchronous is done at once."""
-
-    def __init__(self, cache: Path, capability: int) -> None:
-        self.eager = False
-        self.capability = capability
-        self.allowed: Callable[[], list[tuple[int, int]]] | None = None
+    def __init__(self, cache: Path, capability: int, manner: Manner) -> None:
+        self.capability, self.manner = capability, manner
         self.launches: list[tuple[str, Launch]] = []
         self.utils = SimpleNamespace(
             load_binary=_loaded,
@@ -93,9 +88,7 @@ class _Launcher:
         values += [bytes(8)] * (len(module.kernels[compiled.name].parameters) - len(values))
         launch = Launch(Size(x, y, z), 32 * self.metadata.num_warps, compiled.shared)
         self.driver.launches.append((compiled.name, launch))
-        allowed = self.driver.allowed
-        memory = Global(allowed() if allowed else None)
-        Machine(module, compiled.name, launch, values, memory, eager=self.driver.eager).run()
+        Machine(module, compiled.name, launch, values, self.driver.manner).run()
 
     def encoded(self, arguments: tuple[Any, ...]) -> list[bytes]:
         values, maps = [], iter(getattr(self.metadata, "tensordesc_meta", None) or ())
@@ -128,7 +121,7 @@ def _described(value: Any, given: dict[str, Any]) -> list[bytes]:
     return [tensor.encoded(), *sizes, *(struct.pack("q", x) for x in value.strides)]
 
 
-def install(cache: Path, capability: int = 90) -> Driver:
-    driver = Driver(cache, capability)
+def install(cache: Path, capability: int, manner: Manner) -> Driver:
+    driver = Driver(cache, capability, manner)
     triton.runtime.driver.set_active(driver)
     return driver

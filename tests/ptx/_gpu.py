@@ -22,6 +22,7 @@ import _driver
 import _runtime
 import torch
 from _as_gpu import AsGpu, inside, pretend
+from _machine import Manner
 
 # Few, so that a persistent kernel has several blocks.
 _PROPERTIES = SimpleNamespace(multi_processor_count=4, total_memory=80 * 2**30, L2_cache_size=2**20)
@@ -38,6 +39,7 @@ class OnHost(AsGpu):
 
 
 class Emulated(NamedTuple):
+    manner: Manner
     driver: _driver.Driver
     runtime: _runtime.Runtime | None
 
@@ -50,17 +52,13 @@ class Emulated(NamedTuple):
         return OnHost()
 
 
-def emulate(
-    cache: Path, capability: int = 90, extension: Path | None = None, eager: bool = False
-) -> Emulated:
+def emulate(cache: Path, capability: int = 90, extension: Path | None = None) -> Emulated:
     """`cache`: where Triton may write; `extension`: of _extension.py, or fastpo's own."""
     pretend(divmod(capability, 10), get_device_properties=lambda *_: _PROPERTIES)
-    driver = _driver.install(cache, capability)
-    driver.eager, driver.allowed = eager, tensors
-    runtime = None
+    manner = Manner(allowed=tensors)
+    driver, runtime = _driver.install(cache, capability, manner), None
     if extension is not None:
-        runtime = _runtime.Runtime(extension.with_name("cudart.so"))
-        runtime.eager, runtime.allowed = eager, tensors
+        runtime = _runtime.Runtime(extension.with_name("cudart.so"), manner)
         sys.modules["fastpo._C"] = _runtime.extension(extension)
     import fastpo.ops
 
@@ -73,7 +71,7 @@ def emulate(
             for device in operator._backend_fns:
                 operator._backend_fns[device] = inside(OnHost, operator._init_fn)
     gc.freeze()  # what is there by now is no tensor that a kernel is given
-    return Emulated(driver, runtime)
+    return Emulated(manner, driver, runtime)
 
 
 def tensors() -> list[tuple[int, int]]:

@@ -232,7 +232,7 @@ def _multiplied(scope: Scope, given: Statement) -> Step:
     if given.parts[1] == "fence":
         return lambda warp, active: None
     if given.parts[1] in ("commit_group", "wait_group"):
-        return _grouped(scope, given, "products")
+        return _products.group(given)
     return _products.build(scope, given)
 
 

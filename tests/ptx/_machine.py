@@ -1,15 +1,15 @@
 """Runs kernels of PTX text on the host, warp by warp, with the values and addresses of a GPU.
 
 A warp's lanes that are at the same statement run it together, those furthest behind first. Warps
-take turns where they wait. What the hardware copies or multiplies by itself is late: it is done
-when nothing else can go on, and until then its destination is poison, so that a missing wait is
-seen. `eager` does it at once.
+take turns where they wait. What the hardware copies or multiplies by itself is late, done when
+nothing else can go on; until then its destination is poison, so that a missing wait is seen.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,8 @@ from _values import Array
 LANES = 32
 _ENDED = np.iinfo(np.int64).max
 
-Step = Callable[["Warp", "Array | None"], None]
+# True: not yet, once more when the warp's turn comes.
+Step = Callable[["Warp", "Array | None"], "bool | None"]
 
 
 class Size(NamedTuple):
@@ -43,6 +44,15 @@ class Launch(NamedTuple):
     cluster: Size = Size()
 
 
+@dataclass
+class Manner:
+    """How kernels are run."""
+
+    eager: bool = False  # what is asynchronous is done at once
+    seed: int | None = None  # warps take turns in any order, wherever they are
+    allowed: Callable[[], list[tuple[int, int]]] | None = None  # memory with its end, see Global
+
+
 class Wait(NamedTuple):
     """Lanes of a block that have come to one of its barriers."""
 
@@ -56,6 +66,7 @@ class Block:
         self.shared = Shared(machine.module.static + machine.launch.shared)
         self.waits: dict[int, Wait] = {}
         self.barriers: dict[int, Any] = {}  # of shared memory, see _hopper.py
+        self.warps = [Warp(self, i) for i in range(0, machine.launch.threads, LANES)]
 
     def arrive(self, barrier: int, expected: int, warp: Warp, lanes: Array, waits: bool) -> None:
         wait = self.waits.get(barrier, Wait(0, []))
@@ -104,6 +115,7 @@ class Warp:
         self.asynchronous: dict[str, list[list[Callable[[], None]]]] = {}
         self.opened: dict[str, list[Callable[[], None]]] = {}
         self.products: dict[tuple[str, ...], Any] = {}  # by registers, see _products.py
+        self.closed = 0  # groups of products
 
     def special(self, name: str) -> Array:
         launch, block = self.machine.launch, self.block
@@ -127,21 +139,25 @@ class Warp:
         plain = {"%cluster_ctarank": block.rank, "%cluster_nctarank": launch.cluster.count}
         return np.array(plain[name] if name in plain else getattr(sizes[kind], axis))
 
-    def run(self) -> None:
-        """Until every lane waits, has ended, or asks in vain."""
+    def run(self, statements: int) -> None:
+        """So many, or until every lane waits, has ended, or asks in vain."""
         self.spins = False
         while not self.spins:
             ready = ~self.waiting & (self.at != _ENDED)
             if not ready.any():
                 return
+            if statements <= 0:
+                self.machine.moved += 1
+                return
             at = int(self.at[ready].min())
             active = ready & (self.at == at)
             others = self.at[ready & ~active]
-            self.together(at, active, int(others.min()) if len(others) else _ENDED)
+            stop = int(others.min()) if len(others) else _ENDED
+            statements -= self.together(at, active, min(stop, at + statements))
 
-    def together(self, at: int, active: Array, stop: int) -> None:
-        """These lanes, up to a branch or where others are."""
-        code, everyone = self.machine.code, None if active.all() else active
+    def together(self, first: int, active: Array, stop: int) -> int:
+        """These lanes, up to a branch or where others are; how many statements that took."""
+        at, code, everyone = first, self.machine.code, None if active.all() else active
         while True:
             statement = code[at]
             chosen = everyone
@@ -155,17 +171,20 @@ class Warp:
                 if statement.target is not None:
                     self.at[active] = at + 1
                     self.at[some] = statement.target
-                    return
+                    return at + 1 - first
                 if statement.stops:
                     self.at[active] = at
-                statement.step(self, chosen)
+                if statement.step(self, chosen):
+                    self.spins = True
                 if statement.stops:
+                    if self.spins:
+                        return at + 1 - first
                     self.at[active & (self.at == at)] = at + 1
-                    return
+                    return at + 1 - first
             at += 1
             if at >= stop or self.spins:
                 self.at[active] = at
-                return
+                return at - first
 
     def end(self, lanes: Array) -> None:
         self.at[lanes] = _ENDED
@@ -209,21 +228,19 @@ class Machine:
         kernel: str,
         launch: Launch,
         arguments: list[bytes],
-        memory: Global | None = None,
-        eager: bool = False,
+        manner: Manner,
     ) -> None:
         from _statements import compiled
 
-        self.module, self.launch, self.eager = module, launch, eager
+        self.module, self.launch, self.eager = module, launch, manner.eager
+        self.random = None if manner.seed is None else np.random.default_rng(manner.seed)
         self.kernel: Kernel = module.kernels[kernel]
-        self.memory = Global() if memory is None else memory
         self.moved = 0  # counts what may let a waiting warp go on
         self.pending: list[Callable[[], None]] = []
         self.parameters, symbols = _buffer(self.kernel, arguments)
-        if self.memory.allowed is not None:
-            first = ctypes.addressof(self.parameters)
-            own = [(first, first + len(self.parameters))]
-            self.memory = Global([tuple(x) for x in self.memory.allowed.tolist()] + own)
+        first = ctypes.addressof(self.parameters)
+        own = [(first, first + len(self.parameters))]
+        self.memory = Global(own + manner.allowed() if manner.allowed else None)
         self.code = compiled(self.kernel, symbols | module.shared)
 
     def run(self) -> None:
@@ -236,13 +253,12 @@ class Machine:
                 self.run_cluster(Cluster(self, first))
 
     def run_cluster(self, cluster: Cluster) -> None:
-        starts = range(0, self.launch.threads, LANES)
-        warps = [Warp(block, first) for block in cluster.blocks for first in starts]
+        warps = [warp for block in cluster.blocks for warp in block.warps]
         while warps:
             before = self.moved
-            for warp in warps:
+            for warp in warps if self.random is None else self.random.permutation(warps):
                 try:
-                    warp.run()
+                    warp.run(_ENDED if self.random is None else self.random.integers(1, 300))
                 except Exception as error:
                     raise Fault(f"{error}, at\n{self.where(warp)}") from error
             warps = [warp for warp in warps if not warp.ended]
@@ -250,6 +266,8 @@ class Machine:
                 if not self.pending:
                     raise Fault("deadlock:\n" + "\n".join(map(self.where, warps)))
                 self.pending.pop(0)()
+        if self.pending:
+            raise Fault("blocks have ended before the copies they asked for")
 
     def later(self, work: Callable[[], None]) -> None:
         """What the hardware does by itself, whenever it likes."""

@@ -16,6 +16,7 @@ from _values import Array, poison
 if TYPE_CHECKING:
     from _statements import Scope
 
+GROUP = 128  # threads
 _WORDS = np.dtype("u2")
 _SPANS = {0: 0, 1: 3, 2: 2, 3: 1}  # a descriptor's number to a tensor map's
 
@@ -115,6 +116,31 @@ def of_warp(scope: Scope, given: Statement) -> Step:
             write(warp, value.astype(np.float32), None)
 
     return step
+
+
+def group(given: Statement) -> Step:
+    """Products of a warp group are done together: one of its threads may say so for all."""
+    if given.parts[1] == "commit_group":
+
+        def close(warp: Warp, active: Array | None) -> None:
+            warp.asynchronous.setdefault("products", []).append(warp.opened.pop("products", []))
+            warp.closed += 1
+            warp.machine.moved += 1
+
+        return close
+    left = int(given.operands[0], 0)
+
+    def wait(warp: Warp, active: Array | None) -> bool:
+        first = warp.first // GROUP * GROUP
+        others = [x for x in warp.block.warps if first <= x.first < first + GROUP]
+        needed = warp.closed - left
+        if any(x.closed < needed for x in others):
+            return True
+        for each in others:
+            each.drain("products", each.closed - needed)
+        return False
+
+    return wait
 
 
 def build(scope: Scope, given: Statement) -> Step:

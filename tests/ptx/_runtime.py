@@ -10,8 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from _machine import Launch, Machine, Size
-from _memory import Global
+from _machine import Launch, Machine, Manner, Size
 from _tensor_map import TensorMap
 from _text import Module, parse
 
@@ -32,9 +31,8 @@ parsed = functools.cache(parse)
 class Runtime:
     """What kernels are run with; errors of theirs are kept for `raised`."""
 
-    def __init__(self, stand_in: Path) -> None:
-        self.eager = False
-        self.allowed: Callable[[], list[tuple[int, int]]] | None = None
+    def __init__(self, stand_in: Path, manner: Manner) -> None:
+        self.manner = manner
         self.launches: list[tuple[str, Launch]] = []
         self.error: Exception | None = None
         library = ctypes.CDLL(str(stand_in), mode=ctypes.RTLD_GLOBAL)
@@ -62,8 +60,7 @@ class Runtime:
         grid, block, cluster = (Size(*sizes[i : i + 3]) for i in (0, 3, 6))
         launch = Launch(grid, block.count, shared, cluster)
         self.launches.append((name, launch))
-        memory = Global(self.allowed() if self.allowed else None)
-        Machine(module, name, launch, values, memory, eager=self.eager).run()
+        Machine(module, name, launch, values, self.manner).run()
 
 
 def _encode(

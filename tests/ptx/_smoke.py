@@ -1,6 +1,6 @@
 """Cases of benchmarks/gpu_smoke.py on a GPU that is not there, as the first run on one will be.
 
-    python tests/ptx/_smoke.py anchored --every 3 [--capability 80] [--extension FILE] [--eager]
+    python tests/ptx/_smoke.py anchored --every 3 [--capability 80] [--extension FILE] [--seed 0]
 
 Prints a line of JSON for each.
 """
@@ -26,10 +26,11 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--capability", type=int, default=90)
     parser.add_argument("--extension", type=Path)
-    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--seed", type=int, help="warps take turns in any order")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
-        gpu = emulate(Path(cache), options.capability, options.extension, options.eager)
+        gpu = emulate(Path(cache), options.capability, options.extension)
+        gpu.manner.seed = options.seed
         sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
         import gpu_smoke
 

@@ -77,6 +77,7 @@ def _compiled(scope: Scope, given: Statement, labels: dict[str, int]) -> Compile
     elif base not in _NOTHING:
         step = _step(scope, given)
     stops = base in _STOPS and given.parts[:2] != ("bar", "warp")
+    stops |= given.parts[:2] == ("wgmma", "wait_group")
     return Compiled(given.text, given.guard, given.negated, target, step, stops)
 
 

@@ -7,8 +7,8 @@ import struct
 import numpy as np
 import pytest
 import torch
-from _machine import Launch, Machine, Size
-from _memory import Fault, Global
+from _machine import Launch, Machine, Manner, Size
+from _memory import Fault
 from _tensor_map import TensorMap
 from _text import parse
 
@@ -34,7 +34,7 @@ NUMBERS = np.array(
 )
 
 
-def run(body, given, lanes=32, *, words=1, tensor=None, cluster=1, **options):
+def run(body, given, lanes=32, *, words=1, tensor=None, cluster=1, **manners):
     """A word of each lane; `given`: `words` of each; `tensor`: an array, its box and swizzle."""
     given = np.ascontiguousarray(given).ravel().view(np.uint32)
     out = np.zeros(lanes * cluster, np.uint32)
@@ -46,11 +46,12 @@ def run(body, given, lanes=32, *, words=1, tensor=None, cluster=1, **options):
         )
         assert given_map.problem() is None
         arrays, described = [*arrays, array], given_map.encoded()
-    memory = Global([(x.ctypes.data, x.ctypes.data + x.nbytes) for x in arrays])
+    ours = [(x.ctypes.data, x.ctypes.data + x.nbytes) for x in arrays]
     arguments = [*(struct.pack("Q", x.ctypes.data) for x in (given, out)), described]
     launch = Launch(Size(cluster), lanes, 16_384, Size(cluster))
     module = parse(TEXT.format(body=body, stride=4 * words))
-    Machine(module, "kernel", launch, arguments, memory, **options).run()
+    manner = Manner(allowed=lambda: ours, **manners)
+    Machine(module, "kernel", launch, arguments, manner).run()
     return out
 
 
@@ -163,10 +164,15 @@ EXCHANGE = """
 """
 
 
-def test_a_barrier_lets_warps_wait_for_one_another():
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_a_barrier_lets_warps_wait_for_one_another(seed):
     given = np.arange(128, dtype=np.uint32)
-    found = run(EXCHANGE.format(wait="bar.sync 0;"), given, 128)
+    found = run(EXCHANGE.format(wait="bar.sync 0;"), given, 128, seed=seed)
     assert (found == given ^ 64).all()
+
+
+def test_a_missing_barrier_is_seen():
+    given = np.arange(128, dtype=np.uint32)
     missing = run(EXCHANGE.format(wait=""), given, 128)
     assert (missing[:32] == 0xFFFFFFFF).all()  # not there yet
 
@@ -208,10 +214,13 @@ def test_the_hardware_copies_a_box(left, top, swizzle, eager):
 
 
 def test_what_is_not_waited_for_is_not_there():
-    array = np.zeros((20, 64), np.uint16)
-    body = COPY.format(left=0, top=0, wait="")
-    found = run(body, np.zeros(512, np.uint32), 512, tensor=(array, (64, 16), 0))
-    assert (found == 0xFFFFFFFF).all()
+    """Nor may a block end before."""
+    array, body = np.zeros((20, 64), np.uint16), COPY.format(left=0, top=0, wait="")
+    given = np.zeros(512, np.uint32)
+    with pytest.raises(Fault, match="ended before the copies"):
+        run(body, given, 512, tensor=(array, (64, 16), 0))
+    late = run(body + "st.global.b32 [%d5], %r1;" + WAIT, given, 512, tensor=(array, (64, 16), 0))
+    assert (late == 0xFFFFFFFF).all()
 
 
 PRODUCT = """
