@@ -70,9 +70,10 @@ def extension() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         run(cmake, "-S", ROOT / "csrc", "-B", build, "-G", "Ninja", *defines)
         run(cmake, "--build", build)
-        headers, library = Path(NVCC).parents[1] / "include", build / "cudart.so"
+        library = build / "cudart.so"
         if not library.exists() or library.stat().st_mtime < STAND_IN.stat().st_mtime:
-            run("c++", "-shared", "-fPIC", f"-I{headers}", STAND_IN, "-o", library)
+            options = ("-shared", "-cudart", "none", "-Xcompiler", "-fPIC")
+            run(NVCC, *options, STAND_IN, "-o", library)
     (found,) = build.glob("_C*.so")
     return found
 
@@ -85,8 +86,8 @@ def compiled(name: str, device: str, folder: Path) -> tuple[str, Path]:
     (text,) = [x for x in texts if re.search(rb"\.target %s\b" % device.encode(), x)]
     ptx, cubin = (folder / f"{name}.{device}.{kind}" for kind in ("ptx", "cubin"))
     ptx.write_bytes(text)
-    ptxas = Path(NVCC).with_name("ptxas")
-    return run(ptxas, "-v", "-warn-spills", f"-arch={device}", ptx, "-o", cubin), cubin
+    options = ("-cubin", f"-arch={device}", "-Xptxas=-v,-warn-spills")
+    return run(NVCC, *options, ptx, "-o", cubin), cubin
 
 
 def product_kernels(cubin: Path) -> dict[bool, str]:
