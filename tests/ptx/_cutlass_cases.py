@@ -43,11 +43,9 @@ def cases() -> Iterator[Case]:
     for pingpong in (True, False):
         for sums, stored, bias in itertools.product((1, 5), (False, True), (False, True)):
             yield Case(pingpong, sums, stored, bias)
-        for swizzle, words_first in ((1, True), (2, False), (4, True), (8, False)):
+        for swizzle, words_first in ((2, False), (8, True)):
             yield Case(pingpong, swizzle=swizzle, words_first=words_first, multiprocessors=8)
-        for multiprocessors in (1, 3, 7):  # odd ones: blocks come in pairs
-            yield Case(pingpong, multiprocessors=multiprocessors)
-        yield Case(pingpong, 5, stored=True, eager=True)
+        yield Case(pingpong, multiprocessors=3)  # blocks come in pairs
         yield Case(pingpong, 5, stored=True, seed=0)
         yield Case(pingpong, 5, stored=True, eager=True, seed=1)
         yield Case(pingpong, rows=(77, 99))
