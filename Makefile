@@ -166,7 +166,7 @@ WITH_NVCC := CUDACXX=$(CURDIR)/$(NVCC)/nvidia/cu13/bin/nvcc \
 cuda: $(READY)
 	$(BIN)/pip install -q -c constraints.txt --no-deps --upgrade --target $(NVCC) nvidia-cuda-nvcc \
 	  nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime==13.5.37 nvidia-cuda-cccl nvidia-cutlass
-	$(WITH_NVCC) $(BIN)/python -m pytest -q -n auto --dist loadgroup \
+	$(WITH_NVCC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup \
 	  tests/kernels/test_cuda_build.py tests/ptx/test_extension.py
 
 # Tests for a GPU on the one of tests/ptx, which runs PTX slowly: half an hour. Not those of what it

@@ -6,7 +6,7 @@ import struct
 from typing import NamedTuple
 
 import numpy as np
-from _memory import Fault, Global, load
+from _memory import Fault, Global, load, store
 from _values import Array
 
 _FORMAT = struct.Struct("<4sBBBx5Q4Q5IQ")  # 128 bytes at most
@@ -60,8 +60,8 @@ class TensorMap(NamedTuple):
         sizes, pitches, box = rest[:rank], rest[5 : 4 + rank], rest[9 : 9 + rank]
         return cls(rest[14], tuple(sizes), tuple(pitches), tuple(box), itemsize, swizzle)
 
-    def rows(self, place: list[int]) -> tuple[Array, Array, int, int]:
-        """Addresses of the box's rows, which of them are inside, and columns from and to."""
+    def cells(self, place: list[int]) -> tuple[Array, Array, slice]:
+        """Addresses of the box's cells inside the tensor, the rows and the columns they are of."""
         axes = [np.arange(b) + p for b, p in zip(self.box[1:], place[1:], strict=True)]
         grids = np.meshgrid(*reversed(axes), indexing="ij")[::-1]  # the last varies slowest
         inside, addresses = np.ones(grids[0].shape, bool), np.full(grids[0].shape, self.address)
@@ -70,29 +70,25 @@ class TensorMap(NamedTuple):
             addresses = addresses + grid * pitch
         first = min(max(-place[0], 0), self.box[0])
         last = max(min(self.sizes[0] - place[0], self.box[0]), first)
-        addresses = addresses + (place[0] + first) * self.itemsize
-        return addresses.ravel(), inside.ravel(), first, last
+        inside, columns = inside.ravel(), place[0] + np.arange(first, last)
+        cells = addresses.ravel()[inside, None] + columns * self.itemsize
+        return cells, inside, slice(first, last)
 
     def load(self, memory: Global, place: list[int]) -> Array:
         """The box's bytes, zeros outside."""
-        addresses, inside, first, last = self.rows(place)
+        cells, inside, columns = self.cells(place)
         kind = np.dtype(f"u{self.itemsize}")
-        found = np.zeros((len(addresses), self.box[0]), kind)
-        if inside.any():
-            for i in range(first, last):
-                at = addresses[inside] + (i - first) * self.itemsize
-                found[inside, i] = load(memory, at, kind, 1)[0]
+        found = np.zeros((len(inside), self.box[0]), kind)
+        if cells.size:
+            found[inside, columns] = load(memory, cells.ravel(), kind, 1)[0].reshape(cells.shape)
         return found.view(np.uint8)
 
     def store(self, memory: Global, place: list[int], given: Array) -> None:
-        addresses, inside, first, last = self.rows(place)
-        kind = np.dtype(f"u{self.itemsize}")
-        values = np.ascontiguousarray(given).view(kind).reshape(len(addresses), self.box[0])
-        if inside.any():
-            for i in range(first, last):
-                at = addresses[inside] + (i - first) * self.itemsize
-                cells, places = memory.at(at, kind)
-                cells[places] = values[inside, i]
+        cells, inside, columns = self.cells(place)
+        values = np.ascontiguousarray(given).view(f"u{self.itemsize}")
+        values = values.reshape(len(inside), self.box[0])[inside, columns]
+        if cells.size:
+            store(memory, cells.ravel(), [values.ravel()])
 
 
 def swizzled(start: int, count: int, swizzle: int) -> Array:
