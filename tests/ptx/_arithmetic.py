@@ -119,8 +119,7 @@ _TWO: dict[str, Function] = {
 }  # fmt: skip
 _ONE: dict[str, Function] = {
     "neg": np.negative, "abs": np.abs, "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal,
-    "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh, "mov": lambda x: x,
-    "cvta": lambda x: x,
+    "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "tanh": np.tanh,
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from _values import Array
 
 LANES = 32
 _ENDED = np.iinfo(np.int64).max
+_ALIGNMENT = 64  # of arguments
 
 # True: not yet, once more when the warp's turn comes.
 Step = Callable[["Warp", "Array | None"], "bool | None"]
@@ -237,9 +238,10 @@ class Machine:
         self.kernel: Kernel = module.kernels[kernel]
         self.moved = 0  # counts what may let a waiting warp go on
         self.pending: list[Callable[[], None]] = []
-        self.parameters, symbols = _buffer(self.kernel, arguments)
-        first = ctypes.addressof(self.parameters)
-        own = [(first, first + len(self.parameters))]
+        self.parameters = _buffer(self.kernel, arguments)
+        self.start = -(-ctypes.addressof(self.parameters) // _ALIGNMENT) * _ALIGNMENT
+        own = [(self.start, ctypes.addressof(self.parameters) + len(self.parameters))]
+        symbols = {parameter.name: parameter.offset for parameter in self.kernel.parameters}
         self.memory = Global(own + manner.allowed() if manner.allowed else None)
         self.code = compiled(self.kernel, symbols | module.shared)
 
@@ -282,15 +284,13 @@ class Machine:
         return f"block {tuple(warp.block.index)} thread {warp.first}: " + " | ".join(texts)
 
 
-def _buffer(kernel: Kernel, arguments: list[bytes]) -> tuple[Any, dict[str, int]]:
-    """Arguments in memory, aligned as structs are, and their addresses by name."""
+def _buffer(kernel: Kernel, arguments: list[bytes]) -> Any:
+    """Arguments in memory, from the first aligned address on."""
     last = kernel.parameters[-1]
-    raw = (ctypes.c_char * (last.offset + last.size + 64))()
-    start = -ctypes.addressof(raw) % 64
-    symbols = {}
+    raw = (ctypes.c_char * (last.offset + last.size + _ALIGNMENT))()
+    start = -ctypes.addressof(raw) % _ALIGNMENT
     for parameter, given in zip(kernel.parameters, arguments, strict=True):
         if len(given) != parameter.size:
             raise Fault(f"{parameter.name}: expected {parameter.size} bytes, got {len(given)}")
         raw[start + parameter.offset : start + parameter.offset + parameter.size] = given
-        symbols[parameter.name] = ctypes.addressof(raw) + start + parameter.offset
-    return raw, symbols
+    return raw

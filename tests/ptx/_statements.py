@@ -140,6 +140,18 @@ def _moved(scope: Scope, given: Statement) -> Step:
     return pack
 
 
+def _converted(scope: Scope, given: Statement) -> Step:
+    """To an address of any space: those of parameters begin elsewhere."""
+    write, read = scope.write(given.operands[0]), scope.read(given.operands[1], given.parts[-1])
+    of_parameters = given.parts[1] == "param"
+
+    def step(warp: Warp, active: Array | None) -> None:
+        address = read(warp)
+        write(warp, address + np.uint64(warp.machine.start) if of_parameters else address, active)
+
+    return step
+
+
 def _compared(scope: Scope, given: Statement) -> Step:
     compare, kind = COMPARISONS[given.parts[1]], dtype(given.parts[-1])
     join = next((JOINS[x] for x in given.parts[2:-1] if x in JOINS), None)
@@ -157,7 +169,9 @@ def _compared(scope: Scope, given: Statement) -> Step:
 
 def space(warp: Warp, name: str, addresses: Array) -> tuple[Global | Shared, Array]:
     """What a state space is, and where in it these addresses are."""
-    if name in ("param", "global", "const", ""):
+    if name == "param":
+        return warp.machine.memory, addresses + warp.machine.start
+    if name in ("global", "const", ""):
         return warp.machine.memory, addresses
     ranks = np.unique(addresses >> RANK)
     if len(ranks) > 1:
@@ -240,6 +254,7 @@ def _ended(scope: Scope, given: Statement) -> Step:
 
 _OWN: dict[str, Callable[[Scope, Statement], Step]] = {
     "mov": _moved,
+    "cvta": _converted,
     "setp": _compared,
     "ld": _loaded,
     "st": _stored,

@@ -21,6 +21,7 @@ TEXT = """
 {{
   .reg .pred %p<9>; .reg .b32 %r<99>; .reg .f32 %f<99>; .reg .b64 %d<19>;
   ld.param.u64 %d0, [in]; ld.param.u64 %d1, [out]; mov.b64 %d2, map;
+  cvta.param.u64 %d2, %d2;
   mov.u32 %r0, %tid.x; mad.wide.u32 %d4, %r0, {stride}, %d0; mad.wide.u32 %d5, %r0, 4, %d1;
   // %d4: a lane's words of the input; %d5: its word of the output, which %r1 is stored to.
   {body}
