@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from _gpu import emulate
+from _gpu import emulate, remember_tensors
 
 _cache = tempfile.TemporaryDirectory()
 _extension = os.environ.get("FASTPO_EXTENSION")
@@ -21,6 +21,11 @@ _gpu = emulate(
     int(os.environ.get("FASTPO_CAPABILITY", "90")),
     Path(_extension) if _extension else None,
 )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish() -> None:
+    remember_tensors()
 
 
 @pytest.fixture(autouse=True)

@@ -74,8 +74,17 @@ def emulate(cache: Path, capability: int = 90, extension: Path | None = None) ->
     return Emulated(manner, driver, runtime)
 
 
+_early: list[tuple[int, int]] = []
+
+
+def remember_tensors() -> None:
+    """Those there are: modules' own, which `gc.freeze` would hide."""
+    _early.extend(tensors())
+
+
 def tensors() -> list[tuple[int, int]]:
     """Memory of all there are: elsewhere a kernel may not read or write."""
     with torch._C.DisableTorchFunction():
         storages = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
-        return [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages if x.nbytes()]
+        found = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages if x.nbytes()]
+        return _early + found
