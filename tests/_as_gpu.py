@@ -48,7 +48,7 @@ class _Generator(torch.Generator):
         return super().__new__(cls)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
+def nothing(*_: Any, **__: Any) -> None:
     return None
 
 
@@ -62,8 +62,8 @@ def pretend(capability: tuple[int, int] = (9, 0), **more: Callable[..., Any]) ->
         "current_stream": lambda *_: SimpleNamespace(device_index=0, cuda_stream=0),
         "device": lambda *_: nullcontext(),
         "device_of": lambda *_: nullcontext(),
-        "synchronize": _nothing,
-        "set_sync_debug_mode": _nothing,
+        "synchronize": nothing,
+        "set_sync_debug_mode": nothing,
     }
     for name, function in (functions | more).items():
         setattr(torch.cuda, name, function)

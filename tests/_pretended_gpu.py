@@ -18,7 +18,7 @@ import _as_gpu
 import pytest
 import torch
 import triton
-from _as_gpu import AsGpu, inside, pretend
+from _as_gpu import AsGpu, inside, nothing, pretend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -82,19 +82,15 @@ def _guard(mode: str) -> None:
     _guarded = mode == "error"
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
 _NATIVE = {"has_cuda": True, "has_cutlass": True} | dict.fromkeys(
-    ("AnchoredTile", "anchored_cuda", "rows_forward_cuda", "rows_backward_cuda"), _nothing
+    ("AnchoredTile", "anchored_cuda", "rows_forward_cuda", "rows_backward_cuda"), nothing
 )
 
 
 pretend(set_sync_debug_mode=_guard)
 for _name, _value in _NATIVE.items():
     setattr(fastpo._C, _name, _value)
-triton.runtime.JITFunction.run = _nothing
+triton.runtime.JITFunction.run = nothing
 
 
 @contextmanager

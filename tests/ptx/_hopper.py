@@ -127,12 +127,7 @@ def _copied(scope: Scope, given: Statement) -> Step:
 
 def _grouped(scope: Scope, given: Statement, kind: str) -> Step:
     if "commit_group" in given.parts:
-
-        def commit(warp: Warp, active: Array | None) -> None:
-            groups = warp.asynchronous.setdefault(kind, [])
-            groups.append(warp.opened.pop(kind, []))
-
-        return commit
+        return lambda warp, active: warp.close(kind)
     left = int(given.operands[0], 0) if given.operands else 0
     return lambda warp, active: warp.drain(kind, left)
 

@@ -200,6 +200,10 @@ class Warp:
         else:
             self.opened.setdefault(kind, []).append(work)
 
+    def close(self, kind: str) -> None:
+        """The group that is open."""
+        self.asynchronous.setdefault(kind, []).append(self.opened.pop(kind, []))
+
     def drain(self, kind: str | None = None, left: int = 0) -> None:
         """Completes asynchronous work of this warp, but for the last groups."""
         for name in list(self.asynchronous) if kind is None else [kind]:

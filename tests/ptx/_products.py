@@ -123,7 +123,7 @@ def group(given: Statement) -> Step:
     if given.parts[1] == "commit_group":
 
         def close(warp: Warp, active: Array | None) -> None:
-            warp.asynchronous.setdefault("products", []).append(warp.opened.pop("products", []))
+            warp.close("products")
             warp.closed += 1
             warp.machine.moved += 1
 

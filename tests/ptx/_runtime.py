@@ -29,7 +29,7 @@ parsed = functools.cache(parse)
 
 
 class Runtime:
-    """What kernels are run with; errors of theirs are kept for `raised`."""
+    """What kernels are run with; the last error, of which CUDA only says that there was one."""
 
     def __init__(self, stand_in: Path, manner: Manner) -> None:
         self.manner = manner

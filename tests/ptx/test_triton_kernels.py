@@ -5,15 +5,11 @@ What is asked is benchmarks/gpu_smoke.py's, of small heads.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
 
-from _ask import kernels, passed
-
-INVARIANCE = Path(__file__).parents[1] / "ops" / "test_invariance.py"
+from _ask import invariant, kernels
 
 
 @pytest.mark.parametrize(
@@ -30,4 +26,4 @@ def test_smoke(backend, capability, every, expected):
 
 def test_a_token_has_the_same_bits_in_batches_of_all_sizes():
     """The interpreter cannot tell: Triton lays a sum out by what it knows of the sizes."""
-    assert passed(INVARIANCE, "-k", "duplicate and anchored") == 2
+    assert invariant("anchored") == 2
