@@ -41,11 +41,16 @@ def _rescale_traffic(a: dict, grid: tuple[int, ...]) -> int:
     return int(moved) + size(a["before_ptr"]) + size(a["anchors_ptr"])
 
 
+def _label_traffic(a: dict, grid: tuple[int, ...]) -> int:
+    return size(a["labels_ptr"]) + 2 * size(a["own_ptr"])
+
+
 TRAFFIC: dict[str, Callable[[dict, tuple[int, ...]], int]] = {
     "anchored_fwd_kernel": _product_traffic,
     "anchored_fwd_tma_kernel": _product_traffic,
     "anchored_fold_kernel": _fold_traffic,
     "anchored_again_kernel": lambda a, grid: 4 * a["n"] * grid[1],
     "anchored_target_kernel": _target_traffic,
+    "anchored_label_kernel": _label_traffic,
     "rescale_kernel": _rescale_traffic,
 }

@@ -47,8 +47,11 @@ class Exponentials(NamedTuple):
 @triton.jit
 def _column(labels_ptr, rows, mask, vocab):
     """Column of each row's label; -1 or vocab where it has none, before int32."""
-    label = tl.load(labels_ptr + rows, mask=mask, other=-1)
-    return tl.minimum(tl.maximum(label, -1), vocab).to(tl.int32)
+    label = tl.zeros_like(rows) - 1
+    if labels_ptr is not None:
+        label = tl.load(labels_ptr + rows, mask=mask, other=-1)
+        label = tl.minimum(tl.maximum(label, -1), vocab).to(tl.int32)
+    return label
 
 
 @triton.jit
@@ -224,7 +227,7 @@ def _finish_block(
 def anchored_fwd_kernel(
     x_ptr,  # [n, H]
     w_ptr,  # [vocab, H]
-    labels_ptr,  # [n] int64
+    labels_ptr,  # [n] int64, or None
     bias_ptr,  # [vocab] float32, or None
     base_ptr,  # [n] float32: e = exp2(acc·slope - base)
     partial_ptr,  # [SUMS, blocks, n] float32, those WANTED are written, or None
@@ -299,7 +302,7 @@ def anchored_fwd_tma_kernel(
 def anchored_fwd(
     x: Tensor,  # [n, H]
     w: Tensor,  # [vocab, H]
-    labels: Tensor,  # [n] int64
+    labels: Tensor | None,  # [n] int64; None: no word is left out
     bias: Tensor | None,  # [vocab] float32
     base: Tensor,  # [n] float32: e = exp2(z·log2 e - base)
     partial: Tensor | None,  # [SUMS, ⌈vocab / blocks.v⌉, n] float32, written: the first and `stats`

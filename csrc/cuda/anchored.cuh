@@ -238,7 +238,7 @@ void launch(const fastpo::AnchoredTile& t, int device, int multiprocessors, cuda
        stride(t.words_stride)},
       {{Common::Arguments{t.bias, t.slope},
         {t.base},
-        {t.columns},
+        {t.columns, -1},
         typename Sums::Arguments{
             t.partial + one_sum * sum++,
             std::is_same_v<Sums, RowLargest<Block>> ? fastpo::kLowest : 0.0f}...},

@@ -1,5 +1,7 @@
 """Compiles every Triton kernel of the library for GPUs that are not there; prints JSON.
 
+    python tests/kernels/_aot.py [SM ...]
+
 Runs as a program of its own: with TRITON_INTERPRET set, @triton.jit would have made interpreted
 functions. The launches are the library's own: a recorder stands in for each kernel while the
 adapter runs on CPU tensors, so what is compiled is what a GPU would be asked to run.
@@ -9,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ from fastpo.kernels import (
     anchored,
     anchored_again,
     anchored_fold,
+    anchored_label,
     anchored_target,
     finish,
     pair_rows,
@@ -40,6 +43,7 @@ from fastpo.ops.rows.pair import triton as pair_triton
 
 ARCHITECTURES = (80, 90)
 OTHERS = (86, 89, 100, 120)
+EVERY = ARCHITECTURES + OTHERS
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TYPES = {FP32: "*fp32", BF16: "*bf16", FP16: "*fp16", torch.int64: "*i64", torch.float64: "*fp64"}
 TYPES[torch.uint8] = "*u8"
@@ -93,6 +97,8 @@ ANCHORED = [
     (500, 50_257, 4090, BF16, True, True, 0),
     (1, 1, 8, BF16, True, True, ALL),
 ]
+
+PRODUCTS = ("pointers", "descriptors", "beside", "again")  # whose instructions are counted
 
 RESCALED = (4090, 4096)  # hidden sizes
 
@@ -169,8 +175,9 @@ def launches() -> Iterator[Launch]:
         yield from anchored_launches(*case)
     for case in PAIRS:
         yield from pair_launches(*case)
-    for dtype in (BF16, FP32):
-        yield from word_launches(dtype)
+    for dtype, architectures in ((BF16, EVERY), (FP32, ARCHITECTURES)):
+        for found in word_launches(dtype):
+            yield found._replace(architectures=architectures)
 
 
 def small_launches() -> Iterator[Launch]:
@@ -185,11 +192,13 @@ def small_launches() -> Iterator[Launch]:
         upstream = R.Upstream(numbers, more, more)
         given.append((finish, f"finish {name}", (state, stats, ignored)))
         given.append((row_grads, f"row_grads {name}", (saved, upstream, logit_map, ignored)))
+    e, own, labels = torch.empty(n, 7168, dtype=BF16), numbers.to(BF16), numbers.long()
+    given.append((anchored_label, "anchored_label", (e, own, labels, 0)))
     for module, name, arguments in given:
         kernel = name.split()[0]
-        adapter = getattr(rows_triton, kernel)
+        adapter = getattr(rows_triton, kernel, None) or getattr(module, kernel)
         found = record(name, f"{kernel}_kernel", adapter, arguments, module)
-        yield found._replace(architectures=ARCHITECTURES + OTHERS)
+        yield found._replace(architectures=EVERY)
 
 
 def anchored_launches(
@@ -213,7 +222,11 @@ def anchored_launches(
             prefix + name, f"anchored_fwd{kernel}_kernel", anchored.anchored_fwd,
             (*rows, numbers, partial, e, blocks, 132), anchored, **given,
         )  # fmt: skip
-        yield found._replace(architectures=(90,)) if tma else found
+        found = found._replace(architectures=(90,)) if tma else found
+        yield found
+        if kept and not stats:  # as tokens are computed again
+            bare = {**found.arguments, "labels_ptr": None, "partial_ptr": None}
+            yield found._replace(name="beside " + found.name, arguments=bare)
     if not biased:
         return  # what stands beside the product needs least there
     given["largest"] = 2.0**80
@@ -309,7 +322,7 @@ def source_of(launch: Launch) -> ASTSource:
     return ASTSource(launch.kernel, signature, constants, attributes)
 
 
-def report() -> Iterator[dict]:
+def report(asked: Collection[int]) -> Iterator[dict]:
     seen: set[object] = set()
     for launch in launches():
         architectures = launch.architectures
@@ -317,17 +330,19 @@ def report() -> Iterator[dict]:
             # One launch of each kernel, of those that need most registers, is enough for these.
             seen.add(launch.kernel)
             architectures += OTHERS
-        for sm in architectures:
+        for sm in [x for x in architectures if x in asked]:
             target = GPUTarget("cuda", sm, 32)
             compiled = triton.compile(source_of(launch), target, launch.options)
+            products = launch.name.startswith(PRODUCTS)
             yield {
                 "name": launch.name,
                 "sm": sm,
                 "shared": compiled.metadata.shared,
-                **resources(disassembled(compiled.asm["cubin"])),
+                **resources(disassembled(compiled.asm["cubin"], code=products)),
                 "reductions": reduction_layouts(compiled.asm["ttgir"]),
             }
 
 
 if __name__ == "__main__":
-    json.dump(list(report()), sys.stdout)
+    asked = [int(sm) for sm in sys.argv[1:]] or EVERY
+    json.dump(list(report(asked)), sys.stdout)

@@ -13,12 +13,13 @@ import triton
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def disassembled(cubin: bytes) -> str:
-    """Resources and machine code, as Triton's wheel reads them."""
+def disassembled(cubin: bytes, code: bool = True) -> str:
+    """Resources and machine code, as Triton's wheel reads them; resources alone take no time."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(CUOBJDUMP), "--dump-resource-usage", "--dump-sass", file.name]
+        wanted = ["--dump-resource-usage", *(["--dump-sass"] if code else [])]
+        command = [str(CUOBJDUMP), *wanted, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

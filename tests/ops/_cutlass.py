@@ -27,7 +27,9 @@ def product(work: SimpleNamespace, dtype: torch.dtype) -> None:
     if work.bias:
         u += matrix(work.bias, 1, v, v, torch.float32)
     d = u * work.slope - matrix(work.base, 1, n, n, torch.float32).t()
-    label = matrix(work.columns, 1, n, n, torch.int32).t() == torch.arange(v)
+    label = torch.zeros(n, v, dtype=torch.bool)
+    if work.columns:
+        label = matrix(work.columns, 1, n, n, torch.int32).t() == torch.arange(v)
     e = d.exp2().masked_fill(label, 0)
     blocks, rounded = -(-v // width), -(-n // 128) * 128
     cells = blocks * rounded

@@ -19,7 +19,7 @@ from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head
 
 pytest.importorskip("triton")
 
-from fastpo.kernels import anchored, anchored_again, anchored_fold, anchored_target
+from fastpo.kernels import anchored, anchored_again, anchored_fold, anchored_label, anchored_target
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products are for the CPU"),
@@ -116,6 +116,7 @@ def launches(monkeypatch) -> Counter[str]:
         (anchored_fold, "anchored_fold"),
         (anchored_again, "anchored_again"),
         (anchored_target, "anchored_target"),
+        (anchored_label, "anchored_label"),
         (rows_triton, "forward"),
         (rows_triton, "backward"),
     ):
@@ -147,7 +148,7 @@ def test_launches_of_one_call(launches, monkeypatch, mode, blocks):
     again = blocks if mode in ("lean", "mixed") else 0
     operands = {"keep": 1, "lean": 1, "mixed": 2}.get(mode, 0)
     assert launches["product"] == 2 * blocks * operands
-    assert launches["anchored_fwd"] == again
+    assert launches["anchored_fwd"] == launches["anchored_label"] == again
     assert launches["forward"] == launches["backward"] == 0, "a pass over rows"
 
 

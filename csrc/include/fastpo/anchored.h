@@ -21,7 +21,7 @@ struct AnchoredTile {
   const void* words;  // [v, h] bfloat16
   int64_t words_stride;
   int64_t n, v, h;
-  const int* columns;  // [n] column of each row's label; outside [0, v) where it is not here
+  const int* columns;  // [n] of each row's label, outside [0, v) where it is not here; or null
   const float* base;   // [n]
   const float* bias;   // [v] or null
   float slope;         // e = exp2(u·slope - base), 0 in the label's column

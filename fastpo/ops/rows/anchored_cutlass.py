@@ -84,7 +84,7 @@ def serves(x: Tensor, words: Tensor, bias: Tensor | None) -> bool:
 def product(
     x: Tensor,  # [n, H] bfloat16
     words: Tensor,  # [v, H] bfloat16
-    columns: Tensor,  # [n] int32, column of each row's label, outside [0, v) where it is not here
+    columns: Tensor | None,  # [n] int32, of each row's label, outside [0, v) where it is not here
     bias: Tensor | None,  # [v] float32
     base: Tensor,  # [n] float32
     e: Tensor | None,  # [stored, v] bfloat16, written: of the first rows
@@ -111,7 +111,7 @@ def product(
             n=b - a,
             v=v,
             h=x.shape[1],
-            columns=columns[a:b].data_ptr(),
+            columns=0 if columns is None else columns[a:b].data_ptr(),
             base=base[a:b].data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),
             slope=slope,

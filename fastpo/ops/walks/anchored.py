@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -118,12 +119,12 @@ class Operands:
 
     x: Tensor  # [n, H]
     words: Tensor  # [v, H]
-    labels: Tensor  # [n] int64, outside [0, v) where the label is not among the words
+    labels: Tensor | None  # [n] int64; None: no word is left out
     bias: Tensor | None  # [v] float32
     factor: float
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return self.x, self.words, self.labels, self.bias
 
 
@@ -158,21 +159,27 @@ def _cutlass_product(
     """A launch for each block of E."""
     vocab, slope, found = len(rows.words), rows.factor * LOG2_E, []
     step = vocab if e is None else e.words
-    columns = rows.labels.unsqueeze(0)  # of each launch
-    if step < vocab:
-        firsts = torch.arange(0, vocab, step, dtype=torch.int64, device=columns.device)
-        columns = columns - firsts.unsqueeze(1)
-    columns = columns.clamp(-1, step).int()
-    for i, v0 in enumerate(range(0, vocab, step)):
+    for v0, columns in _columns(rows.labels, range(0, vocab, step)):
         v1 = min(v0 + step, vocab)
         bias = None if rows.bias is None else rows.bias[v0:v1]
         stored = None
         if e is not None:
             block = e.cells[e.rows * v0 :][: e.rows * step].view(e.rows, step)
             stored = block[e.first : e.first + e.stored, : v1 - v0]
-        own = (rows.x, rows.words[v0:v1], columns[i], bias, base)
+        own = (rows.x, rows.words[v0:v1], columns, bias, base)
         found.append(cutlass.product(*own, stored, slope, sums, programs))
     return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+def _columns(labels: Tensor | None, firsts: range) -> Iterable[tuple[int, Tensor | None]]:
+    """First word of each launch, and columns of the labels from there on, [n] int32."""
+    if labels is None:
+        return ((v0, None) for v0 in firsts)
+    columns = labels.unsqueeze(0)
+    if len(firsts) > 1:
+        starts = torch.arange(0, firsts.stop, firsts.step, dtype=torch.int64, device=labels.device)
+        columns = columns - starts.unsqueeze(1)
+    return zip(firsts, columns.clamp(-1, firsts.step).int(), strict=True)
 
 
 def exponents_of(factor: float) -> float:

@@ -229,11 +229,10 @@ class ExponentialsWalk(BackwardWalk):
         self._scale = self.scale.unsqueeze(1).to(head.gemm)
         self._hidden = (head.hidden * self.scale.unsqueeze(1)).to(head.gemm)
 
-    def _beside_log_mass(self, K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Rows from K on, what their exponents are relative to, the label's cell: value and place.
+    def _beside_log_mass(self, K: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows from K on, what their exponents are relative to, what the label's cell is.
 
-        Exponentials are probabilities, but for the rounding of what they are relative to. Cells are
-        those of a tile that starts with the first word.
+        Exponentials are probabilities, but for the rounding of what they are relative to.
         """
         head = self.head
         # From the mass itself: where all of it is one word's, exp of a rounded logarithm is not 1.
@@ -246,10 +245,8 @@ class ExponentialsWalk(BackwardWalk):
         unit = torch.exp2(base - lse).float()
         self.scale[K:] *= unit
         own = torch.expm1(head.compact(self.saved.logps)[K:]).div_(unit)  # -Σ over the others
-        labels = head.labels[K:]
-        cells = torch.arange(len(labels), dtype=torch.int64, device=labels.device) * self._width()
         x = unit_columns(head.hidden[K:].to(head.gemm))
-        return x, base, own.to(head.gemm), cells.add_(labels)
+        return x, base, own.to(head.gemm)
 
     def _tiles(self) -> Iterable[tuple[int, int, int]]:
         return self.head.vocab_tiles(self._width())
@@ -265,9 +262,7 @@ class ExponentialsWalk(BackwardWalk):
         return [(a, b) for a, b in ((0, min(K, n)), (K, n)) if a < b]
 
     def _cells(self) -> int:
-        """One more: labels elsewhere go there, since picking them out would wait for the device."""
-        again = len(self.head.hidden) - self.head.plan.kept_tokens
-        return again * self._width() + 1
+        return (len(self.head.hidden) - self.head.plan.kept_tokens) * self._width()
 
     def _rows(self, a: int, b: int) -> Tensor:
         return self._hidden[a:b]
@@ -283,16 +278,15 @@ class ExponentialsWalk(BackwardWalk):
 
     def _probabilities(self, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:
         from ...kernels.anchored import Exponentials
+        from ...kernels.anchored_label import anchored_label
 
-        head, (x, base, own, cells) = self.head, self._again
-        labels, width = head.labels[a:b] - v0, self._width()
+        head, (x, base, own), width = self.head, self._again, self._width()
         bias = None if head.bias is None else head.bias[v0:v1]
-        rows = Operands(x, unit_columns(words), labels, bias, head.spec.logit_map.factor)
-        e = Exponentials(self._dx[:-1], b - a, width, 0, b - a)
-        product(head, rows, base, e, 0, sums=False)
-        inside = labels.clamp(0, v1 - v0 - 1) == labels
-        self._dx.scatter_(0, torch.where(inside, cells - v0, len(self._dx) - 1), own)
-        return self._dx[:-1].view(b - a, width)[:, : v1 - v0]
+        rows = Operands(x, unit_columns(words), None, bias, head.spec.logit_map.factor)
+        product(head, rows, base, Exponentials(self._dx, b - a, width, 0, b - a), 0, sums=False)
+        e = self._dx.view(b - a, width)[:, : v1 - v0]
+        anchored_label(e, own, head.labels[a:b], v0)
+        return e
 
     def _dhidden(self, tokens: int) -> Tensor | None:
         if self.dhidden is not None:
