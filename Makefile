@@ -8,8 +8,9 @@ REAL := $(VENV)/real
 SITE := $(VENV)/docs
 ZIG := $(VENV)/zig
 NATIVE := $(shell find csrc -type f)
+FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) $(wildcard tests/*/*.cpp tests/*/*.h)
 
-.PHONY: setup demo demo-real test fuzz lint format docs wheels hub versions soak release-check triton quantised cuda emulated bench figures gpu gpu-wheels matrix frameworks clean
+.PHONY: setup downloads demo demo-real test fuzz lint format docs wheels hub versions soak release-check triton quantised cuda emulated bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -51,12 +52,12 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.h %.cpp %.cu %.cuh,$(NATIVE))
+	$(BIN)/clang-format -i $(FORMATTED)
 
 # The integrations against every TRL release they claim to work with.
 TRL_VERSIONS := 1.13.0 1.14.0 1.15.0 1.16.0
@@ -128,8 +129,8 @@ hub: $(READY)
 
 # The lowest of what pyproject.toml claims, and the newest there is: without constraints, in
 # environments of their own, with a wheel; then the gate of the kernels with every other Triton:
-# `make test` has 3.7, CI 3.6.
-TRITONS := 3.4.0 3.5.1 3.8.0 3.9.0
+# `make test` has 3.7, CI asks 3.6 of Hopper alone.
+TRITONS := 3.4.0 3.5.1 3.6.0 3.8.0 3.9.0
 versions: $(ZIG)
 	$(BIN)/python .ci/versions.py build/versions
 	set -e; for version in $(TRITONS); do $(MAKE) triton TRITON=$$version; done
@@ -146,14 +147,20 @@ soak: $(DEMO)
 
 # The gate of the kernels once more, with the Triton that torch 2.11 brings.
 TRITON := 3.6.0
-triton: $(READY)
-	$(BIN)/pip install -q --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
+build/triton-%/ready: $(DEMO)
+	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) triton==$*
+	touch $@
+
+triton: $(READY) build/triton-$(TRITON)/ready
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest -q tests/kernels/test_ahead_of_time.py
 
 # Heads that bitsandbytes, torchao and compressed-tensors have quantised; no GPU is needed.
 QUANTISED := bitsandbytes==0.50.2 torchao==0.18.0 compressed-tensors==0.20.1 loguru==0.7.3
-quantised: $(READY)
-	$(BIN)/pip install -q --no-deps --upgrade --target build/quantised $(QUANTISED)
+build/quantised/ready: $(DEMO) Makefile
+	$(BIN)/pip install -q --no-deps --upgrade --target $(@D) $(QUANTISED)
+	touch $@
+
+quantised: $(READY) build/quantised/ready
 	PYTHONPATH=build/quantised OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
 	  tests/integrations/attach/test_quantised_heads.py tests/integrations/trl/test_trl_quantised.py \
 	  tests/ops/test_compressed_tensors.py
@@ -163,9 +170,12 @@ quantised: $(READY)
 NVCC := build/nvcc
 WITH_NVCC := CUDACXX=$(CURDIR)/$(NVCC)/nvidia/cu13/bin/nvcc \
   FASTPO_CUTLASS=$(CURDIR)/$(NVCC)/cutlass_library/source/include
-cuda: $(READY)
-	$(BIN)/pip install -q -c constraints.txt --no-deps --upgrade --target $(NVCC) nvidia-cuda-nvcc \
+$(NVCC)/ready: $(DEMO) constraints.txt
+	$(BIN)/pip install -q -c constraints.txt --no-deps --upgrade --target $(@D) nvidia-cuda-nvcc \
 	  nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime==13.5.37 nvidia-cuda-cccl nvidia-cutlass
+	touch $@
+
+cuda: $(READY) $(NVCC)/ready
 	$(WITH_NVCC) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadgroup \
 	  tests/kernels/test_cuda_build.py tests/ptx/test_extension.py
 
@@ -178,6 +188,9 @@ emulated: cuda
 	  PYTHONPATH=tests/ptx:tests OMP_NUM_THREADS=1 FASTPO_EXTENSION=$$extension \
 	  $(BIN)/python -m pytest -q -n auto -p _emulated_gpu $(EMULATED) \
 	  -k 'not unavailable and not compiles and not autocast'
+
+# What the targets above bring along: no tests wait for it.
+downloads: $(NVCC)/ready build/triton-$(TRITON)/ready build/quantised/ready
 
 # Each run stays in .benchmarks under its commit; COMPARE=0001 shows what became of that run's cases.
 COMPARE :=

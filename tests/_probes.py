@@ -32,9 +32,9 @@ class Widest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and self.counts(x):
-                self.elements = max(self.elements, x.numel())
+        for x in [result] if isinstance(result, torch.Tensor) else tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.numel() > self.elements and self.counts(x):
+                self.elements = x.numel()
         return result
 
     def counts(self, x: torch.Tensor) -> bool:

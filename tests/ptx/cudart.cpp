@@ -59,7 +59,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, dim3 cluster, si
                    void** arguments) {
   const auto found = kernels().find(function);
   if (found == kernels().end()) return last = cudaErrorInvalidDeviceFunction;
-  const unsigned sizes[] = {grid.x,  grid.y,  grid.z,    block.x,   block.y,
+  const unsigned sizes[] = {grid.x,  grid.y,    grid.z,    block.x,  block.y,
                             block.z, cluster.x, cluster.y, cluster.z};
   const Kernel& kernel = found->second;
   const int failed = on_launch(kernel.ptx.c_str(), kernel.name.c_str(), sizes, shared, arguments);
@@ -134,10 +134,17 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kSharedMemory; return cudaSuccess;
-    default: return cudaErrorInvalidValue;
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 9;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 0;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = kSharedMemory;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
@@ -152,12 +159,16 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+// Unoptimised code names it, for a workspace that none of our products has.
+cudaError_t cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaErrorNotSupported; }
 cudaError_t cudaGetLastError() {
   const cudaError_t found = last;
   last = cudaSuccess;
   return found;
 }
-const char* cudaGetErrorString(cudaError_t) { return "an error of the stand-in for CUDA's runtime"; }
+const char* cudaGetErrorString(cudaError_t) {
+  return "an error of the stand-in for CUDA's runtime";
+}
 cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
                                              unsigned long long,
                                              cudaDriverEntryPointQueryResult* found) {
