@@ -13,6 +13,9 @@ from torch.utils._pytree import tree_leaves
 from fastpo.ops.walks import forward as driver
 from fastpo.ops.walks.forward import HeadSpec
 
+# Of torch.compile: it compares what each operator promised, strides too, with what came out.
+COMPARING = "aot_eager_decomp_partition_crossref"
+
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:

@@ -307,7 +307,7 @@ def _(
     grad: Tensor, labels: Any, inverses: Any, saved: Any, tensors: Any, needs: Any, *_: Any
 ) -> list[Tensor]:
     pairs = zip(tensors, needs, strict=True)
-    return [torch.empty_like(x) if need else grad.new_empty(0) for x, need in pairs]
+    return [x.new_empty(x.shape) if need else grad.new_empty(0) for x, need in pairs]
 
 
 def _traced(labels: Tensor) -> bool:

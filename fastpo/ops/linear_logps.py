@@ -280,7 +280,7 @@ def _(
 ) -> tuple:
     operands = (hidden, weight, bias)
     return tuple(
-        torch.empty_like(x) if need else hidden.new_empty(0)
+        x.new_empty(x.shape) if need else hidden.new_empty(0)  # however x lies
         for x, need in zip(operands, needs, strict=True)
     )
 

@@ -68,7 +68,7 @@ def sample_topk(
     Raises ValueError for a temperature that is not a finite number > 0.
     """
     check_map(temperature, None, 1.0)
-    scores = topk.values.detach() / temperature
+    scores = topk.values.detach() / float(temperature)
     # The first of k exponential clocks to ring. torch.multinomial would stop a GPU at a row of
     # NaN; here such a row gives NaN.
     clocks = torch.empty_like(scores).exponential_(generator=generator)
@@ -125,9 +125,8 @@ class TopKOptions:
 
     def spec(self, hidden: Tensor, head_grad: bool, ignore_index: int | None) -> HeadSpec:
         any_grad = head_grad or (torch.is_grad_enabled() and hidden.requires_grad)
-        softcap = self.softcap and float(self.softcap)
         return HeadSpec(
-            logit_map=R.LogitMap(float(self.temperature), softcap, float(self.logit_scale)),
+            logit_map=R.LogitMap.of(self.temperature, self.softcap, self.logit_scale),
             ignore_index=ignore_index,
             outputs=("logps",),
             compute_dtype=compute_dtype(hidden),
@@ -156,7 +155,12 @@ def best_words(
     check_tensors(hidden, weight, labels, bias)
     logit_map = options.temperature, options.softcap, options.logit_scale
     check_options(*logit_map, ("logps",), options.budget)
-    _check_lists(labels, len(weight) if shard is None else shard.vocab, k, exclude, mask)
+    vocab = len(weight) if shard is None else shard.vocab
+    _check_lists(labels, vocab, k, exclude, mask)
+    if exclude is not None:
+        # What is left out may hold anything.
+        exclude = exclude if mask is None else torch.where(mask, exclude, -1)
+        _check_excluded(exclude, vocab)
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     head_grad = torch.is_grad_enabled() and head_grad
     head = options.spec(hidden, head_grad, None if mask is None else _LEFT_OUT)
@@ -219,7 +223,10 @@ def _check_lists(
             raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
         if tensor.device != labels.device:
             raise ValueError(f"{name}: expected device {labels.device}, got {tensor.device}")
-    if exclude is not None and exclude.device.type == "cpu" and bool((exclude >= vocab).any()):
+
+
+def _check_excluded(exclude: Tensor, vocab: int) -> None:
+    if exclude.device.type == "cpu" and bool((exclude >= vocab).any()):
         raise ValueError(f"exclude: expected values below {vocab}, got {int(exclude.max())}")
 
 

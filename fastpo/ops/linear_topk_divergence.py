@@ -10,6 +10,7 @@ from torch import Tensor
 from .linear_divergence import LEFT_OUT, labels_of, rule_of
 from .linear_logps import linear_logps
 from .rows import backend as R
+from .rows.pair.backend import LOWEST
 from .rows.torch import logits
 from .tiles.tiled import TileSource, tiled
 from .walks.checks import check_flag, check_options, check_tensors, check_whole, shape_of
@@ -42,6 +43,8 @@ def linear_topk_divergence(
     are renormalised over the K words, as in `fastpo.objectives.get("topk_kl")`. One walk over the
     vocabulary for the student's best word of the K; all K are multiplied by themselves.
 
+    teacher_logps: -inf for a word that is none: lists of several lengths are filled up with it.
+
     Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
     """
     weight = tiled(weight)
@@ -52,14 +55,15 @@ def linear_topk_divergence(
     check_flag("tail", tail)
     if rule.kind not in ("forward_kl", "reverse_kl", "jsd"):
         raise ValueError(f"kind: expected forward_kl, reverse_kl or jsd, got {kind!r}")
-    _check_lists(hidden, weight, teacher_ids, teacher_logps)
+    _check_lists(hidden, teacher_ids, teacher_logps)
     check_options(temperature, softcap, logit_scale, ("logps",), budget)
     if mask is not None:
         # What is left out may hold anything, and NaN times a gradient of 0 is NaN.
-        hidden, teacher_logps = (
-            x.masked_fill(~mask.unsqueeze(-1), 0) for x in (hidden, teacher_logps)
+        hidden, teacher_ids, teacher_logps = (
+            x.masked_fill(~mask.unsqueeze(-1), 0) for x in (hidden, teacher_ids, teacher_logps)
         )
-    logit_map = R.LogitMap(float(temperature), softcap and float(softcap), float(logit_scale))
+    _check_ids(teacher_ids, len(weight))
+    logit_map = R.LogitMap.of(temperature, softcap, logit_scale)
     student = _listed_logps(
         hidden, weight, bias, teacher_ids, labels, logit_map, budget=budget, backend=backend
     )
@@ -68,6 +72,8 @@ def linear_topk_divergence(
         student, teacher = _with_rest(student), _with_rest(teacher)
     else:
         student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    # Of a word that a side excludes, 0·(-inf) would be NaN: as in `linear_divergence`.
+    student, teacher = student.clamp_min(LOWEST), teacher.clamp_min(LOWEST)
     found = rule.terms(student, teacher)[0].sum(-1)
     return found if mask is None else torch.where(mask, found, 0.0)
 
@@ -111,7 +117,7 @@ def _with_rest(logps: Tensor) -> Tensor:
     return torch.cat((logps, torch.log(-torch.expm1(rest))), -1)
 
 
-def _check_lists(hidden: Tensor, weight: Tensor, ids: Tensor, logps: Tensor) -> None:
+def _check_lists(hidden: Tensor, ids: Tensor, logps: Tensor) -> None:
     check_whole(teacher_ids=ids, teacher_logps=logps)
     alike = ids.dim() == hidden.dim() and ids.shape[:-1] == hidden.shape[:-1]
     if ids.dtype != torch.int64 or not alike or ids.shape[-1] < 1:
@@ -121,8 +127,11 @@ def _check_lists(hidden: Tensor, weight: Tensor, ids: Tensor, logps: Tensor) -> 
         )
     if logps.shape != ids.shape:
         raise ValueError(f"teacher_logps: expected shape {shape_of(ids)}, got {shape_of(logps)}")
+
+
+def _check_ids(ids: Tensor, vocab: int) -> None:
     if ids.device.type != "cpu" or not ids.numel():
         return
     low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= len(weight):
-        raise ValueError(f"teacher_ids: expected values in [0, {len(weight)}), got {low} to {high}")
+    if low < 0 or high >= vocab:
+        raise ValueError(f"teacher_ids: expected values in [0, {vocab}), got {low} to {high}")

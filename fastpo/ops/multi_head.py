@@ -9,8 +9,17 @@ from torch import Tensor
 
 from .linear_logps import linear_logps
 from .stats import TokenStats
-from .walks.checks import OUTPUTS, check_hidden, check_whole, each_row, given, shape_of
+from .walks.checks import (
+    OUTPUTS,
+    check_hidden,
+    check_integer,
+    check_whole,
+    each_row,
+    given,
+    shape_of,
+)
 from .walks.derivatives import check_plain
+from .walks.head import check_labels
 
 
 def multi_head_logps(
@@ -41,6 +50,7 @@ def multi_head_logps(
     """
     check_plain("multi_head_logps", (hidden, weight, labels, heads, bias))
     _check(hidden, weight, labels, heads, bias)
+    _check_words(labels.reshape(-1), weight.shape[1], ignore_index)
     host = heads.reshape(-1).cpu()
     order, sizes = _grouped(host, weight.shape[0])
     places = torch.arange(len(order), dtype=torch.int64, device=order.device)
@@ -90,6 +100,15 @@ def _temperatures(
         return [temperature] * len(sizes)
     each = each_row(temperature, labels, ignore_index)
     return each.reshape(-1).index_select(0, order).split(sizes)
+
+
+@torch.compiler.disable  # it reads them
+def _check_words(labels: Tensor, vocab: int, ignore_index: int | None) -> None:
+    """Here, since each head knows rows of its own only."""
+    if ignore_index is not None:
+        check_integer("ignore_index", ignore_index, "an integer or None")
+    if labels.dtype == torch.int64:
+        check_labels(labels, vocab, ignore_index)
 
 
 @torch.compiler.disable  # how many there are is no constant

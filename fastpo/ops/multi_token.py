@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ def multi_token_logps(
     Everything else, errors too, as in `linear_logps`.
     """
     check_integer("ignore_index", ignore_index)
+    if not isinstance(hidden_per_depth, Iterable):
+        raise ValueError(f"hidden_per_depth: expected tensors, got {hidden_per_depth!r}")
     depths = list(hidden_per_depth)
     _check(depths, labels)
     check_plain("multi_token_logps", (*depths, labels, bias))

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from _fuzz_calls import Call, Named, Problem, Size, fused, laid, slow
 from _fuzz_draws import NAMES, Way, calls, ways
 from _primitives import PRIMITIVES
+from _probes import COMPARING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -164,7 +165,7 @@ def through(way: Way, function: Callable[[], Named]) -> Named:
         return checkpoint(function, use_reentrant=False)
     if way.route == "compiled":
         torch.compiler.reset()
-        return torch.compile(function, backend="aot_eager")()
+        return torch.compile(function, backend=COMPARING)()
     return function()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from _probes import COMPARING
 from torch import Tensor
 
 import fastpo
@@ -317,8 +318,11 @@ def test_entropy_that_is_only_logged_costs_a_frozen_head_no_recomputation(monkey
     assert inputs.hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in INTERPRETED])
-def test_compiles_into_one_graph(backend):
+def test_compiles_into_one_graph(backend, turned):
+    """Columns of hidden and weight may be far apart."""
+
     def loss(hidden, weight, labels):
         stats = fastpo.linear_logps(
             hidden * 2, weight, labels, outputs=("logps", "entropy"), backend=backend
@@ -327,11 +331,11 @@ def test_compiles_into_one_graph(backend):
 
     inputs = make_head(16, 300, 8, device=DEVICE, ignored=0.2)
     results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        x = inputs.like(torch.float32)
-        value = function(x.hidden, x.weight, x.labels)
-        value.backward()
-        results.append((value, x.hidden.grad, x.weight.grad))
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=COMPARING)):
+        leaves = [x.detach().t() if turned else x.detach() for x in (inputs.hidden, inputs.weight)]
+        leaves = [x.contiguous().requires_grad_() for x in leaves]
+        value = function(*(x.t() if turned else x for x in leaves), inputs.labels)
+        results.append((value, *torch.autograd.grad(value, leaves)))
     for plain, compiled in zip(*results, strict=True):
         torch.testing.assert_close(compiled, plain)
 

@@ -290,6 +290,15 @@ def test_a_sample_is_never_the_excluded_word_and_carries_gradient():
     torch.testing.assert_close(ours, torch.autograd.grad(scored.sum(), inputs.hidden)[0])
 
 
+def test_masked_tokens_may_exclude_anything():
+    inputs = make_head(6, 40, 8)
+    mask, exclude = torch.arange(6) % 2 > 0, inputs.labels.clone()
+    expected = fastpo.linear_topk(inputs.hidden, inputs.weight, 3, exclude=exclude, mask=mask)
+    exclude[0] = 10**6
+    found = fastpo.linear_topk(inputs.hidden, inputs.weight, 3, exclude=exclude, mask=mask)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 H, V = 4, 10
 WORDS = torch.zeros(3, dtype=torch.int64)
 ERRORS = [

@@ -112,6 +112,46 @@ def test_what_a_list_leaves_out_of_a_peaked_student():
         assert_as_good_as_eager(name, fused, eager, truth)
 
 
+@pytest.mark.parametrize(
+    ("kind", "own", "teachers"),
+    [("forward_kl", [5], [4, 5]), ("reverse_kl", [3, 5], [5]), ("jsd", [3, 5], [4, 5])],
+)
+def test_words_that_a_side_excludes(kind, own, teachers):
+    """All words in a list: the same as of two heads, whose biases exclude them."""
+    h, w, _, th, tw, _ = (x.detach() for x in sides())
+    bias, teacher_bias = torch.zeros(2, len(w))
+    bias[own] = teacher_bias[teachers] = float("-inf")
+    ids = torch.arange(len(w)).expand(13, -1)
+    listed = (th @ tw.t() + teacher_bias).log_softmax(-1)
+    results = []
+    for whole in (False, True):
+        student = [x.clone().requires_grad_() for x in (h, w)]
+        if whole:
+            found = fastpo.linear_divergence(
+                *student, th, tw, kind=kind, bias=bias, teacher_bias=teacher_bias
+            ).divergence
+        else:
+            found = fastpo.linear_topk_divergence(*student, ids, listed, kind=kind, bias=bias)
+        results.append((found, *torch.autograd.grad(found.sum(), student)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_short_lists_are_filled_up():
+    h, w, *_ = (x.detach() for x in sides())
+    ids, logps = torch.arange(5).expand(13, 5), torch.tensor([-0.2, -2.0]).expand(13, 2)
+    filled = torch.cat((logps, torch.full((13, 3), float("-inf"))), 1)
+    short = fastpo.linear_topk_divergence(h, w, ids[:, :2], logps, kind="forward_kl")
+    found = fastpo.linear_topk_divergence(h, w, ids, filled, kind="forward_kl")
+    assert found.isfinite().all() and (found - short).abs().max() < 1
+    ids = ids.index_fill(1, torch.tensor([2, 3, 4]), -100)
+    mask = torch.arange(13) > 4
+    with pytest.raises(ValueError, match=r"teacher_ids: expected values in \[0, 211\)"):
+        fastpo.linear_topk_divergence(h, w, ids, filled, kind="forward_kl", mask=mask)
+    ids = torch.where(mask.unsqueeze(1), 7, ids)
+    assert fastpo.linear_topk_divergence(h, w, ids, filled, kind="jsd", mask=mask)[5:].all()
+
+
 LISTS = [
     ({"kind": "tvd"}, r"kind: expected forward_kl, reverse_kl or jsd, got 'tvd'"),
     ({"teacher_ids": torch.zeros(13, 3)}, r"teacher_ids: expected int64 of shape \(13, 'K'\)"),

@@ -137,7 +137,12 @@ ERRORS = [
     ({"heads": ROWS.to("meta")}, r"heads: expected device cpu or cpu, got meta"),
     ({"labels": ROWS[:2]}, r"labels: expected shape \(3,\), got \(2,\)"),
     ({"labels": ROWS.to("meta")}, r"labels: expected device cpu, got meta"),
-    ({"labels": ROWS + 10}, r"labels: expected values in \[0, 10\).*, got 10"),
+    ({"labels": ROWS + 10}, r"labels: expected values in \[0, 10\).*, got 10 at row 0"),
+    (
+        {"labels": torch.tensor([0, 10, 0]), "heads": torch.tensor([1, 1, 0])},
+        r"labels: expected values in .*, got 10 at row 1",
+    ),
+    ({"labels": ROWS.int()}, "labels: expected dtype torch.int64"),
     ({"bias": torch.zeros(10)}, r"bias: expected shape \(2, 10\), got \(10,\)"),
     ({"temperature": -1.0}, r"temperature: expected a finite number > 0, got -1.0"),
 ]

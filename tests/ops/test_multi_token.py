@@ -103,6 +103,7 @@ def test_a_quantised_head():
 
 WRONG: dict[str, dict[str, Any]] = {
     "hidden_per_depth: expected at least one depth, got none": {"hidden_per_depth": []},
+    "hidden_per_depth: expected tensors, got 3": {"hidden_per_depth": 3},
     r"hidden_per_depth\[1\]: expected a tensor, got 3": {
         "hidden_per_depth": [torch.ones(2, 7, 24), 3]
     },

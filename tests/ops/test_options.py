@@ -85,6 +85,15 @@ def test_numbers_of_other_libraries_are_numbers():
         assert torch.equal(x, y)
 
 
+def test_fractions_where_a_sampler_kept_words_and_of_a_list():
+    x, options = PRIMITIVES["linear_logps"].leaves(), {"temperature": Fraction(1, 2)}
+    operands, labels = (x["hidden"], x["weight"]), x["labels"]
+    kept = {"support": labels.clamp_min(0).unsqueeze(-1), "softcap": Fraction(4)}
+    found = fastpo.linear_logps(*operands, labels, **kept, **options).logps
+    assert found.isfinite().all()
+    fastpo.linear_topk(*operands, 2).sample(**options)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -64,6 +64,12 @@ class LogitMap:
     logit_scale: float = 1.0
     inverse: Tensor | None = None  # [n] float64
 
+    @classmethod
+    def of(cls, temperature: float, softcap: float | None, logit_scale: float) -> LogitMap:
+        """Of any real numbers."""
+        cap = None if softcap is None else float(softcap)
+        return cls(float(temperature), cap, float(logit_scale))
+
     def rows(self, a: int, b: int) -> LogitMap:
         """Of rows a to b."""
         return self if self.inverse is None else replace(self, inverse=self.inverse[a:b])

@@ -66,7 +66,7 @@ class HeadOptions:
     def spec(self, hidden: Tensor, grads: tuple[bool, bool], weight: Tensor) -> driver.HeadSpec:
         dtype = compute_dtype(hidden)
         return driver.HeadSpec(
-            R.LogitMap(self.temperature, self.softcap, self.logit_scale),
+            R.LogitMap.of(self.temperature, self.softcap, self.logit_scale),
             ignore_index=self.ignore_index,
             outputs=tuple(name for name in OUTPUTS if name in ("logps", *self.outputs)),
             compute_dtype=dtype,

@@ -42,7 +42,8 @@ def forward(
         score_block, frozen_block = _score_block, _frozen_block
         if head.anchored:
             score_block, frozen_block = anchored.score_block, anchored.frozen_block
-        direction = head.empty(*(hidden.shape if frozen else (0, 0)), dtype=hidden.dtype)
+        shape = hidden.shape if frozen else (0, 0)
+        direction = head.empty(*shape, dtype=_direction_dtype(hidden))
         for a, b in head.token_blocks():
             if frozen:
                 frozen_block(head, state, direction, a, b)
@@ -72,8 +73,15 @@ def fake_forward(hidden: Tensor, weight: Tensor, spec: HeadSpec) -> Forward:
     return Forward(**fields)._replace(
         kept=hidden.new_empty(size, dtype=spec.compute_dtype),
         anchors=hidden.new_empty(anchors, dtype=torch.float32),
-        direction=hidden.new_empty(hidden.shape if frozen else (0, 0)),
+        direction=hidden.new_empty(
+            hidden.shape if frozen else (0, 0), dtype=_direction_dtype(hidden)
+        ),
     )
+
+
+def _direction_dtype(hidden: Tensor) -> torch.dtype:
+    """float16 would lose it before the gradient of a scaled loss is there to lift it."""
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def _score_block(head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int, b: int) -> None:

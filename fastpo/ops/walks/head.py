@@ -91,7 +91,7 @@ class Forward(NamedTuple):
         one after the other, the last one where `kept` ends.
     anchors: [blocks, kept_tokens] with z = log(kept) + anchor; of the anchored walk [1, N] with
         p = kept·anchor, or p = exp(z - maximum)·anchor of rows not kept.
-    direction: [N, H] d logp / d hidden.
+    direction: [N, H] d logp / d hidden, of float16 hidden states in float32.
     """
 
     logps: Tensor
