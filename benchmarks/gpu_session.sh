@@ -21,8 +21,11 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
 out=${OUT:-$root/benchmarks/results/gpu_session}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-mkdir -p "$out"
+# Triton's cache names its files by their whole paths: in both parts the same.
+kept=${TMPDIR:-/tmp}/fastpo-kept
+rm -rf "$kept"
+trap 'rm -rf "$work" "$kept"' EXIT
+mkdir -p "$out" "$kept"
 out=$(cd "$out" && pwd)
 log=$out/part$part.log
 failed=0
@@ -56,10 +59,9 @@ has() { "$python" -c "import $1" 2>/dev/null; }
 
 wheels() {
     export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-    export TRITON_CACHE_DIR=$work/kept/triton
-    mkdir -p "$work/kept"
-    [[ -z ${KEPT:-} ]] || tar -xzf "$KEPT" -C "$work/kept"
-    for extension in "$work"/kept/_C*.so; do
+    export TRITON_CACHE_DIR=$kept/triton
+    [[ -z ${KEPT:-} ]] || tar -xzf "$KEPT" -C "$kept"
+    for extension in "$kept"/_C*.so; do
         [[ ! -f $extension ]] || cp "$extension" fastpo/
     done
     [[ -n ${WHEELS:-} ]] || return 0
@@ -81,17 +83,34 @@ build() {
             return
         fi
     done
-    CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) timeout 140 "$python" -m pip wheel -q --no-deps --no-index \
-        --no-build-isolation -C build-dir="$work/build" --wheel-dir "$work" . >"$work/build.log" 2>&1 &&
-        "$python" -m zipfile -e "$work"/fastpo-*.whl "$work/wheel" &&
-        cp "$work"/wheel/fastpo/_C*.so fastpo/ &
+    has_nvcc
+    { compiled || compiled -C cmake.define.FASTPO_CUTLASS=OFF; } >"$work/build.log" 2>&1 &
     building=$!
+}
+
+has_nvcc() {
+    export CUDACXX=${CUDACXX:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
+    [[ -x $CUDACXX ]] || say "fastpo._C will be without CUDA: no nvcc"
+    [[ -x $CUDACXX ]] || unset CUDACXX
+}
+
+# Of this device alone. What cannot be compiled is left out of a wheel, and said in the log.
+compiled() {
+    local here
+    here=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+    rm -rf "$work"/fastpo-*.whl "$work/wheel"
+    CMAKE_BUILD_PARALLEL_LEVEL=$(nproc) timeout 140 "$python" -m pip wheel -v --no-deps --no-index \
+        --no-build-isolation -C build-dir="$work/build" -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=${here/#90/90a}-real" \
+        --wheel-dir "$work" "$@" . &&
+        "$python" -m zipfile -e "$work"/fastpo-*.whl "$work/wheel" &&
+        cp "$work"/wheel/fastpo/_C*.so fastpo/
 }
 
 # built SECOND: waits for the extension, at most until then.
 built() {
     [[ -n ${building:-} ]] || return 0
     while kill -0 "$building" 2>/dev/null && ((SECONDS < $1)); do sleep 1; done
+    grep -iE 'error|FAILED' "$work/build.log" | head -20 | tee -a "$log"
     has fastpo._C || say "fastpo._C is not there:" "$(tail -20 "$work/build.log")"
     say "fastpo._C was waited for until second $SECONDS"
 }
@@ -109,6 +128,7 @@ heads() {
     local name=$1 limit=$2 own
     shift 2
     own=$(passed)
+    [[ $own != *,* ]] || own=$(tr , '\n' <<<"$own" | grep -vx 'fastpo torch' | paste -sd ,) # the slowest
     if [[ -z $own ]]; then
         say "no $name: no backend is right"
         return
@@ -136,7 +156,7 @@ profile() {
     local ncu=()
     if command -v ncu >/dev/null; then
         ncu=(ncu --profile-from-start off --clock-control none --log-file "$out/ncu.txt"
-            --kernel-name 'regex:anchored|rows_|device_kernel'
+            --kernel-name 'regex:anchored_fwd|rows_fwd|rows_bwd|device_kernel'
             --section SpeedOfLight --section ComputeWorkloadAnalysis --section SchedulerStats
             --section WarpStateStats --section InstructionStats --section MemoryWorkloadAnalysis)
     else
@@ -145,32 +165,33 @@ profile() {
     section profile "$1" "${ncu[@]}" "$python" benchmarks/gpu_profile.py
 }
 
-# For part 2: the extension and what Triton compiled, in a file of at most 16 MiB.
+# For part 2: the extension and what Triton compiled to, in a file of at most 16 MiB.
 keep() {
-    cp fastpo/_C*.so "$work/kept/" 2>/dev/null
-    tar -czf "$out/kept.tar.gz" -C "$work/kept" .
-    (($(stat -c %s "$out/kept.tar.gz") < 2 ** 24)) ||
-        tar -czf "$out/kept.tar.gz" -C "$work/kept" --exclude ./triton .
+    local between=(--exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' --exclude='*.ptx' --exclude='*.source')
+    cp fastpo/_C*.so "$kept/" 2>/dev/null
+    tar -czf "$out/kept.tar.gz" "${between[@]}" -C "$kept" .
+    (($(stat -c %s "$out/kept.tar.gz") < 2 ** 24)) || tar -czf "$out/kept.tar.gz" --exclude ./triton -C "$kept" .
 }
 
 extension() {
     [[ -n ${building:-} ]] || return 0
     built "$1"
-    script "smoke of the extension" 45 gpu_smoke cuda cutlass --out "$out/smoke.json"
+    script "smoke of the extension" 40 gpu_smoke cuda cutlass --out "$out/smoke.json"
 }
 
 part1() {
     build
-    script facts 35 gpu_ceilings --out "$out/facts.json" --repeats "$repeats"
+    script facts 25 gpu_ceilings --out "$out/facts.json" --repeats "$repeats"
     script smoke 75 gpu_smoke "${backends[@]}" --out "$out/smoke.json"
     if [[ -z $dry && $(passed) != *"fastpo triton"* ]]; then
         say "triton is wrong: nothing else is worth its time"
         return
     fi
     extension 125
-    heads heads 125 --no-memory "${shapes[@]}" --repeats 7
+    heads heads 95 --no-memory "${shapes[@]}" --repeats 7
+    keep
+    profile 35
     tests 75
-    profile 40
     keep
 }
 
@@ -179,14 +200,14 @@ part2() {
     script smoke 45 gpu_smoke "${backends[@]}" --out "$out/smoke.json"
     script tune 55 gpu_tune --out "$out/tune.json" --processes "$processes" --repeats "$repeats"
     extension 130
-    heads heads 65 "${shapes[@]}" --repeats 9
+    heads heads 60 "${shapes[@]}" --repeats 9
     # Steps take what is the fastest head here.
     [[ -n $dry ]] || bench choice 15 choose "$out/heads.json"
     for model in "${models[@]}"; do
         read -ra words <<<"$model"
-        bench "step ${words[0]}" 60 step --model "${words[@]}" --out "$out/step_${words[0]}.json"
+        bench "step ${words[0]}" 50 step --model "${words[@]}" --out "$out/step_${words[0]}.json"
     done
-    bench context 45 step --model "${context[@]}" --variants eager,fastpo --out "$out/context.json"
+    bench context 40 step --model "${context[@]}" --variants eager,fastpo --out "$out/context.json"
 }
 
 if [[ -n $dry ]]; then
@@ -197,7 +218,7 @@ if [[ -n $dry ]]; then
 else
     seconds=$((part == 1 ? 330 : 270)) repeats=20 processes=12 workers=8 collect=()
     rivals="eager,trl,liger scaled,cce"
-    shapes=(--shapes gpu --time-limit 90)
+    shapes=(--shapes gpu --time-limit $((part == 1 ? 90 : 55)))
     models=(
         "qwen2.5-0.5b --lengths 1024 2048 --steps 5 --fit --time-limit 40"
         "llama-3-8b-lora --lengths 2048 --pairs 2 --steps 3 --checkpointing --fit --time-limit 40"

@@ -111,18 +111,19 @@ def compiled(processes: int) -> list[Candidate]:
     return [each for each in candidates() if each[0] not in refused]
 
 
-def complaint(x: HeadInputs, candidate: Candidate) -> str | None:
+def complaints(x: HeadInputs, found: list[Candidate]) -> Iterator[str | None]:
     few = HeadInputs(x.hidden.detach()[:JUDGED], x.weight.detach(), x.labels[:JUDGED])
     judged = judge(few, torch.ones(len(few.labels), device=DEVICE))
-    return judged.complaint(judged.errors(Result(forward(few, candidate, "score"), {})), DTYPE)
+    for candidate in found:
+        result = Result(forward(few, candidate, "score"), {})
+        yield judged.complaint(judged.errors(result), DTYPE)
 
 
 def one_head(shape: tuple[int, int, int], found: list[Candidate], repeats: int) -> list[Any]:
     x = make_head(*shape, dtype=DTYPE, device=DEVICE)
     watch, rows = machine.stopwatch(DEVICE), []
     right = []
-    for candidate in found:
-        why = complaint(x, candidate)
+    for candidate, why in zip(found, complaints(x, found), strict=True):
         if why is None:
             right.append(candidate)
         else:

@@ -13,6 +13,14 @@ BATCH_SIZES = (
     "stride_state", "stride_grads", "stride_constants", "stride_sums", "stride_factors",
 )  # fmt: skip
 
+# One number a row, from where a block of rows starts: a kernel that knew this place to be a
+# multiple of 16 bytes would be compiled anew where it is none.
+ROW_NUMBERS = (
+    "labels_ptr", "base_ptr", "origin_ptr", "offset_ptr", "target_ptr", "others_ptr", "own_ptr",
+    "before_ptr", "anchors_ptr",
+)  # fmt: skip
+PER_BATCH = {"do_not_specialize": BATCH_SIZES, "do_not_specialize_on_alignment": ROW_NUMBERS}
+
 
 class Blocks(NamedTuple):
     v: int  # columns one step of a program covers

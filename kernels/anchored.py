@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ._blocks import BATCH_SIZES, GemmBlocks
+from ._blocks import PER_BATCH, GemmBlocks
 from .rows import FIXED_ROUNDING, LOG2_E, LOG_FLOOR, LOWEST
 
 # What an epilogue can add up in passing, see _joined; bit i of WANTED asks for the i-th.
@@ -223,7 +223,7 @@ def _finish_block(
                 tl.store(partial_ptr + i * stride_sum + m, sums[i], mask=m < n)
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
+@triton.jit(**PER_BATCH)
 def anchored_fwd_kernel(
     x_ptr,  # [n, H]
     w_ptr,  # [vocab, H]
@@ -261,7 +261,7 @@ def anchored_fwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
+@triton.jit(**PER_BATCH)
 def anchored_fwd_tma_kernel(
     x_desc,  # [n, H] in blocks [BLOCK_M, BLOCK_H]
     w_desc,  # [vocab, H] in blocks [BLOCK_V, BLOCK_H]

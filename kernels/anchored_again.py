@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import BATCH_SIZES, repair_blocks
+from ._blocks import PER_BATCH, repair_blocks
 from .anchored import (
     SUMS,
     Exponentials,
@@ -30,7 +30,7 @@ from .rows import FIXED_ROUNDING, LOG2_E
 WORDS = 8192  # of one program
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
+@triton.jit(**PER_BATCH)
 def anchored_again_kernel(
     x_ptr,  # [n, H]
     w_ptr,  # [vocab, H]

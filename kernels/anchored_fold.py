@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import BATCH_SIZES
+from ._blocks import PER_BATCH
 from .anchored import SUMS, Exponentials
 from .rows import (
     BEFORE,
@@ -51,7 +51,7 @@ def _fold(
     return found
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
+@triton.jit(**PER_BATCH)
 def anchored_fold_kernel(
     partial_ptr,  # [sums, blocks, n] float32, rows `stride_partial` apart
     maxima_ptr,  # [blocks, n] float32 of z·log2 e: only rows out of range, beside these; or None

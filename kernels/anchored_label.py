@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import ROW_NUMBERS
 from .rows import FIXED_ROUNDING, _check_unit_columns
 
 _ROWS = 128
 
 
-@triton.jit(do_not_specialize=("n", "words", "first"))
+@triton.jit(do_not_specialize=("n", "words", "first"), do_not_specialize_on_alignment=ROW_NUMBERS)
 def anchored_label_kernel(
     e_ptr,  # [n, words]
     own_ptr,  # [n]

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import PER_BATCH
 from .rows import FIXED_ROUNDING, LOG2_E
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def anchored_target_kernel(
     x_ptr,  # [n, H]
     w_ptr,  # [vocab, H]

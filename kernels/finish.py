@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import BATCH_SIZES
+from ._blocks import PER_BATCH
 from .rows import BEFORE, FIXED_ROUNDING, LOG_FLOOR, MAX, MOMENT, OTHERS, SQUARES, TARGET
 
 ALWAYS = ("logps", "lse", "target", "maximum", "log_mass")  # the results that are not asked for
@@ -32,7 +32,7 @@ def _store(results_ptr, n, x, mask, ignored):
     tl.store(results_ptr + n, tl.where(ignored, 0.0, x).to(tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
+@triton.jit(**PER_BATCH)
 def finish_kernel(
     state_ptr,  # [7, n] float32
     ignored_ptr,  # [n] uint8, or None

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._blocks import PER_BATCH
 from .rows import FIXED_ROUNDING, _check_unit_columns, _exp_of_row
 
 _COLUMNS = 1024
 
 
-@triton.jit
+@triton.jit(**PER_BATCH)
 def rescale_kernel(
     total_ptr,  # [n, h] float32
     before_ptr,  # [n] float32

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import BATCH_SIZES
+from ._blocks import PER_BATCH
 from .rows import COMMON, ENTROPY, FIXED_ROUNDING, LABEL, LOG_FLOOR, LOG_MASS, SHIFT
 
 _ROWS = 128  # of one program
@@ -33,7 +33,7 @@ def _optional(x_ptr, n, mask):
     return x.to(tl.float64)
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
+@triton.jit(**PER_BATCH)
 def row_grads_kernel(
     logps_ptr,  # [n] float32, as all below
     maximum_ptr,

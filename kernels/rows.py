@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import BATCH_SIZES, row_blocks
+from ._blocks import PER_BATCH, row_blocks
 
 # The rows of `state` and `grads`; fastpo/ops/rows/backend.py says what they mean.
 MAX = tl.constexpr(0)
@@ -111,7 +111,7 @@ def _column(labels_ptr, n, first, width):
     return tl.minimum(tl.maximum(column, -1), width).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
+@triton.jit(**PER_BATCH)
 def rows_fwd_kernel(
     tile_ptr,  # [n, width] float32
     labels_ptr,  # [n] int64
@@ -209,7 +209,7 @@ def rows_fwd_kernel(
             tl.store(kept_ptr + v, e, mask=v < width)
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
+@triton.jit(**PER_BATCH)
 def rows_bwd_kernel(
     source_ptr,  # [n, width] float32 raw products, or kept exponentials when anchors are given
     anchors_ptr,  # [n] float32, or None

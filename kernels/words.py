@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._blocks import BATCH_SIZES
+from ._blocks import PER_BATCH
 from .rows import _check_unit_columns
 
 _WORDS, _COLUMNS = 16, 256  # a tile of gathered rows: 16 KiB in float32
 
 
-@triton.jit(do_not_specialize=BATCH_SIZES)
+@triton.jit(**PER_BATCH)
 def word_products_kernel(
     hidden_ptr,  # [n, h]
     weight_ptr,  # [words, h]

@@ -102,6 +102,7 @@ def without_values() -> Iterator[None]:
 
 def run_operators(mode: Callable[[], AbstractContextManager[None]]) -> None:
     """On meta tensors operators run their own code, not the shapes that stand in for it."""
+    _ = fastpo.linear_logps, fastpo.linear_divergence  # imported where first asked for
     for operator in torch._library.custom_ops.OPDEFS.values():
         if operator._namespace == "fastpo":
             operator._abstract_fn = inside(mode, operator._init_fn)

@@ -302,6 +302,7 @@ def source_of(launch: Launch) -> ASTSource:
     """The specialisation Triton's launcher makes: 1 is a constant, multiples of 16 are known."""
     constexpr = {p.name for p in launch.kernel.params if p.is_constexpr}
     plain = {p.name for p in launch.kernel.params if p.do_not_specialize}
+    unaligned = {p.name for p in launch.kernel.params if p.do_not_specialize_on_alignment}
     signature, constants, attributes = {}, {}, {}
     for i, (name, value) in enumerate(launch.arguments.items()):
         one = type(value) is int and value == 1 and name not in plain
@@ -317,7 +318,7 @@ def source_of(launch: Launch) -> ASTSource:
             signature[name] = TYPES[value.dtype]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-        if isinstance(number, int) and number % 16 == 0 and name not in plain:
+        if isinstance(number, int) and number % 16 == 0 and name not in plain | unaligned:
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(launch.kernel, signature, constants, attributes)
 

@@ -13,6 +13,7 @@ OUTPUTS = ("logps", "entropy", "lse")
 # Own products, and library products on a CPU; a GPU's library chooses its kernel by the shape.
 OWN = ("anchored", "cutlass")
 INVARIANT = [b for b in BACKENDS if DEVICE == "cpu" or b in OWN]
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # what its own products serve
 COUNTS = {"torch": range(1, 301), "cpu": range(1, 301)}
 

@@ -76,9 +76,15 @@ def serves(x: Tensor, words: Tensor, bias: Tensor | None) -> bool:
     """
     if x.dtype != torch.bfloat16 or words.dtype != torch.bfloat16:
         return False
-    starts = [t.data_ptr() for t in (x, words, bias) if t is not None]
-    pitches = [t.stride(0) * t.itemsize for t in (x, words)] + [len(words) * x.itemsize]
-    return not any(place % _ALIGNMENT for place in starts + pitches)
+    aligned = bias is None or bias.data_ptr() % _ALIGNMENT == 0
+    whole = len(words) * x.itemsize % _ALIGNMENT == 0
+    return aligned and whole and in_blocks(x) and in_blocks(words)
+
+
+def in_blocks(rows: Tensor) -> bool:
+    """Whether the hardware can copy blocks of them: rows that lie apart, from such places on."""
+    starts = rows.data_ptr() % _ALIGNMENT == 0 == rows.stride(0) * rows.itemsize % _ALIGNMENT
+    return starts and rows.stride(0) >= rows.shape[1]
 
 
 def product(

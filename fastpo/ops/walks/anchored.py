@@ -196,8 +196,7 @@ def unit_columns(x: Tensor) -> Tensor:
 def _gemm_blocks(x: Tensor, words: Tensor, crowded: bool):  # type: ignore[no-untyped-def]  # kernels are untyped
     from ...kernels._blocks import gemm_blocks
 
-    aligned = all(t.data_ptr() % 16 == 0 == t.stride(0) * t.itemsize % 16 for t in (x, words))
-    return gemm_blocks(aligned and is_hopper(x.device), crowded)
+    return gemm_blocks(all(map(cutlass.in_blocks, (x, words))) and is_hopper(x.device), crowded)
 
 
 def _multiprocessors(device: torch.device) -> int:
