@@ -202,3 +202,10 @@ def test_a_row_has_the_same_bits_wherever_it_stands(rows):
         assert torch.equal(some.logps, whole.logps[part])
         assert torch.equal(some.entropy, whole.entropy[part])
         assert torch.equal(some.lse, whole.lse[part])
+
+
+def test_what_the_hardware_copies_as_blocks():
+    x, narrow = (torch.zeros(8, width, dtype=torch.bfloat16) for width in (64, 20))
+    assert all(map(anchored_cutlass.in_blocks, (x, x[1:], x[:, :32], narrow[::2])))
+    one = x[:1].expand(8, 64)
+    assert not any(map(anchored_cutlass.in_blocks, (x[:, 1:33], narrow, one, x.t()[:, :8])))
