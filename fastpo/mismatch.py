@@ -77,9 +77,14 @@ def diagnose(
 
 
 def _quantiles(x: Tensor, levels: Tensor) -> Tensor:
-    """Linear between ranks; torch.quantile takes no more than 2**24 numbers."""
+    """Linear between ranks; torch.quantile takes no more than 2**24 numbers.
+
+    Beside an infinite one there is no line: there it is the nearer of the two.
+    """
     ranked = x.sort().values
     place = levels * (len(ranked) - 1)
-    low = place.long()
-    high = (low + 1).clamp_max(len(ranked) - 1)
-    return ranked[low] + (place - low) * (ranked[high] - ranked[low])
+    rank = place.long()
+    share = place - rank
+    low, high = ranked[rank], ranked[(rank + 1).clamp_max(len(ranked) - 1)]
+    nearer = torch.where(share < 0.5, low, high)
+    return torch.where(low.isinf() | high.isinf(), nearer, low + share * (high - low))

@@ -64,8 +64,12 @@ class Quantities:
             if name not in self:
                 got = ", ".join(self.given) or "nothing"
                 raise ValueError(f"{name}: expected {self._expected(name)}, got {got}")
-            value = self.given.get(name, functools.partial(self._compute, name))
-            self._derived[name] = value if isinstance(value, Tensor) else value()
+            value: object = self.given.get(name, functools.partial(self._compute, name))
+            value = value() if callable(value) else value
+            if not isinstance(value, Tensor):
+                got = type(value).__name__
+                raise ValueError(f"{name}: expected a tensor or a function of none, got {got}")
+            self._derived[name] = value
         return self._derived[name]
 
     def for_objective(self, objective: Callable[..., Any]) -> dict[str, Tensor]:
@@ -160,6 +164,8 @@ def packed(
     Sums need no padding. Token-level quantities do: they are there when `width`, at least the
     longest row, is given.
     """
+    if width is not None and width < 0:
+        raise ValueError(f"width: expected at least 0, got {width}")
     rows = _Rows(offsets.shape[0] - 1, sides)
     tokens = _statistics(stats, under)
     size = tokens[0][2].shape[:1]
@@ -185,6 +191,8 @@ class _Rows:
     """Rows of several sides, one side under the other."""
 
     def __init__(self, count: int, sides: Sequence[str]) -> None:
+        if not sides:
+            raise ValueError(f"sides: expected at least one, got {sides!r}")
         if count % len(sides):
             names = ", ".join(sides)
             raise ValueError(f"rows: expected a multiple of {len(sides)} ({names}), got {count}")

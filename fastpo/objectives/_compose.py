@@ -1,5 +1,6 @@
 """compose: options many papers share, put around an objective instead of copied into it."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from ._math import REDUCTIONS, nll_term, promote
+from ._quantities import SHAPES, check_like, check_tensor
 from ._registry import (
     NonNegative,
     OneOf,
@@ -68,7 +70,8 @@ class _Plan:
         elif logps in self.made:
             self.want(logps)
             self.want(f"ref_{logps}")
-            self._derive(name, lambda a, b: a - b.detach(), a=logps, b=f"ref_{logps}")
+            ratio = functools.partial(_log_ratio, f"ref_{logps}")
+            self._derive(name, ratio, a=logps, b=f"ref_{logps}")
         elif name in self.mirrors:
             self._mirror(self.mirrors[name])
         else:
@@ -113,6 +116,11 @@ class _Plan:
         self.made.update(dict.fromkeys(targets.values(), (entry.key,)))
 
 
+def _log_ratio(reference: str, a: Tensor, b: Tensor) -> Tensor:
+    check_like(reference, b, a)
+    return a - b.detach()
+
+
 def compose(
     objective: str | Function,
     *transforms: str | Function,
@@ -135,15 +143,18 @@ def compose(
     _PARAMETERS["sft_reduction"].check(sft_reduction)
     _PARAMETERS["third_weight"].check(third_weight)
     _PARAMETERS["reference_free"].check(reference_free)
-    target = get(objective) if isinstance(objective, str) else objective
-    stages = [get(stage) if isinstance(stage, str) else stage for stage in transforms]
+    target = _function("objective", objective)
+    stages = [_function("transform", stage) for stage in transforms]
     plan = _planned(target, stages, reference_free)
-    added = {"chosen_logps": sft_weight, "chosen_lengths": sft_weight, "third_logps": third_weight}
-    for name, weight in added.items():
-        if weight:
-            plan.want(name)
+    _refuse_terms(target, sft_weight=sft_weight, third_weight=third_weight)
+    added = ["chosen_logps", "chosen_lengths"] if sft_weight else []
+    added += ["third_logps"] if third_weight else []
+    for name in added:
+        plan.want(name)
 
     def terms(rows: Tensor, scope: dict[str, Tensor]) -> Tensor:
+        for name in added:
+            check_like(name, scope[name], rows)
         if sft_weight:
             nll = nll_term(scope["chosen_logps"], scope["chosen_lengths"], sft_reduction)
             rows = rows + sft_weight * nll
@@ -153,6 +164,22 @@ def compose(
 
 
 _PARAMETERS = parameters_of(compose)
+
+
+def _function(name: str, given: str | Function) -> Function:
+    if not (isinstance(given, str) or callable(given)):
+        raise ValueError(f"{name}: expected a key or a function, got {given!r}")
+    return get(given) if isinstance(given, str) else given
+
+
+def _refuse_terms(target: Function, **weights: float) -> None:
+    """Terms are of pairs: where a row is a group of responses, none belongs to it."""
+    entry = entry_of(target)
+    if entry is None or "groups" not in quantities_of(target):
+        return
+    for name, weight in weights.items():
+        if weight and entry.shapes["groups"] == SHAPES["groups"]:  # elsewhere rows are pairs
+            raise ValueError(f"{entry.key}: expected no {name}, rows are groups; got {weight}")
 
 
 def _planned(target: Function, stages: list[Function], reference_free: bool) -> _Plan:
@@ -192,13 +219,17 @@ def _assembled(
 
     def composed(*args: Tensor, **kwargs: Any) -> Tensor:
         given = signature.bind(*args, **kwargs).arguments
-        scope = {n: promote(given.pop(n)) for n in plan.inputs if given.get(n) is not None}
+        present = [n for n in plan.inputs if given.get(n) is not None]
+        scope = {n: promote(check_tensor(n, given.pop(n))) for n in present}
         options = {name: value for name, value in given.items() if name not in plan.inputs}
         made: set[str] = set()
         for step in plan.steps:
             step.run(scope, made)
         rows = target(**{name: scope[name] for name in wanted if name in scope}, **options)
-        return terms(rows * scope["pair_weights"] if weigh else rows, scope)
+        if weigh:
+            check_like("pair_weights", scope["pair_weights"], rows)
+            rows = rows * scope["pair_weights"]
+        return terms(rows, scope)
 
     base = unwrap(target)[0]
     composed.__name__ = getattr(base, "__name__", "composed")

@@ -89,10 +89,20 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def group_count(groups: Tensor, num_groups: int | None) -> int:
-    """G. Without num_groups it is read from the device: the one synchronisation allowed."""
-    if num_groups is not None:
-        return num_groups
-    return int(groups.max()) + 1 if groups.numel() else 0
+    """G. Without num_groups it is read from the device: the one synchronisation allowed.
+
+    With it nothing may wait: ids that do not fit are an error where they can be read at once. On a
+    GPU and in a compiled function such rows fall out of the loss, or an index faults the device.
+    """
+    if num_groups is None:
+        return int(groups.max()) + 1 if groups.numel() else 0
+    # Subclasses of Tensor, as of torch.compile and of plans, may have no values.
+    at_once = type(groups) is Tensor and groups.device.type == "cpu"
+    if at_once and groups.numel() and not torch.compiler.is_compiling():
+        largest = int(groups.max())
+        if largest >= num_groups:
+            raise ValueError(f"groups: expected ids below num_groups = {num_groups}, got {largest}")
+    return num_groups
 
 
 def group_starts(groups: Tensor, num_groups: int) -> Tensor:
@@ -112,16 +122,19 @@ def group_sizes(groups: Tensor, num_groups: int) -> Tensor:
     return group_starts(groups, num_groups).diff()
 
 
-def group_center(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+def group_center(x: Tensor, groups: Tensor, num_groups: int, known: Tensor | None = None) -> Tensor:
     """[N] x minus the mean of its group, exactly 0 when the group is all equal.
 
-    Measured from the group's first row: the rounded mean of equal numbers need not be that number,
-    and a division by their standard deviation turns the difference into a large advantage.
+    `known` [N] bool: the rows that count; the others are 0. Measured from the group's largest: the
+    rounded mean of equal numbers need not be that number, and a division by their standard
+    deviation turns the difference into a large advantage.
     """
-    starts = group_starts(groups, num_groups)
-    offset = x - x[starts[groups]]
-    mean = group_sum(offset, groups, num_groups) / starts.diff().clamp(min=1)
-    return offset - mean[groups]
+    known = torch.ones_like(x, dtype=torch.bool) if known is None else known
+    top = group_max(torch.where(known, x, -math.inf), groups, num_groups)
+    offset = torch.where(known, x - top[groups], 0)
+    sizes = group_sum(known.to(x.dtype), groups, num_groups)
+    mean = group_sum(offset, groups, num_groups) / sizes.clamp(min=1)
+    return torch.where(known, offset - mean[groups], 0)
 
 
 def group_max(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:

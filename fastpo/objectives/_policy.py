@@ -114,7 +114,11 @@ class Batch:
         return k3(ref - self.token_logps)
 
     def entropy_mean(self, coefficient: float) -> Tensor:
-        """[N] rows whose mean is the mean entropy of all scored tokens."""
+        """[N] rows whose mean is the mean entropy of all scored tokens.
+
+        Whatever is_weights are: a 0 may be of the entropy mask, which TRL applies here as well, or
+        of the sampler's weights and the off-policy mask, which it does not.
+        """
         entropy = required("entropy", self.entropy, "entropy_coef", coefficient)
         return token_mean(entropy, self.mask)
 

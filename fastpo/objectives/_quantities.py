@@ -99,6 +99,18 @@ def _check_shape(name: str, value: Tensor, shapes: Shapes, sizes: dict[str, int]
     raise ValueError(f"{name}: expected shape {expected}, got {got}")
 
 
+def check_like(name: str, value: Tensor, rows: Tensor) -> None:
+    """`value` has the shape of `rows`; broadcast, it would make other rows of them."""
+    if value.shape != rows.shape:
+        raise ValueError(f"{name}: expected shape {tuple(rows.shape)}, got {tuple(value.shape)}")
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+    return value
+
+
 def _dtype(name: str, value: Tensor) -> Tensor:
     if is_mask(name) or name == "ties":
         return value.bool()
@@ -118,8 +130,7 @@ def prepare(
     for name, value in given.items():
         if value is None:
             continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+        check_tensor(name, value)
         _check_shape(name, value, shapes[name], sizes)
         constant = name not in DIFFERENTIABLE and name not in gradient_into
         ready[name] = _dtype(name, value.detach() if constant else value)

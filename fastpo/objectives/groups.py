@@ -2,7 +2,8 @@
 
 `h_k = β·logratio_k` and S_k (higher is better) belong to member k of the K members of a group.
 Here are the objectives of the group as a set, in segment operations; those of its ranking or its
-pairs are in `groups_rankings`.
+pairs are in `groups_rankings`. `num_groups` may exceed the ids that are present; an id beyond it is
+an error on a CPU, and undefined on a GPU, where nobody waits to see it.
 """
 
 import math

@@ -4,7 +4,8 @@
 ("sequence_token") the value of the second with the gradient of log pi_t; x_t = logp_t - old_t, and
 without old the ratio is 1, with gradient. The policy term is multiplied by is_weights; β·k3(ref_t -
 logp_t), times w if unbiased_kl, is added per token; entropy_coef times the mean entropy of all
-scored tokens is subtracted. A row without scored tokens gives 0.
+scored tokens is subtracted, whatever is_weights are (TRL averages over those of its entropy mask
+alone). A row without scored tokens gives 0.
 
 Siblings of the family: `policy_gradient_weights`, `policy_gradient_sequence`,
 `policy_gradient_values`.

@@ -118,10 +118,13 @@ def vespo(
     """Mean over all scored tokens of -φ·A·logp, φ = sg(exp(λ + k·ω - λ·e^ω)).
 
     ω is the log-ratio of the row: Σ_t clamp(x_t, ±20) + Σ_t clamp(log is_weights_t, log 1e-8, 20),
-    clamped into [log 1e-8, 20]; is_weights [N, 1] count once and are no factor. k, λ by the sign of
-    A (0 is positive). The KL term has the token's ratio; num_tokens as in dapo.
+    clamped into [log 1e-8, 20]; is_weights [N, 1] count once and are no factor. A weight of 0 is a
+    mask's: a factor 0 of the token's term, and nothing in ω (TRL: so for its entropy and off-policy
+    masks; its sampler's token_mask adds log 1e-8). k, λ by the sign of A (0 is positive). The KL
+    term has the token's ratio; num_tokens as in dapo.
     """
-    batch = Batch(token_logps, mask, advantages, old_token_logps, ref_token_logps, entropy)
+    kept = None if is_weights is None else is_weights != 0
+    batch = Batch(token_logps, mask, advantages, old_token_logps, ref_token_logps, entropy, kept)
     omega = _row_log_ratio(log_ratios(token_logps, old_token_logps).detach(), mask, is_weights)
 
     def term(_: Tensor, advantages: Tensor) -> Tensor:
@@ -135,11 +138,15 @@ def vespo(
 
 
 def _row_log_ratio(x: Tensor, mask: Tensor, is_weights: Tensor | None) -> Tensor:
-    """[N, 1] log of pi over the sampler for the whole row, bounded per token and as a sum."""
+    """[N, 1] log of pi over the sampler for the whole row, bounded per token and as a sum.
+
+    A weight of 0 is no ratio: one masked token would drown all others in log 1e-8.
+    """
     total = masked_sum(x.clamp(-_LOG_BOUND, _LOG_BOUND), mask)[:, None]
     if is_weights is not None:
-        # Clamped before the log, which has NaN below 0 and -inf at the 0 of unscored positions.
-        log_weights = is_weights.clamp(_SMALLEST, math.exp(_LOG_BOUND)).log()
+        ratios = is_weights.masked_fill(is_weights == 0, 1)
+        # Clamped before the log, which has NaN below 0.
+        log_weights = ratios.clamp(_SMALLEST, math.exp(_LOG_BOUND)).log()
         per_position = is_weights.shape == mask.shape
         total = total + (masked_sum(log_weights, mask)[:, None] if per_position else log_weights)
     return total.clamp(math.log(_SMALLEST), _LOG_BOUND)

@@ -14,7 +14,6 @@ from ._math import (
     expm1_cap,
     group_center,
     group_count,
-    group_sizes,
     group_sum,
     masked_mean,
     masked_sum,
@@ -175,17 +174,19 @@ def group_advantages(
 ) -> Quantities:
     """A = s - group mean, over std + eps of the group, of the batch, or of nothing.
 
-    std has n - 1 in the denominator; for one row it is 0. Equal scores: A = 0.
+    std has n - 1 in the denominator; for one row it is 0. Equal scores: A = 0. A score that is NaN
+    (no reward) has A = 0 and counts in no mean and no std.
     """
-    count = group_count(groups, num_groups)
-    advantages = group_center(scores, groups, count)
+    count, known = group_count(groups, num_groups), ~scores.isnan()
+    advantages = group_center(scores, groups, count, known)
     if scale == "group":
         squares = group_sum(advantages.square(), groups, count)
-        variance = squares / (group_sizes(groups, count) - 1).clamp(min=1)
-        std = variance.sqrt()[groups]
+        sizes = group_sum(known.to(scores.dtype), groups, count)
+        std = (squares / (sizes - 1).clamp(min=1)).sqrt()[groups]
     elif scale == "batch":
-        deviation = scores - scores.sum() / max(scores.numel(), 1)
-        std = (deviation.square().sum() / max(scores.numel() - 1, 1)).sqrt()
+        size = known.sum()
+        deviation = torch.where(known, scores - scores.nansum() / size.clamp(min=1), 0)
+        std = (deviation.square().sum() / (size - 1).clamp(min=1)).sqrt()
     else:
         return {"advantages": advantages}
     spread = std + eps  # 0 when eps is and all scores are equal; then A is 0 as well
@@ -203,7 +204,10 @@ def rloo_advantages(
     beta: float = 0.0,
     num_groups: NumGroups = None,
 ) -> Quantities:
-    """r = s - beta·Σ_t (old - ref); A = r - mean of the other rows of the group, 0 if alone."""
+    """r = s - beta·Σ_t (old - ref); A = r - mean of the other rows of the group, 0 if alone.
+
+    A score that is NaN (no reward) has A = 0 and is no other row.
+    """
     rewards = scores
     if beta != 0:
         if old_token_logps is None or ref_token_logps is None or mask is None:
@@ -212,10 +216,10 @@ def rloo_advantages(
                 f"got beta {beta} without them"
             )
         rewards = scores - beta * masked_sum(old_token_logps - ref_token_logps, mask)
-    count = group_count(groups, num_groups)
-    sizes = group_sizes(groups, count)[groups]
+    count, known = group_count(groups, num_groups), ~scores.isnan()
+    sizes = group_sum(known.to(scores.dtype), groups, count)[groups]
     # r_i - (Σ_j r_j - r_i)/(n - 1) = (r_i - mean)·n/(n - 1)
-    centered = group_center(rewards, groups, count)
+    centered = group_center(rewards, groups, count, known)
     return {"advantages": centered * sizes / (sizes - 1).clamp(min=1)}
 
 
@@ -228,6 +232,12 @@ def lsc_scores(
     return {"scores": F.logsigmoid(objective_scores - reference_scores).sum(-1)}
 
 
+def _above_sampler(token_logps: Tensor, sampler_token_logps: Tensor) -> Tensor:
+    """logp - sampler; 0 where the sampler's is NaN, as engines mark what they do not know."""
+    difference = token_logps.detach() - sampler_token_logps
+    return difference.masked_fill(sampler_token_logps.isnan(), 0)
+
+
 @transform("off_policy_mask", outputs=("is_weights",))
 def off_policy_mask(
     token_logps: Tensor,  # [N, T] nats
@@ -237,8 +247,11 @@ def off_policy_mask(
     *,
     threshold: float = 0.5,
 ) -> Quantities:
-    """1 where A ≥ 0 or the mean of sampler - logp over the row is at most threshold, else 0."""
-    drift = masked_mean((sampler_token_logps - token_logps).detach(), mask)[:, None]
+    """1 where A ≥ 0 or the mean of sampler - logp over the row is at most threshold, else 0.
+
+    A sampler's log-probability that is NaN (not known) counts as equal to the policy's.
+    """
+    drift = masked_mean(-_above_sampler(token_logps, sampler_token_logps), mask)[:, None]
     per_row = advantages if advantages.ndim == 2 else advantages[:, None]
     return {"is_weights": ((per_row >= 0) | (drift <= threshold)).to(drift.dtype)}
 
@@ -252,7 +265,8 @@ def high_entropy_mask(
 ) -> Quantities:
     """1 where scored and entropy ≥ the 1 - top quantile over all scored tokens, else 0.
 
-    Tokens whose entropies differ by rounding alone are on one side, above.
+    Tokens whose entropies differ by rounding alone are on one side, above. The bonus of an
+    objective's entropy_coef stays that of all scored tokens; TRL's is that of the tokens above.
     """
     entropy = entropy.detach()
     if entropy.numel() == 0:
@@ -283,17 +297,17 @@ def sampler_is_weights(
 ) -> Quantities:
     """w = exp⁺(old - sampler), per token or of the sum over the row, [N, 1].
 
-    "truncate" clamps w into [floor, cap], "mask" makes it 0 outside; None is no bound.
+    "truncate" clamps w into [floor, cap], "mask" makes it 0 outside; None is no bound. A sampler's
+    log-probability that is NaN (not known) counts as equal to the old one.
     """
     low = 0.0 if floor is None else floor
     high = math.inf if cap is None else cap
     if low > high:
         raise ValueError(f"floor: expected at most cap = {cap}, got {floor}")
-    difference = torch.where(mask, old_token_logps - sampler_token_logps, 0)
+    difference = torch.where(mask, _above_sampler(old_token_logps, sampler_token_logps), 0)
     if mode.startswith("sequence"):
         difference = difference.sum(-1, keepdim=True)
     weights = exp_cap(difference)
-    clamped = weights.clamp(low, high)
     if mode.endswith("truncate"):
-        return {"is_weights": clamped}
-    return {"is_weights": torch.where(weights == clamped, weights, 0)}
+        return {"is_weights": weights.clamp(low, high)}
+    return {"is_weights": weights.masked_fill((weights < low) | (weights > high), 0)}

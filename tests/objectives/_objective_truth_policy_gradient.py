@@ -175,13 +175,14 @@ def vespo(mask, *, k_pos=2.0, lambda_pos=3.0, k_neg=3.0, lambda_neg=2.0, num_tok
 
     def term(row):
         log_w = torch.clamp(row.x.detach(), -20, 20).sum()
-        log_w = log_w + torch.clamp(torch.log(row.weights), low, high).sum()
+        seen = row.weights != 0  # a 0 is a mask's
+        log_w = log_w + torch.clamp(torch.log(row.weights[seen]), low, high).sum()
         omega = torch.clamp(log_w, low, high)
         p = []
         for a, logp in zip(row.a, row.logp, strict=True):
             k, lam = (k_pos, lambda_pos) if a >= 0 else (k_neg, lambda_neg)
             p.append(-torch.exp(lam + k * omega - lam * torch.exp(omega)) * a * logp)
-        return torch.stack(p) if p else 0 * row.logp
+        return torch.stack(p) * seen if p else 0 * row.logp
 
     return term, token_mean(mask, num_tokens), "token"
 

@@ -1,6 +1,7 @@
 """compose: what it asks for, in which order it runs, what it refuses."""
 
 import inspect
+import re
 from functools import partial
 
 import pytest
@@ -163,11 +164,69 @@ def test_in_front_of_diffusion():
         (("dpo",), {"sft_weight": -1.0}, r"^sft_weight: expected a number in \[0, inf\), got -1.0"),
         (("dpo",), {"sft_reduction": "max"}, "^sft_reduction: expected one of mean, sum, batch"),
         (("nothing",), {}, "^objective: expected one of"),
+        ((3,), {}, "^objective: expected a key or a function, got 3"),
+        (("dpo", 3), {}, "^transform: expected a key or a function, got 3"),
+        (
+            ("infonca",),
+            {"sft_weight": 1.0},
+            "^infonca: expected no sft_weight, rows are groups; got 1.0",
+        ),
+        (
+            ("rm_listmle",),
+            {"third_weight": 0.5},
+            "^rm_listmle: expected no third_weight, rows are groups; got 0.5",
+        ),
     ],
 )
 def test_refusals(arguments, options, message):
     with pytest.raises(ValueError, match=message):
         compose(*arguments, **options)
+
+
+SIDES = {n: torch.zeros(3) for n in ("chosen_logratios", "rejected_logratios")}
+TERMS = {n: torch.ones(3) for n in ("chosen_logps", "chosen_lengths", "third_logps")}
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("shape", [(3, 1), (1,), ()])
+def test_terms_have_the_shape_of_the_rows(name, shape):
+    """Broadcast, they would change the number of rows, or one term would count three times."""
+    function = compose("dpo", sft_weight=1.0, third_weight=1.0)
+    assert function(**SIDES, **TERMS).shape == (3,)
+    message = rf"^{name}: expected shape \(3,\), got {re.escape(str(shape))}"
+    with pytest.raises(ValueError, match=message):
+        function(**SIDES, **{**TERMS, name: torch.ones(shape)})
+
+
+def test_what_compose_reads_is_checked():
+    with pytest.raises(ValueError, match=r"^chosen_logratios: expected a tensor, got list"):
+        compose("dpo")(**{**SIDES, "chosen_logratios": [0.0, 1.0, 2.0]})
+    tokens = {n: x[:1] for n, x in make_inputs(get("wpo_weights")).items()}
+    with pytest.raises(ValueError, match=r"^pair_weights: expected shape \(3,\), got \(1,\)"):
+        compose("hinge", "wpo_weights")(**SIDES, **tokens)
+
+
+def test_a_reference_is_not_broadcast():
+    @objectives.transform("halves_of_a_test", outputs=("chosen_logps",))
+    def halve(chosen_logps: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"chosen_logps": chosen_logps / 2}
+
+    try:
+        function = compose("dpo", halve)
+        given = {n: torch.zeros(3) for n in required(function)}
+        assert function(**given).shape == (3,)
+        with pytest.raises(ValueError, match=r"^ref_chosen_logps: expected shape \(3,\), got"):
+            function(**{**given, "ref_chosen_logps": torch.zeros(1)})
+    finally:
+        objectives._registry._TABLE.pop("halves_of_a_test")
+
+
+def test_the_pairs_of_annotators_take_terms():
+    """maxmin_rm has groups, and a row for each pair."""
+    rewards = {n: torch.zeros(3, 2) for n in ("chosen_rewards", "rejected_rewards")}
+    function = compose("maxmin_rm", third_weight=1.0)
+    rows = function(**rewards, groups=torch.tensor([0, 0, 1]), third_logps=TERMS["third_logps"])
+    assert rows.shape == (3,)
 
 
 def test_missing_quantity():

@@ -128,6 +128,38 @@ def test_advantages(seed, shift, scale):
     close(torch.zeros(3, dtype=s.dtype).index_add(0, groups, rloo), 0 * sums)
 
 
+@given(seed=st.integers(0, 50), lost=st.sets(st.integers(0, 5), min_size=1))
+@few
+def test_a_row_without_a_reward_is_not_there(seed, lost):
+    """NaN, as where every reward function returned None: advantage 0, and no part of a mean."""
+    inputs = make_inputs(get("group_advantages"), seed=seed)
+    scores, groups = inputs["scores"], inputs["groups"]
+    known = torch.tensor([i not in lost for i in range(len(scores))])
+    with_gaps = scores.masked_fill(~known, math.nan)
+    for function in (
+        get("rloo_advantages", num_groups=3),
+        *(get("group_advantages", scale=s, num_groups=3) for s in ("group", "batch", "none")),
+    ):
+        found = function(with_gaps, groups)["advantages"]
+        assert (found[~known] == 0).all()
+        close(found[known], function(scores[known], groups[known])["advantages"])
+
+
+def test_the_sampler_may_not_know_a_token():
+    """NaN, as engines mark it, has ratio 1. A NaN of one's own model stays one."""
+    old, mask = -torch.rand(2, 4), torch.ones(2, 4, dtype=torch.bool)
+    sampler = -torch.rand(2, 4)
+    unknown = torch.tensor([[0, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    with_gaps, filled = sampler.masked_fill(unknown, math.nan), torch.where(unknown, old, sampler)
+    broken = old.masked_fill(torch.eye(2, 4).bool(), math.nan)
+    for mode in ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate"):
+        weights = get("sampler_is_weights", mode=mode, cap=None)
+        found = weights(old, with_gaps, mask)["is_weights"]
+        assert torch.equal(found, weights(old, filled, mask)["is_weights"])
+        assert torch.equal(found[1], torch.ones_like(found[1]))
+        assert weights(broken, sampler, mask)["is_weights"].isnan()[0, 0]
+
+
 def test_batch_reduction_averages_to_the_token_mean():
     logps, n = torch.tensor([-3.0, 0.0, -8.0]), lengths(2, 0, 4)
     close(get("sft")(logps, n).mean(), torch.tensor(11 / 6), rtol=1e-6)

@@ -1,6 +1,7 @@
 """Groups: identities, invariances, and any grouping with ties against the truth."""
 
 import math
+from functools import partial
 
 import _objective_truth_groups  # noqa: F401, enters its rows
 import pytest
@@ -111,6 +112,21 @@ def test_groups_do_not_see_each_other(key, sizes, seed):
 def test_num_groups_may_be_read(key):
     q = problem(key, [2, 0, 3])
     close(get(key)(**q), get(key)(**q, num_groups=3))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_row_falls_out_of_a_number_of_groups(key):
+    q = problem(key, [2, 0, 3])
+    with pytest.raises(ValueError, match=r"^groups: expected ids below num_groups = 2, got 2"):
+        get(key)(**q, num_groups=2)
+
+
+@pytest.mark.parametrize("key", ["infonca", "swepo", "dpo_plackett_luce"])
+def test_a_number_of_groups_keeps_the_graph_whole(key):
+    """The check of the ids would read them in the middle of it."""
+    q = problem(key, [2, 0, 3])
+    whole = torch.compile(partial(get(key), num_groups=3), fullgraph=True, backend="eager")
+    close(whole(**q), get(key)(**q))
 
 
 @pytest.mark.parametrize("key", ["dpo_plackett_luce", "knowpat", "pro_ranking"])

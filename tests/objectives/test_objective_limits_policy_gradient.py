@@ -195,10 +195,26 @@ def test_vespo_weight():
     close(get("vespo")(**far), torch.zeros(N).double())
     close(get("vespo")(**q, is_weights=torch.ones(N, 1)), on_policy)
     tiny = get("vespo")(**q, is_weights=torch.full((N, 1), 1e-8))
-    for value in (0.0, -1.0, 1e-30):
+    for value in (-1.0, 1e-30):
         close(get("vespo")(**q, is_weights=torch.full((N, 1), value)), tiny)
     sharp = get("vespo", k_pos=1e4, lambda_pos=1e3, k_neg=1e4, lambda_neg=1e3)  # φ(e²) = e^13611
     assert sharp(**q, is_weights=torch.full((N, 1), math.exp(2))).isfinite().all()
+
+
+@pytest.mark.parametrize("key", PER_TOKEN)
+@given(seed=seeds)
+@few
+def test_a_weight_of_0_is_a_mask(key, seed):
+    """It takes its token out, or its row, and leaves the others what they are."""
+    q = inputs(key, seed)
+    kept = torch.rand(N, T, generator=torch.Generator().manual_seed(seed)) < 0.5
+    per_token = {"level": "token"} if key in ("luspo", "gspo") else {}
+    weights = q["is_weights"]
+    masked = evaluate(key, {**q, "is_weights": weights * kept}, **per_token)[1]
+    beside = evaluate(key, {**q, "is_weights": weights.masked_fill(~kept, 1)}, **per_token)[1]
+    close(masked, beside * kept)
+    rows, gradient = evaluate(key, {**q, "is_weights": torch.zeros(N, 1).double()})
+    assert (rows == 0).all() and (gradient == 0).all()
 
 
 def test_few_tokens():

@@ -4,6 +4,7 @@ Nothing of TRL is transcribed and no model is built. Nash-MD left TRL with 1.14,
 "sequence_token" level.
 """
 
+import math
 from collections import defaultdict
 from functools import partial
 from types import SimpleNamespace
@@ -180,9 +181,9 @@ def test_sampler_weights(loss_type, width):
     agree(objective, theirs(q, use_vllm=True, **settings), q, needs=("is_weights",))
 
 
-@pytest.mark.parametrize("loss_type", [key for key in LOSS_TYPES if key != "vespo"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_masks(loss_type):
-    """Off-policy and entropy masks are transforms here. VESPO would read their 0 as a log-ratio."""
+    """Off-policy and entropy masks are transforms here."""
     q = quantities(7)
     objective, settings = ours_and_settings(loss_type)
     masked = compose(objective, partial(get("high_entropy_mask"), top=0.4))
@@ -192,6 +193,31 @@ def test_masks(loss_type):
     q["sampler_token_logps"] = q["old_token_logps"]
     expected = theirs(q, off_policy_mask_threshold=0.1, **settings)
     agree(kept, expected, q, needs=("sampler_token_logps",))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_masks_beside_sampler_weights(loss_type):
+    """A mask is a factor in VESPO, too, where the sampler's weights are in the log-ratio.
+
+    There TRL counts weights of masked tokens as well: 1 here, for a product with 0 keeps none.
+    """
+    q = quantities(11)
+    objective, settings = ours_and_settings(loss_type)
+    kept = get("high_entropy_mask", top=0.4)(q["entropy"], q["mask"])["is_weights"]
+    q["is_weights"] = torch.where(kept > 0, q["is_weights"], 1)
+    loss = theirs(q, use_vllm=True, top_entropy_quantile=0.4, **settings)
+    both = {**q, "is_weights": kept * q["is_weights"]}
+    agree(objective, loss, both, needs=("is_weights",))
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 0.0, 0.1])
+def test_an_unknown_log_probability_drops_no_row(threshold):
+    q = quantities(12)
+    logps, mask, advantages = q["token_logps"], q["mask"], -q["advantages"].abs()
+    sampler = q["old_token_logps"].masked_fill(torch.arange(N * T).view(N, T) % 3 == 0, math.nan)
+    ours = get("off_policy_mask", threshold=threshold)(logps, sampler, mask, advantages)
+    expected = GRPO.get_off_policy_mask(advantages[:, None], logps, sampler, mask, threshold)
+    assert torch.equal(ours["is_weights"].bool(), expected)
 
 
 @pytest.mark.parametrize("on_policy", [False, True])

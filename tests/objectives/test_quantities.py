@@ -167,6 +167,14 @@ def test_for_objective():
         Quantities({}).derive("kl_logratios")
 
 
+@pytest.mark.parametrize("column", [[1.0, 2.0], lambda: [1.0, 2.0]])
+def test_columns_are_tensors(column):
+    q = Quantities({}) | {"margins": column}
+    assert "margins" in q  # a column that nobody reads may be anything
+    with pytest.raises(ValueError, match=r"^margins: expected a tensor or a function.*, got list"):
+        q["margins"]
+
+
 def test_only_what_is_asked_is_computed():
     calls = []
 
@@ -216,6 +224,10 @@ def test_shapes():
         ValueError, match=r"^stats: expected log-probabilities in stats.logps, got None"
     ):
         quantities.padded(SimpleNamespace(logps=None), scored)
+    with pytest.raises(ValueError, match=r"^sides: expected at least one, got \(\)"):
+        quantities.padded(stats(2 * B, T), scored, sides=())
+    with pytest.raises(ValueError, match=r"^width: expected at least 0, got -1"):
+        quantities.packed(stats(5), torch.tensor([0, 2, 5]), width=-1)
     empty = quantities.padded(stats(0, T), mask(0, T), reference_free=True)
     assert empty.rows(get("dpo")).shape == (0,)
     nothing = quantities.packed(stats(0), torch.tensor([0, 0, 0]), width=2, reference_free=True)

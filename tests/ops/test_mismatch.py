@@ -57,6 +57,18 @@ def test_tokens_that_do_not_count_are_left_out():
     assert set(found.log("s/")) == {f"s/{name}" for name in names}
 
 
+def test_an_impossible_token_leaves_quantiles():
+    """A line to -inf has no numbers: a quantile beside it is the nearer rank."""
+    sampler = torch.full((3,), -1.0)
+    found = fastpo.diagnose(sampler, torch.tensor([-1.0, -math.inf, -1.0]))
+    assert (found.q01, found.median, found.q99) == (-math.inf, 0.0, 0.0)
+    found = fastpo.diagnose(sampler, torch.tensor([-1.0, -math.inf, -math.inf]))
+    assert (found.q01, found.median, found.q99) == (-math.inf, -math.inf, 0.0)
+    impossible = torch.tensor([-1.0, -math.inf, -1.0])
+    found = fastpo.diagnose(impossible, sampler)
+    assert (found.q01, found.median, found.q99) == (0.0, 0.0, math.inf)
+
+
 def test_what_cannot_be_compared_is_said():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"logps: expected shape \(2, 3\), got \(3,\)"):
