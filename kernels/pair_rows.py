@@ -23,6 +23,7 @@ from .rows import (
     _exp_of_row,
     _logits,
     _max,
+    _tanh_near_0,
     _tempered,
 )
 from .rows import LOWEST as ORIGIN
@@ -140,6 +141,12 @@ def _constants(constants_ptr, stride):
 
 
 @triton.jit
+def _difference(a, b, x):
+    """a - b where a = b·exp(2·x); subtracted, they would leave only rounding near x = 0."""
+    return tl.where(tl.abs(x) < 1.0, (a + b) * _tanh_near_0(x), a - b)
+
+
+@triton.jit
 def _terms(s, t, p, q, s_weight, t_weight, scale, KIND: tl.constexpr):
     """f, ∂f/∂s and ∂f/∂t of log-probabilities s and t, exp(s) = p and exp(t) = q."""
     if KIND == FORWARD_KL:
@@ -158,8 +165,12 @@ def _terms(s, t, p, q, s_weight, t_weight, scale, KIND: tl.constexpr):
         f = ds + dt
     elif KIND == ALPHA:
         exponent = t_weight * t + s_weight * s
-        f = _exp(tl.minimum(exponent, LARGEST, propagate_nan=tl.PropagateNan.ALL)) * scale
-        ds, dt = s_weight * f, t_weight * f
+        e = _exp(tl.minimum(exponent, LARGEST, propagate_nan=tl.PropagateNan.ALL))
+        gap = 0.5 * (t - s)
+        # (p - e)/α and (q - e)/(1 - α)
+        ds = _difference(e, p, t_weight * gap) * (s_weight * scale)
+        dt = _difference(q, e, s_weight * gap) * (t_weight * -scale)
+        f = ds + dt
     else:
         gap = p - q
         # 0·gap: 0 at equality, and NaN stays.

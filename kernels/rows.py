@@ -67,9 +67,8 @@ def _max(a, b):
 
 
 @triton.jit
-def _tanh(x):
-    """Relative error at most 1e-7 in the interpreter; ±inf gives ±1, NaN stays."""
-    # 1 - 2/(exp(2|x|) + 1) cancels towards 0; there tanh x = x + x³·P(x²), P fitted on |x| < 1.
+def _tanh_near_0(x):
+    """tanh x = x + x³·P(x²), P fitted on |x| < 1; of a larger x anything."""
     square = x * x
     p = tl.fma(square, -0.00035845146956910157, 0.0023013628522141547)
     p = tl.fma(square, p, -0.007946104205034617)
@@ -77,7 +76,14 @@ def _tanh(x):
     p = tl.fma(square, p, -0.05387980226876057)
     p = tl.fma(square, p, 0.13332344566521953)
     p = tl.fma(square, p, -0.3333329543158415)
-    near = tl.fma(x * square, p, x)
+    return tl.fma(x * square, p, x)
+
+
+@triton.jit
+def _tanh(x):
+    """Relative error at most 1e-7 in the interpreter; ±inf gives ±1, NaN stays."""
+    # 1 - 2/(exp(2|x|) + 1) cancels towards 0.
+    near = _tanh_near_0(x)
     far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2 * LOG2_E)) + 1.0)
     return tl.where(tl.abs(x) < 1.0, near, tl.where(x < 0.0, -far, far))
 

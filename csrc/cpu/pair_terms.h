@@ -58,21 +58,22 @@ struct Jsd {
 
 template <class S>
 struct Alpha {
-  typename S::Float alpha, rest, scale;
+  typename S::Float alpha, minus_alpha, rest;
 
   explicit Alpha(double a)
       : alpha(S::set(static_cast<float>(a))),
-        rest(S::set(static_cast<float>(1.0 - a))),
-        scale(S::set(static_cast<float>(a * (a - 1.0)))) {}
+        minus_alpha(S::set(static_cast<float>(-a))),
+        rest(S::set(static_cast<float>(1.0 - a))) {}
 
   Term<S> operator()(const Cell<S>& c) const {
     const auto exponent = S::fma(alpha, c.t, S::mul(rest, c.s));
-    auto e = exp<S>(S::min(S::set(fastpo::kLargestExponent), exponent));
-    // Where both exclude the word, a huge α leaves rounding of any sign in the exponent.
-    const auto zero = S::set(0.0f), excluded = S::set(fastpo::kExcluded);
-    e = S::select(S::equal(c.s, excluded), S::select(S::equal(c.t, excluded), zero, e), e);
-    const auto f = S::div(e, scale);
-    return {f, S::mul(rest, f), S::mul(alpha, f)};
+    const auto e = exp<S>(S::min(S::set(fastpo::kLargestExponent), exponent));
+    // (p - e)/α and (q - e)/(1 - α), as products: near α = 0 and 1 only rounding would be left of
+    // the differences.
+    const auto gap = S::mul(S::set(0.5f), S::sub(c.t, c.s));
+    const auto ds = S::div(S::mul(S::add(e, c.p), tanh<S>(S::mul(alpha, gap))), minus_alpha);
+    const auto dt = S::div(S::mul(S::add(e, c.q), tanh<S>(S::mul(rest, gap))), rest);
+    return {S::add(ds, dt), ds, dt};
   }
 };
 

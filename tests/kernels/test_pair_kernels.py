@@ -9,12 +9,14 @@ from __future__ import annotations
 import pytest
 import torch
 from _pair_problem import (
+    NEAR_LIMITS,
     PLAIN,
     RULES,
     Maps,
     Problem,
     add_up,
     assert_as_good,
+    assert_near_limit,
     constants_of,
     fold,
     make_constants,
@@ -261,18 +263,16 @@ def test_the_alpha_exponent_stops_at_40() -> None:
     t = torch.tensor([-1.0, -0.5, -3.0, -30.0, -1.0])
     sums = sums_of(P.Rule("alpha", 2.0), s, t)
     e = (2 * t - s).double().clamp_max(40).exp()
-    torch.testing.assert_close(sums, torch.stack((e / 2, -e / 2, e)), rtol=1e-5, atol=1e-14)
+    p, q = s.double().exp(), t.double().exp()
+    expected = torch.stack(((e + p) / 2 - q, (p - e) / 2, e - q))
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-14)
     assert sums[2, 0] == sums[2, 1] == sums[2, 4]
 
 
-def test_an_alpha_near_its_limit_is_not_rounded() -> None:
-    """1 - α and 1/(α·(α - 1)) of 1 - 2e-6 as float32 would be off by a hundredth."""
-    s, t = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -1.0])
-    alpha = 1 - 2e-6
-    sums = sums_of(P.Rule("alpha", alpha), s, t)
-    f = (alpha * t.double() + (1 - alpha) * s.double()).exp() / (alpha * (alpha - 1))
-    expected = torch.stack((f, (1 - alpha) * f, alpha * f))
-    torch.testing.assert_close(sums, expected, rtol=1e-6, atol=0.0)
+@pytest.mark.parametrize("alpha", NEAR_LIMITS)
+def test_alpha_near_its_limits(alpha: float) -> None:
+    """1 - α and 1/(α·(α - 1)) of 1 - 2e-6 as float32 would be off by a hundredth, too."""
+    assert_near_limit(pair_triton, alpha, DEVICE)
 
 
 def test_tvd_has_no_slope_where_the_heads_agree() -> None:

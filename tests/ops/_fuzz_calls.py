@@ -168,11 +168,7 @@ class Size:
 
     @property
     def values(self) -> float:
-        unit = 4 * torch.finfo(torch.float32).eps * (1 + self.logits) * self.height
-        if self.problem.call.options.get("kind") == "alpha":
-            alpha = self.problem.call.options["alpha"]
-            unit /= abs(alpha * (1 - alpha)) or 1.0  # of a difference from 1; 0 and 1 are KLs
-        return unit
+        return 4 * torch.finfo(torch.float32).eps * (1 + self.logits) * self.height
 
     def gradient(self, name: str, factors: Named, dtype: torch.dtype) -> float:
         """factors: of the loss.  dtype: of the products; probabilities are kept in it."""

@@ -109,7 +109,7 @@ def _options(name: str, heads: int) -> dict[str, st.SearchStrategy]:
         "linear_divergence": {
             **divergence,
             **logit_map("teacher_"),
-            "alpha": st.sampled_from([0.5, 0.3, 1.0, 0.0, 0.9]),
+            "alpha": st.sampled_from([0.5, 0.3, 1.0, 0.0, 0.9, 0.01, 1e-5, 0.999, 1 - 2e-6]),
             "masked": st.booleans(),
             "teacher_grad": st.booleans(),
             "outputs": st.sampled_from(

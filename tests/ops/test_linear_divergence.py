@@ -105,7 +105,22 @@ def test_of_itself_is_nothing(name):
     assert all(g.abs().max() < 1e-4 for g in grads)
 
 
-@pytest.mark.parametrize("alpha", [1.5, -0.4])
+@pytest.mark.parametrize("alpha", [0.01, -1e-4, 2e-6, 0.99, 1.0001, 1 - 2e-6])
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_an_alpha_near_its_limits(backend, alpha):
+    """Nothing is divided by alpha·(1 - alpha) that float32 has rounded."""
+    tensors = sides()
+    upstream = torch.linspace(-1, 1, len(tensors[0]))
+    options = {"kind": "alpha", "alpha": alpha}
+    ours = {"teacher_grad": True, "outputs": ("divergence", "entropy"), "backend": backend}
+    fused = run(fastpo.linear_divergence, tensors, upstream, **ours, **options)
+    wide = [x.detach().double().requires_grad_() for x in tensors]
+    truth = run(reference.linear_divergence, wide, upstream, **options)
+    for key, expected in truth.items():
+        assert (fused[key] - expected).norm() < 3e-6 * expected.norm(), key
+
+
+@pytest.mark.parametrize("alpha", [1.5, -0.4, 1000.0])
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_an_alpha_divergence_ends_at_the_cap(backend, alpha):
     """Where the heads are so far apart that e^40 stands for more, nothing moves them."""

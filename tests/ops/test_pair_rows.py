@@ -11,12 +11,14 @@ from types import ModuleType
 import pytest
 import torch
 from _pair_problem import (
+    NEAR_LIMITS,
     PLAIN,
     RULES,
     Maps,
     Problem,
     add_up,
     assert_as_good,
+    assert_near_limit,
     constants_of,
     fold,
     make_constants,
@@ -274,8 +276,15 @@ def test_the_alpha_exponent_stops_at_40(backend: Backend) -> None:
     problem, constants = cells(s, t)
     sums = add_up(backend.kernels, problem, P.Rule("alpha", 2.0), constants, backend.device)
     e = (2 * t - s).double().clamp_max(40).exp()
-    torch.testing.assert_close(sums, torch.stack((e / 2, -e / 2, e)), rtol=1e-5, atol=1e-9)
+    p, q = s.double().exp(), t.double().exp()
+    expected = torch.stack(((e + p) / 2 - q, (p - e) / 2, e - q))
+    torch.testing.assert_close(sums, expected, rtol=1e-5, atol=1e-9)
     assert sums[2, 0] == sums[2, 1] == sums[2, 4]
+
+
+@pytest.mark.parametrize("alpha", NEAR_LIMITS)
+def test_alpha_near_its_limits(backend: Backend, alpha: float) -> None:
+    assert_near_limit(backend.kernels, alpha, backend.device)
 
 
 def test_words_both_exclude_have_no_alpha_divergence(backend: Backend) -> None:

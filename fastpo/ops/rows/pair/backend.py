@@ -81,9 +81,14 @@ class Rule:
             ds, dt = (1 - beta) * p * (s - mixture), beta * q * (t - mixture)
             return ds + dt, ds, dt
         if self.kind == "alpha":
-            alpha = self.parameter
-            f = (alpha * t + (1 - alpha) * s).clamp_max(LARGEST).exp() / (alpha * (alpha - 1))
-            return f, (1 - alpha) * f, alpha * f
+            alpha, rest = self.parameter, 1 - self.parameter
+            e = (alpha * t + rest * s).clamp_max(LARGEST).exp()
+            # (p - e)/α and (q - e)/(1 - α), as products: near α = 0 and 1 only rounding would be
+            # left of the differences.
+            gap = 0.5 * (t - s)
+            ds = (e + p) * torch.tanh(alpha * gap) / -alpha
+            dt = (e + q) * torch.tanh(rest * gap) / rest
+            return ds + dt, ds, dt
         sign = 0.5 * torch.sign(p - q)
         return sign * (p - q), sign * p, -sign * q
 
@@ -91,12 +96,11 @@ class Rule:
         """D from Σ f, and where its gradient has ended."""
         if self.kind != "alpha":
             return total, None
-        scale = self.parameter * (self.parameter - 1)
-        sums = total * scale
-        # A sum of one capped exponential falls short of its value by rounding.
-        capped = sums >= math.exp(LARGEST) * (1 - 1e-5)
-        largest = math.expm1(LARGEST)
-        return torch.where(capped, torch.full_like(sums, largest), sums - 1) / scale, capped
+        largest = math.expm1(LARGEST) / (self.parameter * (self.parameter - 1))
+        # A sum of one capped exponential falls short of its value by rounding, the more so where a
+        # large α lets ∂f/∂s and ∂f/∂t cancel.
+        capped = total / largest >= (1 - 1e-5) / (1 + abs(self.parameter) * 2**-21)
+        return total.masked_fill(capped, largest), capped
 
 
 @dataclass(frozen=True)
