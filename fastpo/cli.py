@@ -155,9 +155,10 @@ def _objectives(options: argparse.Namespace) -> int:
     from . import objectives
 
     try:
+        text = objectives.describe(options.key, family=options.family)
         if options.plot is not None:
             _plot(options.key, options.plot)
-        print(objectives.describe(options.key, family=options.family))
+        print(text)
     except ValueError as error:
         return _complain("objectives", error, code=2)
     return 0

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import objectives
 from .objectives._registry import Entry, lookup, quantities_of
+from .outputs import check_file
 
 _POINTS = 161
 _GOOD, _BAD, _ZERO = "#0b6e8a", "#e0a04a", "#8a8a8a"
@@ -138,6 +139,7 @@ def _still(name: str, tokens: int) -> float | None:
 def plot(key: str, path: Path, **hyperparameters: Any) -> None:
     """Both drawn; ValueError where matplotlib is missing or does not know the kind of file."""
     axis, judged = axis_of(key), is_judged(key)
+    check_file("plot", path)  # matplotlib would write a picture beside a folder
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

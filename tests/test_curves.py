@@ -76,7 +76,10 @@ def test_plot(tmp_path, capsys):
         (["jsd", "--plot", "x.png"], "jsd: expected an objective of a margin or a log-ratio, got"),
         (["--plot", "x.png"], "--plot: expected the key of an objective beside it, got none"),
         (["dpo", "--plot", "x.word"], "plot: expected a picture's path, got x.word"),
-        (["dpo", "--plot", "no/x.png"], "plot: expected a picture's path, got no/x.png"),
+        (["dpo", "--plot", "no/x.png"], "plot: expected a file in a folder to write to, got 'no/"),
+        (["dpo", "--plot", "."], "plot: expected a file to write, got the folder '.'"),
+        (["dpo", "--plot", ""], "plot: expected a file to write, got the folder '.'"),
+        (["dpo", "--family", "tokens", "--plot", "x.png"], "family: expected none beside the key"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(arguments, message, capsys, tmp_path, monkeypatch):

@@ -100,17 +100,23 @@ def _device(options: argparse.Namespace) -> tuple[str, str]:
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise BenchError("--device: expected one that is there, got cuda")
-    if options.threads is not None:
-        if options.threads < 1:
-            raise BenchError(f"--threads: expected an integer >= 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
+    threads = _number(options, "threads", None, least=1)
+    if threads is not None:
+        torch.set_num_threads(threads)
     return device, options.dtype or ("bfloat16" if device == "cuda" else "float32")
 
 
 def _out(options: argparse.Namespace, device: str, what: str) -> Path | None:
     """Where the report goes; None outside a checkout when no file is named."""
+    from ..outputs import check_file
     from . import machine
+    from .errors import BenchError
 
+    if options.out is not None:
+        try:
+            check_file("--out", options.out, deep=True)
+        except ValueError as error:
+            raise BenchError(str(error)) from None
     results = Path(__file__).parents[2] / "benchmarks" / "results"
     if options.out is not None or not results.is_dir():
         return options.out
@@ -129,12 +135,30 @@ def _keep(path: Path | None, arguments: dict[str, Any]) -> Callable[[dict[str, A
     return lambda made: None if path is None else report.write(made | arguments, path)
 
 
-def _at_least(name: str, value: int, least: int) -> int:
+def _at_least(name: str, value: Any, least: float) -> Any:
     from .errors import BenchError
 
-    if value < least:
-        raise BenchError(f"--{name}: expected an integer >= {least}, got {value}")
+    if not value >= least:  # as nan is not, either
+        kind = "an integer" if isinstance(value, int) else "a number"
+        raise BenchError(f"--{name}: expected {kind} >= {least}, got {value}")
     return value
+
+
+def _number(options: argparse.Namespace, name: str, default: Any, least: float) -> Any:
+    """The option's, or the default where it was not given: 0 is given, too."""
+    value = getattr(options, name)
+    return default if value is None else _at_least(name.replace("_", "-"), value, least)
+
+
+def _variants(options: argparse.Namespace) -> tuple[str, ...] | None:
+    from .errors import BenchError
+
+    if options.variants is None:
+        return None
+    names = tuple(name.strip() for name in options.variants.split(","))
+    if "" in names:  # with which every name begins
+        raise BenchError(f"--variants: expected names as A,B, got {options.variants!r}")
+    return names
 
 
 def _head(options: argparse.Namespace) -> int:
@@ -148,18 +172,17 @@ def _head(options: argparse.Namespace) -> int:
 
     device, dtype = _device(options)
     gpu = device == "cuda"
-    repeats = (11 if gpu else 3) if options.repeats is None else options.repeats
     wanted = HeadOptions(
         shapes=tuple(shapes.parse(options.shapes or (["h200"] if gpu else ["readme"]))),
         device=device,
         dtype=dtype,
         cases=tuple(options.cases or CASES),
-        variants=None if options.variants is None else tuple(options.variants.split(",")),
-        repeats=_at_least("repeats", repeats, 1),
+        variants=_variants(options),
+        repeats=_number(options, "repeats", 11 if gpu else 3, least=1),
         memory=not options.no_memory,
         check_only=options.check,
-        slow=options.slow,
-        time_limit=options.time_limit,
+        slow=_number(options, "slow", None, least=0),
+        time_limit=_number(options, "time_limit", None, least=1),
     )
     path = None if options.check else _out(options, device, "head")
     try:
@@ -216,26 +239,23 @@ def _step(options: argparse.Namespace) -> int:
 
     device, dtype = _device(options)
     gpu, shared = device == "cuda", options.shared_prompts is not None
-    default = loop.SHARING if shared else loop.VARIANTS
-    names = options.variants.split(",") if options.variants else default
-    pairs = (8 if shared else 4) if options.pairs is None else options.pairs
     wanted = StepOptions(
         model=options.model or ("qwen2.5-0.5b" if gpu else "medium" if shared else "small"),
         lengths=tuple(_at_least("lengths", n, 2) for n in options.lengths or (256,)),
         device=device,
         dtype=dtype,
-        pairs=_at_least("pairs", pairs, 1),
-        steps=_at_least("steps", options.steps or (10 if gpu else 3), 1),
-        rounds=_at_least("rounds", options.rounds or (1 if gpu else 2), 1),
-        variants=tuple(name.strip() for name in names),
+        pairs=_number(options, "pairs", 8 if shared else 4, least=1),
+        steps=_number(options, "steps", 10 if gpu else 3, least=1),
+        rounds=_number(options, "rounds", 1 if gpu else 2, least=1),
+        variants=_variants(options) or (loop.SHARING if shared else loop.VARIANTS),
         texts=tuple(map(Texts.parse, options.shared_prompts or SWEEP)) if shared else (Texts(),),
         shared=shared,
         clock="process" if options.cpu_time else "wall",
         checkpointing=options.checkpointing,
         fit=("length", "pairs") if options.fit is None else tuple(options.fit),
-        memory_limit=options.memory_limit or (None if gpu else 1536),
-        most=_at_least("most", options.most, 128),
-        time_limit=options.time_limit,
+        memory_limit=_number(options, "memory_limit", None if gpu else 1536, least=1),
+        most=_number(options, "most", None, least=128),
+        time_limit=_number(options, "time_limit", None, least=1),
     )
     path = _out(options, device, "shared" if shared else "step")
     made = bench(wanted, _say, _keep(path, {"arguments": _plain(options)}))
@@ -260,13 +280,12 @@ def _sweep(options: argparse.Namespace) -> int:
     from .sweep import bench
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = {name: _at_least(name, getattr(options, name), 1) for name in ("rows", "width")}
+    sizes = {name: _number(options, name, None, 1) for name in ("rows", "width", "repeats")}
     path = _out(options, device, "sweep")
     made = bench(
         device,
         **sizes,
-        repeats=_at_least("repeats", options.repeats, 1),
-        time_limit=options.time_limit,
+        time_limit=_number(options, "time_limit", None, least=1),
         keep=_keep(path, {"arguments": _plain(options)}),
     )
     from .report import sweep_table

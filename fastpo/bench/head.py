@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from fastpo.testing import HeadInputs, make_head
 
 from . import machine
 from .check import judge
-from .errors import DeviceLost
+from .errors import BenchError, DeviceLost
 from .machine import Took
 from .process import Died, fresh
 from .rivals import rival_variants
@@ -122,11 +122,22 @@ def all_variants(options: HeadOptions) -> list[Variant]:
     ]
 
 
+def _check_variants(options: HeadOptions) -> None:
+    """BenchError for the beginning of a name that none has in these cases."""
+    everything = dict.fromkeys(v.name for v in all_variants(replace(options, variants=None)))
+    for start in options.variants or ():
+        if not any(name.startswith(start) for name in everything):
+            names = ", ".join(everything)
+            raise BenchError(f"--variants: expected how some of {names} begin, got {start!r}")
+
+
 def bench(options: HeadOptions, say: Say, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """The report; handed to `keep` after each shape, and in the middle of one that is interrupted.
 
-    DeviceLost when a variant leaves a GPU on which nothing runs any more.
+    BenchError for variants that are not there; DeviceLost when one leaves a GPU on which nothing
+    runs any more.
     """
+    _check_variants(options)
     began = time.monotonic()
     report = machine.facts(options.device) | {"what": "head", "dtype": options.dtype}
     report |= {"repeats": options.repeats, "shapes": [], "rows": [], "left_out": []}

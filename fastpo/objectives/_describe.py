@@ -21,11 +21,13 @@ _LEGEND = "? may be absent"
 
 def describe(key: str | None = None, *, family: str | None = None) -> str:
     """The table, or the whole entry of a key or alias. `family`: only that part of the table."""
-    if key is not None:
-        return whole(lookup(key))
     known = families()
     if family is not None and family not in known:
         raise ValueError(f"family: expected one of {', '.join(known)}, got {family!r}")
+    if key is not None:
+        if family is not None:
+            raise ValueError(f"family: expected none beside the key {key!r}, got {family!r}")
+        return whole(lookup(key))
     chosen = known if family is None else {family: known[family]}
     parts = [_table(home, keys) for home, keys in chosen.items() if keys]
     return "\n\n".join([*parts, _LEGEND])

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..outputs import check_file
 from .names import ATTENTION, DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS
 
 # argument of `plan_step`: what the help says of it; the others are below.
@@ -94,8 +95,10 @@ def _add_head(commands: Any) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(options).items() if name != "command"}
-    picture, report = given.pop("plot", None), given.pop("json", None)
+    files = {name: given.pop(name) for name in ("plot", "json") if name in given}
     try:
+        for name, path in files.items():
+            check_file(name, path)
         if "model" not in given:
             raise ValueError("--model: expected a folder or a config.json, got none")
         from . import plot
@@ -103,10 +106,10 @@ def _plan(options: argparse.Namespace) -> int:
 
         made = plan_step(given.pop("model"), **given)
         print(made)
-        if picture is not None:
-            plot.save(made, picture)
-        if report is not None:
-            report.write_text(made.as_json() + "\n", encoding="utf-8")
+        if "plot" in files:
+            plot.save(made, files["plot"])
+        if "json" in files:
+            files["json"].write_text(made.as_json() + "\n", encoding="utf-8")
     except (ValueError, OSError) as error:
         return _complain(error)
     return 1 if made.fits is False else 0

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 
 from ..layout.tree import layout_of
+from .given import foreign
 
 _ANSWERS = ("chosen", "rejected", "completion")
+_WHOLE = ("text", "messages")
+_FIELDS = ("prompt", *_ANSWERS, *_WHOLE)
+_EMPTY: tuple[Any, ...] = (None, "", [])
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,8 @@ def read_lengths(path: Path, model: Any) -> Lengths:
 
     if not isinstance(model, str | Path) or not Path(model).is_dir():
         raise ValueError(f"data: expected a model folder with a tokenizer beside it, got {model!r}")
-    try:
+    with foreign(f"data: expected a tokenizer in {model}"):
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    except (OSError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"data: expected a tokenizer in {model}, got {line}") from error
     items = [_texts(row, path, i) for i, row in enumerate(_rows(path), 1)]
     if not items:
         raise ValueError(f"data: expected rows in {path}, got none")
@@ -79,28 +80,40 @@ def _rows(path: Path) -> list[Any]:
             found: list[Any] = json.loads(text)
             return found
         return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or a number or depth out of bounds
         raise ValueError(f"data: expected JSON lines in {path}, got {error}") from error
 
 
 def _texts(row: Any, path: Path, number: int) -> tuple[Any, list[Any]]:
+    """Prompt, perhaps "", and what follows it: strings, or lists of turns."""
+    filled = {}
     if isinstance(row, dict):
-        answers = [row[name] for name in _ANSWERS if row.get(name)]
-        if answers:
-            return row.get("prompt") or "", answers
-        whole = row.get("text") or row.get("messages")
-        if whole:
-            return "", [whole]
+        filled = {name: row[name] for name in _FIELDS if row.get(name) not in _EMPTY}
+    answers = [filled[name] for name in _ANSWERS if name in filled]
+    prompt = filled.get("prompt", "") if answers else ""
+    answers = answers or [filled[name] for name in _WHOLE if name in filled][:1]
+    texts = [*answers, prompt] if prompt else answers
+    # A string beside turns would be left out by the tokenizer's template.
+    if answers and (all(isinstance(x, str) for x in texts) or all(map(_is_chat, texts))):
+        return prompt, answers
     wanted = "prompt with chosen and rejected or completion, or text, or messages"
-    raise ValueError(f"data: expected {wanted} in {path} row {number}")
+    kinds = (f"{name} ({type(value).__name__})" for name, value in filled.items())
+    raise ValueError(
+        f"data: expected {wanted}, all of them strings or lists of turns, in {path} row {number}, "
+        f"got {', '.join(kinds) or 'none'}"
+    )
+
+
+def _is_chat(x: Any) -> bool:
+    return isinstance(x, list) and all(isinstance(turn, dict) for turn in x)
 
 
 def _both(tokenizer: Any, prompt: Any, answer: Any) -> tuple[list[int], list[int]]:
-    if isinstance(prompt, str) and isinstance(answer, str):
-        ids = [tokenizer(x, add_special_tokens=False)["input_ids"] for x in (prompt, answer)]
-        return ids[0], ids[1]
-    turns = prompt if isinstance(prompt, list) else []
-    apply = tokenizer.apply_chat_template
-    before = apply(turns, tokenize=True, return_dict=False) if turns else []
-    whole = apply(turns + answer, tokenize=True, return_dict=False)
+    with foreign("data: expected texts that the tokenizer takes"):
+        if isinstance(answer, str):
+            ids = [tokenizer(x, add_special_tokens=False)["input_ids"] for x in (prompt, answer)]
+            return ids[0], ids[1]
+        apply = tokenizer.apply_chat_template
+        before = apply(prompt, tokenize=True, return_dict=False) if prompt else []
+        whole = apply([*prompt, *answer], tokenize=True, return_dict=False)
     return whole[: len(before)], whole[len(before) :]

@@ -8,8 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from .estimate import Estimate, Session
-from .models import size_of
+from .given import foreign, quiet
+from .models import fake, made, size_of
 from .setting import Setting
 
 # Contexts are whole blocks of attention kernels; so long, an error of 2 % is more than a block.
@@ -17,6 +21,20 @@ _GRANULE = {"context": 64, "batch": 1}
 _CLOSE = 1.02
 _LEAST = 3  # layers, and a repeat more
 MOST = {"context": 2**20, "batch": 2**14}
+
+
+def check_runs(setting: Setting, config: Any, name: str) -> None:
+    """ValueError unless transformers runs two tokens through its first layers.
+
+    Apart from the step: what goes wrong in there is not the config's fault.
+    """
+    with torch.device("meta"):
+        model = made(setting, _cut(config, _depths(config)[0]), name)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        fake(model, "cpu")
+        ids = torch.zeros(1, 2, dtype=torch.long)
+        with foreign(f"{name}: expected one whose layers run"), quiet(FakeTensorMode.__module__):
+            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
 class Depths:

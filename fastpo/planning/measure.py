@@ -14,6 +14,7 @@ from ..bench.machine import Peak
 from ..bench.process import alone
 from ..integrations.sharing.backbone import shared_prompts
 from .models import build, optimizer_of
+from .quantised import library
 from .setting import Setting
 from .steps import Step, batch_of
 
@@ -33,11 +34,20 @@ class _Job:
         return self.setting.device
 
 
-def measure(setting: Setting, config: Any, head: str, teacher: Any = None) -> int:
-    """Bytes at the peak of a step: of tensors on a GPU, else resident in a process of its own,
-    beyond what it held before there was a model."""
+def check(setting: Setting) -> None:
+    """ValueError for what is not there to measure with: asked here, where it is no failure of a
+    process."""
+    if setting.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: expected one that is there to measure, got cuda")
+    if setting.load_in_4bit:
+        library()
     if setting.attention == "flash" and setting.prompt_rows > 1 and setting.device == "cpu":
         raise ValueError("attention: expected sdpa to measure shared prompts on a cpu, got flash")
+
+
+def measure(setting: Setting, config: Any, head: str, teacher: Any = None) -> int:
+    """Bytes at the peak of a step: of tensors on a GPU, else resident in a process of its own,
+    beyond what it held before there was a model. Of a setting that `check` has nothing against."""
     found: int = alone(_run, _Job(setting, config, head, teacher))
     return found
 

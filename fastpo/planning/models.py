@@ -8,39 +8,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ..integrations.checkpointing import enable
+from .given import foreign
 from .quantised import quantise
 from .setting import Lora, Setting
 
 # With "flash" in the name transformers would look for a kernel.
 _UNMASKED = "fastpo_unmasked"
 WEIGHTS = {"bf16": torch.bfloat16, "fp16": torch.float16}  # else float32
-
-
-def read_config(model: str | Path, name: str = "model") -> Any:
-    """Of a folder or a config file; nothing is downloaded, no code of the model's own runs."""
-    path = Path(model)
-    if not path.exists():
-        raise ValueError(f"{name}: expected a folder or a config.json, got {str(model)!r}")
-    try:
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(
-            f"{name}: expected a config transformers knows, got {path}: {line}"
-        ) from error
 
 
 @dataclass
@@ -83,17 +69,14 @@ def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
     return Models(policy.train(), copied, setting)
 
 
-def made(setting: Setting, config: Any) -> Any:
+def made(setting: Setting, config: Any, name: str = "model") -> Any:
     config = copy.deepcopy(config)
     config.use_cache = False
     options: dict[str, Any] = {"dtype": WEIGHTS.get(setting.dtype, torch.float32)}
     if setting.attention == "flash":
         options["attn_implementation"] = _flash()
-    try:
+    with foreign(f"{name}: expected a causal language model"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
-    except ValueError as error:
-        line = str(error).splitlines()[0]
-        raise ValueError(f"model: expected a causal language model, got {line}") from error
 
 
 def size_of(setting: Setting, config: Any) -> int:

@@ -11,8 +11,8 @@ from . import measure as real
 from .cards import memory_of
 from .data import Lengths, read_lengths
 from .estimate import Estimate
-from .fits import Depths
-from .models import read_config
+from .fits import Depths, check_runs
+from .given import check_sizes, read_config
 from .names import LOGITS, SAMPLES
 from .setting import Lora, Setting, of_ratio
 
@@ -125,8 +125,8 @@ def plan_step(
         those of an answer, `4:1,8` has 8 rows of each (else 2 of a pair, 8 of GRPO and RLOO); ""
         takes the prompt's share as it is.
     search: also the longest context and the largest batch, each with the other as given.
-    measure: also run the real step, on a GPU if there is one, else on the CPU in a process of its
-        own, and give what it held; for `device="cpu"` on the CPU.
+    measure: also run the real step and give what it held: on the GPU, which must be there, or for
+        `device="cpu"` on the CPU in a process of its own.
     options: fields of `Setting`: trainer, dtype, device, context, batch, prompt, load_in_4bit,
         optimizer, attention, checkpointing, reference, budget, devices, strategy, prompt_rows.
 
@@ -149,6 +149,12 @@ def plan_step(
     parsed = Lora.parse(lora) if isinstance(lora, str) else lora
     setting = Setting(name, memory=memory, lora=parsed, **options)
     taught = read_config(teacher, "teacher") if isinstance(teacher, str | Path) else teacher
+    for what, each in (("model", config), ("teacher", taught)):
+        if each is not None:
+            check_sizes(each, what)
+            check_runs(setting, each, what)
+    if measure:
+        real.check(setting)  # before a search
     heads = {
         head: _head(setting, (config, taught), head, search, measure) for head in setting.heads
     }

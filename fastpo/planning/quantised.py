@@ -61,13 +61,18 @@ def quantise(model: Any) -> None:
                 setattr(parent, name, _packed(child))
 
 
+def library() -> Any:
+    """ValueError where there is none."""
+    try:
+        return import_module("bitsandbytes.nn")
+    except ImportError as error:
+        raise ValueError("measure: expected bitsandbytes for 4 bits, got none") from error
+
+
 def _packed(linear: nn.Linear) -> nn.Linear:
     if linear.weight.device.type == "meta":
         return Packed(linear)
-    try:
-        bnb: Any = import_module("bitsandbytes.nn")
-    except ImportError as error:
-        raise ValueError("measure: expected bitsandbytes for 4 bits, got none") from error
+    bnb = library()
     options = {"compress_statistics": True, "quant_type": "nf4"}
     bias = linear.bias is not None
     made = bnb.Linear4bit(

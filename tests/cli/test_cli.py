@@ -92,6 +92,11 @@ def test_objectives_of_one_family_and_one_key(capsys):
         (["plan", "head", "1", "0", "64"], "vocab: expected an integer >= 1, got 0"),
         (["objectives", "nothing"], "objective: expected one of "),
         (["objectives", "--family", "nothing"], "family: expected one of transforms"),
+        (["objectives", "dpo", "--family", "nothing"], "family: expected one of transforms"),
+        (
+            ["objectives", "dpo", "--family", "singles"],
+            "family: expected none beside the key 'dpo', got 'singles'",
+        ),
         (["demo", "--steps", "0"], "--steps: expected an integer >= 1, got 0"),
         (["demo", "--beta", "nan"], "--beta: expected a finite number > 0, got nan"),
         (["demo", "--seed", "-1"], "--seed: expected an integer >= 0, got -1"),

@@ -302,49 +302,6 @@ def test_more_memory_fits_more():
         assert depths.largest("batch", 100 * MIB) is None
 
 
-WRONG = {
-    "no model": (["--model", "nowhere"], "model: expected a folder or a config.json, got"),
-    "none": ([], "--model: expected a folder"),
-    "gpu": (["--gpu", "h1000"], "gpu: expected a size as 80GiB or one of b200, "),
-    "trainer": (["--trainer", "ppo"], "trainer: expected one of dpo, "),
-    "dtype": (["--dtype", "int8"], "dtype: expected one of bf16, "),
-    "optimizer": (["--optimizer", "lion"], "optimizer: expected one of adamw, "),
-    "attention": (["--attention", "eager"], "attention: expected one of sdpa, flash, got"),
-    "context": (["--context", "1"], "context: expected an integer >= 2, got 1"),
-    "batch": (["--batch", "0"], "batch: expected an integer >= 1, got 0"),
-    "prompt": (["--prompt", "1"], "prompt: expected a number in [0, 1), got 1"),
-    "lora": (["--lora", "rank=16"], "lora: expected r=16,targets=q_proj+v_proj, got"),
-    "targets": (["--lora", "targets=nothing"], "lora: "),
-    "4 bits": (["--load-in-4bit"], "load_in_4bit: expected an adapter (lora) with it, got none"),
-    "adapter": (["--reference", "adapter-off"], "reference: expected an adapter"),
-    "data": (["--data", "nowhere.jsonl"], "data: expected a readable file, got nowhere.jsonl"),
-    "picture": (["--plot", "nowhere/x.png"], "plot: expected a picture's path"),
-    "budget": (["--budget", "-1"], "budget: expected"),
-    "ratio": (["--shared-prompts", "4"], "shared_prompts: expected P:C, prompt to answer, or"),
-    "trainer of it": (["--shared-prompts", "4:1", "--trainer", "sft"], "shared_prompts: expected"),
-    "two prompts": (["--shared-prompts", "4:1", "--prompt", "0.5"], "prompt: expected none beside"),
-    "no teacher": (["--trainer", "gkd", "--teacher", "nowhere"], "teacher: expected a folder"),
-    "a teacher": (["--teacher", "nowhere"], "teacher: expected none for dpo, got"),
-    "reference": (["--trainer", "gkd", "--reference", "none"], "reference: expected none beside"),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_wrong_is_named(name, folder, capsys):
-    given, message = WRONG[name]
-    model = [] if name == "none" or "--model" in given else ["--model", str(folder)]
-    assert cli.main(["plan", *model, "--context", "64", *given]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_config_with_code_of_its_own(tmp_path, capsys):
-    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "mine.py").write_text("raise SystemExit(77)")
-    assert cli.main(["plan", "--model", str(tmp_path)]) == 2
-    assert "model: expected a config transformers knows" in capsys.readouterr().err
-
-
 def test_the_command(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(fits, "MOST", {"context": 128, "batch": 2})
     names = ("prompt", "chosen", "rejected")

@@ -1,0 +1,226 @@
+"""`fastpo plan`: what is wrong in what was given is named in one line, and nothing else is."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("peft")
+pytest.importorskip("matplotlib")
+
+import _tiny as tiny
+import torch
+
+from fastpo import cli
+from fastpo.planning import measure, quantised
+from fastpo.planning.fits import Depths
+from fastpo.planning.given import foreign
+
+CONFIG = {
+    "model_type": "qwen2",
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1000,
+}
+DEEP = {"deep list": "[" * 100_000, "deep object": '{"a":' * 100_000, "digits": "1" * 5000}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("model")
+    (made / "config.json").write_text(json.dumps(CONFIG))
+    tiny.tokenizer().save_pretrained(made)
+    return made
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch, tmp_path):
+    """What is said of a plan that is refused; nothing is written where it ran."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    def said(*arguments):
+        given = map(str, arguments)
+        assert cli.main(["plan", "--context", "64", "--no-search", *given]) == 2
+        # transformers may warn before
+        (line,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("fastpo "))
+        assert list((tmp_path / "here").iterdir()) == []
+        return line.removeprefix("fastpo plan: error: ")
+
+    return said
+
+
+WRONG = {
+    "no model": (["--model", "nowhere"], "model: expected a folder or a config.json, got"),
+    "none": ([], "--model: expected a folder"),
+    "gpu": (["--gpu", "h1000"], "gpu: expected a size as 80GiB or one of b200, "),
+    "trainer": (["--trainer", "ppo"], "trainer: expected one of dpo, "),
+    "dtype": (["--dtype", "int8"], "dtype: expected one of bf16, "),
+    "optimizer": (["--optimizer", "lion"], "optimizer: expected one of adamw, "),
+    "attention": (["--attention", "eager"], "attention: expected one of sdpa, flash, got"),
+    "context": (["--context", "1"], "context: expected an integer >= 2, got 1"),
+    "batch": (["--batch", "0"], "batch: expected an integer >= 1, got 0"),
+    "prompt": (["--prompt", "1"], "prompt: expected a number in [0, 1), got 1"),
+    "lora": (["--lora", "rank=16"], "lora: expected r=16,targets=q_proj+v_proj, got"),
+    "targets": (["--lora", "targets=nothing"], "lora: "),
+    "4 bits": (["--load-in-4bit"], "load_in_4bit: expected an adapter (lora) with it, got none"),
+    "adapter": (["--reference", "adapter-off"], "reference: expected an adapter"),
+    "data": (["--data", "nowhere.jsonl"], "data: expected a readable file, got nowhere.jsonl"),
+    "no picture": (["--plot", "x.word"], "plot: expected a picture's path, got x.word"),
+    "picture": (["--plot", "no/x.png"], "plot: expected a file in a folder to write to, got 'no/x"),
+    "picture of a folder": (["--plot", "."], "plot: expected a file to write, got the folder '.'"),
+    "picture of no name": (["--plot", ""], "plot: expected a file to write, got the folder '.'"),
+    "json": (["--json", "no/x.json"], "json: expected a file in a folder to write to, got 'no/x"),
+    "json of a folder": (["--json", "."], "json: expected a file to write, got the folder '.'"),
+    "json of no name": (["--json", ""], "json: expected a file to write, got the folder '.'"),
+    "budget": (["--budget", "-1"], "budget: expected"),
+    "ratio": (["--shared-prompts", "4"], "shared_prompts: expected P:C, prompt to answer, or"),
+    "trainer of it": (["--shared-prompts", "4:1", "--trainer", "sft"], "shared_prompts: expected"),
+    "two prompts": (["--shared-prompts", "4:1", "--prompt", "0.5"], "prompt: expected none beside"),
+    "no teacher": (["--trainer", "gkd", "--teacher", "nowhere"], "teacher: expected a folder"),
+    "a teacher": (["--teacher", "nowhere"], "teacher: expected none for dpo, got"),
+    "reference": (["--trainer", "gkd", "--reference", "none"], "reference: expected none beside"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_named(name, folder, refused):
+    given, message = WRONG[name]
+    model = [] if name == "none" or "--model" in given else ["--model", folder]
+    assert refused(*model, *given).startswith(message)
+
+
+@pytest.mark.parametrize("given", [["--plot", "."], ["--json", "no/x.json"]])
+def test_files_are_asked_for_before_the_plan(given, folder, refused, monkeypatch, capsys):
+    monkeypatch.setattr("fastpo.planning.plan.plan_step", lambda *_, **__: pytest.fail("began"))
+    refused("--model", folder, *given)
+
+
+def test_a_config_with_code_of_its_own(tmp_path, refused):
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("raise SystemExit(77)")
+    line = refused("--model", tmp_path)
+    assert line.startswith("model: expected a config transformers knows")
+
+
+CONFIGS = {
+    "no words": ({"vocab_size": 0}, "model: expected vocab_size >= 1, got 0"),
+    "no layers": ({"num_hidden_layers": 0}, "model: expected num_hidden_layers >= 1, got 0"),
+    "width": ({"hidden_size": -4}, "model: expected hidden_size >= 1, got -4"),
+    "no heads": ({"num_attention_heads": 0}, "model: expected num_attention_heads >= 1, got 0"),
+    "kind": ({"num_hidden_layers": "a"}, "model: expected a config transformers knows in "),
+    "dtype": ({"torch_dtype": "nothing"}, "model: expected a config transformers knows in "),
+    "activation": ({"hidden_act": "nothing"}, "model: expected a causal language model, got Key"),
+    "keys": ({"num_key_value_heads": 3}, "model: expected one whose layers run, got RuntimeError"),
+    "multiple": ({"model_type": "llama", "hidden_size": 65}, "model: expected a config transform"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_of_no_model(name, tmp_path, refused):
+    changes, message = CONFIGS[name]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    assert refused("--model", tmp_path).startswith(message)
+
+
+def test_layers_that_do_not_run_log_no_traceback(tmp_path, refused, monkeypatch):
+    logged = []
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    monkeypatch.setattr(log, "handle", logged.append)
+    config = CONFIG | {"num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert refused("--model", tmp_path).startswith("model: expected one whose layers run, got Run")
+    assert not logged and log.isEnabledFor(logging.ERROR)
+
+
+def test_a_teacher_that_does_not_run(tmp_path, folder, refused):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": 3}))
+    line = refused("--model", folder, "--trainer", "gkd", "--teacher", tmp_path)
+    assert line.startswith("teacher: expected one whose layers run, got RuntimeError")
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_files_out_of_bounds(name, tmp_path, folder, refused):
+    (tmp_path / "config.json").write_text(DEEP[name])
+    assert refused("--model", tmp_path).startswith("model: expected a config transformers knows")
+    data = tmp_path / "data.jsonl"
+    data.write_text(DEEP[name])
+    line = refused("--model", folder, "--data", data)
+    assert line.startswith(f"data: expected JSON lines in {data}, got ")
+
+
+TURNS = [{"role": "user", "content": "why"}]
+ROWS = {
+    "numbers": ({"prompt": 1, "chosen": 2, "rejected": 3}, "prompt (int), chosen (int), rej"),
+    "a number": ({"prompt": "a", "chosen": "b", "rejected": 5}, "prompt (str), chosen (str), rej"),
+    "zero": ({"prompt": "a", "chosen": "b", "rejected": 0}, "prompt (str), chosen (str), rej"),
+    "true": ({"prompt": "a", "chosen": True, "rejected": "c"}, "prompt (str), chosen (bool), "),
+    "text": ({"text": 5}, "text (int)"),
+    "messages": ({"messages": 5}, "messages (int)"),
+    "turns": ({"messages": [5]}, "messages (list)"),
+    "string before turns": ({"prompt": "a", "completion": TURNS}, "prompt (str), completion (list"),
+    "turns before string": ({"prompt": TURNS, "completion": "a"}, "prompt (list), completion (str"),
+    "no row": ([5], "none"),
+    "empty": ({"prompt": "a", "chosen": "", "rejected": None}, "prompt (str)"),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_something_else(name, tmp_path, folder, refused):
+    row, got = ROWS[name]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, [{"text": "why"}, row])))
+    line = refused("--model", folder, "--data", data)
+    assert line.startswith("data: expected prompt with chosen and rejected or completion, or text")
+    assert f" in {data} row 2, got {got}" in line
+
+
+def test_texts_that_the_tokenizer_does_not_take(tmp_path, folder, refused):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "\\ud800"}')
+    line = refused("--model", folder, "--data", data)
+    assert line.startswith("data: expected texts that the tokenizer takes, got TypeError: ")
+
+
+def test_strings_and_turns_are_both_counted(tmp_path, folder):
+    from fastpo.planning.data import read_lengths
+
+    data = tmp_path / "data.jsonl"
+    turns = {"prompt": TURNS, "chosen": [{"role": "assistant", "content": "because"}]}
+    rows = [{"prompt": "why", "chosen": "because"}, {"text": "why"}, {"messages": TURNS}, turns]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    found = read_lengths(data, folder)
+    assert found.rows == 4 and found.prompt > 0 and found.answer > 0
+
+
+def test_what_is_not_there_is_not_measured(folder, refused, monkeypatch):
+    monkeypatch.setattr(measure, "alone", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = ["--model", folder, "--measure"]
+    assert refused(*model) == "device: expected one that is there to measure, got cuda"
+
+    def missing(name):
+        raise ImportError(name)
+
+    monkeypatch.setattr(quantised, "import_module", missing)
+    line = refused(*model, "--device", "cpu", "--load-in-4bit", "--lora")
+    assert line == "measure: expected bitsandbytes for 4 bits, got none"
+
+
+def test_errors_of_our_own_are_none_of_the_config(folder, monkeypatch):
+    def breaks(self, **sizes):
+        raise TypeError("ours")
+
+    monkeypatch.setattr(Depths, "estimate", breaks)
+    with pytest.raises(TypeError, match="ours"):
+        cli.main(["plan", "--model", str(folder), "--context", "64"])
+    with pytest.raises(torch.OutOfMemoryError), foreign("model: expected one"):
+        raise torch.OutOfMemoryError
