@@ -1,4 +1,4 @@
-"""One call of a head: what all promises of its logits share."""
+"""What promises of logits share: one call of a head, and memory, had the logits been made."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.tiles.tiled import Tiled, dense
+
+Mark = tuple[int | None, int]  # version and place
 
 
 @dataclass(eq=False)
@@ -28,12 +31,11 @@ class Base:
     adapter: tuple[Tensor, Tensor] | None  # [M, r], [V, r]
     own: HeadOptions  # budget and backend
     known: Known
-    family: Family = field(default_factory=lambda: Family())
     own_tokens: bool = True
-    versions: tuple[int | None, ...] = field(init=False)
+    marks: tuple[Mark, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.versions = tuple(map(_version, self.operands))
+        self.marks = tuple(map(_mark, self.operands))
 
     @property
     def joins(self) -> bool:
@@ -52,18 +54,20 @@ class Base:
         adapter = None if down is None or up is None else (down, up)
         self.check()
         known = self.known.detach()
-        return Base(hidden, weight, bias, adapter, self.own, known, self.family, self.own_tokens)
+        return Base(hidden, weight, bias, adapter, self.own, known, self.own_tokens)
 
-    @cached_property
+    @property
     def gathered(self) -> Base:
         """With the whole head; where it lies in shards all processes have to ask for it."""
-        if not isinstance(self.weight, DTensor):
-            return self
+        return self._whole if isinstance(self.weight, DTensor) else self
+
+    @cached_property
+    def _whole(self) -> Base:
         self.check()
         with torch.enable_grad():  # whoever asks first
             weight: Tensor = whole(self.weight)
             bias = None if self.bias is None else whole(self.bias)
-        return Base(self.hidden, weight, bias, None, self.own, self.known, self.family)
+        return Base(self.hidden, weight, bias, None, self.own, self.known)
 
     def check(self) -> None:
         """Logits that a model had made would not change with its weights, nor go with them."""
@@ -74,11 +78,11 @@ class Base:
                 "FSDP2 say reshard_after_forward=False for the module that holds it"
             )
         names = ("hidden states", "lm_head.weight", "lm_head.bias", "lora_A", "lora_B")
-        for name, x, version in zip(names, self.operands, self.versions, strict=True):
-            if _version(x) != version:
+        for name, x, mark in zip(names, self.operands, self.marks, strict=True):
+            if _mark(x) != mark:
                 raise RuntimeError(
                     f"logits: expected to be read before {name} changes, "
-                    "got a change in place since the forward that promised them"
+                    "got a change since the forward that promised them"
                 )
 
     def select(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
@@ -97,16 +101,12 @@ class Base:
         return x
 
 
-@dataclass(eq=False)
-class Family:
-    """Logits of one call that were changed in place; views of them do not know."""
-
-    changed: list[Any] = field(default_factory=list)
-
-
-def _version(x: Tensor | None) -> int | None:
+def _mark(x: Tensor | None) -> Mark:
+    """Other values in place have another version, those set as `data` lie elsewhere."""
     x = _memory(x)
-    return None if x is None or x.is_inference() else x._version
+    if x is None:
+        return None, 0
+    return None if x.is_inference() else x._version, x.data_ptr()
 
 
 def _memory(x: Tensor | None) -> Tensor | None:
@@ -150,6 +150,75 @@ class Known:
             torch.where(new, lse[order], self.lse),
             self.reading,
         )
+
+
+@dataclass(eq=False)
+class Watch:
+    """Were the values of some rows changed in place? It outlives their tensor, not their memory."""
+
+    rows: Tensor | None
+    here: bool = False  # by the tensor itself
+    counter: Tensor | None = None  # of changes through views of the values, which may live longer
+    version: int = 0  # of the counter, as far as the tensor itself knows
+    storage: StorageWeakRef | None = None
+
+    def see(self, values: Tensor) -> None:
+        """From now on; no memory is held."""
+        self.storage = StorageWeakRef(values.untyped_storage())
+        with torch.inference_mode(False):
+            self.counter = values.detach()
+            self.counter.data = values.new_empty(0)
+        self.version = self.counter._version
+
+    @property
+    def elsewhere(self) -> bool:
+        """Through a view of the values, which autograd knows and the tensor does not."""
+        return self.counter is not None and self.counter._version != self.version
+
+    @property
+    def changed(self) -> bool:
+        return self.here or self.elsewhere
+
+    @property
+    def over(self) -> bool:
+        """Nobody has changed the values, and nobody can."""
+        return not self.changed and self.storage is not None and self.storage.expired()
+
+    def shares(self, other: Watch) -> bool:
+        """Views of the same logits have views of the same row numbers."""
+        if self.rows is None or other.rows is None:
+            return False
+        one, two = (x.untyped_storage().data_ptr() for x in (self.rows, other.rows))
+        return one == two
+
+
+@dataclass(eq=False)
+class Family:
+    """What was computed or changed of logits and of views of them; a copy has its own."""
+
+    watches: list[Watch] = field(default_factory=list)
+
+    def add(self, watch: Watch) -> None:
+        others = (x for x in self.watches if x is not watch and not x.over)
+        self.watches = [*others, watch]
+
+    def forget(self, watch: Watch, rows: Tensor) -> bool:
+        """Whether it is of just these rows: whoever asks will have its values."""
+        own = watch.rows
+        if own is None or own.shape != rows.shape or own.stride() != rows.stride():
+            return False
+        if own.data_ptr() == rows.data_ptr():
+            self.watches = [x for x in self.watches if x is not watch]
+        return own.data_ptr() == rows.data_ptr()
+
+    def expect_unchanged(self, own: Watch, heir: Watch | None) -> None:
+        """But by the tensor that asks. heir: of logits that took its values over."""
+        others = [x for x in self.watches if x is not own and x.shares(own)]
+        if any(x is not None and x.changed for x in (*others, heir)):
+            raise RuntimeError(
+                "logits: expected no change in place through another view of them, got one; "
+                "fastpo keeps views apart: read the changed one, or change a copy"
+            )
 
 
 def same_memory(one: Tensor | None, other: Tensor | None) -> bool:

@@ -33,7 +33,8 @@ def reduced(node: Node, numbers: list[Tensor], reduction: Reduction) -> Any:
     numbers: tensors [*rows.shape, ...] that it reads, too.
     """
     shape = node.rows.shape
-    given = [x.reshape((shape.numel(), *x.shape[len(shape) :])) for x in numbers]
+    # As they are now: the backward reads them again.
+    given = [x.reshape((shape.numel(), *x.shape[len(shape) :])).clone() for x in numbers]
     plan = _Plan(node, reduction, given)
     found = _Blocks.apply(plan, *plan.operands())
     whole = [x.reshape((*shape, *x.shape[1:])) for x in found]
@@ -107,9 +108,9 @@ class _Block:
         return self.known[key][1]
 
     def product(self, node: Promise, where: Tensor) -> Tensor:
-        key = (id(node.base), id(node.rows), id(where))
+        key = (id(node.base), id(node.dense), id(where))
         if key not in self.known:
-            rows = node.rows.flatten().index_select(0, where).clamp(min=0)
+            rows = node.dense.flatten().index_select(0, where).clamp(min=0)
             which = next(i for i, base in enumerate(self.plan.bases) if base is node.base)
             hidden, adapter = node.base.select(rows)
             with torch.no_grad():

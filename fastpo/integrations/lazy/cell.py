@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...ops.walks.saving import saving_hooks
-from .blocks import fits_one_block
-from .rowwise import Node
+from .base import Watch
+from .blocks import fits_one_block, reduced
+from .rowwise import Node, Rowwise
 
 _log = logging.getLogger(__name__)
 told: set[tuple[str, str]] = set()  # operation and place
@@ -31,11 +32,19 @@ class Graph:
     def logits(self, name: str) -> Tensor:
         """The values [..., V], without a graph of their own."""
         with torch.inference_mode(False), torch.enable_grad(), _uncounted():
-            self.leaves = self.promise.leaves(name)
-            made = self.promise.whole(self.leaves)
+            made = self._whole(name)
         if made.requires_grad:
             self.edge = torch.autograd.graph.get_gradient_edge(made)
         return made.detach()
+
+    def _whole(self, name: str) -> Tensor:
+        node = self.promise
+        if node.dtype == torch.bool and isinstance(node, Rowwise) and not node.rearranged:
+            # Of blocks, as are the numbers that words were compared with, to the last bit.
+            made: Tensor = reduced(node, [], lambda x, _: x)
+            return made
+        self.leaves = node.leaves(name)
+        return node.whole(self.leaves)
 
     def gradients(self, grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
         """Of hidden states, weight, bias and adapter, from d logits [..., V]."""
@@ -53,23 +62,35 @@ class Cell:
     def __init__(self, promise: Node | None, values: Tensor | None = None) -> None:
         self.promise, self.values = promise, values
         self.graph = None if promise is None else Graph(promise)
-        self.version = 0 if values is None else values._version
-        self.changed_here = False
+        self.open = False  # are the values where changes cannot be seen?
+        self.watch = self.first = _watched(promise)
+        self.heir: Watch | None = None
+        if values is not None:
+            self.watch.counter, self.watch.version = values, values._version
 
     def full(self, name: str) -> Tensor:
         """The logits; `name` is what cannot do without them."""
         if self.values is None:
-            assert self.graph is not None
+            assert self.graph is not None and self.promise is not None
             self.tell(name)
             self.values = self.graph.logits(name)
-            self.version = self.values._version
+            self.watch.see(self.values)
+            self.promise.family.add(self.watch)
         return self.values
+
+    @property
+    def layout(self) -> Tensor:
+        """A tensor without values that lies in memory as the model's own would."""
+        assert self.promise is not None
+        shape, rows = self.promise.shape, self.promise.memory.rows
+        strides, first = self.promise.strides, rows.storage_offset() * self.promise.words
+        room = first + sum(n * step for n, step in zip(shape, strides, strict=True)) + 1
+        return torch.empty(room, device="meta").as_strided(shape, strides, first)
 
     def scale(self, scaled: Node) -> Graph:
         """In place, before anything was computed: other views of these logits do not know."""
-        assert self.promise is not None
-        self.promise.family.changed.append(self.promise)
-        self.promise, self.graph = scaled, Graph(scaled)
+        self.change()
+        self.promise, self.graph, self.watch = scaled, Graph(scaled), _watched(scaled)
         return self.graph
 
     def tell(self, name: str) -> None:
@@ -86,35 +107,26 @@ class Cell:
     @property
     def changed(self) -> bool:
         """Are the values no longer what was promised?"""
-        return self.changed_here or self.changed_elsewhere
-
-    @property
-    def changed_elsewhere(self) -> bool:
-        """Through a view of the values, which autograd knows and this tensor does not."""
-        return self.values is not None and self.values._version != self.version
+        return self.open or self.watch.changed
 
     def change(self) -> None:
         """The tensor itself was changed in place."""
-        self.changed_here = True
+        self.watch.here = True
         if self.values is not None:
-            self.version = self.values._version
+            # Below autograd no version tells those who share the values, or saved them.
+            torch.autograd.graph.increment_version(self.values)
+            self.watch.version = self.values._version
         if self.promise is not None:
-            self.promise.family.changed.append(self.promise)
+            self.promise.family.add(self.watch)
 
     def expect_current(self) -> None:
         """Raises where a change in place of other logits in the same memory would show here."""
-        if self.promise is None or self.changed:
-            return
-        for other in self.promise.family.changed:
-            if other.memory.same_logits(self.promise.memory):
-                raise RuntimeError(
-                    "logits: expected no change in place through another view of them, got one; "
-                    "fastpo keeps views apart: read the changed one, or change a copy"
-                )
+        if self.promise is not None:
+            self.promise.family.expect_unchanged(self.watch, self.heir)
 
-    def __del__(self) -> None:
-        if self.promise is not None and self.changed_elsewhere:
-            self.promise.family.changed.append(self.promise)
+
+def _watched(promise: Node | None) -> Watch:
+    return Watch(None if promise is None else promise.memory.rows)
 
 
 class Scaled(torch.autograd.Function):

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .base import Family
 from .blocks import fits_one_block, reduced
-from .functions import cross_entropy, of_torch
+from .calls import WITH_WORDS, named
+from .functions import cross_entropy
 from .patterns import known_sum
 from .promise import Promise
 from .rowwise import Node, Root, Rowwise, Slot
@@ -31,33 +32,29 @@ class Operand:
     node: Node
 
 
-def _named(names: str) -> set[Any]:
-    return {func for name in names.split() for func in of_torch(name)}
-
-
-_WORD_BY_WORD = _named("""
+_WORD_BY_WORD = named("""
     exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal abs absolute neg negative sign
     pow __pow__ __rpow__ add __add__ __radd__ sub subtract __sub__ __rsub__ rsub mul multiply
     __mul__ __rmul__ div divide true_divide __truediv__ __rtruediv__ __rdiv__ maximum minimum clamp
     clip clamp_min clamp_max where masked_fill xlogy logaddexp sigmoid logsigmoid softplus relu tanh
     nan_to_num isnan isinf isfinite eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__
     logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__
-    float double half bfloat16 to type_as
+    float double half bfloat16 to type_as clone
 """)
-_OVER_WORDS = _named("softmax log_softmax")
-_REDUCED = _named("""
+_OVER_WORDS = named("softmax log_softmax")
+_REDUCED = named("""
     sum nansum mean logsumexp amax amin max min argmax argmin prod var std any all count_nonzero
 """)
-_OF_ALL = _named("sum nansum mean max min amax amin any all")
-_TWO_STEPS = _named("sum nansum mean")
-_SUMS = _named("sum")
-_STACKED = _named("sum mean logsumexp amax amin")
-_STACK = _named("stack")
-_CAT = _named("cat concat concatenate")
-_TOPK = _named("topk")
-_PICKED = _named("gather take_along_dim")
-_TURNS = _named("transpose swapaxes swapdims permute movedim moveaxis")
-_LOSSES = _named("cross_entropy nll_loss")
+_OF_ALL = named("sum nansum mean max min amax amin any all")
+_TWO_STEPS = named("sum nansum mean")
+_SUMS = named("sum")
+_STACKED = named("sum mean logsumexp amax amin")
+_STACK = named("stack")
+_CAT = named("cat concat concatenate")
+_TOPK = named("topk")
+_PICKED = named("gather take_along_dim")
+_TURNS = named("transpose swapaxes swapdims permute movedim moveaxis")
+_LOSSES = named("cross_entropy nll_loss")
 
 
 def express(func: Any, args: Any, kwargs: Any) -> Any:
@@ -88,8 +85,10 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
     def put(x: Any) -> Any:
         if isinstance(x, Operand):
             return Slot(next(i for i, p in enumerate(parents) if p.tensor is x.tensor))
-        if not isinstance(x, Tensor) or _constant(x, node):
+        if not isinstance(x, Tensor):
             return x
+        if _constant(x, node):
+            return x.clone()  # as it is now, like a number
         numbers.append(_number(x, node))
         return Slot(len(numbers) - 1, number=True)
 
@@ -359,8 +358,10 @@ def _losses(func: Any, args: Any, kwargs: Any) -> Any:
     fits = fits and not old and how in ("none", "sum", "mean")
     if not fits or node.ndim != 2 or target.shape != node.rows.shape:
         return NotImplemented
-    if weight is not None and (weight.requires_grad or weight.shape != node.shape[-1:]):
-        return NotImplemented
+    if weight is not None:
+        if weight.requires_grad or weight.shape != node.shape[-1:]:
+            return NotImplemented
+        given["weight"] = weight.clone()  # as it is now
     run = partial(_here(func, node.device), **{**given, "reduction": "none"})
     each = reduced(node, [target], lambda x, numbers: run(x, numbers[0]))
     if how != "mean":
@@ -372,14 +373,15 @@ def _losses(func: Any, args: Any, kwargs: Any) -> Any:
 
 ANSWERS: dict[Any, Answer] = {
     **dict.fromkeys(_WORD_BY_WORD, _recorded),
+    **dict.fromkeys(WITH_WORDS, _recorded),
     **dict.fromkeys(_OVER_WORDS, _normalised),
     **dict.fromkeys(_REDUCED, _reduce),
     **dict.fromkeys(_STACK, _stack),
-    **dict.fromkeys(_named("broadcast_tensors"), _broadcast),
+    **dict.fromkeys(named("broadcast_tensors"), _broadcast),
     **dict.fromkeys(_CAT, _cat),
     **dict.fromkeys(_TOPK, _topk),
     **dict.fromkeys(_PICKED, _pick),
-    **dict.fromkeys(_named("kl_div"), _kl_div),
+    **dict.fromkeys(named("kl_div"), _kl_div),
     **dict.fromkeys(_LOSSES, _losses),
     **dict.fromkeys(_TURNS, _turn),
 }

@@ -7,7 +7,6 @@ NotImplemented where only the logits will do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -15,17 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...ops.linear_topk import linear_topk
 from ...ops.walks.picked import picked_products
-from .indexing import leading_index
+from .blocks import reduced
+from .calls import leading_index, of_torch, remember
 from .promise import Promise
 
 Answer = Callable[..., Any]
-
-
-def of_torch(name: str) -> list[Any]:
-    """What torch, torch.Tensor and torch.nn.functional call so."""
-    return [getattr(owner, name) for owner in (torch, Tensor, F) if hasattr(owner, name)]
 
 
 def _last(logits: Promise, dim: Any) -> bool:
@@ -157,7 +151,7 @@ def _cast(logits: Promise, dtype: torch.dtype) -> Any:
     """float64 asks for more than log-probabilities in float32."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return NotImplemented
-    return replace(logits, dtype=dtype)
+    return logits if dtype == logits.dtype else logits.copy(dtype=dtype)
 
 
 # Scale and soft-cap
@@ -179,7 +173,7 @@ def negative(logits: Promise) -> Any:
 def tanh(logits: Promise) -> Any:
     if logits.capped or logits.normalized:
         return NotImplemented
-    return replace(logits, capped=True)
+    return logits.copy(capped=True)
 
 
 # Numbers
@@ -225,7 +219,7 @@ def log_softmax(logits: Promise, dim: Any, dtype: torch.dtype | None = None) -> 
         return NotImplemented
     if dtype is None and torch.is_autocast_enabled(logits.device.type):  # which may have its own
         dtype = torch.ones(1, dtype=logits.dtype, device=logits.device).log_softmax(-1).dtype
-    made = replace(logits, normalized=True)
+    made = logits.copy(normalized=True)
     return made if dtype is None else _cast(made, dtype)
 
 
@@ -233,6 +227,10 @@ def gather(logits: Promise, dim: int, index: Tensor, *, sparse_grad: bool = Fals
     """One word per row of log-softmax, or a few of anything."""
     if not _last(logits, dim) or index.shape[:-1] != logits.rows.shape or sparse_grad:
         return NotImplemented
+    return remember(_picked(logits, index), logits, index)
+
+
+def _picked(logits: Promise, index: Tensor) -> Tensor:
     if logits.normalized and index.shape[-1] == 1:
         return logits.sign * logits.logps(index.squeeze(-1)).unsqueeze(-1)
     z = _words(logits, index)
@@ -254,16 +252,27 @@ def _words(logits: Promise, index: Tensor) -> Tensor:
 
 
 def topk(logits: Promise, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    """The k largest, the lowest word first where they tie."""
-    base = logits.base
-    if not _last(logits, dim) or not largest or base.adapter or logits.inner * logits.outer <= 0:
+    """As the logits have them, so that k words reach the last; their gradient is that of words."""
+    if not _last(logits, dim):
         return NotImplemented
-    rows = logits.rows.flatten().clamp(min=0)
-    hidden, _ = base.select(rows)
-    with torch.no_grad():  # scale and soft-cap keep the order
-        found = linear_topk(hidden, base.weight, k, bias=base.bias)
-    ids = found.ids.view(*logits.rows.shape, k)
-    return torch.return_types.topk((gather(logits, -1, ids), ids))
+    with torch.no_grad():
+        found = reduced(logits, [], lambda x, _: x.topk(k, -1, largest, sorted))
+    values, ids = found
+    if logits.requires_grad and torch.is_grad_enabled():
+        values = _As.apply(values, _picked(logits, ids))
+    return torch.return_types.topk((remember(values, logits, ids), ids))
+
+
+class _As(torch.autograd.Function):
+    """Numbers of one, the gradient of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, other: Tensor) -> Tensor:
+        return numbers.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
 
 
 def take_along_dim(logits: Promise, indices: Tensor, dim: int | None = None) -> Any:
@@ -298,19 +307,20 @@ def mean(logits: Promise, dim: Any = None, keepdim: bool = False, *, dtype: Any 
 
 
 def argmax(logits: Promise, dim: Any = None, keepdim: bool = False) -> Any:
-    if not _last(logits, dim) or keepdim or logits.sign * logits.inner * logits.outer <= 0:
+    if not _last(logits, dim):
         return NotImplemented
-    base, rows = logits.base, logits.rows.flatten().clamp(min=0)
-    if not base.joins:
+    with torch.no_grad():
+        found: Tensor = reduced(logits, [], lambda x, _: x.argmax(-1, keepdim))
+    return found
+
+
+def maximum(logits: Promise, dim: Any = None, keepdim: bool = False) -> Any:
+    """As `gather` gives it, which a greedy word is compared with."""
+    ids = argmax(logits, dim, keepdim=True)
+    if ids is NotImplemented:
         return NotImplemented
-    hidden, adapter = base.select(rows)
-    weight = base.weight
-    with torch.no_grad():  # scale and soft-cap keep the order
-        if adapter is not None:
-            down, up = (x.to(hidden.dtype) for x in adapter)
-            hidden, weight = torch.cat((hidden, down), 1), torch.cat((weight, up), 1)
-        ids = linear_topk(hidden, weight, 1, bias=base.bias).ids
-    return ids.view(logits.rows.shape)
+    found = (gather(logits, -1, ids), ids)
+    return torch.return_types.max(found if keepdim else tuple(x.squeeze(-1) for x in found))
 
 
 _VIEWS: dict[str, Answer] = {
@@ -326,11 +336,11 @@ _VIEWS: dict[str, Answer] = {
     "squeeze": squeeze,
     "index_select": index_select,
     "contiguous": contiguous,
-    "clone": clone,
     "detach": detach,
 }
 _NAMED: dict[str, Answer] = {
     **_VIEWS,
+    "clone": clone,
     "to": to,
     "float": lambda logits: _cast(logits, torch.float32),
     "bfloat16": lambda logits: _cast(logits, torch.bfloat16),
@@ -351,6 +361,7 @@ _NAMED: dict[str, Answer] = {
     "logsumexp": logsumexp,
     "mean": mean,
     "argmax": argmax,
+    "max": maximum,
     "topk": topk,
 }
 

@@ -12,8 +12,6 @@ computed once, and autograd brings its gradient to the node.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,36 +21,26 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .calls import (
+    FACTS,
+    GRADIENTS,
+    LAYOUT,
+    LIKE,
+    OPENS,
+    ORDERS,
+    SCALES,
+    compared,
+    fits,
+    in_place,
+    leading_index,
+    name_of,
+    positional,
+)
 from .cell import Cell, Scaled, ScaledByRows
 from .expressions import Operand, express
 from .functions import FUNCTIONS, VIEWS
 from .promise import Promise
 from .rowwise import Node, Rowwise
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# What a tensor says of itself, without its values.
-_FACTS = _names("""
-    shape ndim dtype device layout requires_grad is_nested is_leaf is_cuda is_cpu is_meta is_mps
-    is_xpu is_sparse is_quantized is_mkldnn itemsize nbytes names grad_fn output_nr _version _base
-    _backward_hooks retains_grad size dim ndimension numel nelement __len__ stride is_contiguous
-    storage_offset is_floating_point is_complex is_signed is_inference element_size get_device
-    has_names __hash__ requires_grad_ backward detach_ _is_view is_conj is_neg
-""")
-# Its gradient, or what happens to it; log-probabilities that are known already brought theirs past.
-_GRADIENTS = _names("register_hook retain_grad register_post_accumulate_grad_hook grad")
-# Only shape, dtype and device of the logits count.
-_LIKE = _names("""
-    new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like empty_like full_like
-    rand_like randn_like
-""")
-
-
-# In place, and a promise still where it is by a number.
-_SCALES = _names("mul_ multiply_ div_ divide_ true_divide_")
 
 
 class LazyLogits(Tensor):
@@ -79,26 +67,31 @@ class LazyLogits(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        name, args, kwargs = _name(func), *_positional(args, dict(kwargs or {}))
+        name, args, kwargs = name_of(func), *positional(args, dict(kwargs or {}))
         first: Any = args[0] if args else None
         if name == "register_hook" and _of_fsdp(*args[1:]):
             return first._cell.graph.promise.base.hidden.register_hook(*args[1:])
-        if name in _GRADIENTS:
+        if name in GRADIENTS:
             for logits in _lazy((args, kwargs)):
                 logits._hook(name)
         traced = name == "untyped_storage" and torch._guards.TracingContext.try_get() is not None
-        if name in _FACTS or name in _GRADIENTS or traced:
+        if name in LAYOUT and first._cell.promise is not None:
+            return func(first._cell.layout, *args[1:], **kwargs)
+        if name in FACTS or name in LAYOUT or name in GRADIENTS or traced:
             return _natively(func, args, kwargs)
+        if name == "__setitem__" and isinstance(first, LazyLogits):
+            first._take_back(*args[1:])
         for logits in _lazy((args, kwargs)):
             logits._cell.expect_current()
-        if name in _LIKE and isinstance(first, LazyLogits) and not _lazy((args[1:], kwargs)):
+        if name in LIKE and isinstance(first, LazyLogits) and not _lazy((args[1:], kwargs)):
             like = torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape)
             return func(like, *args[1:], **kwargs)
+        func, args = compared(func, args, _standing)
         found = _answer(func, args, kwargs)
         if found is not NotImplemented:
             return found
-        if _in_place(name) or "out" in kwargs or name == "data":
-            if name in _SCALES and _fits(_factor, args[1:], kwargs) and _scale(name, *args):
+        if in_place(name) or "out" in kwargs or name in OPENS:
+            if name in SCALES and fits(_factor, args[1:], kwargs) and _scale(name, *args):
                 return first
             return _change(func, name, args, kwargs)
         return _on_values(func, name, args, kwargs)
@@ -112,8 +105,8 @@ class LazyLogits(Tensor):
             return cls(args[0]._cell, args[0])
         given = (args, kwargs or {})
         for logits in _lazy(given):
-            logits._expect_whole(_name(func))
-        owners = {id(logits._cell.full(_name(func))): logits for logits in _lazy(given)}
+            logits._expect_whole(name_of(func))
+        owners = {id(logits._cell.full(name_of(func))): logits for logits in _lazy(given)}
         real = tree_map_only(LazyLogits, lambda x: x._cell.values, given)
         found = func(*real[0], **real[1])
         if func._schema.is_mutable and id(found) in owners:
@@ -130,11 +123,35 @@ class LazyLogits(Tensor):
         self._hooked = True
 
     def _expect_whole(self, name: str) -> None:
-        if self._cell.changed_elsewhere:
+        if self._cell.watch.elsewhere:
             raise RuntimeError(
                 f"{name}: expected logits that are changed in place as a whole, "
                 "got a change through a view of them"
             )
+
+    def _take_back(self, index: Any, value: Any) -> None:
+        """`logits[0] += 1`: Python sets rows that were changed as a view, and are these rows'."""
+        node, leading = self._cell.promise, leading_index(index, self.ndim)
+        if leading is None or node is None or getattr(node, "rearranged", False):
+            return
+        lazy = isinstance(value, LazyLogits) and value is not self
+        if lazy and node.family.forget(value._cell.first, node.rows[leading]):
+            value._cell.heir = self._cell.watch
+
+    def _has_set(self, index: Any, value: Any) -> bool:
+        """`logits[..., 7] += 1`: Python sets values that were changed as a view of these, with
+        their gradient."""
+        cell, real = self._cell, self._real
+        if real is None or self._real_of is not self.grad_fn or not cell.watch.elsewhere:
+            return False
+        if not isinstance(value, Tensor) or isinstance(value, LazyLogits):
+            return False
+        if value.untyped_storage().data_ptr() != real.untyped_storage().data_ptr():
+            return False
+        real[index] = value
+        if not (real.requires_grad and torch.is_grad_enabled()):
+            cell.change()  # nothing that this tensor's own node does not know
+        return True
 
     def as_promised(self, name: str) -> Tensor:
         """The values, whatever was done to this tensor in place since."""
@@ -249,6 +266,8 @@ def _answer(func: Any, args: Any, kwargs: Any) -> Any:
         nodes = {key: _gathered(node) for key, node in nodes.items()}
     if not lazy or None in nodes.values() or any(_hooked(x) for x in lazy):
         return NotImplemented
+    if func in ORDERS and any(x._cell.values is not None for x in lazy):
+        return NotImplemented  # words of theirs may have been read, whose last bits are these
     found = _read(func, args, kwargs, nodes)
     if isinstance(found, Rowwise):
         if func in VIEWS:
@@ -265,7 +284,7 @@ def _read(func: Any, args: Any, kwargs: Any, nodes: dict[int, Any]) -> Any:
     first = nodes.get(id(args[0])) if args else None
     if known is not None and first is not None and not _lazy((args[1:], kwargs)):
         served = isinstance(first, Promise) or (func in VIEWS and not first.rearranged)
-        found = known(first, *args[1:], **kwargs) if served and _fits(known, args, kwargs) else None
+        found = known(first, *args[1:], **kwargs) if served and fits(known, args, kwargs) else None
         if found is not None and found is not NotImplemented:
             return found
     args, kwargs = tree_map_only(LazyLogits, lambda x: Operand(x, nodes[id(x)]), (args, kwargs))
@@ -293,17 +312,6 @@ def _pass(logits: LazyLogits) -> None:
         _pass(x)
 
 
-def _fits(answer: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    try:
-        _signature(answer).bind(*args, **kwargs)
-    except TypeError:
-        return False
-    return True
-
-
-_signature = functools.cache(inspect.signature)
-
-
 def _change(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """A change in place: of the logits themselves through their own node, then on their values."""
     into = kwargs["out"] if "out" in kwargs else args[0]
@@ -311,9 +319,11 @@ def _change(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         return _on_values(func, name, args, kwargs)
     if func.__name__ == "__set__":
         raise RuntimeError(f"{name}: expected to be set on a tensor in memory, got lazy logits")
+    if name == "__setitem__" and into._has_set(*args[1:]):
+        return None
     values = into._cell.full(name)
-    if name == "data":  # changes through it would be seen by nobody
-        into._cell.changed_here = True
+    if name in OPENS:
+        into._cell.open = True
         return _on_values(func, name, args, kwargs)
     given = tree_map_only(LazyLogits, lambda x: x if x is into else x._seen(name), (args, kwargs))
     layout = values.shape, values.stride()
@@ -342,7 +352,7 @@ def _scale(name: str, logits: Any, by: Any) -> bool:
     scaled = node.scaled(factor)
     if scaled is NotImplemented:
         return False
-    scaled = replace(scaled, edition=node.edition + 1)
+    scaled = replace(scaled, rows=node.rows)
     Scaled.apply(logits, logits._cell.scale(scaled), factor)
     return True
 
@@ -355,10 +365,6 @@ def _scale_rows(name: str, logits: Any, node: Node, by: Any) -> bool:
         return False
     ScaledByRows.apply(logits, logits._cell.scale(scaled), *scaled.operands)
     return True
-
-
-def _in_place(name: str) -> bool:
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _on_values(func: Any, name: str, args: Any, kwargs: Any) -> Any:
@@ -375,19 +381,6 @@ def _of_fsdp(hook: Any) -> bool:
     """FSDP2 gathers weights for the backward when it comes by what a module gave: it may wait for
     the hidden states, which every gradient reaches."""
     return getattr(hook, "__qualname__", "") == "FSDPState._pre_backward"
-
-
-def _name(func: Any) -> str:
-    """Of a function, or of the attribute that a descriptor's method reads or sets."""
-    name = getattr(func, "__name__", str(func))
-    if name in ("__get__", "__set__"):
-        name = getattr(func.__self__, "__name__", name)
-    return name
-
-
-def _positional(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """`input=` as the first argument."""
-    return ((kwargs.pop("input"),), kwargs) if not args and "input" in kwargs else (args, kwargs)
 
 
 def _lazy(tree: Any) -> list[LazyLogits]:

@@ -8,7 +8,8 @@ fastpo's head. `LazyLogits` is the tensor around it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate
 from math import isfinite
 from typing import Any
@@ -41,7 +42,7 @@ class Promise:
     outer: float = 1.0
     normalized: bool = False
     sign: float = 1.0
-    edition: int = 0  # how often these logits were scaled in place
+    family: Family = field(default_factory=Family)  # those in the same memory
 
     @classmethod
     def of(
@@ -78,7 +79,7 @@ class Promise:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.rows.shape, self.base.weight.shape[0]))
+        return torch.Size((*self.rows.shape, self.words))
 
     @property
     def ndim(self) -> int:
@@ -97,12 +98,17 @@ class Promise:
         return self.base.operands
 
     @property
-    def family(self) -> Family:
-        return self.base.family
-
-    @property
     def memory(self) -> Promise:
         return self
+
+    @property
+    def words(self) -> int:
+        return self.base.weight.shape[0]
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """As in the memory of the logits that these are views of."""
+        return (*(n * self.words for n in self.rows.stride()), 1)
 
     def leaves(self, name: str) -> tuple[Tensor | None, ...]:
         """All that `whole` needs, without a graph of their own."""
@@ -128,6 +134,15 @@ class Promise:
     def view(self, rows: Tensor) -> Promise:
         return replace(self, rows=rows)
 
+    @cached_property
+    def dense(self) -> Tensor:
+        """The rows as a copy would have them."""
+        return self.rows.contiguous()
+
+    def copy(self, **reading: Any) -> Promise:
+        """Other logits of these rows, in memory of their own."""
+        return replace(self, rows=self.dense, family=Family(), **reading)
+
     def only(self, scored: Tensor) -> Promise:
         """Log-probabilities will be asked for, or count, at `scored` positions only."""
         return self.view(self.rows.masked_fill(~scored, -1))
@@ -151,11 +166,11 @@ class Promise:
         rows = [torch.where(x.rows < 0, -1, x.rows + n) for x, n in zip(all_of, first, strict=True)]
         adapter = None if down is None or base.adapter is None else (down, base.adapter[1])
         one = Base(hidden, base.weight, base.bias, adapter, base.own, Known.of(hidden))
-        return replace(self, base=one, rows=torch.cat(rows, dim))
+        return replace(self, base=one, rows=torch.cat(rows, dim), family=Family())
 
     def alike(self, other: Promise) -> bool:
         """The same reading of the same rows of one call of the head?"""
-        return self.base is other.base and self.rows is other.rows and self._alike(other)
+        return self.base is other.base and self.dense is other.dense and self._alike(other)
 
     def _alike(self, other: Promise) -> bool:
         mine, theirs = (
@@ -171,20 +186,11 @@ class Promise:
         if not isinstance(factor, int | float):
             return NotImplemented
         if self.normalized:
-            return replace(self, sign=-self.sign) if factor == -1 else NotImplemented
+            return self.copy(sign=-self.sign) if factor == -1 else NotImplemented
         scale = float((self.outer if self.capped else self.inner) * factor)
         if not isfinite(scale) or (self.capped and scale <= 0):  # a soft-cap knows no sign
             return NotImplemented
-        return replace(self, outer=scale) if self.capped else replace(self, inner=scale)
-
-    def same_logits(self, other: Any) -> bool:
-        """Would memory of the model's logits be shared with those, apart from their rows?"""
-        maps = (
-            (x.inner, x.capped, x.outer, x.normalized, x.sign, x.dtype, x.edition)
-            for x in (self, other)
-        )
-        shared = self.rows.untyped_storage().data_ptr() == other.rows.untyped_storage().data_ptr()
-        return shared and next(maps) == next(maps)
+        return self.copy(outer=scale) if self.capped else self.copy(inner=scale)
 
     @property
     def options(self) -> HeadOptions:

@@ -103,6 +103,14 @@ class Rowwise:
         """Whose values these would share."""
         return self.root.nodes[0].memory if self.turned else self
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """As in the memory of what these are views of."""
+        rows = tuple(n * self.words for n in self.rows.stride())
+        if self.turned:
+            return rows[0], 1, *rows[1:]
+        return (self.rows.numel() * self.words,) * bool(self.stacked) + (*rows, 1)
+
     def view(self, rows: Tensor) -> Rowwise:
         return replace(self, rows=rows, fresh=False)
 
@@ -113,10 +121,6 @@ class Rowwise:
             numbers=tuple(x.detach() for x in self.root.numbers),
         )
         return replace(self, root=root, constant=True)
-
-    def same_logits(self, other: Any) -> bool:
-        """Would they share memory, apart from their rows?"""
-        return isinstance(other, Rowwise) and other.family is self.family
 
     def leaves(self, name: str) -> tuple[Tensor, ...]:
         """All that `whole` needs, without a graph of their own."""

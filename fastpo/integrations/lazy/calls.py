@@ -1,0 +1,194 @@
+"""Calls of torch on lazy logits: their names, arguments and indices, and comparisons with words."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .promise import Promise
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What a tensor says of itself, without its values.
+FACTS = _names("""
+    shape ndim dtype device layout requires_grad is_nested is_leaf is_cuda is_cpu is_meta is_mps
+    is_xpu is_sparse is_quantized is_mkldnn itemsize nbytes names grad_fn output_nr _version _base
+    _backward_hooks retains_grad size dim ndimension numel nelement __len__ is_floating_point
+    is_complex is_signed is_inference element_size get_device has_names __hash__ requires_grad_
+    backward detach_ _is_view is_conj is_neg
+""")
+# As in the memory of the model's own; the values of a view are computed without what it leaves out.
+LAYOUT = _names("stride is_contiguous storage_offset")
+# Its gradient, or what happens to it; log-probabilities that are known already brought theirs past.
+GRADIENTS = _names("register_hook retain_grad register_post_accumulate_grad_hook grad")
+# Only shape, dtype and device of the logits count.
+LIKE = _names("""
+    new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like empty_like full_like
+    rand_like randn_like
+""")
+# Changes through these are seen by nobody.
+OPENS = _names("data numpy __array__")
+# In place, and a promise still where it is by a number.
+SCALES = _names("mul_ multiply_ div_ divide_ true_divide_")
+
+
+def of_torch(name: str) -> list[Any]:
+    """What torch, torch.Tensor and torch.nn.functional call so."""
+    return [getattr(owner, name) for owner in (torch, Tensor, F) if hasattr(owner, name)]
+
+
+def named(names: str) -> set[Any]:
+    return {func for name in names.split() for func in of_torch(name)}
+
+
+def fits(answer: Callable[..., Any], args: Any, kwargs: Any) -> bool:
+    try:
+        _signature(answer).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def in_place(name: str) -> bool:
+    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+
+
+def name_of(func: Any) -> str:
+    """Of a function, or of the attribute that a descriptor's method reads or sets."""
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        name = getattr(func.__self__, "__name__", name)
+    return name
+
+
+def positional(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """`input=` as the first argument."""
+    return ((kwargs.pop("input"),), kwargs) if not args and "input" in kwargs else (args, kwargs)
+
+
+def leading_index(index: Any, ndim: int) -> Any:
+    """The index without its part for the vocabulary, which must be all of it; else None."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    consumed = [_consumes(part) for part in parts]
+    if None in consumed:
+        return None
+    taken = sum(n for n in consumed if n is not None)
+    dots = [i for i, part in enumerate(parts) if part is Ellipsis]
+    if dots:
+        parts[dots[0] : dots[0] + 1] = [slice(None)] * (ndim - taken)
+        taken = ndim
+    if taken == ndim:
+        last = parts.pop()
+        if not (isinstance(last, slice) and last == slice(None)):
+            return None
+    return tuple(parts)
+
+
+def _consumes(part: Any) -> int | None:
+    """How many dimensions; None for what only a tensor can tell."""
+    if part is None or part is Ellipsis:
+        return 0
+    if isinstance(part, Tensor):
+        return part.ndim if part.dtype in (torch.bool, torch.uint8) else 1
+    plain = isinstance(part, int | slice) and not isinstance(part, bool)
+    listed = isinstance(part, list) and all(isinstance(x, int) for x in part)
+    return 1 if plain or listed else None
+
+
+# Words picked of logits, compared with the logits: both from the same products. A walk's numbers
+# have other last bits than a block's, by which a word would exceed itself.
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Which words of which rows some numbers are, all three in the same layout."""
+
+    call: tuple[Any, ...]  # of the head, and how its products are read
+    rows: Tensor
+    index: Tensor
+    version: int  # of the numbers
+
+
+_picked: Any = WeakTensorKeyDictionary()  # the words of numbers
+
+
+def remember(found: Tensor, logits: Promise, index: Tensor) -> Tensor:
+    """The same numbers [*rows.shape, K], which `compared` knows for words of these logits."""
+    with torch.inference_mode(False):  # whose tensors do not tell when they change
+        found = found.clone() if found.is_inference() else found.contiguous()
+    owner = _owner(found)
+    if owner.numel() == found.numel():
+        rows = logits.rows.unsqueeze(-1).expand(found.shape).contiguous()
+        own = index.clone(memory_format=torch.contiguous_format)
+        _picked[owner] = Words(_call(logits), rows, own, owner._version)
+    return found
+
+
+def compared(func: Any, args: Any, standing: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """`logits >= number` as a function of the logits and of the word whose number that is."""
+    if func not in _COMPARED or len(args) != 2:
+        return func, args
+    for logits, number, mine in ((*args, _COMPARED[func][0]), (*args[::-1], _COMPARED[func][1])):
+        node = standing(logits)
+        if isinstance(node, Promise) and type(number) is Tensor:
+            index = _index(number, node)
+            if index is not None:
+                return mine, (logits, index)
+    return func, args
+
+
+def _index(number: Tensor, logits: Promise) -> Tensor | None:
+    """Which word of each row of these logits it is, perhaps in a view of what was picked."""
+    owner = _owner(number)
+    words: Words | None = _picked.get(owner)
+    if words is None or owner._version != words.version:
+        return None
+    if words.call != _call(logits.gathered) or number.shape != (*logits.rows.shape, 1):
+        return None
+    place = number.size(), number.stride(), number.storage_offset()
+    rows, index = (x.as_strided(*place) for x in (words.rows, words.index))
+    return index if torch.equal(rows.squeeze(-1), logits.rows) else None
+
+
+def _owner(x: Tensor) -> Tensor:
+    return x if x._base is None else x._base
+
+
+def _call(logits: Promise) -> tuple[Any, ...]:
+    reading = logits.inner, logits.capped, logits.outer, logits.normalized, logits.sign
+    # Other hidden states may come to lie in the same place.
+    return StorageWeakRef(logits.base.hidden.untyped_storage()), logits.base.marks, reading
+
+
+def _with(func: Any, logits: Tensor, index: Tensor) -> Any:
+    return func(logits, logits.gather(-1, index))
+
+
+def _of(func: Any, logits: Tensor, index: Tensor) -> Any:
+    return func(logits.gather(-1, index), logits)
+
+
+_COMPARISONS = named("""
+    eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+    not_equal less less_equal greater greater_equal
+""")
+_COMPARED = {func: (partial(_with, func), partial(_of, func)) for func in _COMPARISONS}
+WITH_WORDS = {each for pair in _COMPARED.values() for each in pair}
+# What tells which words are the greatest.
+ORDERS = {*_COMPARISONS, *WITH_WORDS, *named("topk argmax argmin min amax amin")}
