@@ -12,9 +12,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ._math import cut, expm1_cap, log1mexp, masked_sum
+from ._math import EXP_CAP, cut, log1mexp, masked_sum
 from ._registry import NonNegative, OneOf, Positive, Unit, objective
 
+_LOWEST = -1e30  # a word that both exclude: -inf - -inf is NaN
 _NEAR = 1e-6  # an alpha this close to 0 or 1 is that limit: the formula divides 0 by 0 there
 
 
@@ -80,16 +81,22 @@ def alpha_divergence(
 ) -> Tensor:  # [P]
     """(Σ_v p_T^α·p_S^{1-α} - 1)/(α·(α-1)), Amari's; the sum stops at e^40, without gradient.
 
-    α within 1e-6 of 1 is forward_kl, of 0 reverse_kl. Near these, float32 divides its rounding
-    by α·(α-1).
+    α within 1e-6 of 1 is forward_kl, of 0 reverse_kl.
     """
     if abs(alpha - 1) < _NEAR:
         return forward_kl(student_logits, teacher_logits, temperature=temperature)
     if abs(alpha) < _NEAR:
         return reverse_kl(student_logits, teacher_logits, temperature=temperature)
     s, t = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
-    log_sum = torch.logsumexp(alpha * t + (1 - alpha) * s, -1)
-    return expm1_cap(log_sum) / (alpha * (alpha - 1))
+    s, t = s.clamp(min=_LOWEST), t.clamp(min=_LOWEST)
+    e = (alpha * t + (1 - alpha) * s).clamp(max=EXP_CAP).exp()
+    # (p_S - e)/α + (p_T - e)/(1-α), as products: near α = 0 and 1 the differences are rounding.
+    gap = 0.5 * (t - s)
+    above = (e + s.exp()) * torch.tanh(alpha * gap) / -alpha
+    found = (above + (e + t.exp()) * torch.tanh((1 - alpha) * gap) / (1 - alpha)).sum(-1)
+    # A sum of one capped exponential may fall short of its value by rounding.
+    capped = e.detach().sum(-1) >= math.exp(EXP_CAP) * (1 - 1e-6)
+    return found.masked_fill(capped, math.expm1(EXP_CAP) / (alpha * (alpha - 1)))
 
 
 @objective("tvd", family="distillation")

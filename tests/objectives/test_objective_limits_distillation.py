@@ -68,6 +68,31 @@ def test_one_divergence_is_the_others(seed):
     assert (2 * distance.square() <= forward(student, teacher)).all()  # Pinsker
 
 
+@pytest.mark.parametrize("alpha", [2e-6, 1e-3, -1e-3, 0.3, 0.999, 1 - 2e-6, 1.001, 3.0])
+def test_alpha_divergence_of_close_distributions(alpha):
+    """Of which float32 would leave rounding, in the value and in the gradient."""
+    student, teacher = logits(0)
+    teacher, results = student + 0.05 * teacher, []
+    for dtype in (torch.float32, torch.float64):
+        x = student.to(dtype).requires_grad_()
+        found = get("alpha_divergence")(x, teacher.to(dtype), alpha=alpha)
+        results.append((found, *torch.autograd.grad(found.sum(), x)))
+    s, t = student.log_softmax(-1), teacher.log_softmax(-1)
+    plain = ((alpha * t + (1 - alpha) * s).exp().sum(-1) - 1) / (alpha * (alpha - 1))
+    close(results[1][0], plain, rtol=1e-6, atol=1e-9)
+    for ours, exact in zip(*results, strict=True):
+        assert (ours.double() - exact).norm() < 1e-5 * exact.norm()
+
+
+def test_words_that_both_exclude():
+    student, teacher = (x.index_fill(-1, torch.tensor([3]), -torch.inf) for x in logits(1))
+    found = get("alpha_divergence")(student.requires_grad_(), teacher, alpha=0.3)
+    (grad,) = torch.autograd.grad(found.sum(), student)
+    few = [x[:, [0, 1, 2, 4, 5, 6]] for x in (student, teacher)]
+    close(found, get("alpha_divergence")(*few, alpha=0.3))
+    assert not grad[:, 3].any() and grad.isfinite().all()
+
+
 @pytest.mark.parametrize("beta", [1e-4, 1 - 1e-4])
 def test_jsd_at_its_ends_is_not_its_limit(beta):
     student, teacher = logits(0)
