@@ -85,7 +85,7 @@ class Cell:
         shape, rows = self.promise.shape, self.promise.memory.rows
         strides, first = self.promise.strides, rows.storage_offset() * self.promise.words
         room = first + sum(n * step for n, step in zip(shape, strides, strict=True)) + 1
-        return torch.empty(room, device="meta").as_strided(shape, strides, first)
+        return torch.empty(room, dtype=torch.uint8, device="meta").as_strided(shape, strides, first)
 
     def scale(self, scaled: Node) -> Graph:
         """In place, before anything was computed: other views of these logits do not know."""
