@@ -8,6 +8,7 @@ from _pair_problem import sides
 
 import fastpo
 from fastpo import objectives, planner
+from fastpo.ops.rows import registry
 from fastpo.testing import assert_as_good_as_eager
 
 
@@ -78,7 +79,11 @@ def test_masked_rows_may_hold_anything_beside_a_list():
     assert dh.isfinite().all() and dw.isfinite().all()
 
 
-def test_the_words_of_a_list_are_multiplied_in_float32_inside_autocast():
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_the_words_of_a_list_are_multiplied_in_float32_inside_autocast(backend, monkeypatch):
+    if registry.unavailable(backend, torch.device("cpu")) is not None:
+        pytest.skip("not built")
+    monkeypatch.setattr(registry, "choose", lambda *_: backend)
     h, w, _, th, tw, _ = (x.detach() for x in sides())
     best = torch.topk((th @ tw.t()).log_softmax(-1), 7, dim=-1)
     given = (h, w, best.indices, best.values)

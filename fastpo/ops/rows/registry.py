@@ -74,8 +74,10 @@ def choose(backend: str | None, device: torch.device) -> str:
     check(backend)
     if backend is None:
         preference = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
-        served = (x for x in preference.get(device.type, ()) if unavailable(x, device) is None)
-        return next(served, "torch")
+        for name in preference.get(device.type, ()):
+            if unavailable(name, device) is None:
+                return name
+        return "torch"
     reason = unavailable(backend, device)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r}: {reason}")

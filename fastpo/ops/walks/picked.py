@@ -66,7 +66,8 @@ class _Picked(torch.autograd.Function):
         ctx.save_for_backward(hidden, weight, ids)
         out = torch.empty(ids.shape, dtype=torch.float32, device=hidden.device)
         kernels = registry.word_kernels(registry.choose(None, hidden.device))
-        kernels.products(hidden.float(), weight, ids, out)
+        with torch.autocast(hidden.device.type, enabled=False):  # which rounds PyTorch's products
+            kernels.products(hidden.float(), weight, ids, out)
         return out
 
     @staticmethod

