@@ -83,12 +83,12 @@ build() {
             return
         fi
     done
-    has_nvcc
+    find_nvcc
     { compiled || compiled -C cmake.define.FASTPO_CUTLASS=OFF; } >"$work/build.log" 2>&1 &
     building=$!
 }
 
-has_nvcc() {
+find_nvcc() {
     export CUDACXX=${CUDACXX:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
     [[ -x $CUDACXX ]] || say "fastpo._C will be without CUDA: no nvcc"
     [[ -x $CUDACXX ]] || unset CUDACXX

@@ -95,8 +95,7 @@ class MixtureOptions:
                 shard=self.shard,
             ),
             maps=tuple(
-                R.LogitMap(1.0, None if cap is None else float(cap), float(scale))
-                for cap, scale in zip(softcaps, scales, strict=True)
+                R.LogitMap.of(1.0, cap, scale) for cap, scale in zip(softcaps, scales, strict=True)
             ),
             dtypes=tuple(map(compute_dtype, hiddens)),
             name=self.name,
