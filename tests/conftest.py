@@ -1,5 +1,6 @@
 """Shared fixtures: Triton's interpreter where there is no GPU, and memory that starts as NaN."""
 
+import functools
 import gc
 import os
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
     if find_spec("triton") is not None:
+        from triton.runtime import interpreter
         from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
         def fma(self, x, y, z):
@@ -34,6 +36,23 @@ if not torch.cuda.is_available():
             return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
         InterpreterBuilder.create_fma = fma
+        interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+
+        patched = set()  # namespaces of functions, since the kernel's start
+
+        def launch(self, *args, launched=interpreter.GridExecutor.__call__, **kwargs):
+            patched.clear()
+            return launched(self, *args, **kwargs)
+
+        def call(self, *args, **kwargs):
+            """Triton's looks through its language at every call in a kernel: half of all time."""
+            if id(self.fn.__globals__) not in patched:
+                interpreter._patch_lang(self.fn)
+                patched.add(id(self.fn.__globals__))
+            return self.rewrite()(*args, **kwargs)
+
+        interpreter.GridExecutor.__call__ = launch
+        interpreter.InterpretedFunction.__call__ = call
 
 
 def pytest_collection_finish():

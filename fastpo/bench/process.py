@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -15,6 +16,18 @@ import torch
 
 class Died(RuntimeError):
     """The process ended without an answer: killed for its memory, as a rule."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__(f"the process ended with code {code}")
+        self.code = code
+
+
+def for_memory(error: Exception) -> bool:
+    """Whether a job of `fresh` or `alone` failed for want of memory: an allocator says so, or it
+    was killed."""
+    if isinstance(error, Died):
+        return error.code == -signal.SIGKILL
+    return any(word in str(error) for word in ("OutOfMemory", "DefaultCPUAllocator"))
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -31,7 +44,7 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
         raised, result = here.recv()
     except EOFError:
         process.join()
-        raise Died(f"the process ended with code {process.exitcode}") from None
+        raise Died(process.exitcode) from None
     finally:
         here.close()
         process.join()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..bench.machine import Peak
-from ..bench.process import alone
+from ..bench.process import alone, for_memory
 from ..integrations.sharing.backbone import shared_prompts
 from .models import build, optimizer_of
 from .quantised import library
@@ -45,10 +45,18 @@ def check(setting: Setting) -> None:
         raise ValueError("attention: expected sdpa to measure shared prompts on a cpu, got flash")
 
 
-def measure(setting: Setting, config: Any, head: str, teacher: Any = None) -> int:
+def measure(setting: Setting, config: Any, head: str, teacher: Any = None) -> int | str:
     """Bytes at the peak of a step: of tensors on a GPU, else resident in a process of its own,
-    beyond what it held before there was a model. Of a setting that `check` has nothing against."""
-    found: int = alone(_run, _Job(setting, config, head, teacher))
+    beyond what it held before there was a model. "out of memory" where it has no peak.
+
+    Of a setting that `check` has nothing against.
+    """
+    try:
+        found: int = alone(_run, _Job(setting, config, head, teacher))
+    except RuntimeError as error:
+        if not for_memory(error):
+            raise
+        return "out of memory"
     return found
 
 

@@ -19,12 +19,13 @@ from .setting import Lora, Setting, of_ratio
 
 @dataclass(frozen=True)
 class Head:
-    """One head's step, and the largest that fit. measured: bytes of a real step, where asked."""
+    """One head's step, and the largest that fit. measured, where asked: bytes of a real step, or
+    "out of memory"."""
 
     estimate: Estimate
     context: Estimate | None = None
     batch: Estimate | None = None
-    measured: int | None = None
+    measured: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def plan_step(
         those of an answer, `4:1,8` has 8 rows of each (else 2 of a pair, 8 of GRPO and RLOO); ""
         takes the prompt's share as it is.
     search: also the longest context and the largest batch, each with the other as given.
-    measure: also run the real step and give what it held: on the GPU, which must be there, or for
-        `device="cpu"` on the CPU in a process of its own.
+    measure: also run the real step and give what it held, or that memory did not suffice: on the
+        GPU, which must be there, or for `device="cpu"` on the CPU in a process of its own.
     options: fields of `Setting`: trainer, dtype, device, context, batch, prompt, load_in_4bit,
         optimizer, attention, checkpointing, reference, budget, devices, strategy, prompt_rows.
 

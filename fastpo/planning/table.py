@@ -50,7 +50,13 @@ def _parts(plan: Any) -> Iterator[tuple[str, ...]]:
     yield ("in all", *(f"{head.peak / _GIB:.2f}" for head in heads))
     measured = [head.measured for head in plan.heads.values()]
     if any(measured):
-        yield ("measured", *("-" if x is None else f"{x / _GIB:.2f}" for x in measured))
+        yield ("measured", *map(_measured, measured))
+
+
+def _measured(found: int | str | None) -> str:
+    if isinstance(found, int):
+        return f"{found / _GIB:.2f}"
+    return "-" if found is None else found
 
 
 def _fits(plan: Any) -> Iterator[tuple[str, ...]]:

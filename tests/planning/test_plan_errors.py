@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import re
+import signal
+from dataclasses import replace
 
 import pytest
 
@@ -13,11 +17,15 @@ pytest.importorskip("matplotlib")
 
 import _tiny as tiny
 import torch
+from transformers import AutoConfig
 
 from fastpo import cli
+from fastpo.bench.process import for_memory, fresh
 from fastpo.planning import measure, quantised
 from fastpo.planning.fits import Depths
 from fastpo.planning.given import foreign
+from fastpo.planning.plan import Head, StepPlan
+from fastpo.planning.setting import Setting
 
 CONFIG = {
     "model_type": "qwen2",
@@ -213,6 +221,29 @@ def test_what_is_not_there_is_not_measured(folder, refused, monkeypatch):
     monkeypatch.setattr(quantised, "import_module", missing)
     line = refused(*model, "--device", "cpu", "--load-in-4bit", "--lora")
     assert line == "measure: expected bitsandbytes for 4 bits, got none"
+
+
+def test_memory_that_does_not_suffice_is_no_error(folder):
+    config = AutoConfig.from_pretrained(folder)
+    setting = Setting("tiny", device="cpu", context=2**20, batch=64)
+    assert measure.measure(setting, config, "fastpo") == "out of memory"  # of masks alone 128 TiB
+    head = Head(Depths(replace(setting, context=64, batch=1), config, "fastpo").estimate())
+    plan = StepPlan(setting, {"fastpo": replace(head, measured="out of memory")})
+    assert re.search(r"^measured +out of memory$", str(plan), re.MULTILINE)
+    assert json.loads(plan.as_json())["heads"]["fastpo"]["measured"] == "out of memory"
+
+
+def _fails(why):
+    if why == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(3) if why == "ended" else torch.empty(2**60)
+
+
+@pytest.mark.parametrize(("why", "memory"), [("killed", True), ("ended", False), ("full", True)])
+def test_what_failed_for_memory(why, memory):
+    with pytest.raises(RuntimeError) as error:
+        fresh(_fails, why)
+    assert for_memory(error.value) is memory
 
 
 def test_errors_of_our_own_are_none_of_the_config(folder, monkeypatch):

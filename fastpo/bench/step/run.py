@@ -18,7 +18,7 @@ import torch
 from ...layout.tree import layout_of
 from .. import machine
 from ..errors import BenchError
-from ..process import Died, alone
+from ..process import Died, alone, for_memory
 from . import architectures, loop
 from .batches import Texts, batch
 from .fit import UNITS, search
@@ -159,7 +159,7 @@ def _measure_into(row: Row, job: Job) -> None:
     except (Died, RuntimeError) as error:  # whatever `measure` raised comes as RuntimeError
         line = next((part for part in str(error).splitlines() if part.strip()), "no reason given")
         row["status"] = "wrong" if line.startswith("AssertionError") else "refused"
-        row["reason"] = "out of memory" if "OutOfMemory" in line else line[:200]
+        row["reason"] = "out of memory" if for_memory(error) else line[:200]
         return
     runs = row.get("runs_s", []) + found["runs_s"]
     median = statistics.median(runs)
