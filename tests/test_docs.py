@@ -48,14 +48,22 @@ def names(checkpoint, tmp_path, mesh) -> dict[str, Any]:
     group = {"prompt": "why", "completions": ["because", "no"], "scores": [1.0, 0.0]}
     lm_head = torch.nn.Linear(16, vocab, bias=False)
 
-    def config(_: Any, **options: Any) -> Any:
+    def config(kind: str, **options: Any) -> Any:
         """`DPOConfig(...)` of a reader, who has more to say."""
         own = {"output_dir": str(tmp_path), "max_steps": 1, "use_cpu": True, "bf16": False}
-        return trl.DPOConfig(**own, report_to="none", save_strategy="no", **options)
+        return getattr(trl, kind)(**own, report_to="none", save_strategy="no", **options)
+
+    def rollouts(_: Any, **options: Any) -> Any:
+        few = {"per_device_train_batch_size": 2, "num_generations": 2, "max_completion_length": 4}
+        return config("GRPOConfig", **few, **options)
 
     return {
-        "DPOConfig": lambda *rest, **options: config(rest, **options),
+        "DPOConfig": lambda *rest, **options: config("DPOConfig", **options),
         "DPOTrainer": lambda *given, **options: trl.DPOTrainer(*given, **options),
+        "GRPOConfig": lambda *rest, **options: rollouts(rest, **options),
+        "GRPOTrainer": lambda *given, **options: trl.GRPOTrainer(
+            *given, processing_class=_tiny.tokenizer(), **options
+        ),
         "F": torch.nn.functional,
         "fastpo": fastpo,
         "groups": datasets.Dataset.from_list([group] * 4),
@@ -66,6 +74,8 @@ def names(checkpoint, tmp_path, mesh) -> dict[str, Any]:
         "lm_head": lm_head,
         "model": model,
         "pairs": pairs,
+        "prompts": _tiny.prompts(),
+        "reward": lambda completion_ids, **rest: [float(len(ids)) for ids in completion_ids],
         "ref_stats": fastpo.TokenStats(logps=torch.randn(4, 6)),
         "sampler_logps": -torch.rand(4, 6),
         "shard": lm_head.weight,

@@ -15,6 +15,7 @@ from ._registry import (
     OneOf,
     entry_of,
     get,
+    of_table,
     parameters_of,
     quantities_of,
     unwrap,
@@ -236,6 +237,7 @@ def _assembled(
     composed.__doc__ = base.__doc__
     vars(composed)["__signature__"] = signature
     vars(composed)["refuses_weights"] = getattr(base, "refuses_weights", False)
+    vars(composed)["of_table"] = of_table(target) and not plan.opaque
     return composed
 
 

@@ -327,6 +327,12 @@ def entry_of(function: Callable[..., Any]) -> Entry | None:
     return cast(Entry | None, getattr(unwrap(function)[0], "entry", None))
 
 
+def of_table(function: Callable[..., Any]) -> bool:
+    """Is it a row of the table, or composed of rows alone? Then it remembers nothing of a call."""
+    base = unwrap(function)[0]
+    return getattr(base, "of_table", getattr(base, "entry", None) is not None)
+
+
 def get(key: str, /, **hyperparameters: Any) -> Callable[..., Any]:
     """The objective or transform of that key or alias, bound when hyperparameters are given."""
     entry = lookup(key)

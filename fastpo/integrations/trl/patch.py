@@ -47,10 +47,11 @@ def patch(
     (`fastpo.lazy_logits`) in every model, and the log says so. verl's fused heads, and what
     verl and OpenRLHF read of lazy logits, run on fastpo's head, too.
 
-    Trainers keep their losses and metrics. `loss_type` of DPOConfig and KTOConfig also takes the
-    keys of `fastpo.objectives`, with `beta`, `label_smoothing` and the KTO weights of the config
-    where they were changed, and the paper's values otherwise. TRL's own names run TRL's code.
-    Before TRL 1.15 there are no objectives of fastpo's, neither by name nor by `objective`.
+    Trainers keep their losses and metrics. `loss_type` of DPOConfig, KTOConfig and GRPOConfig also
+    takes the keys of `fastpo.objectives`, with the hyperparameters that the config has where they
+    were changed (`beta`, `label_smoothing`, `epsilon`), and the paper's values otherwise. TRL's own
+    names run TRL's code. Before TRL 1.15 there are no objectives of fastpo's, neither by name nor
+    by `objective`.
 
     budget, backend: as in `fastpo.linear_logps`.
     accumulate: as in `fastpo.attach`, for trainers that use TRL's fused head on one device with
@@ -68,10 +69,12 @@ def patch(
         token), else what the policy keeps by these settings when its batch is generated. One more
         pass of the policy where a reference comes before it.
     objective: a key of `fastpo.objectives`, with `hyperparameters`, or a function of quantities
-        (of `fastpo.objectives.compose`, for one), that DPOTrainer or KTOTrainer minimise instead of
-        their own loss. What it needs beside two texts comes from dataset columns of the quantity's
-        name: a number per row, or a list per row along the tokens of its completion. A column
-        "third" or "unlabeled" holds a text for each row.
+        (of `fastpo.objectives.compose`, for one), that DPOTrainer (families pairs and tokens),
+        KTOTrainer (singles) or GRPOTrainer (policy_gradient) minimise instead of their own loss;
+        other trainers keep theirs, and the log says so. What it needs beside two texts comes from
+        dataset columns of the quantity's name: a number per row, or a list per row along the tokens
+        of its completion. A column "third" or "unlabeled" holds a text for each row. With
+        GRPOTrainer it comes from the rollouts: advantages, old and reference log-probabilities.
     references: {"prev": model, "history": [models]} beside the trainer's own reference.
     reference_free: log-ratios are log-probabilities; no reference model is loaded.
     score_prompts: prompt tokens count as completion tokens do.
@@ -90,6 +93,7 @@ def patch(
         mixing,
         alternatives,
     )
+    by_name.check(setting)
     own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
     sharing = True if shared_prompts else (False if padding_free else None)
     shared.check(sharing, whole_groups)

@@ -1,4 +1,4 @@
-"""What fastpo's objectives add to a TRL trainer, whichever its data: columns, texts, references."""
+"""What fastpo's objectives add to a TRL trainer; to one of texts: columns, texts, references."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Texts = dict[str, dict[str, Tensor]]  # "third" -> the rows of the batch's third
 
 
 class ObjectiveTrainer:
-    """What the trainers share. Everything not defined here is TRL's."""
+    """What all trainers share. Everything not defined here is TRL's."""
 
     own: tuple[str, ...]  # TRL's loss types
     families: tuple[str, ...]
@@ -31,6 +31,28 @@ class ObjectiveTrainer:
         self.terms, self.own_terms, self.setting = terms, own, setting
         self.needs = Needs.of(terms, tuple(self.sides), setting)
         self.dataset_columns = () if dataset is None else tuple(next(iter(dataset)))
+
+    @contextmanager
+    def configured(self, config: Any) -> Iterator[None]:
+        """Around TRL's constructor."""
+        yield
+
+    def finish_objective(self) -> None:
+        """After TRL's constructor."""
+
+    @contextmanager
+    def _standing_in(self, **attributes: Any) -> Iterator[None]:
+        """Attributes TRL's `_compute_loss` reads, for the length of one call."""
+        before = {name: getattr(self, name) for name in attributes}
+        vars(self).update(attributes)
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+
+class TextTrainer(ObjectiveTrainer):
+    """Trainers on texts of a dataset: columns, further texts, references."""
 
     @property
     def needs_reference(self) -> bool:
@@ -122,16 +144,6 @@ class ObjectiveTrainer:
         trainer: Any = self
         run = Pass(trainer.ref_model or trainer.model, list(texts.values()))
         return run, trainer.compute_ref_log_probs(run, own)
-
-    @contextmanager
-    def _standing_in(self, **attributes: Any) -> Iterator[None]:
-        """Attributes TRL's `_compute_loss` reads, for the length of one call."""
-        before = {name: getattr(self, name) for name in attributes}
-        vars(self).update(attributes)
-        try:
-            yield
-        finally:
-            vars(self).update(before)
 
     def _add(self, result: Any, q: Quantities) -> Any:
         """TRL's loss, or its loss and outputs, plus the rows of the objectives."""

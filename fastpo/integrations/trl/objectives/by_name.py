@@ -1,4 +1,4 @@
-"""fastpo's objectives in TRL's DPOTrainer and KTOTrainer, by name.
+"""fastpo's objectives in TRL's DPOTrainer, KTOTrainer and GRPOTrainer, by name.
 
 A trainer whose loss is one of fastpo's becomes, when it is built, a subclass of its own class.
 TRL's `_compute_loss` still runs: policy pass, metrics and router loss are its own, only its loss
@@ -13,9 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ....objectives._registry import entry_of
+from ...seams.saying import say_once
 from ...seams.seam import Make, Method, Seam, kept, replace_when_imported
+from ..sampled import SCORES
 from .base import ObjectiveTrainer
 from .needs import Setting, terms_of
+from .policy import PolicyTrainer
 from .trainers import PairTrainer, SingleTrainer
 
 VERSIONS = ("1.15", "1.16")
@@ -33,7 +37,7 @@ ARGUMENTS = (
     "quantization_config",
     "peft_config",
 )
-_METHODS = {
+_TEXTS = {
     "__init__": ARGUMENTS,
     "_prepare_dataset": ("dataset", "processing_class", "args", "dataset_name"),
     "_set_signature_columns_if_needed": (),
@@ -41,24 +45,66 @@ _METHODS = {
     "compute_ref_log_probs": ("model", "inputs"),
     "_compute_loss": ("model", "inputs", "return_outputs"),
 }
+_ROLLOUTS = {
+    "__init__": (
+        "model",
+        "reward_funcs",
+        "args",
+        "train_dataset",
+        "eval_dataset",
+        "processing_class",
+        "reward_processing_classes",
+        "callbacks",
+        "optimizers",
+        "quantization_config",
+        "peft_config",
+        "tools",
+        "rollout_func",
+        "environment_factory",
+    ),
+    "_get_per_token_logps_and_entropies": SCORES,
+    "get_high_entropy_mask": ("entropies", "mask", "threshold"),
+    "_compute_loss": ("model", "inputs"),
+}
 
 
-def _seams(module: str, trainer: str, **more: tuple[str, ...]) -> dict[str, Seam]:
+def _seams(name: str, methods: Mapping[str, tuple[str, ...]]) -> dict[str, Seam]:
+    module, trainer = f"trl.trainer.{name.lower()}_trainer", f"{name}Trainer"
     return {
-        method: Seam(f"trl.trainer.{module}", f"{trainer}.{method}", parameters, VERSIONS)
-        for method, parameters in (_METHODS | more).items()
+        method: Seam(module, f"{trainer}.{method}", parameters, VERSIONS)
+        for method, parameters in methods.items()
     }
 
 
-DPO = _seams("dpo_trainer", "DPOTrainer")
-KTO = _seams("kto_trainer", "KTOTrainer", _compute_kl_logps=("model", "batch"))
+_TRAINERS: tuple[tuple[type[ObjectiveTrainer], dict[str, Seam]], ...] = (
+    (PairTrainer, _seams("DPO", _TEXTS)),
+    (SingleTrainer, _seams("KTO", _TEXTS | {"_compute_kl_logps": ("model", "batch")})),
+    (PolicyTrainer, _seams("GRPO", _ROLLOUTS)),
+)
+
+
+_BASE = Seam("trl.trainer.base_trainer", "_BaseTrainer.__init__", ("args", "kwargs"), VERSIONS)
 
 
 def replacements(setting: Setting) -> dict[Seam, Make]:
-    return {
-        DPO["__init__"]: functools.partial(_Init, setting=setting, mixin=PairTrainer, seams=DPO),
-        KTO["__init__"]: functools.partial(_Init, setting=setting, mixin=SingleTrainer, seams=KTO),
+    made: dict[Seam, Make] = {
+        seams["__init__"]: functools.partial(_Init, setting=setting, mixin=mixin, seams=seams)
+        for mixin, seams in _TRAINERS
     }
+    return made if setting.objective is None else made | {_BASE: _SaysWhose}
+
+
+def check(setting: Setting) -> None:
+    """ValueError for an objective that none of the trainers here takes."""
+    entry = None if setting.objective is None else entry_of(setting.bound())
+    families = [family for mixin, _ in _TRAINERS for family in mixin.families]
+    if entry is None or entry.family in families:
+        return
+    hint = "; fastpo.GroupTrainer takes it as objective=" if entry.family == "groups" else ""
+    raise ValueError(
+        f"{entry.key}: expected an objective of {', '.join(families)}, got one of "
+        f"{entry.family}{hint}"
+    )
 
 
 @contextmanager
@@ -67,6 +113,17 @@ def objectives_only(setting: Setting) -> Iterator[None]:
     with kept(*replacements(setting)):
         replace_when_imported(replacements(setting))
         yield
+
+
+class _SaysWhose(Method):
+    """`__init__` of what all trainers of TRL are: the log tells of one with another loss."""
+
+    def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        self.original(trainer, *args, **kwargs)
+        if not isinstance(trainer, ObjectiveTrainer):
+            takes = ", ".join(seams["__init__"].name.split(".")[0] for _, seams in _TRAINERS)
+            why = f"it trains its own loss; those that take patch(objective=...) are {takes}"
+            say_once(type(trainer).__name__, why)
 
 
 class _Init(Method):
@@ -89,21 +146,36 @@ class _Init(Method):
         arguments = inspect.signature(self.original).bind(trainer, *args, **kwargs).arguments
         config = arguments.get("args")
         setting, mixin = self.setting, self.mixin
-        if isinstance(trainer, ObjectiveTrainer) or (config is None and setting.objective is None):
+        unnamed = config is None and setting.objective is None
+        if unnamed or isinstance(trainer, ObjectiveTrainer) or self._has_own_loss(type(trainer)):
             return self.original(trainer, *args, **kwargs)
         if config is None:
             raise ValueError("args: expected a config beside fastpo.patch(objective=...), got None")
         terms, own = terms_of(config, mixin.own, mixin.families, setting)
         if not terms:
             return self.original(trainer, *args, **kwargs)
-        trainer.__class__ = with_objective(type(trainer), mixin)
+        trainer.__class__ = self._with_objective(type(trainer))
         trainer.prepare_objective(terms, own, setting, arguments.get("train_dataset"))
         with trainer.configured(config):
             self.original(trainer, *args, **kwargs)
         trainer.finish_objective()
 
+    def _own(self, trainer: type) -> type:
+        """The class of TRL's that this constructor is of."""
+        return next(x for x in trainer.__mro__ if vars(x).get("__init__") is self)
 
-def with_objective(trainer: type, mixin: type) -> type:
-    """The trainer's class with the mixin in front; it keeps its name."""
+    def _has_own_loss(self, trainer: type) -> bool:
+        """Is it another trainer of TRL's, on top of this one?"""
+        above = trainer.__mro__[: trainer.__mro__.index(self._own(trainer))]
+        return any(x.__module__.startswith("trl.") and "_compute_loss" in vars(x) for x in above)
+
+    def _with_objective(self, trainer: type) -> type:
+        """The class, with the mixin between TRL's class and what a script has made of it."""
+        own = self._own(trainer)
+        below = _named_as(own, (self.mixin, own))
+        return below if trainer is own else _named_as(trainer, (trainer, below))
+
+
+def _named_as(trainer: type, bases: tuple[type, ...]) -> type:
     named = {key: getattr(trainer, key) for key in ("__module__", "__doc__", "__qualname__")}
-    return type(trainer.__name__, (mixin, trainer), named)
+    return type(trainer.__name__, bases, named)

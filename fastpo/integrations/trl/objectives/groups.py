@@ -16,7 +16,7 @@ from ....objectives._math import group_max, group_sum
 from ....quantities import Quantities, padded
 from ...seams.seam import fitting
 from . import by_name
-from .base import ObjectiveTrainer
+from .base import TextTrainer
 from .columns import SINGLES, Carry
 from .needs import Objective, Setting, Term, of_family, total
 from .passes import Pass
@@ -30,7 +30,7 @@ _PAIR_KEYS = {
 }
 
 
-class GroupTrainer(ObjectiveTrainer, DPOTrainer):
+class GroupTrainer(TextTrainer, DPOTrainer):
     """TRL's DPOTrainer for groups: a prompt, several completions, and numbers for each of them.
 
     objective: a key of the family groups, that key bound to hyperparameters by

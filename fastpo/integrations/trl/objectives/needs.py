@@ -13,12 +13,30 @@ from torch import Tensor
 
 from .... import objectives
 from ....objectives._quantities import SHAPES, is_mask
-from ....objectives._registry import entry_of, lookup, quantities_of, unwrap
+from ....objectives._registry import entry_of, lookup, of_table, quantities_of, unwrap
 from ....ops.stats import TokenStats
 from ....quantities import Quantities, padded
 
 Objective = Callable[..., Tensor]
-_CONFIGURED = ("beta", "label_smoothing", "desirable_weight", "undesirable_weight")
+# Hyperparameter -> the option of TRL's configs that it is.
+CONFIGURED = {
+    "beta": "beta",
+    "label_smoothing": "label_smoothing",
+    "desirable_weight": "desirable_weight",
+    "undesirable_weight": "undesirable_weight",
+    "epsilon_low": "epsilon",
+    "epsilon_high": "epsilon_high",
+    "delta": "delta",
+    "level": "importance_sampling_level",
+    "unbiased_kl": "use_bias_correction_kl",
+    "entropy_coef": "entropy_coef",
+    "temperature_pos": "sapo_temperature_pos",
+    "temperature_neg": "sapo_temperature_neg",
+    "k_pos": "vespo_k_pos",
+    "lambda_pos": "vespo_lambda_pos",
+    "k_neg": "vespo_k_neg",
+    "lambda_neg": "vespo_lambda_neg",
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ def terms_of(
     names = [config.loss_type] if isinstance(config.loss_type, str) else list(config.loss_type)
     weights = getattr(config, "loss_weights", None) or [1.0] * len(names)
     if setting.objective is not None:
-        if config.loss_type != _default(config, "loss_type"):
+        if config.loss_type != default_of(config, "loss_type"):
             raise ValueError(
                 "loss_type: expected the default beside fastpo.patch(objective=...), "
                 f"got {config.loss_type!r}"
@@ -145,15 +163,15 @@ def _configured(config: Any, key: str) -> dict[str, Any]:
     """Hyperparameters whose value in the config was changed; the others keep the paper's."""
     known = lookup(key).parameters
     return {
-        name: getattr(config, name)
-        for name in _CONFIGURED
+        name: getattr(config, option)
+        for name, option in CONFIGURED.items()
         if name in known
-        and hasattr(config, name)
-        and getattr(config, name) != _default(config, name)
+        and hasattr(config, option)
+        and getattr(config, option) != default_of(config, option)
     }
 
 
-def _default(config: Any, name: str) -> Any:
+def default_of(config: Any, name: str) -> Any:
     found = {item.name: item for item in dataclasses.fields(config)}.get(name)
     if found is None:
         return None
@@ -177,7 +195,7 @@ class Needs:
         wanted: set[str] = set()
         for term in terms:
             wanted |= set(quantities_of(term.function))
-            required |= _required(term.function)
+            required |= required_of(term.function)
         return cls(frozenset(required), frozenset(wanted - required), sides, setting)
 
     @property
@@ -241,11 +259,14 @@ class Needs:
         return q | dict.fromkeys(names, zeros)
 
 
-def _required(function: Objective) -> set[str]:
-    """What a function cannot do without: some hyperparameters need an optional quantity."""
+def required_of(function: Objective) -> set[str]:
+    """What a function cannot do without: some hyperparameters need an optional quantity.
+
+    Asked of the table's functions by calls on nothing; a function of the caller's own is not run.
+    """
     names = quantities_of(function)
     required = {name for name, needed in names.items() if needed}
-    while True:
+    while of_table(function):
         try:
             function(**{name: _nothing(name) for name in required})
             return required
@@ -254,6 +275,7 @@ def _required(function: Objective) -> set[str]:
             if missing not in names or missing in required:
                 return required  # not about what is missing: the first batch will tell
             required.add(missing)
+    return required
 
 
 def _nothing(name: str) -> Tensor:

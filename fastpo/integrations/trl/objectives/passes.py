@@ -27,6 +27,10 @@ class Pass:
         self.stats: TokenStats | None = None
         self.call: HeadCall | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """Of the model: a script's own methods are given this in its place."""
+        return getattr(self.model, name)
+
     def __call__(self, **arguments: Any) -> Any:
         if not arguments.get("fused_lm_head") or self.stats is not None:
             return self.model(**arguments)

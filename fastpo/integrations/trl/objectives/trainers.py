@@ -10,7 +10,7 @@ import torch
 
 from ....ops.stats import TokenStats
 from ....quantities import Quantities, padded
-from .base import ObjectiveTrainer, Texts
+from .base import Texts, TextTrainer
 from .columns import PAIRS, SINGLES
 from .passes import Pass, alternatives, mixed, token_kl
 
@@ -22,7 +22,7 @@ _TRANSFORMS = {
 }
 
 
-class PairTrainer(ObjectiveTrainer):
+class PairTrainer(TextTrainer):
     """Objectives of pairs and of their tokens, in front of DPOTrainer."""
 
     own = (
@@ -147,7 +147,7 @@ def _part(compute: Any, start: int, stop: int) -> Any:
     return lambda: compute()[start:stop]
 
 
-class SingleTrainer(ObjectiveTrainer):
+class SingleTrainer(TextTrainer):
     """Objectives of single responses, in front of KTOTrainer."""
 
     own = ("kto", "apo_zero_unpaired")

@@ -1,0 +1,186 @@
+"""The mixin for completions that the policy itself has drawn, in front of TRL's GRPOTrainer."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from ....objectives._registry import unwrap
+from ....quantities import Quantities
+from .base import ObjectiveTrainer
+from .columns import SINGLES
+from .needs import CONFIGURED, Setting, Term, default_of, total
+
+_GIVEN = (
+    "token_logps",
+    "mask",
+    "advantages",
+    "old_token_logps",
+    "ref_token_logps",
+    "sampler_token_logps",
+    "entropy",
+    "is_weights",
+)
+# Options of GRPOConfig that weigh or leave out tokens, as `is_weights` do.
+_WEIGHING = ("top_entropy_quantile", "off_policy_mask_threshold")
+_LEVELS = ("token", "sequence")  # of TRL
+
+
+@dataclass
+class _Step:
+    """What TRL's `_compute_loss` has computed of the policy."""
+
+    logps: Tensor | None = None  # [N, T] nats
+    entropy: Tensor | None = None  # [N, T] nats
+    aux_loss: Tensor | None = None  # 0-d, of a router
+    weights: list[Tensor] = field(default_factory=list)  # masks, [N, T] or [N, 1]
+
+
+class PolicyTrainer(ObjectiveTrainer):
+    """Objectives of policy gradient on TRL's rollouts and advantages, with TRL's metrics."""
+
+    own = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+    families = ("policy_gradient",)
+    sides = SINGLES
+    step: _Step | None = None  # while TRL's `_compute_loss` runs
+
+    def prepare_objective(
+        self, terms: list[Term], own: list[tuple[str, float]], setting: Setting, dataset: Any
+    ) -> None:
+        super().prepare_objective(terms, own, setting, dataset)
+        name = terms[0].name
+        if foreign := self.needs.required.difference(_GIVEN):
+            raise ValueError(
+                f"{name}: expected an objective of what GRPOTrainer has, {', '.join(_GIVEN)}; got "
+                f"one of {min(foreign)}"
+            )
+        plain = Setting(setting.objective, setting.hyperparameters)
+        for option in ("references", "reference_free", "score_prompts", "mixing", "alternatives"):
+            if getattr(setting, option) != getattr(plain, option):
+                raise ValueError(f"{option}: expected none with GRPOTrainer, whose {name} has none")
+
+    @contextmanager
+    def configured(self, config: Any) -> Iterator[None]:
+        """TRL loads its reference, and scores with it, where the objective asks for one."""
+        self._refuse(config)
+        reference = "ref_token_logps" in self.needs.required
+        # A beta of 0 would say that nobody asks for one.
+        beta = (self.terms[0].beta or 1.0) if reference else 0.0
+        standing = {"beta": beta, "entropy_coef": 0.0, "loss_type": "grpo"}
+        before = {name: getattr(config, name) for name in standing}
+        vars(config).update(standing)
+        try:
+            yield
+        finally:
+            vars(config).update(before)
+
+    def _refuse(self, config: Any) -> None:
+        """Options of TRL's own losses that the objective would not hear of."""
+        name, known = self.terms[0].name, self._parameters()
+        by_key = self.setting.objective is None
+        changed = {x: value for x, value in vars(config).items() if value != default_of(config, x)}
+        for parameter, option in CONFIGURED.items():
+            if option in changed and not (by_key and parameter in known):
+                hint = f", whose {parameter} is given beside it" if parameter in known else ""
+                raise ValueError(
+                    f"{option}: expected {default_of(config, option)} with {name}{hint}, got "
+                    f"{changed[option]}"
+                )
+        for option in ("use_adaptive_entropy", "use_liger_kernel"):
+            if changed.get(option):
+                raise ValueError(f"{option}: expected False with {name}, got True")
+        for option in _WEIGHING:
+            if option in changed and "is_weights" not in self.needs.names:
+                raise ValueError(
+                    f"{option}: expected {default_of(config, option)} with {name}, which has no "
+                    f"is_weights, got {changed[option]}"
+                )
+
+    def _parameters(self) -> Mapping[str, Any]:
+        """Of the objective: hyperparameter -> what is bound to it, or its default."""
+        base, bound = unwrap(self.terms[0].function)
+        named = {
+            name: parameter.default
+            for name, parameter in inspect.signature(base).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        }
+        return named | {name: value for name, value in bound.items() if name in named}
+
+    def get_high_entropy_mask(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._noted(super().get_high_entropy_mask(*args, **kwargs))  # type: ignore[misc]
+
+    def get_off_policy_mask(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._noted(super().get_off_policy_mask(*args, **kwargs))  # type: ignore[misc]
+
+    def _noted(self, weights: Tensor) -> Tensor:
+        if self.step is not None:
+            self.step.weights.append(weights)
+        return weights
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
+        if self.step is not None:
+            self.step.logps, self.step.entropy, self.step.aux_loss = found
+        return found
+
+    def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        step = self.step = _Step()
+        try:
+            with self._standing_in(**self._trl_attributes()):
+                super()._compute_loss(model, inputs)  # type: ignore[misc]
+        finally:
+            self.step = None
+        return self._loss(step, inputs)
+
+    def _loss(self, step: _Step, inputs: Mapping[str, Any]) -> Tensor:
+        trainer: Any = self
+        training = trainer.model.training
+        steps = trainer.current_gradient_accumulation_steps if training else 1
+        options: dict[str, Any] = {}
+        free = {name for name, value in self._parameters().items() if value is None}
+        if "max_length" in free:
+            options["max_length"] = trainer.max_completion_length
+        if "num_tokens" in free:
+            # TRL's count is that of a batch of generations: of all its steps, of all processes.
+            tokens = inputs["num_items_in_batch"] / trainer.accelerator.num_processes
+            options["num_tokens"] = tokens / (trainer.args.steps_per_generation if training else 1)
+        loss = total(self.terms, self._quantities(step, inputs), **options)
+        if trainer.aux_loss_enabled:
+            loss = loss + trainer.router_aux_loss_coef * step.aux_loss
+        return loss / steps
+
+    def _trl_attributes(self) -> dict[str, Any]:
+        """TRL's metrics of clipped ratios are those of our bounds, if we have any; its loss nobody
+        reads."""
+        known = self._parameters()
+        low, high, level = (known.get(x) for x in ("epsilon_low", "epsilon_high", "level"))
+        found: dict[str, Any] = {"loss_type": "sapo" if low is None else "grpo"}
+        if low is not None:
+            found |= {"epsilon_low": low, "epsilon_high": low if high is None else high}
+        if level is not None:
+            found["importance_sampling_level"] = _LEVELS[level != "token"]
+        return found
+
+    def _quantities(self, step: _Step, inputs: Mapping[str, Any]) -> Quantities:
+        trainer: Any = self
+        given = {
+            "token_logps": step.logps,
+            "mask": (inputs["completion_mask"] * inputs.get("tool_mask", 1)).bool(),
+            "advantages": inputs["advantages"],
+            "old_token_logps": inputs.get("old_per_token_logps"),
+            "ref_token_logps": inputs.get("ref_per_token_logps"),
+            "sampler_token_logps": inputs.get("sampling_per_token_logps"),
+            "entropy": step.entropy,
+        }
+        weights = list(step.weights)
+        if trainer.use_vllm and trainer.vllm_importance_sampling_correction:
+            weights.append(inputs["importance_sampling_ratio"])
+        if weights:
+            given["is_weights"] = functools.reduce(lambda a, b: a * b, weights)
+        return Quantities(given)
