@@ -20,7 +20,8 @@ def linear_head(model: Any) -> nn.Linear:
 
     Read at each call: PEFT may come later.
     """
-    head: Any = model.get_output_embeddings()
+    read = getattr(model, "get_output_embeddings", None)  # a wrapper of a script's may have none
+    head: Any = None if read is None else read()
     if head is not None and "modules_to_save" in head._modules:  # PEFT trains a copy of it whole
         chosen = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[chosen[0]] if chosen else head.original_module

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.walks.checks import DTYPES
 from ...ops.walks.derivatives import transform
+from ...ops.walks.saving import checkpointed, saving_hooks
 from ..adapter import is_adapter
 from ..heads import linear_head, tensor_parallel
 from ..seams.calls import answered, standing_in, unhidden
@@ -42,9 +43,13 @@ def lazy_head(
         yield
         return
     own, sharded = unhidden(head.forward), isinstance(parts[0], DTensor)
+    outside = saving_hooks()
 
     def forward(hidden: Tensor) -> Tensor:
-        if hidden.dtype not in DTYPES or any(map(_watched, (hidden, *head.parameters()))):
+        # A checkpoint that began in here computes again when nothing stands in any more.
+        again = checkpointed() and saving_hooks() != outside
+        unread = hidden.dtype not in DTYPES or any(map(_watched, (hidden, *head.parameters())))
+        if again or unread:
             made: Tensor = own(hidden)
             return made
         if not sharded:

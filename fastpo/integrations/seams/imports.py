@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 Action = Callable[[], None]
 
@@ -36,6 +37,10 @@ class _Acting(Loader):
 
     def __init__(self, loader: Loader, watcher: _Watcher) -> None:
         self.loader, self.watcher = loader, watcher
+
+    def __getattr__(self, name: str) -> Any:
+        """What else it can: `pkgutil` asks for sources and data before the import."""
+        return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)

@@ -31,6 +31,13 @@ class Method(Replacement):
         super().__init__(original)
         if original is not None:
             functools.update_wrapper(self, original)
+            vars(self)["__signature__"] = inspect.signature(original)
+
+    def __getattr__(self, name: str) -> Any:
+        """`__code__`, `__defaults__`: what a function has."""
+        if name == "original":
+            raise AttributeError(name)  # of an instance that is being made
+        return getattr(self.original, name)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else MethodType(self, instance)

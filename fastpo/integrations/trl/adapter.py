@@ -51,18 +51,19 @@ class _AddHead(Replacement):
             return
         from ..sharing.backbone import packing  # imports transformers
 
-        fused, sharing = model.forward, self.sharing
+        # TRL's own, of whichever model it is called with: a deep copy has weights of its own.
+        fused, sharing = model.forward.__func__, self.sharing
 
         @functools.wraps(fused)
         def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             if not fused_lm_head:
-                return fused(*args, **kwargs)
+                return fused(self, *args, **kwargs)
             with ExitStack() as stack:
                 if own:
                     stack.enter_context(adapted(self.get_output_embeddings()))
                 if sharing is not None:
                     stack.enter_context(packing(self, sharing))
-                return fused(*args, fused_lm_head=True, **kwargs)
+                return fused(self, *args, fused_lm_head=True, **kwargs)
 
         model.forward = MethodType(forward, model)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from contextlib import nullcontext
 from typing import Any
 
+import torch
+
 from ..seams.seam import Make, Method, Seam
 from .head import light_passes
 from .metrics.deferring import deferred, settle
@@ -19,10 +21,11 @@ _TRAINERS = {"dpo_trainer": "DPOTrainer", "kto_trainer": "KTOTrainer"}
 
 
 class _Loss(Method):
-    """While training, whatever runs without gradient is not the policy's own pass."""
+    """While training, what runs without gradient beside the policy's own pass."""
 
     def __call__(self, trainer: Any, model: Any, inputs: Any, return_outputs: bool) -> Any:
-        light = light_passes() if trainer.model.training else nullcontext()
+        training = trainer.model.training and torch.is_grad_enabled()
+        light = light_passes() if training else nullcontext()
         with light, deferred(trainer, self.original):
             return self.original(trainer, model, inputs, return_outputs)
 

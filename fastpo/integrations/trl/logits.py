@@ -74,8 +74,9 @@ def real_outputs(result: Any) -> Any:
     outputs = result[1]
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, LazyLogits) and torch.is_grad_enabled():
-        # The weights will have changed when logits of a training step are read after it.
-        outputs.logits = logits.detach() + 0
+        # The weights will have changed when logits of a training step are read after it. Their
+        # graph stays: a script may add a loss of its own.
+        outputs.logits = logits + 0
     elif (promise := promise_of(logits)) is not None:
         # Of a head in shards, gathered here: perhaps one process alone reads them.
         outputs.logits = promised(promise)

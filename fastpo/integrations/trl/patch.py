@@ -12,6 +12,7 @@ from ...ops.shards.gathered import HeadOptions
 from ...ops.walks.checks import check_flag
 from .. import readers, verl
 from ..lazy import everywhere
+from ..seams import imports
 from ..seams.saying import say_once
 from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
 from . import adapter, distillation, early, entropies, light, sampled, shared
@@ -139,6 +140,8 @@ def _checked(
     return made, now
 
 
+# What `fastpo run` patches when it is imported.
+_RUN = ("trl", "transformers.modeling_utils", "verl", "openrlhf", "axolotl")
 _INSTEAD = "lazy logits serve the trainers whose own seams do not fit"
 
 
@@ -194,6 +197,8 @@ def unpatch() -> None:
 
     A trainer that was built for one of fastpo's objectives keeps it.
     """
+    for module in _RUN:
+        imports.forget(module)
     restore(*SEAMS)
     everywhere.remove()
     verl.remove()

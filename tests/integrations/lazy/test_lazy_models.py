@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from _tiny import one_thread  # noqa: F401
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fastpo
 from fastpo.integrations.lazy import cell
@@ -202,6 +204,30 @@ def test_activation_checkpointing(lazily):
     expected = trained(model, batch)
     lazily(model)
     model.gradient_checkpointing_enable()
+    torch.testing.assert_close(trained(model, batch), expected, rtol=1e-4, atol=1e-4)
+
+
+class Normalised(transformers.LlamaForCausalLM):
+    """A forward of a script's own, which computes the wide part again in the backward."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **more):
+        def of_hidden(hidden):
+            logits = self.lm_head(hidden).float()
+            return logits - logits.logsumexp(-1, keepdim=True)
+
+        hidden = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        logits = checkpoint(of_hidden, hidden, use_reentrant=False)
+        loss = None
+        if labels is not None:
+            loss = F.nll_loss(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss, logits)
+
+
+def test_a_checkpoint_inside_a_forward(lazily):
+    model, batch = tiny.model("llama").train(), tiny.batch()
+    model.__class__ = Normalised
+    expected = trained(model, batch)
+    lazily(model)
     torch.testing.assert_close(trained(model, batch), expected, rtol=1e-4, atol=1e-4)
 
 

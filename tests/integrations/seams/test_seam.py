@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import copy
+import importlib.util
 import inspect
 import sys
 from importlib import metadata
@@ -216,6 +217,18 @@ def test_a_module_is_replaced_when_it_is_imported(importable):
     assert module.__loader__ is module.__spec__.loader
     restore(LOSS)
     assert module.Trainer().loss(1, 2) == ("own", 1, 2)
+
+
+def test_what_is_replaced_looks_as_it_did(importable):
+    replace_when_imported({LOSS: Doubled})
+    loader = importlib.util.find_spec("foreign.trainer").loader
+    assert loader.get_source("foreign.trainer") == SOURCE and not loader.is_package(
+        "foreign.trainer"
+    )
+    loss = importlib.import_module("foreign.trainer").Trainer.loss
+    assert inspect.getfullargspec(loss).args == ["self", "model", "inputs"]
+    assert loss.__code__.co_name == "loss" and loss.__defaults__ is None
+    assert copy.copy(loss).original is loss.original
 
 
 def test_what_waits_is_forgotten(importable):

@@ -288,7 +288,7 @@ def test_an_error_of_one_number_is_its_own():
 
 @contextmanager
 def stood_in(accelerator):
-    trainer = type("Trainer", (), {})()
+    trainer = type("Trainer", (), {"__module__": "trl"})()
     trainer.accelerator = accelerator
     with deferred(trainer, guarded):
         yield trainer.accelerator

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import sys
+from types import MethodType
 
 import pytest
 
@@ -189,8 +190,10 @@ def numbers(trainer):
 
 
 def subclass(own, seen):
+    whole = own.compute_loss
+
     def compute_loss(self, *args, **kwargs):
-        loss = own.compute_loss(self, *args, **kwargs)
+        loss = whole(self, *args, **kwargs)
         seen.append(numbers(self))
         return loss
 
@@ -203,7 +206,7 @@ class Callback(transformers.TrainerCallback):
 
 
 @pytest.mark.parametrize("prefix", COLLECTIVES)
-@pytest.mark.parametrize("kind", ["subclass", "callback"])
+@pytest.mark.parametrize("kind", ["subclass", "callback", "instance", "class"])
 def test_code_of_a_script_finds_numbers(kind, prefix, tmp_path, monkeypatch):
     """In the middle of a step, too."""
     runs = {"one by one": [], "at once": []}
@@ -212,7 +215,13 @@ def test_code_of_a_script_finds_numbers(kind, prefix, tmp_path, monkeypatch):
             if kind == "subclass":
                 own = getattr(trl, f"{prefix}Trainer")
                 patch.setattr(trl, f"{prefix}Trainer", subclass(own, seen))
+            if kind == "class":
+                own = getattr(trl, f"{prefix}Trainer")
+                patch.setattr(own, "compute_loss", subclass(own, seen).compute_loss)
             trainer = build(prefix, tmp_path, {"gradient_accumulation_steps": 2, "max_steps": 2})
+            if kind == "instance":
+                method = subclass(type(trainer), seen).compute_loss
+                trainer.compute_loss = MethodType(method, trainer)
             if kind == "callback":
                 callback = Callback()
                 callback.seen, callback.trainer = seen, trainer

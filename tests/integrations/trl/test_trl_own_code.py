@@ -7,6 +7,7 @@ losses and gradients are those of TRL alone.
 from __future__ import annotations
 
 import contextlib
+import copy
 
 import pytest
 
@@ -19,6 +20,7 @@ import test_trl_distillation
 import test_trl_experimental
 import torch
 import torch.nn.functional as F
+import trl.trainer.utils as utils
 from _tiny import one_thread  # noqa: F401
 from torch.utils.checkpoint import checkpoint
 
@@ -159,3 +161,77 @@ def test_a_subclass_that_reads_logits_itself(tmp_path):
             )
 
         assert_trains_the_same(make)
+
+
+@pytest.mark.parametrize("name", ["gkd", "gold", "tpo", "orpo"])
+def test_a_term_on_the_logits_that_a_loss_gives_out(name, tmp_path):
+    home = test_trl_distillation if name in ("gkd", "gold") else test_trl_experimental
+
+    def make():
+        trainer = home.trainer(name, tmp_path)
+        whole = trainer.compute_loss
+
+        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = whole(model, inputs, return_outputs=True)
+            logits = getattr(outputs, "logits", None)
+            return loss if logits is None else loss + 0.1 * logits.logsumexp(-1).square().mean()
+
+        trainer.compute_loss = compute_loss
+        return trainer
+
+    assert_trains_the_same(make)
+
+
+@pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="no fused head")
+@pytest.mark.parametrize("prefix", ["DPO", "KTO"])
+def test_a_loss_without_gradient_while_training(prefix, tmp_path):
+    losses = []
+    for patched in (False, True):
+        with fastpo.patched() if patched else contextlib.nullcontext():
+            path, data = _trainers.saved(tmp_path), _trainers.DATA[prefix]()
+            trainer = _trainers.build(prefix, tmp_path, path, data, {})
+            batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+            trainer.model.train()
+            with torch.no_grad():
+                losses.append(trainer.compute_loss(trainer.model, batch))
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="no fused head")
+@pytest.mark.parametrize("kind", ["plain", "shared_prompts", "padding_free", "adapter"])
+def test_a_deep_copy_of_a_model_has_its_own_weights(kind, tmp_path):
+    given = {"peft_config": _trainers.lora(target_modules=["lm_head"])} if kind == "adapter" else {}
+    options = {} if kind in ("plain", "adapter") else {kind: True}
+    with fastpo.patched(**options):
+        path, data = _trainers.saved(tmp_path), tiny.preferences()
+        trainer = _trainers.build("DPO", tmp_path, path, data, {}, **given)
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        copied = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).eval()
+        before = trainer.compute_ref_log_probs(copied, batch)
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(1.1)
+        after = trainer.compute_ref_log_probs(copied, batch)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+
+
+class Wrap(torch.nn.Module):
+    """A model of a script's own around one of transformers'."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.config, self.dtype = inner, inner.config, inner.dtype
+        self.generation_config, self.warnings_issued = inner.generation_config, {}
+        self.device = inner.device
+
+    def forward(self, input_ids=None, attention_mask=None, use_cache=False, **more):
+        return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+
+@pytest.mark.parametrize("prefix", ["CPO", "ORPO"])
+def test_a_model_that_tells_of_no_head(prefix, tmp_path):
+    def make():
+        model = Wrap(tiny.model("llama"))
+        return _trainers.build(prefix, tmp_path, model, tiny.preferences(), {})
+
+    assert_trains_the_same(make)

@@ -19,6 +19,7 @@ import trl
 from _tiny import one_thread  # noqa: F401
 
 import fastpo
+from fastpo.integrations.seams import imports
 from fastpo.integrations.seams.seam import Replacement, fitting
 from fastpo.integrations.trl.head import HEAD
 from fastpo.integrations.trl.patch import SEAMS
@@ -145,3 +146,11 @@ def test_orders_of_import(order):
         check=False,
     )
     assert found.returncode == 0, found.stderr
+
+
+def test_nothing_of_fastpo_run_waits_after_unpatch():
+    """It patches what a script imports later, TRL too."""
+    with fastpo.patched():
+        imports.after("verl", lambda: pytest.fail("patched again"))
+        fastpo.unpatch()
+        assert "verl" not in imports.waiting()

@@ -4,7 +4,7 @@ A micro-batch of DPO makes 15 collectives and brings 15 values to the host one a
 device idles meanwhile. While TRL's `_compute_loss` runs, the trainer's accelerator is stood in for
 by one that writes the metrics down (see `ledger.py`): one collective for a step, one transfer when
 `log` averages them. Names and values are TRL's. Where a script has a trainer or a callback of its
-own, which may read them earlier or in one process alone, they are there when the loss is.
+own, which may read them earlier or in one process alone, nothing waits.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .pending import PendingNumber
 
 # Whose trainers and callbacks read metrics where they are logged, and nowhere else.
 _KNOWN = ("trl", "transformers", "fastpo", "builtins")
+_METHODS = ("training_step", "compute_loss", "_compute_loss", "compute_ref_log_probs", "log")
 
 
 class Deferring:
@@ -54,6 +55,9 @@ class Deferring:
 @contextmanager
 def deferred(trainer: Any, compute_loss: Callable[..., Any]) -> Iterator[None]:
     """For the length of one call of `compute_loss`, a method of the trainer as TRL wrote it."""
+    if _watched(trainer):
+        yield
+        return
     accelerator = trainer.accelerator
     ledger = vars(trainer).setdefault("_fastpo_metrics", Ledger())
     trainer.accelerator = Deferring(accelerator, ledger)
@@ -62,16 +66,16 @@ def deferred(trainer: Any, compute_loss: Callable[..., Any]) -> Iterator[None]:
             yield
     finally:
         trainer.accelerator = accelerator
-    if _watched(trainer):
-        ledger.read()
-        settle(trainer)
 
 
 def _watched(trainer: Any) -> bool:
+    """Is there code of a script's: a class, a callback, a method put on a trainer or its class?"""
     handler = getattr(trainer, "callback_handler", None)
     watching = (trainer, *getattr(handler, "callbacks", ()))
     kinds = (kind for one in watching for kind in type(one).__mro__)
-    return any(kind.__module__.partition(".")[0] not in _KNOWN for kind in kinds)
+    methods = (getattr(trainer, name, None) for name in _METHODS)
+    modules = (getattr(one, "__module__", None) for one in (*kinds, *filter(None, methods)))
+    return any(str(module).partition(".")[0] not in _KNOWN for module in modules)
 
 
 def settle(trainer: Any) -> None:
