@@ -1,6 +1,5 @@
 """Shared fixtures: Triton's interpreter where there is no GPU, and memory that starts as NaN."""
 
-import functools
 import gc
 import os
 from importlib.util import find_spec
@@ -36,7 +35,6 @@ if not torch.cuda.is_available():
             return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
 
         InterpreterBuilder.create_fma = fma
-        interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
 
         patched = set()  # namespaces of functions, since the kernel's start
 
