@@ -51,10 +51,16 @@ def diagnose(
     mask: tokens that were sampled; None: all.
     whole_logps: log-probabilities over the whole vocabulary, beside `logps` over the words that
         were kept: their ratio is the mass of these.
-    Waits for the device once. Raises ValueError for shapes that differ and where no token is left.
+    Waits for the device once. Raises ValueError for what is no tensor, for shapes that differ and
+    where no token is left.
     """
-    for name, x in {"logps": logps, "mask": mask, "whole_logps": whole_logps}.items():
-        if x is not None and x.shape != sampler_logps.shape:
+    named = {"sampler_logps": sampler_logps, "logps": logps, "mask": mask}
+    for name, x in {**named, "whole_logps": whole_logps}.items():
+        if x is None and name in ("mask", "whole_logps"):
+            continue
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.shape != sampler_logps.shape:
             raise ValueError(
                 f"{name}: expected shape {tuple(sampler_logps.shape)}, got {tuple(x.shape)}"
             )

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from .ops.rows.registry import check as check_backend
 from .ops.walks.checks import DTYPES, check_budget, check_flag, check_integer
 
 Mode = Literal["score", "frozen", "keep", "lean"]
@@ -248,7 +249,8 @@ def plan(
     budget: bytes that may be kept for the backward; None: `4·vocab·hidden`, or a sixteenth of the
         GPU's memory where that is more.
     backend: "anchored" and "cutlass" cut a bfloat16 head on a GPU in their own way.
-    Raises ValueError for a negative size or budget and for an unsupported dtype.
+    Raises ValueError for a negative size or budget, an unsupported dtype, a device that torch does
+    not know and a backend that fastpo does not.
     """
     check_integer("tokens", tokens, "an integer >= 0", lambda x: x >= 0)
     for name, value in {"vocab": vocab, "hidden": hidden}.items():
@@ -258,16 +260,25 @@ def plan(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
     check_budget(budget)
+    check_backend(backend)
+    place = _device(device)
     return make_plan(
         tokens,
         vocab,
         hidden,
         compute_dtype=dtype,
-        device=torch.device(device),
+        device=place,
         hidden_grad=train_hidden,
         head_grad=train_head,
         budget=budget,
         dweight_bytes=vocab * hidden * dtype.itemsize,
         anchored=backend in ("anchored", "cutlass")
-        and (torch.device(device).type, dtype) == ("cuda", torch.bfloat16),
+        and (place.type, dtype) == ("cuda", torch.bfloat16),
     )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device: expected cpu, cuda or a torch.device, got {device!r}") from None

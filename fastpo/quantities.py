@@ -33,6 +33,7 @@ _STATISTICS = {  # field of TokenStats -> what the catalogue calls it
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq_probs",
 }
+_UNDER = ("ref_", "old_", "prev_", "mixed_", "sampler_")  # models of one policy each
 _ROW_WEIGHTS = ("pair_weights", "sample_weights")
 Lazy = Tensor | Callable[[], Tensor]
 
@@ -120,12 +121,37 @@ class Quantities:
         return policy - reference[0].detach() if reference else policy
 
     def _expected(self, name: str) -> str:
-        """The missing name, or the missing names it could be derived from."""
-        missing = [self._expected(one) for one in self._inputs(name) if one not in self]
-        if not missing:
-            return name
-        free = " or reference_free=True" if name.endswith("logratios") else ""
-        return f"{name} or ({' and '.join(missing)}){free}"
+        """What would give it: a column, what it is derived from, an argument."""
+        leaf = name
+        while deeper := self._missing(leaf):
+            leaf = deeper[0]
+        if sides := self._sides(leaf):
+            return sides
+        missing = self._missing(name)
+        free = any(one.startswith("ref_") for one in missing) and name.endswith("logratios")
+        ways = [" and ".join(missing), self._argument(leaf), "reference_free=True" * free]
+        *others, last = ["a column of that name", *filter(None, ways)]
+        return f"{', '.join(others)} or {last}" if others else last
+
+    def _missing(self, name: str) -> list[str]:
+        return [one for one in self._inputs(name) if one not in self]
+
+    def _sides(self, name: str) -> str:
+        """Were rows of pairs taken for single responses, or the reverse?"""
+        if f"chosen_{name}" in self.given:
+            return 'padded(..., sides=("",)) for single responses'
+        if name.removeprefix("chosen_").removeprefix("rejected_") in {*self.given} - {name}:
+            return 'padded(..., sides=("chosen", "rejected")) for pairs'
+        return ""
+
+    def _argument(self, name: str) -> str:
+        """What `padded` or `packed` was not given, for a name that is derived from none."""
+        model = next((one for one in _UNDER if name.startswith(one)), "")
+        if model and name.endswith("token_logps"):
+            return f"padded(..., {model[:-1]}=...)"
+        side = next((one for one in _SIDES if name.startswith(one)), "")
+        by_token = name.removeprefix(side) in ("mask", *_STATISTICS.values())
+        return "packed(..., width=...)" if by_token and f"{side}lengths" in self.given else ""
 
 
 def padded(
@@ -141,6 +167,7 @@ def padded(
     sides ("",) for single responses and groups. `under`: the same tokens under other models, by
     name: ref=..., old=..., sampler=..., each like `stats`.
     """
+    _check_tensors(mask=mask)
     rows = _Rows(mask.shape[0], sides)
     given = rows.share("", "mask", mask.bool())
     for model, kind, values in _statistics(stats, under):
@@ -166,6 +193,7 @@ def packed(
     """
     if width is not None and width < 0:
         raise ValueError(f"width: expected at least 0, got {width}")
+    _check_tensors(offsets=offsets, **({} if mask is None else {"mask": mask}))
     rows = _Rows(offsets.shape[0] - 1, sides)
     tokens = _statistics(stats, under)
     size = tokens[0][2].shape[:1]
@@ -223,7 +251,14 @@ def _statistics(stats: Any, under: Mapping[str, Any]) -> list[tuple[str, str, Te
             found.append((f"{model}_", "token_logps", getattr(other, "logps", other)))
     if not found or found[0][1] != "token_logps":
         raise ValueError("stats: expected log-probabilities in stats.logps, got None")
+    _check_tensors(**{f"{model}{kind}": values for model, kind, values in found})
     return found
+
+
+def _check_tensors(**given: Any) -> None:
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def _check(name: str, values: Tensor, shape: tuple[int, ...]) -> None:
@@ -259,6 +294,11 @@ def _parse(name: str) -> tuple[str, str, str]:
 def _positional(objective: Callable[..., Any]) -> tuple[dict[str, bool], Callable[..., Any]]:
     """Quantities an objective takes (name -> required?), and the function below its partials."""
     bound: set[str] = set()
+    if isinstance(objective, str):
+        raise ValueError(
+            f"objective: expected a function, as fastpo.objectives.get({objective!r}) gives, "
+            f"got {objective!r}"
+        )
     while isinstance(objective, functools.partial):
         bound |= set(objective.keywords)
         objective = objective.func

@@ -59,6 +59,9 @@ def run_script(argv: Sequence[str]) -> int:
             return _run(partial(_execute, source, "<stdin>", BuiltinImporter), argv, "", options)
         case [target, *_] if not target.startswith("-"):
             return _run_file(target, argv, options)
+        case [option, *_] if option.startswith("--"):
+            known = ", ".join(_OPTIONS)
+            return _refuse(f"option: expected one of {known} before the script, got {option}")
     return _refuse(f"expected a script or -m and a module, got {arguments!r}")
 
 

@@ -14,7 +14,7 @@ from ._registry import (
     NonNegative,
     OneOf,
     entry_of,
-    get,
+    lookup,
     of_table,
     parameters_of,
     quantities_of,
@@ -170,7 +170,7 @@ _PARAMETERS = parameters_of(compose)
 def _function(name: str, given: str | Function) -> Function:
     if not (isinstance(given, str) or callable(given)):
         raise ValueError(f"{name}: expected a key or a function, got {given!r}")
-    return get(given) if isinstance(given, str) else given
+    return lookup(given, name).function if isinstance(given, str) else given
 
 
 def _refuse_terms(target: Function, **weights: float) -> None:

@@ -18,6 +18,7 @@ Keyword-only parameters are hyperparameters; the annotation is their range (a ba
 finite number, or a 0-d tensor). The range is checked when bound and when called.
 """
 
+import difflib
 import functools
 import inspect
 import math
@@ -310,15 +311,14 @@ def families() -> dict[str, tuple[str, ...]]:
     return {family: available(family) for family in FAMILIES}
 
 
-def lookup(key: str) -> Entry:
-    """The row of a key or an alias."""
-    entry = _TABLE.get(_ALIASES.get(key, key))
+def lookup(key: str, what: str = "objective") -> Entry:
+    """The row of a key or an alias; `what` it is called in the error."""
+    entry = _TABLE.get(_ALIASES.get(key, key)) if isinstance(key, str) else None
     if entry is None:
-        table = ", ".join(
-            f"{name} ({', '.join(row.aliases)})" if row.aliases else name
-            for name, row in _TABLE.items()
-        )
-        raise ValueError(f"objective: expected one of {table}, got {key!r}")
+        near = difflib.get_close_matches(str(key), [*_TABLE, *_ALIASES])
+        close = f"; close to it: {', '.join(near)}" if near else ""
+        table = "fastpo.objectives.available(), which `fastpo objectives` lists"
+        raise ValueError(f"{what}: expected one of {table}, got {key!r}{close}")
     return entry
 
 

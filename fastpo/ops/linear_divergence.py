@@ -19,6 +19,7 @@ from .rows.pair.backend import KINDS, Rule
 from .tiles.tiled import TileSource, tiled
 from .walks import divergence as walk
 from .walks.checks import (
+    check_beside,
     check_flag,
     check_map,
     check_names,
@@ -375,14 +376,9 @@ def rule_of(kind: str, beta: float, alpha: float) -> Rule:
 
 
 def _check_teacher(student: Operands, teacher: Operands, labels: Tensor) -> None:
-    try:
-        check_tensors(teacher.hidden, teacher.weight, labels, teacher.bias)
-    except ValueError as error:
-        raise ValueError(f"teacher: {error}") from None
-    words, device = len(student.weight), student.hidden.device
+    check_beside(teacher.hidden, teacher.weight, labels, teacher.bias, of="teacher_")
+    words = len(student.weight)
     if len(teacher.weight) != words:
         raise ValueError(
             f"teacher_weight: expected {words} words as in weight, got {len(teacher.weight)}"
         )
-    if teacher.hidden.device != device:
-        raise ValueError(f"teacher_hidden: expected device {device}, got {teacher.hidden.device}")

@@ -65,8 +65,10 @@ def sample_topk(
 
     values are those of the list, over the whole vocabulary and before `temperature`, with their
     gradient. generator: of the device of `topk`; None: PyTorch's default one.
-    Raises ValueError for a temperature that is not a finite number > 0.
+    Raises ValueError for what is no TopK and a temperature that is not a finite number > 0.
     """
+    if not isinstance(topk, TopK):
+        raise ValueError(f"topk: expected a fastpo.TopK, got {type(topk).__name__}")
     check_map(temperature, None, 1.0)
     scores = topk.values.detach() / float(temperature)
     # The first of k exponential clocks to ring. torch.multinomial would stop a GPU at a row of

@@ -13,7 +13,14 @@ from .rows import backend as R
 from .rows.pair.backend import LOWEST
 from .rows.torch import logits
 from .tiles.tiled import TileSource, tiled
-from .walks.checks import check_flag, check_options, check_tensors, check_whole, shape_of
+from .walks.checks import (
+    check_flag,
+    check_options,
+    check_tensors,
+    check_whole,
+    shape_of,
+    shape_text,
+)
 from .walks.derivatives import check_plain
 from .walks.picked import picked_products
 
@@ -121,7 +128,7 @@ def _check_lists(hidden: Tensor, ids: Tensor, logps: Tensor) -> None:
     check_whole(teacher_ids=ids, teacher_logps=logps)
     alike = ids.dim() == hidden.dim() and ids.shape[:-1] == hidden.shape[:-1]
     if ids.dtype != torch.int64 or not alike or ids.shape[-1] < 1:
-        expected = (*shape_of(hidden)[:-1], "K")
+        expected = shape_text(*shape_of(hidden)[:-1], "K")
         raise ValueError(
             f"teacher_ids: expected int64 of shape {expected}, got {ids.dtype} of {shape_of(ids)}"
         )

@@ -16,6 +16,7 @@ from .tiles.tiled import TileSource, tiled
 from .walks import mixture
 from .walks.checks import (
     OUTPUTS,
+    check_beside,
     check_number,
     check_options,
     check_tensors,
@@ -203,10 +204,8 @@ def _count(name: str, given: Any) -> int:
 
 def _check_heads(operands: Sequence[mixture.Operands], labels: Tensor) -> None:
     for i, head in enumerate(operands):
-        try:
-            check_tensors(head.hidden, head.weight, labels, head.bias)
-        except ValueError as error:
-            raise ValueError(f"head {i}: {error}") from None
+        check = check_beside if i else check_tensors
+        check(head.hidden, head.weight, labels, head.bias, of=f"head {i}: ")
         words = len(operands[0].weight)
         if len(head.weight) != words:
             raise ValueError(

@@ -219,13 +219,17 @@ def test_a_script_ends_as_under_python(name, tmp_path):
     assert outcome([sys.executable, *FASTPO, *arguments], tmp_path) == python
 
 
+OPTIONS = "--lazy, --shared-prompts, --padding-free before the script"
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["absent.py"], "script: expected a file, got 'absent.py' (No such file or directory)"),
         ([], "expected a script or -m and a module, got []"),
         (["-m"], "expected a script or -m and a module, got ['-m']"),
-        (["--help"], "expected a script or -m and a module, got ['--help']"),
+        (["--shared", "x.py"], f"option: expected one of {OPTIONS}, got --shared"),
+        (["--lazy", "--fast", "-m", "x"], f"option: expected one of {OPTIONS}, got --fast"),
     ],
 )
 def test_nothing_to_run(argv, message, capsys):

@@ -164,6 +164,7 @@ def test_in_front_of_diffusion():
         (("dpo",), {"sft_weight": -1.0}, r"^sft_weight: expected a number in \[0, inf\), got -1.0"),
         (("dpo",), {"sft_reduction": "max"}, "^sft_reduction: expected one of mean, sum, batch"),
         (("nothing",), {}, "^objective: expected one of"),
+        (("dpo", "length_normalise"), {}, "^transform: expected one of .* it: length_normalize"),
         ((3,), {}, "^objective: expected a key or a function, got 3"),
         (("dpo", 3), {}, "^transform: expected a key or a function, got 3"),
         (

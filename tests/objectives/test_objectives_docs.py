@@ -135,7 +135,9 @@ def test_families():
     assert "maxmin_rm" in table and "diffusion_dpo" not in table
     with pytest.raises(ValueError, match=r"^family: expected one of transforms, .*, got 'pear'$"):
         describe(family="pear")
-    with pytest.raises(ValueError, match=r"^objective: expected one of .*, got 'dppo'$"):
+    with pytest.raises(
+        ValueError, match=r"^objective: expected one of .*, got 'dppo'; close to it: .*dpo"
+    ):
         describe("dppo")
 
 

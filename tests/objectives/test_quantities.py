@@ -104,7 +104,8 @@ def test_packed_without_width_has_sums_only():
     assert q["chosen_lengths"].tolist() == [2, 3]
     assert q["rejected_lengths"].tolist() == [0, 4]
     assert q["rejected_logps"][0] == 0
-    with pytest.raises(ValueError, match=r"^chosen_token_logps: expected chosen_token_logps, got "):
+    message = r"^chosen_token_logps: expected .* or packed\(..., width=...\), got "
+    with pytest.raises(ValueError, match=message):
         q["chosen_token_logps"]
 
 
@@ -138,8 +139,8 @@ def test_reference_is_constant_and_never_invented():
     assert policy.logps.grad is not None
     bare = quantities.padded(policy, scored)
     message = (
-        r"^chosen_logratios: expected chosen_logratios or \(ref_chosen_logps or "
-        r"\(ref_chosen_token_logps\)\) or reference_free=True, got chosen_mask, rejected_mask, "
+        r"^chosen_logratios: expected a column of that name, ref_chosen_logps, "
+        r"padded\(..., ref=...\) or reference_free=True, got chosen_mask, rejected_mask, "
     )
     with pytest.raises(ValueError, match=message):
         bare.rows(get("dpo"))
@@ -160,11 +161,47 @@ def test_for_objective():
     assert "soft_labels" in more.for_objective(get("dpo"))
     assert "unused" not in more
     with pytest.raises(
-        ValueError, match=r"^chosen_lengths: expected chosen_lengths or \(chosen_mask"
+        ValueError, match=r"^chosen_lengths: expected a column of that name or chosen_mask, got"
     ):
         q.for_objective(get("dpo_norm"))
-    with pytest.raises(ValueError, match=r"^kl_logratios: expected kl_logratios, got nothing"):
+    with pytest.raises(ValueError, match=r"^kl_logratios: .* column of that name, got nothing"):
         Quantities({}).derive("kl_logratios")
+
+
+def test_what_was_not_given_is_named():
+    """An argument of `padded` where that is the slip."""
+    policy, scored = stats(2 * B, T), mask(2 * B, T)
+    pairs, singles = (
+        quantities.padded(policy, scored, sides=x) for x in (("chosen", "rejected"), ("",))
+    )
+    for q, key, expected in (
+        (pairs, "grpo", r'token_logps: expected padded\(..., sides=\("",\)\) for single resp'),
+        (singles, "dpo", r'chosen_logratios: expected padded\(..., sides=\("chosen", "rejected"'),
+        (
+            singles,
+            "kto",
+            r"logratios: expected .*, ref_logps, padded\(..., ref=...\) or reference_free",
+        ),
+        (singles, "grpo", r"advantages: expected a column of that name, got mask, token_logps"),
+    ):
+        with pytest.raises(ValueError, match=f"^{expected}"):
+            q.rows(get(key))
+    with pytest.raises(ValueError, match=r"^sampler_token_logps: .* or padded\(..., sampler=...\)"):
+        singles["sampler_token_logps"]
+    with pytest.raises(
+        ValueError, match=r"^objective: .* fastpo.objectives.get\('dpo'\) gives, got"
+    ):
+        pairs.rows("dpo")
+    flat, offsets = policy.logps.flatten(), torch.tensor([0, 3])
+    for call, name in (
+        (lambda: quantities.padded(policy, [1]), "mask"),
+        (lambda: quantities.padded([1.0], scored), "token_logps"),
+        (lambda: quantities.padded(policy, scored, ref=[1.0]), "ref_token_logps"),
+        (lambda: quantities.packed(flat, [0, 3]), "offsets"),
+        (lambda: quantities.packed(flat, offsets, mask=[1]), "mask"),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected a tensor, got list"):
+            call()
 
 
 @pytest.mark.parametrize("column", [[1.0, 2.0], lambda: [1.0, 2.0]])

@@ -30,6 +30,16 @@ def test_registering():
         objectives.objective("other", family="pairs")(other)
 
 
+def test_a_key_that_is_none():
+    """What is near it, in one line."""
+    for key, near in (("dpoo", "; close to it: dpo, "), ([], "$"), ("zzzzzzzz", "$")):
+        with pytest.raises(
+            ValueError, match=r"^objective: expected one of [^,]+, .*" + near
+        ) as error:
+            objectives.get(key)
+        assert len(str(error.value)) < 200
+
+
 def test_kinds_of_hyperparameters():
     def mine(
         *,

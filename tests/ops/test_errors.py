@@ -76,6 +76,8 @@ PLAN_TABLE = [
     ({"hidden": 0}, "hidden: expected an integer >= 1, got 0"),
     ({"dtype": torch.int8}, "dtype: expected float32, bfloat16 or float16, got torch.int8"),
     ({"budget": -5}, "budget: expected bytes >= 0 or None, got -5"),
+    ({"device": "gpu"}, "device: expected cpu, cuda or a torch.device, got 'gpu'"),
+    ({"backend": "nope"}, "backend: expected one of cuda, triton, .*, got 'nope'"),
 ]
 
 

@@ -85,7 +85,7 @@ def said(function: Callable[[], object]) -> str | None:
 
 def named(sentence: str | None, names: Iterable[str]) -> bool:
     """One of what, of which name, was expected, and what came; of a head, or of none."""
-    start = rf"(head \d: |teacher: )?({'|'.join(names)}): expected .+"
+    start = rf"(head \d: )?({'|'.join(names)}): expected .+"
     return sentence is None or re.match(start, sentence, re.DOTALL) is not None
 
 
@@ -95,7 +95,6 @@ OTHERS = {
     "ignore_index": "labels",
     "logit_scales": "logit_scale",
     "softcaps": "softcap",
-    "teacher_bias": "bias",
     "vocab": "first",
 }
 

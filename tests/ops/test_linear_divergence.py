@@ -288,7 +288,14 @@ ERRORS = [
     ({"teacher_softcap": -1.0}, r"softcap: expected a finite number > 0 or None"),
     ({"outputs": ("lse",)}, r"outputs: expected a tuple of divergence, entropy"),
     ({"mask": torch.ones(13)}, r"mask: expected bool of shape \(13,\), got torch.float32"),
-    ({"teacher_hidden": torch.zeros(12, 40)}, r"teacher: labels: expected shape \(12,\)"),
+    ({"teacher_hidden": torch.zeros(12, 40)}, r"^teacher_hidden: .* \(13, 40\), got \(12, 40\)"),
+    ({"teacher_hidden": torch.zeros(13, 40).double()}, r"^teacher_hidden: expected dtype float32"),
+    ({"teacher_weight": torch.zeros(211, 3)}, r"^teacher_weight: expected shape \(V, 40\), got"),
+    ({"teacher_bias": torch.zeros(3)}, r"^teacher_bias: expected shape \(211,\), got \(3,\)"),
+    (
+        {"teacher_hidden": torch.zeros(13, 40, device="meta")},
+        "^teacher_weight: expected device meta, got cpu",
+    ),
     ({"teacher_weight": torch.zeros(210, 40)}, r"teacher_weight: expected 211 words.* got 210"),
     ({"weight": torch.zeros(211, 23)}, r"weight: expected shape \(V, 24\), got \(211, 23\)"),
 ]

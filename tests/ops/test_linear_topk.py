@@ -334,6 +334,8 @@ def test_sampling_refuses_a_temperature_of_zero():
     found = fastpo.linear_topk(torch.zeros(3, H), torch.zeros(V, H), 2)
     with pytest.raises(ValueError, match=r"temperature: expected a finite number > 0, got 0.0"):
         found.sample(temperature=0.0)
+    with pytest.raises(ValueError, match=r"topk: expected a fastpo.TopK, got tuple"):
+        fastpo.sample_topk((1, 2))
 
 
 @pytest.mark.gpu

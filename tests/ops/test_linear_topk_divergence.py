@@ -159,7 +159,7 @@ def test_short_lists_are_filled_up():
 
 LISTS = [
     ({"kind": "tvd"}, r"kind: expected forward_kl, reverse_kl or jsd, got 'tvd'"),
-    ({"teacher_ids": torch.zeros(13, 3)}, r"teacher_ids: expected int64 of shape \(13, 'K'\)"),
+    ({"teacher_ids": torch.zeros(13, 3)}, r"teacher_ids: expected int64 of shape \(13, K\)"),
     ({"teacher_ids": torch.zeros(13, 0).long()}, r"teacher_ids: expected .* got .* \(13, 0\)"),
     ({"teacher_logps": torch.zeros(13, 2)}, r"teacher_logps: expected shape \(13, 3\)"),
     ({"teacher_ids": torch.full((13, 3), 211)}, r"teacher_ids: expected values in \[0, 211\)"),

@@ -73,5 +73,10 @@ def test_what_cannot_be_compared_is_said():
     x = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"logps: expected shape \(2, 3\), got \(3,\)"):
         fastpo.diagnose(x, x[0])
+    for given in ((x, [0.0]), ([0.0], x), (x, None)):
+        with pytest.raises(ValueError, match="logps: expected a tensor, got "):
+            fastpo.diagnose(*given)
+    with pytest.raises(ValueError, match="mask: expected a tensor, got list"):
+        fastpo.diagnose(x, x, mask=[True])
     with pytest.raises(ValueError, match="mask: expected sampled tokens, got none"):
         fastpo.diagnose(x, x, mask=x)

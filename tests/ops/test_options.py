@@ -76,6 +76,13 @@ def test_a_tensor_is_told_why():
         )
 
 
+@pytest.mark.parametrize("name", ["linear_topk", "linear_topk_divergence", "mixed_linear_logps"])
+def test_one_temperature_is_for_all_tokens(name):
+    call, each = PRIMITIVES[name], torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"temperature: .* of shape \(2, 3\); here one number is"):
+        call.outputs(call.leaves(), temperature=each)
+
+
 def test_numbers_of_other_libraries_are_numbers():
     call = PRIMITIVES["linear_logps"]
     expected = call.gradients(call.leaves(), temperature=0.5, softcap=4.0, budget=100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from _draws import assert_draws
@@ -323,8 +324,9 @@ ONES = torch.ones(3, 2, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"support": [[1]]}, r"support: expected a tensor of word ids, a fastpo.Support or None"),
-        ({"support": ONES[:2]}, r"support: expected shape \(3, 'k'\), got \(2, 2\)"),
+        ({"support": [[1]]}, r"support: expected .*, its rule or None, got lists; .*Support.of"),
+        ({"support": 1.5}, r"support: expected a tensor of word ids, .* or None, got 1.5"),
+        ({"support": ONES[:2]}, r"support: expected shape \(3, k\), got \(2, 2\)"),
         ({"support": ONES.float()}, "support: expected dtype int32 or int64, got torch.float32"),
         ({"support": ONES.to("meta")}, "support: expected device cpu, got meta"),
         (
@@ -368,6 +370,18 @@ TWO = ONES[0]
 def test_what_is_no_ragged_support_is_said(ids, offsets, message):
     with pytest.raises(ValueError, match=message):
         fastpo.Support(ids, torch.tensor(offsets))
+
+
+@pytest.mark.parametrize("words", [[True, False], torch.tensor([True]), [1, 1.0], ["a"], [None]])
+def test_what_is_no_list_of_words_is_said(words):
+    """A mask of booleans would be the words 0 and 1."""
+    with pytest.raises(ValueError, match="lists: expected word ids, which are integers, got "):
+        fastpo.Support.of([[3], words])
+
+
+def test_lists_of_numbers_of_other_libraries():
+    found = fastpo.Support.of([torch.tensor([3, 5]), None, np.array([7]), [np.int64(2)]])
+    assert (found.ids.tolist(), found.counts.tolist()) == ([3, 5, 7, 2], [2, 0, 1, 1])
 
 
 @pytest.mark.parametrize(

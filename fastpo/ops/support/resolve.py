@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..walks.checks import shape_of
+from ..walks.checks import shape_of, shape_text
 from ..walks.mask import packed, unpacked
 from .words import Rule, Support
 
@@ -52,15 +52,21 @@ def check_support(support: Tensor | Support | Rule | None, outside: Any, labels:
         return
     if not isinstance(support, Tensor):
         raise ValueError(
-            f"support: expected a tensor of word ids, a fastpo.Support or None, got {support!r}"
+            "support: expected a tensor of word ids, a fastpo.Support, its rule or None, "
+            f"got {_shown(support)}"
         )
     if support.dim() != labels.dim() + 1 or support.shape[:-1] != labels.shape:
-        expected = (*shape_of(labels), "k")
+        expected = shape_text(*shape_of(labels), "k")
         raise ValueError(f"support: expected shape {expected}, got {shape_of(support)}")
     if support.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"support: expected dtype int32 or int64, got {support.dtype}")
     if support.device != labels.device:
         raise ValueError(f"support: expected device {labels.device}, got {support.device}")
+
+
+def _shown(support: Any) -> str:
+    lists = isinstance(support, (list, tuple))
+    return "lists; fastpo.Support.of(lists) makes one" if lists else repr(support)
 
 
 def resolve(support: Tensor | Support, vocab: int, scored: Tensor, limit: int) -> Resolved:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -61,10 +62,17 @@ class Support:
 
     @classmethod
     def of(cls, lists: Sequence[Sequence[int] | None], device: Any = None) -> Support:
-        """From a list of word ids for each token; None or an empty one: no restriction."""
+        """From a list of word ids for each token; None or an empty one: no restriction.
+
+        Raises ValueError for what is no integer: an engine's mask of booleans names no words.
+        """
         sizes = [0 if one is None else len(one) for one in lists]
         offsets = torch.tensor([0, *sizes], dtype=torch.int64, device="cpu").cumsum(0)
-        flat = [word for one in lists if one is not None for word in one]
+        flat = [word for one in lists if one is not None for word in _plain(one)]
+        for kind in {*map(type, flat)}:
+            if kind is bool or not issubclass(kind, Integral):
+                got = next(repr(word) for word in flat if type(word) is kind)
+                raise ValueError(f"lists: expected word ids, which are integers, got {got}")
         return cls(torch.tensor(flat, dtype=torch.int64, device=device), offsets)
 
     @staticmethod
@@ -116,3 +124,8 @@ class Support:
 
     def __len__(self) -> int:
         return len(self.counts)
+
+
+def _plain(words: Any) -> Any:
+    """Of a tensor or an array Python's numbers."""
+    return words.tolist() if hasattr(words, "tolist") else words

@@ -22,35 +22,57 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def check_tensors(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) -> None:
-    check_whole(hidden=hidden, weight=weight, labels=labels, **given(bias=bias))
-    check_hidden(hidden)
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight: expected shape (V, {hidden.shape[-1]}), got {shape_of(weight)}")
+def check_tensors(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, of: str = ""
+) -> None:
+    """of: what the names of a head's tensors begin with, here and below."""
+    check_whole(labels=labels)
+    check_head(hidden, weight, bias, of)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: expected shape {shape_of(hidden)[:-1]}, got {shape_of(labels)}")
     if labels.dtype != torch.int64:
         raise ValueError(f"labels: expected dtype torch.int64, got {labels.dtype}")
-    tensors = {"hidden": hidden, "weight": weight}
+    if labels.device != hidden.device:
+        raise ValueError(f"labels: expected device {hidden.device}, got {labels.device}")
+
+
+def check_beside(
+    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, of: str
+) -> None:
+    """A further head of the same tokens."""
+    check_head(hidden, weight, bias, of)
+    expected = (*shape_of(labels), hidden.shape[-1])
+    if shape_of(hidden) != expected:
+        raise ValueError(f"{of}hidden: expected shape {expected}, got {shape_of(hidden)}")
+    if hidden.device != labels.device:
+        raise ValueError(f"{of}hidden: expected device {labels.device}, got {hidden.device}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str) -> None:
+    tensors = {f"{of}hidden": hidden, f"{of}weight": weight}
     if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {shape_of(bias)}")
-        tensors["bias"] = bias
+        tensors[f"{of}bias"] = bias
+    check_whole(**tensors)
+    check_hidden(hidden, of)
+    width, words = hidden.shape[-1], weight.shape[:1]
+    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != width:
+        raise ValueError(f"{of}weight: expected shape (V, {width}), got {shape_of(weight)}")
+    if bias is not None and bias.shape != words:
+        raise ValueError(f"{of}bias: expected shape {tuple(words)}, got {shape_of(bias)}")
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             raise ValueError(
                 f"{name}: expected dtype float32, bfloat16 or float16, got {tensor.dtype}"
             )
-    for name, tensor in {**tensors, "labels": labels}.items():
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
 
 
-def check_hidden(hidden: Tensor) -> None:
+def check_hidden(hidden: Tensor, of: str = "") -> None:
     if hidden.dim() < 1:
-        raise ValueError("hidden: expected shape (..., H), got ()")
+        raise ValueError(f"{of}hidden: expected shape (..., H), got ()")
     if hidden.shape[-1] < 1:
-        raise ValueError(f"hidden: expected H >= 1, got shape {shape_of(hidden)}")
+        raise ValueError(f"{of}hidden: expected H >= 1, got shape {shape_of(hidden)}")
 
 
 def given(**tensors: Tensor | None) -> dict[str, Tensor]:
@@ -89,6 +111,11 @@ def check_memory(**tensors: Tensor) -> None:
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
     return tuple(tensor.shape)
+
+
+def shape_text(*sizes: int | str) -> str:
+    """As a tuple is written, letters without quotes."""
+    return f"({', '.join(map(str, sizes))})"
 
 
 def check_options(
@@ -210,6 +237,8 @@ def check_names(name: str, value: Any, known: tuple[str, ...]) -> None:
 
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
+        if value.numel() != 1:
+            return f"a tensor of shape {shape_of(value)}; here one number is for all tokens"
         # Reading it would wait for its device, and it would get no gradient.
         return "a tensor; pass the number itself, e.g. value.item()"
     return repr(value)
