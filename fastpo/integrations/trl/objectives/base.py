@@ -17,6 +17,17 @@ from .passes import Pass
 Texts = dict[str, dict[str, Tensor]]  # "third" -> the rows of the batch's third texts
 
 
+@contextmanager
+def standing_in(owner: Any, **attributes: Any) -> Iterator[None]:
+    """Attributes of a trainer or a config that TRL reads, for the length of one call."""
+    before = {name: getattr(owner, name) for name in attributes}
+    vars(owner).update(attributes)
+    try:
+        yield
+    finally:
+        vars(owner).update(before)
+
+
 class ObjectiveTrainer:
     """What all trainers share. Everything not defined here is TRL's."""
 
@@ -40,16 +51,6 @@ class ObjectiveTrainer:
     def finish_objective(self) -> None:
         """After TRL's constructor."""
 
-    @contextmanager
-    def _standing_in(self, **attributes: Any) -> Iterator[None]:
-        """Attributes TRL's `_compute_loss` reads, for the length of one call."""
-        before = {name: getattr(self, name) for name in attributes}
-        vars(self).update(attributes)
-        try:
-            yield
-        finally:
-            vars(self).update(before)
-
 
 class TextTrainer(ObjectiveTrainer):
     """Trainers on texts of a dataset: columns, further texts, references."""
@@ -64,11 +65,9 @@ class TextTrainer(ObjectiveTrainer):
         precompute = config.precompute_ref_log_probs
         self.precompute = precompute and self.needs_reference
         images = {"image", "images"} & set(self.dataset_columns)
-        config.precompute_ref_log_probs = precompute or not (self.needs_reference or images)
-        try:
+        none = precompute or not (self.needs_reference or images)
+        with standing_in(config, precompute_ref_log_probs=none):
             yield
-        finally:
-            config.precompute_ref_log_probs = precompute
 
     def finish_objective(self) -> None:
         """After TRL's constructor."""

@@ -91,7 +91,7 @@ def replacements(setting: Setting) -> dict[Seam, Make]:
         seams["__init__"]: functools.partial(_Init, setting=setting, mixin=mixin, seams=seams)
         for mixin, seams in _TRAINERS
     }
-    return made if setting.objective is None else made | {_BASE: _SaysWhose}
+    return made | {_BASE: functools.partial(_SaysWhose, setting=setting)}
 
 
 def check(setting: Setting) -> None:
@@ -118,9 +118,13 @@ def objectives_only(setting: Setting) -> Iterator[None]:
 class _SaysWhose(Method):
     """`__init__` of what all trainers of TRL are: the log tells of one with another loss."""
 
+    def __init__(self, original: Any, setting: Setting) -> None:
+        super().__init__(original)
+        self.setting = setting
+
     def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         self.original(trainer, *args, **kwargs)
-        if not isinstance(trainer, ObjectiveTrainer):
+        if self.setting.objective is not None and not isinstance(trainer, ObjectiveTrainer):
             takes = ", ".join(seams["__init__"].name.split(".")[0] for _, seams in _TRAINERS)
             why = f"it trains its own loss; those that take patch(objective=...) are {takes}"
             say_once(type(trainer).__name__, why)

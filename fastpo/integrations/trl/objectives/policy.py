@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ....objectives._registry import unwrap
 from ....quantities import Quantities
-from .base import ObjectiveTrainer
+from .base import ObjectiveTrainer, standing_in
 from .columns import SINGLES
 from .needs import CONFIGURED, Setting, Term, default_of, total
 
@@ -72,13 +72,8 @@ class PolicyTrainer(ObjectiveTrainer):
         reference = "ref_token_logps" in self.needs.required
         # A beta of 0 would say that nobody asks for one.
         beta = (self.terms[0].beta or 1.0) if reference else 0.0
-        standing = {"beta": beta, "entropy_coef": 0.0, "loss_type": "grpo"}
-        before = {name: getattr(config, name) for name in standing}
-        vars(config).update(standing)
-        try:
+        with standing_in(config, beta=beta, entropy_coef=0.0, loss_type="grpo"):
             yield
-        finally:
-            vars(config).update(before)
 
     def _refuse(self, config: Any) -> None:
         """Options of TRL's own losses that the objective would not hear of."""
@@ -130,9 +125,11 @@ class PolicyTrainer(ObjectiveTrainer):
         return found
 
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        trainer: Any = self
+        kl = {"use_bias_correction_kl": bool(self._parameters().get("unbiased_kl"))}
         step = self.step = _Step()
         try:
-            with self._standing_in(**self._trl_attributes()):
+            with standing_in(self, **self._trl_attributes()), standing_in(trainer.args, **kl):
                 super()._compute_loss(model, inputs)  # type: ignore[misc]
         finally:
             self.step = None

@@ -10,7 +10,7 @@ import torch
 
 from ....ops.stats import TokenStats
 from ....quantities import Quantities, padded
-from .base import Texts, TextTrainer
+from .base import Texts, TextTrainer, standing_in
 from .columns import PAIRS, SINGLES
 from .passes import Pass, alternatives, mixed, token_kl
 
@@ -77,7 +77,7 @@ class PairTrainer(TextTrainer):
             given |= {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
         own["ref_chosen_logps"], own["ref_rejected_logps"] = sums
         policy = Pass(model, list(texts.values()))
-        with self._standing_in(**self._trl_attributes()):
+        with standing_in(self, **self._trl_attributes()):
             result = super()._compute_loss(policy, own, return_outputs)  # type: ignore[misc]
         given |= self._beside(policy, reference, pairs) | self._texts(
             policy, reference, texts, pairs
@@ -157,13 +157,10 @@ class SingleTrainer(TextTrainer):
     @contextmanager
     def configured(self, config: Any) -> Iterator[None]:
         """TRL estimates the KL of mismatched rows for every name but this one."""
-        before = config.loss_type
-        config.loss_type = "kto" if "kl_logratios" in self.needs.names else "apo_zero_unpaired"
-        try:
-            with super().configured(config):
-                yield
-        finally:
-            config.loss_type = before
+        asks = "kl_logratios" in self.needs.names
+        loss_type = "kto" if asks else "apo_zero_unpaired"
+        with standing_in(config, loss_type=loss_type), super().configured(config):
+            yield
 
     def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
         plain = getattr(model, "model", model) if isinstance(model, Pass) else model
@@ -186,7 +183,7 @@ class SingleTrainer(TextTrainer):
         policy = Pass(model, list(texts.values()))
         zero = {"desirable_weight": 0.0, "undesirable_weight": 0.0, "beta": self.terms[0].beta}
         standing = {"loss_type": "apo_zero_unpaired", "precompute_ref_logps": True, **zero}
-        with self._standing_in(**standing):
+        with standing_in(self, **standing):
             result = super()._compute_loss(policy, own, return_outputs)  # type: ignore[misc]
         if trainer.calculate_KL:
             mean = (self.kl_logps - own["ref_KL_logps"]).mean()
