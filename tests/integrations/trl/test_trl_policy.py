@@ -188,7 +188,12 @@ REFUSED = {
     "weights": (
         {"objective": "gmpo"},
         {"top_entropy_quantile": 0.5},
-        "top_entropy_quantile: expected 1.0 with gmpo, which has no is_weights",
+        "top_entropy_quantile: expected none with gmpo, which has no is_weights, got 0.5",
+    ),
+    "sampler": (
+        {"objective": "gmpo"},
+        {"use_vllm": True},
+        "vllm_importance_sampling_correction: expected none with gmpo, which has no is_weights",
     ),
     "values": ({"objective": "ppo_value"}, {}, "ppo_value: expected an objective of what GRPO"),
     "pairs": ({"objective": "simpo"}, {}, "simpo: expected an objective of policy_gradient"),

@@ -53,7 +53,7 @@ class PolicyTrainer(ObjectiveTrainer):
     def prepare_objective(
         self, terms: list[Term], own: list[tuple[str, float]], setting: Setting, dataset: Any
     ) -> None:
-        super().prepare_objective(terms, own, setting, dataset)
+        super().prepare_objective(terms, own, setting, None)  # of which nothing is asked
         name = terms[0].name
         if foreign := self.needs.required.difference(_GIVEN):
             raise ValueError(
@@ -90,12 +90,15 @@ class PolicyTrainer(ObjectiveTrainer):
         for option in ("use_adaptive_entropy", "use_liger_kernel"):
             if changed.get(option):
                 raise ValueError(f"{option}: expected False with {name}, got True")
-        for option in _WEIGHING:
-            if option in changed and "is_weights" not in self.needs.names:
-                raise ValueError(
-                    f"{option}: expected {default_of(config, option)} with {name}, which has no "
-                    f"is_weights, got {changed[option]}"
-                )
+        weighing = [option for option in _WEIGHING if option in changed]
+        if config.use_vllm and config.vllm_importance_sampling_correction:
+            weighing.append("vllm_importance_sampling_correction")
+        if weighing and "is_weights" not in self.needs.names:
+            option = weighing[0]
+            raise ValueError(
+                f"{option}: expected none with {name}, which has no is_weights, got "
+                f"{getattr(config, option)}"
+            )
 
     def _parameters(self) -> Mapping[str, Any]:
         """Of the objective: hyperparameter -> what is bound to it, or its default."""
