@@ -26,6 +26,7 @@ COMMANDS = {
     "trainer_smoothing": ["trainer.py", "--smoothing", "0.1"],
     "trainer_loss": ["trainer.py", "--loss", "focal"],
     "loop": ["loop.py"],
+    "loop_dpo": ["loop.py", "--objective", "dpo"],
     "lazy_loop": ["lazy_loop.py"],
     "lazy_loop_accelerate": ["lazy_loop.py", "--accelerate"],
     "lazy_lightning": ["lazy_lightning.py"],

@@ -13,8 +13,10 @@ from itertools import groupby
 from pathlib import Path
 
 from notation import rendered
+from quantity_meanings import MEANINGS, sides
 
 from fastpo.objectives import _describe
+from fastpo.objectives._quantities import DIFFERENTIABLE, SHAPES
 from fastpo.objectives._registry import Entry, families, lookup, quantities_of
 
 DOCS = Path(__file__).parents[1]
@@ -33,12 +35,16 @@ TITLES = {
 _NOTE = "<!-- Written by `python docs/_ext/objective_pages.py` from the docstrings. -->"
 _INTRO = """\
 `fastpo.objectives.get(key, **hyperparameters)` gives the function; `fastpo objectives KEY` prints
-an entry in a terminal. A key trains by its name in TRL's trainers: see [Training](training.md).
+an entry in a terminal. Pairs, single responses, policy gradient and groups [train by
+name](training.md) in TRL's trainers and `fastpo.GroupTrainer`; distillation, reward models and
+denoising are plain functions for a loop of your own. Transforms stand before an objective, in
+`fastpo.objectives.compose`.
 
-Each is a plain function of named quantities. It takes them by keyword, `?` marks those that may be
-absent, and returns one loss per row: the mean is the caller's. Gradient flows into the quantities
-marked `∂`; the others are constants. Shapes: `B` pairs, `N` rows, `G` groups, `T` positions, `K`
-models or words, `P` positions of `V` words, `M` and `U` rows of other kinds, `C`, `D`, `E` widths.
+Each objective is a plain function of named [quantities](#quantities). It takes them by keyword (`?`
+marks those that may be absent) and returns losses unreduced, one for each pair, row, group or
+position: the mean is the caller's. Gradient flows into the quantities marked `∂`; the others are
+constants. Shapes: `B` pairs, `N` rows, `G` groups, `T` positions, `K` models or words, `P`
+positions of `V` words, `M` and `U` rows of other kinds, `C`, `D`, `E` widths.
 $\\sigma$ is the logistic function, $\\mathrm{sg}(x)$ is $x$ without gradient, $\\exp^{+}(x)$ is
 $e^{\\min(x, 40)}$; $L(z; t)$ is $-t \\cdot \\log \\sigma(z) - (1 - t) \\cdot \\log \\sigma(-z)$."""
 
@@ -59,14 +65,43 @@ def _shipped(entry: Entry) -> bool:
 
 def _overview(shipped: dict[str, list[Entry]]) -> str:
     """One table for each family."""
-    total = sum(map(len, shipped.values()))
-    blocks = [_NOTE, "# Objectives", f"{total} of them, by family.", _INTRO]
+    known, transforms = count(), len(shipped["transforms"])
+    told = f"{known} objectives and {transforms} transforms, by family."
+    blocks = [_NOTE, "# Objectives", told, _INTRO]
     for family, entries in shipped.items():
         page = f"objectives/{family}.md"
         blocks += [f"## {TITLES[family]}", f"[{_count(entries)}]({page}). {_sentence(family)}"]
         rows = [f"| {_told(entry, page)} | {formula(entry)} |" for entry in entries]
         blocks.append("\n".join(["| key, paper | formula |", "| --- | --- |", *rows]))
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join([*blocks, *_quantities()]) + "\n"
+
+
+def count() -> int:
+    """Of the objectives that the library ships, transforms apart."""
+    return sum(
+        _shipped(lookup(key))
+        for name, keys in families().items()
+        for key in keys
+        if name != "transforms"
+    )
+
+
+def _quantities() -> Iterator[str]:
+    yield "## Quantities"
+    yield (
+        "`fastpo.quantities` derives sums, lengths and log-ratios from token log-probabilities "
+        "([an example](primitives.md#from-statistics-to-a-loss)); any other is a column: "
+        "`q | {name: tensor}`. An objective's entry says where its shape is narrower than here."
+    )
+    rows = []
+    for name, meaning in MEANINGS.items():
+        first = sides(name)[0]
+        mark = " ∂" if first in DIFFERENTIABLE else ""
+        shape = " or ".join(f"[{', '.join(one)}]" for one in SHAPES[first])
+        rows.append(
+            f"| {', '.join(f'`{one}`' for one in sides(name))} | {shape}{mark} | {meaning} |"
+        )
+    yield "\n".join(["| name | shape | meaning |", "| --- | --- | --- |", *rows])
 
 
 def _count(entries: list[Entry]) -> str:

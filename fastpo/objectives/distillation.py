@@ -28,7 +28,7 @@ def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return torch.log_softmax(logits / temperature, -1)
 
 
-@objective("forward_kl", family="distillation")
+@objective("forward_kl", paper="arXiv:1503.02531", family="distillation")
 def forward_kl(
     student_logits: Tensor,  # [P, V]
     teacher_logits: Tensor,  # [P, V]
@@ -39,7 +39,7 @@ def forward_kl(
     return _kl(_log_softmax(teacher_logits, temperature), _log_softmax(student_logits, temperature))
 
 
-@objective("reverse_kl", family="distillation")
+@objective("reverse_kl", paper="arXiv:2306.08543", family="distillation")
 def reverse_kl(
     student_logits: Tensor,  # [P, V]
     teacher_logits: Tensor,  # [P, V]
@@ -197,7 +197,7 @@ def opd(
     return _per_token(masked_sum(excess * token_logps, mask), mask, num_tokens)
 
 
-@objective("iw_opd", family="distillation")
+@objective("iw_opd", paper="arXiv:2606.22600", family="distillation")
 def iw_opd(
     token_logps: Tensor,  # [N, T] nats
     teacher_token_logps: Tensor,  # [N, T] nats

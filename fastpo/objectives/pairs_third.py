@@ -101,7 +101,7 @@ def tpo_triple(
     return rows + alpha * nll_term(third_logps, third_lengths, sft_reduction)
 
 
-@objective("tpo_triple_l", family="pairs")
+@objective("tpo_triple_l", paper="arXiv:2405.16681", family="pairs")
 def tpo_triple_l(
     chosen_logps: Tensor,  # [B] nats
     rejected_logps: Tensor,  # [B] nats

@@ -19,7 +19,13 @@ _SCALARS = {"chosen_rewards": "B", "rejected_rewards": "B"}
 _VECTORS = {"chosen_rewards": "B D", "rejected_rewards": "B D"}
 
 
-@objective("bt", family="rewards", aliases=("reward", "bradley_terry"), shapes=_SCALARS)
+@objective(
+    "bt",
+    paper="arXiv:2203.02155",
+    family="rewards",
+    aliases=("reward", "bradley_terry"),
+    shapes=_SCALARS,
+)
 def bt(
     chosen_rewards: Tensor,  # [B]
     rejected_rewards: Tensor,  # [B]

@@ -62,7 +62,11 @@ def f_divergence(
     }
 
 
-@transform("length_normalize", outputs=("chosen_logratios", "rejected_logratios"))
+@transform(
+    "length_normalize",
+    paper="arXiv:2407.15229",
+    outputs=("chosen_logratios", "rejected_logratios"),
+)
 def length_normalize(
     chosen_logratios: Tensor,  # [B] nats
     rejected_logratios: Tensor,  # [B] nats
@@ -130,7 +134,7 @@ def wpo_weights(
     }
 
 
-@transform("score_labels", outputs=("soft_labels",))
+@transform("score_labels", paper="arXiv:2410.03145", outputs=("soft_labels",))
 def score_labels(
     chosen_scores: Tensor,  # [B]
     rejected_scores: Tensor,  # [B]
@@ -238,7 +242,7 @@ def _above_sampler(token_logps: Tensor, sampler_token_logps: Tensor) -> Tensor:
     return difference.masked_fill(sampler_token_logps.isnan(), 0)
 
 
-@transform("off_policy_mask", outputs=("is_weights",))
+@transform("off_policy_mask", paper="arXiv:2512.02556", outputs=("is_weights",))
 def off_policy_mask(
     token_logps: Tensor,  # [N, T] nats
     sampler_token_logps: Tensor,  # [N, T] nats

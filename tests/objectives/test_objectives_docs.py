@@ -6,10 +6,12 @@ from pathlib import Path
 import notation
 import objective_pages
 import pytest
+from quantity_meanings import MEANINGS, sides
 from torch import Tensor
 
 from fastpo import objectives
 from fastpo.objectives import _describe, _registry, describe
+from fastpo.objectives._quantities import SHAPES
 from fastpo.objectives._registry import lookup, quantities_of
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -22,6 +24,19 @@ HEADING = re.compile(r"^#{2,3} (\w+)$", re.M)
 def test_the_pages_are_the_table(name):
     written = (DOCS / name).read_text(encoding="utf-8")
     assert written == PAGES[name], "run: python docs/_ext/objective_pages.py"
+
+
+def test_every_quantity_has_a_meaning():
+    names = [name for row in MEANINGS for name in sides(row)]
+    assert sorted(names) == sorted(SHAPES)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "examples/objectives.ipynb"])
+def test_what_is_said_of_their_number(name):
+    text = (DOCS.parent / name).read_text(encoding="utf-8")
+    assert re.findall(r"(\d+) objectives", text) == [str(objective_pages.count())]
+    transforms = str(len(objectives.available("transforms")))
+    assert {*re.findall(r"(\d+) transforms", text)} <= {transforms}
 
 
 def test_no_page_is_left_over():
