@@ -28,36 +28,40 @@ _LEAST_REST = -1e-6  # log(1 - p) of a list that holds all the mass
 
 
 def linear_topk_divergence(
-    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor | TileSource,  # [V, H]
-    teacher_ids: Tensor,  # [..., K] int64 in [0, V)
-    teacher_logps: Tensor,  # [..., K] nats, over the whole vocabulary
+    hidden: Tensor,
+    weight: Tensor | TileSource,
+    teacher_ids: Tensor,
+    teacher_logps: Tensor,
     *,
     kind: str,
     beta: float = 0.5,
     tail: bool = True,
-    mask: Tensor | None = None,  # [...] bool
-    bias: Tensor | None = None,  # [V]
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     budget: int | None = None,
     backend: str | None = None,
-) -> Tensor:  # [...] float32, nats
-    """The divergence over K stored words of the teacher and, with `tail`, one bucket for the rest.
+) -> Tensor:
+    """The divergence over K stored words of the teacher and, with `tail`, one bucket for the rest:
+    [...] float32, nats.
 
     kind: "forward_kl", "reverse_kl" or "jsd" as in `linear_divergence`. Without `tail` both sides
     are renormalised over the K words, as in `fastpo.objectives.get("topk_kl")`. One walk over the
     vocabulary for the student's best word of the K; all K are multiplied by themselves.
 
-    teacher_logps: -inf for a word that is none: lists of several lengths are filled up with it.
+    hidden: [..., H] float32, bfloat16 or float16.  weight, bias: [V, H] and [V].
+    teacher_ids: [..., K] int64, in [0, V).
+    teacher_logps: [..., K] nats, over the whole vocabulary; -inf for a word that is none: lists of
+        several lengths are filled up with it, and any id. The student's mass on it belongs to the
+        rest; a list without words gives 0.
 
     Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
     """
     weight = tiled(weight)
     check_plain("linear_topk_divergence", (hidden, weight, bias, teacher_ids, teacher_logps, mask))
-    labels = labels_of(hidden, mask)
-    check_tensors(hidden, weight, labels, bias)
+    check_tensors(hidden, weight, labels_of(hidden, mask), bias)
     rule = rule_of(kind, beta, 0.5)
     check_flag("tail", tail)
     if rule.kind not in ("forward_kl", "reverse_kl", "jsd"):
@@ -70,11 +74,14 @@ def linear_topk_divergence(
             x.masked_fill(~mask.unsqueeze(-1), 0) for x in (hidden, teacher_ids, teacher_logps)
         )
     _check_ids(teacher_ids, len(weight))
+    none = teacher_logps.isneginf()
+    scored = ~none.all(-1) if mask is None else mask & ~none.all(-1)
     logit_map = R.LogitMap.of(temperature, softcap, logit_scale)
-    student = _listed_logps(
-        hidden, weight, bias, teacher_ids, labels, logit_map, budget=budget, backend=backend
-    )
-    teacher = teacher_logps.detach().float()
+    rows = hidden, weight, bias, teacher_ids, none, labels_of(hidden, scored)
+    student = _listed_logps(*rows, logit_map, budget=budget, backend=backend)
+    none = none & scored.unsqueeze(-1)
+    student = student.masked_fill(none, -torch.inf)
+    teacher = teacher_logps.detach().float().masked_fill(~scored.unsqueeze(-1), 0)
     if tail:
         student, teacher = _with_rest(student), _with_rest(teacher)
     else:
@@ -82,7 +89,7 @@ def linear_topk_divergence(
     # Of a word that a side excludes, 0·(-inf) would be NaN: as in `linear_divergence`.
     student, teacher = student.clamp_min(LOWEST), teacher.clamp_min(LOWEST)
     found = rule.terms(student, teacher)[0].sum(-1)
-    return found if mask is None else torch.where(mask, found, 0.0)
+    return torch.where(scored, found, 0.0)
 
 
 def _listed_logps(
@@ -90,6 +97,7 @@ def _listed_logps(
     weight: Tensor,  # [V, H]
     bias: Tensor | None,  # [V]
     ids: Tensor,  # [..., K]
+    none: Tensor,  # [..., K] bool, where ids are of no word
     labels: Tensor,  # [...], LEFT_OUT where a token is
     logit_map: R.LogitMap,
     **options: Any,
@@ -103,7 +111,7 @@ def _listed_logps(
     if bias is not None:
         x = x + bias.float()[ids]
     z = logits(x, 0, None, logit_map)
-    best = z.detach().argmax(-1, keepdim=True)
+    best = z.detach().masked_fill(none, -torch.inf).argmax(-1, keepdim=True)
     words = torch.where(labels == LEFT_OUT, labels, ids.gather(-1, best).squeeze(-1))
     logps = linear_logps(
         hidden,

@@ -142,13 +142,40 @@ def test_words_that_a_side_excludes(kind, own, teachers):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_short_lists_are_filled_up():
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("filler", [(2, 3, 4), (1, 1, 0), None])
+def test_short_lists_are_filled_up(filler, kind, tail):
+    """By any words, those of the list and the student's best, too."""
+    h, w, *_ = (x.detach() for x in sides())
+    ids, logps = torch.arange(5).repeat(13, 1), torch.tensor([-0.2, -2.0]).expand(13, 2)
+    best = (h @ w.t()).topk(3).indices
+    ids[:, 2:] = best if filler is None else torch.tensor(filler)
+    results = []
+    for k in (2, 5):
+        filled = torch.cat((logps, torch.full((13, k - 2), -torch.inf)), 1)
+        student = [x.clone().requires_grad_() for x in (h, w)]
+        found = fastpo.linear_topk_divergence(*student, ids[:, :k], filled, kind=kind, tail=tail)
+        results.append((found, *torch.autograd.grad(found.sum(), student)))
+    for short, full in zip(*results, strict=True):
+        torch.testing.assert_close(full, short, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_a_list_without_words_is_nothing(tail):
+    h, w, *_ = sides()
+    logps = torch.full((13, 2), -2.0).index_fill(0, torch.tensor([3]), -torch.inf)
+    ids = torch.arange(2).expand(13, 2)
+    found = fastpo.linear_topk_divergence(h, w, ids, logps, kind="reverse_kl", tail=tail)
+    assert found[3] == 0 and found[2] > 0
+    gradient, *_ = torch.autograd.grad(found.sum(), (h, w))
+    assert gradient.isfinite().all() and not gradient[3].any() and gradient[2].any()
+
+
+def test_a_filled_list_beside_a_mask():
     h, w, *_ = (x.detach() for x in sides())
     ids, logps = torch.arange(5).expand(13, 5), torch.tensor([-0.2, -2.0]).expand(13, 2)
     filled = torch.cat((logps, torch.full((13, 3), float("-inf"))), 1)
-    short = fastpo.linear_topk_divergence(h, w, ids[:, :2], logps, kind="forward_kl")
-    found = fastpo.linear_topk_divergence(h, w, ids, filled, kind="forward_kl")
-    assert found.isfinite().all() and (found - short).abs().max() < 1
     ids = ids.index_fill(1, torch.tensor([2, 3, 4]), -100)
     mask = torch.arange(13) > 4
     with pytest.raises(ValueError, match=r"teacher_ids: expected values in \[0, 211\)"):
