@@ -155,8 +155,8 @@ class Quantities:
 
 
 def padded(
-    stats: Any,  # TokenStats of [R, T], or its logps alone
-    mask: Tensor,  # [R, T] bool, scored tokens
+    stats: Any,
+    mask: Tensor,
     *,
     sides: Sequence[str] = PAIRS,
     reference_free: bool = False,
@@ -164,8 +164,11 @@ def padded(
 ) -> Quantities:
     """Quantities of R = len(sides)·B rows, side under side: all chosen, then all rejected.
 
-    sides ("",) for single responses and groups. `under`: the same tokens under other models, by
-    name: ref=..., old=..., sampler=..., each like `stats`.
+    stats: a TokenStats of [R, T], or its logps alone.
+    mask: [R, T] bool, scored tokens.
+    sides: ("",) for single responses and groups.
+    under: the same tokens under other models, by name: ref=..., old=..., sampler=..., each like
+        `stats`.
     """
     _check_tensors(mask=mask)
     rows = _Rows(mask.shape[0], sides)
@@ -177,16 +180,20 @@ def padded(
 
 
 def packed(
-    stats: Any,  # TokenStats of [S], or its logps alone
-    offsets: Tensor,  # [R + 1] ascending, offsets[R] <= S
+    stats: Any,
+    offsets: Tensor,
     *,
-    mask: Tensor | None = None,  # [S] bool, scored tokens; None: all
+    mask: Tensor | None = None,
     width: int | None = None,
     sides: Sequence[str] = PAIRS,
     reference_free: bool = False,
     **under: Any,
 ) -> Quantities:
     """The same for sequences laid end to end, row i being tokens offsets[i] to offsets[i + 1].
+
+    stats: a TokenStats of [S], or its logps alone.
+    offsets: [R + 1] int64, ascending, offsets[R] <= S; else a ValueError, and NaN on a GPU.
+    mask: [S] bool, scored tokens; None: all.
 
     Sums need no padding. Token-level quantities do: they are there when `width`, at least the
     longest row, is given.
@@ -202,17 +209,39 @@ def packed(
     else:
         scored = mask.bool()
     _check("mask", scored, size)
+    offsets, right = _readable(offsets, size[0], width)
     given = rows.share("", "lengths", lambda: _segment_sum(scored, offsets).long())
     if width is not None:
         given |= rows.share("", "mask", functools.partial(_pad, scored, offsets, width))
     for model, kind, values in tokens:
         _check(f"{model}{kind}", values, size)
         if kind == "token_logps":
-            kept = torch.where(scored, _promote(values), 0)
+            kept = torch.where(scored, _promote(values), 0) + right
             given |= rows.share(model, "logps", functools.partial(_segment_sum, kept, offsets))
         if width is not None:
-            given |= rows.share(model, kind, functools.partial(_pad, values, offsets, width))
+            kept = values + right
+            given |= rows.share(model, kind, functools.partial(_pad, kept, offsets, width))
     return Quantities(given, reference_free=reference_free)
+
+
+def _readable(offsets: Tensor, size: int, width: int | None) -> tuple[Tensor, Tensor]:
+    """Offsets within the tokens, and what is added to every number: 0, or NaN on a GPU, which
+    nobody waits for, where others were given. On a CPU those are a ValueError."""
+    if offsets.ndim != 1 or len(offsets) < 1 or offsets.is_floating_point():
+        got = f"{offsets.dtype} of {tuple(offsets.shape)}"
+        raise ValueError(f"offsets: expected integers of shape (rows + 1,), got {got}")
+    given = offsets.long()
+    within = given.clamp(0, size).cummax(0).values
+    longest = torch.cat((given.diff(), given.new_zeros(1))).max()
+    right = (within == given).all()
+    if given.device.type == "cpu":
+        if not right:
+            raise ValueError(f"offsets: expected ascending in [0, {size}], got {given.tolist()}")
+        if width is not None and longest > width:
+            raise ValueError(f"width: expected at least the longest row, {longest}, got {width}")
+    elif width is not None:
+        right = right & (longest <= width)
+    return within, torch.where(right, 0.0, torch.nan)
 
 
 class _Rows:

@@ -284,3 +284,40 @@ def test_no_value_is_read_on_the_host():
         for key in ("dpo", "dpo_norm", "simpo", "orpo", "aot"):
             assert one.rows(get(key)).device.type == "meta"
         assert one.rows(compose("dpo", "ld_logps", "wpo_weights", sft_weight=0.1)).shape == (2,)
+
+
+BEYOND = [
+    ([0, 2, 5, 5, 400], None, r"offsets: expected ascending in \[0, 7\], got \[0, 2, 5, 5, 400\]"),
+    ([0, 3, 2, 5, 7], None, "offsets: expected ascending in"),
+    ([-1, 2, 3, 5, 7], None, "offsets: expected ascending in"),
+    (
+        [0.0, 2.0, 7.0],
+        None,
+        r"offsets: expected integers of shape \(rows \+ 1,\), got torch.float32",
+    ),
+    ([[0, 7]], None, r"offsets: expected integers .* got torch.int64 of \(1, 2\)"),
+    ([0, 2, 7], 4, "width: expected at least the longest row, 5, got 4"),
+]
+
+
+@pytest.mark.parametrize(("offsets", "width", "message"), BEYOND)
+def test_rows_beyond_the_tokens(offsets, width, message):
+    with pytest.raises(ValueError, match=message):
+        quantities.packed(torch.randn(7), torch.tensor(offsets), width=width)
+
+
+@pytest.mark.parametrize(("offsets", "width"), [([0, 2, 400], 9), ([3, 2, 7], 9), ([0, 2, 7], 4)])
+def test_rows_beyond_the_tokens_on_a_gpu(offsets, width, monkeypatch):
+    """Nobody waits for them there."""
+    given = torch.tensor(offsets)
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"), raising=False)
+    within, right = quantities._readable(given, 7, width)
+    assert right.isnan() and within.min() >= 0 and within.max() <= 7
+    assert quantities._readable(torch.tensor([0, 2, 7]), 7, 5)[1] == 0
+
+
+def test_offsets_of_attention_kernels():
+    """int32, as cu_seqlens are."""
+    logps = torch.randn(7)
+    q = quantities.packed(logps, torch.tensor([0, 3, 7], dtype=torch.int32), width=4)
+    torch.testing.assert_close(q["rejected_logps"], logps[3:].sum()[None])
