@@ -100,7 +100,7 @@ _HOMES = {
     "fastpo.planner": ("Plan", "plan"),
     "fastpo.planning.plan": ("StepPlan", "plan_step"),
 }
-_MODULES = ("objectives", "ops", "planner", "quantities", "reference", "testing")
+_MODULES = ("curves", "objectives", "ops", "planner", "quantities", "reference", "testing")
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 

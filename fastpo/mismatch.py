@@ -35,11 +35,11 @@ class Mismatch(NamedTuple):
 
 
 def diagnose(
-    sampler_logps: Tensor,  # [...] nats
-    logps: Tensor,  # [...] nats
+    sampler_logps: Tensor,
+    logps: Tensor,
     *,
-    mask: Tensor | None = None,  # [...] bool or 0 and 1
-    whole_logps: Tensor | None = None,  # [...] nats
+    mask: Tensor | None = None,
+    whole_logps: Tensor | None = None,
 ) -> Mismatch:
     """The trainer's `logps` beside what the sampler said of the same tokens, at the same weights.
 
@@ -48,9 +48,10 @@ def diagnose(
     kept; see `support` of `fastpo.linear_logps`. Tokens whose sampler_logps are NaN, as engines
     mark what they do not know, are left out.
 
-    mask: tokens that were sampled; None: all.
-    whole_logps: log-probabilities over the whole vocabulary, beside `logps` over the words that
-        were kept: their ratio is the mass of these.
+    sampler_logps, logps: [...] nats.
+    mask: [...] bool or 0 and 1, tokens that were sampled; None: all.
+    whole_logps: [...] nats, log-probabilities over the whole vocabulary, beside `logps` over the
+        words that were kept: their ratio is the mass of these.
     Waits for the device once. Raises ValueError for what is no tensor, for shapes that differ and
     where no token is left.
     """

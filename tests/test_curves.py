@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+import fastpo
 from fastpo import cli, curves, objectives
 
 # Of logits, of rewards of some width or rank, of errors, of a critic: no margin moves them.
@@ -31,6 +32,10 @@ def test_every_objective_of_a_margin_has_a_curve(key):
 def test_what_has_no_margin_says_so(key):
     with pytest.raises(ValueError, match=f"^{key}: expected an objective of a margin or a log-ra"):
         curves.curve(key)
+
+
+def test_it_needs_no_import_of_its_own():
+    assert fastpo.__getattr__("curves") is curves
 
 
 def test_dpo_is_the_logistic_loss():

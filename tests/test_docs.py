@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import sys
 from argparse import Namespace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +180,29 @@ def test_links_lead_somewhere(page):
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+def test_the_api_page_names_what_is_public():
+    """And help() says the shapes of tensors."""
+    rows = re.findall(r"^\| (`.*?`) \|", (ROOT / "docs" / "api.md").read_text("utf-8"), re.M)
+    named = [name for row in rows for name in re.findall(r"`([\w.]+)`", row)]
+    for name in named:
+        member = reduce(getattr, name.split("."), fastpo)
+        hints = getattr(member, "__annotations__", {}) if inspect.isfunction(member) else {}
+        for argument, hint in hints.items():
+            plain = "Tensor" in str(hint) and not re.search("float|Support", str(hint))
+            if plain and argument != "return":
+                said = rf"\b{argument}\b[^:\n]*: .*\["
+                assert re.search(said, inspect.getdoc(member) or ""), f"{name}: {argument}"
+    modules = {"objectives", "quantities"}
+    families = {
+        module.rpartition(".")[2] for module in sys.modules if "fastpo.objectives" in module
+    }
+    below = [("quantities", name) for name in ("padded", "packed", "Quantities")]
+    below += [("objectives", x) for x in fastpo.objectives.__all__ if x not in families]
+    public = {*fastpo.__all__} - modules | {f"{module}.{name}" for module, name in below}
+    assert public <= {*named} and len(named) == len({*named})
+    assert {*named} - public == {"curves", "reference", "testing"}
 
 
 def test_the_first_screen_is_short():

@@ -1,4 +1,4 @@
-"""The API: signatures as their source has them, with the shapes beside, and docstrings."""
+"""The API: signatures as their source has them, and docstrings."""
 
 from __future__ import annotations
 

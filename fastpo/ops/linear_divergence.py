@@ -59,18 +59,18 @@ class DivergenceStats(NamedTuple):
 
 
 def linear_divergence(
-    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor | TileSource,  # [V, H]
-    teacher_hidden: Tensor,  # [..., H']
-    teacher_weight: Tensor | TileSource,  # [V, H']
+    hidden: Tensor,
+    weight: Tensor | TileSource,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | TileSource,
     *,
     kind: str,
     beta: float = 0.5,
     alpha: float = 0.5,
-    mask: Tensor | None = None,  # [...] bool
-    bias: Tensor | None = None,  # [V]
-    teacher_bias: Tensor | None = None,  # [V]
-    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -87,7 +87,9 @@ def linear_divergence(
         m = β·q + (1-β)·p (arXiv:2306.13649), 0 and 1 being forward and reverse KL as in TRL;
         "alpha" (Σ q^α·p^{1-α} - 1)/(α·(α-1)), its limits at 0 and 1 the KLs; "tvd" ½·Σ|p - q|.
         No temperature² factor. beta in [0, 1] and alpha, finite, are read by their kind only.
-    mask: False leaves a token out: 0, no gradient. None: all are scored.
+    hidden, teacher_hidden: [..., H] and [..., H'], float32, bfloat16 or float16.
+    weight, teacher_weight: [V, H] and [V, H'], or tile sources; bias, teacher_bias: [V].
+    mask: [...] bool, False leaves a token out: 0, no gradient. None: all are scored.
     temperature: of each token where it is a tensor, as in `linear_logps`.
     teacher_temperature: None: that of the student.
     teacher_grad: gradient into the teacher's tensors, too, where they require it.
@@ -172,8 +174,9 @@ def diverge(
     pair = [(x.hidden, x.weight, x.bias) for x in (student, teacher)]
     check_plain(options.name, (*pair[0], *pair[1], mask))
     labels = labels_of(student.hidden, mask)
-    check_tensors(student.hidden, student.weight, labels, student.bias)
-    _check_teacher(student, teacher, labels)
+    part = options.shard is not None
+    check_tensors(student.hidden, student.weight, labels, student.bias, part=part)
+    _check_teacher(student, teacher, labels, part)
     options.check()
     left_out = None if mask is None and count is None else LEFT_OUT
     maps, rows = options.maps(labels, left_out)
@@ -375,8 +378,8 @@ def rule_of(kind: str, beta: float, alpha: float) -> Rule:
     return Rule.of(kind, float(beta), float(alpha))
 
 
-def _check_teacher(student: Operands, teacher: Operands, labels: Tensor) -> None:
-    check_beside(teacher.hidden, teacher.weight, labels, teacher.bias, of="teacher_")
+def _check_teacher(student: Operands, teacher: Operands, labels: Tensor, part: bool) -> None:
+    check_beside(teacher.hidden, teacher.weight, labels, teacher.bias, of="teacher_", part=part)
     words = len(student.weight)
     if len(teacher.weight) != words:
         raise ValueError(

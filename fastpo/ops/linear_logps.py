@@ -27,17 +27,17 @@ from .walks.saving import stays
 
 
 def linear_logps(
-    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor | TileSource,  # [V, H]
-    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    hidden: Tensor,
+    weight: Tensor | TileSource,
+    labels: Tensor,
     *,
-    bias: Tensor | None = None,  # [V]
-    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = ("logps",),
-    support: Tensor | Support | Rule | None = None,  # [..., k]
+    support: Tensor | Support | Rule | None = None,
     outside: str = "error",
     budget: int | None = None,
     backend: str | None = None,
@@ -51,18 +51,22 @@ def linear_logps(
     whatever the other rows are, with and without gradient: on a CPU on every backend, on a GPU on
     "anchored" and "cutlass". On the others there cuBLAS chooses a kernel by the number of rows.
 
-    temperature: a tensor of any shape that broadcasts to the labels' gives each token its own, with
-        no gradient; what stands at ignored tokens is not read.
-    weight: a tile source, of a quantised head for one (`fastpo.tile_source`), makes words a tile at
-        a time and is frozen; "anchored" and "cutlass" run as "triton" on it.
-    bias: also what the field calls logit_bias or, as the logarithm of weights, class weights.
+    hidden: [..., H] float32, bfloat16 or float16.
+    weight: [V, H]. A tile source, of a quantised head for one (`fastpo.tile_source`), makes words a
+        tile at a time and is frozen; "anchored" and "cutlass" run as "triton" on it.
+    labels: [...] int64, in [0, V) or ignore_index. labels[i] is the word scored by hidden[i];
+        nothing is shifted: for next tokens pass hidden[:, :-1] with ids[:, 1:].
+    temperature: a number, or a tensor of any shape that broadcasts to the labels' and gives each
+        token its own, with no gradient; what stands at ignored tokens is not read.
+    bias: [V]. Also what the field calls logit_bias or, as the logarithm of weights, class weights.
     ignore_index: rows with this label give 0 and receive no gradient. None: every row is scored,
         which on a GPU saves masking the hidden states.
     outputs: names of the `TokenStats` fields to compute.
-    support: the words that the sampler kept for each token: ids padded with -1, a `fastpo.Support`
-        or its `rule`. The softmax, all statistics and the gradient are over these words alone; a
-        token without any has no restriction. A few words are multiplied by themselves, more in the
-        tiles of all (`fastpo.planner.gathered_words`). On a device this waits for it.
+    support: the words that the sampler kept for each token: ids [..., k] padded with -1, a
+        `fastpo.Support` or its `rule`. The softmax, all statistics and the gradient are over these
+        words alone; a token without any has no restriction. A few words are multiplied by
+        themselves, more in the tiles of all (`fastpo.planner.gathered_words`). On a device this
+        waits for it.
     outside: what a label that is not among its token's words makes of it: "error", on a GPU NaN;
         "raw", the log-probability over the whole vocabulary; "drop", 0 and no gradient.
     budget: bytes of probabilities that may be kept for the backward of a trainable head; tokens

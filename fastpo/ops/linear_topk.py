@@ -79,13 +79,13 @@ def sample_topk(
 
 
 def linear_topk(
-    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor | TileSource,  # [V, H]
+    hidden: Tensor,
+    weight: Tensor | TileSource,
     k: int,
     *,
-    exclude: Tensor | None = None,  # [...] int64
-    mask: Tensor | None = None,  # [...] bool
-    bias: Tensor | None = None,  # [V]
+    exclude: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -97,10 +97,11 @@ def linear_topk(
     Of words with the same z the lowest comes first, on every device. Memory is that of
     `linear_logps` and [..., k]; the logits exist only as tiles.
 
-    weight: as in `linear_logps`.
-    exclude: a word per token that is left out of its list, though not of the softmax; negative:
-        none. The alternatives of arXiv:2312.16682 are drawn from such a list.
-    mask: False leaves a token out: zeros, no gradient. None: all are scored.
+    hidden: [..., H] float32, bfloat16 or float16.
+    weight, bias: [V, H] and [V], as in `linear_logps`.
+    exclude: [...] int64, a word per token that is left out of its list, though not of the softmax;
+        negative: none. The alternatives of arXiv:2312.16682 are drawn from such a list.
+    mask: [...] bool, False leaves a token out: zeros, no gradient. None: all are scored.
     budget: bytes of probabilities that may be kept for the backward; tokens above it are
         recomputed, one product more. None: 4·V·H for a trainable head, 0 for a frozen one.
     backend: "triton", "cuda", "cpu" or "torch"; None: the best that is there.
@@ -154,7 +155,7 @@ def best_words(
     check_whole(hidden=hidden, **given(exclude=exclude, mask=mask))
     tokens, shard = hidden.shape[:-1], options.shard
     labels = torch.zeros(tokens, dtype=torch.int64, device=hidden.device)
-    check_tensors(hidden, weight, labels, bias)
+    check_tensors(hidden, weight, labels, bias, part=shard is not None)
     logit_map = options.temperature, options.softcap, options.logit_scale
     check_options(*logit_map, ("logps",), options.budget)
     vocab = len(weight) if shard is None else shard.vocab

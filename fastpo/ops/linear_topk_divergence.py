@@ -57,7 +57,8 @@ def linear_topk_divergence(
         several lengths are filled up with it, and any id. The student's mass on it belongs to the
         rest; a list without words gives 0.
 
-    Gradient flows to hidden, weight and bias. mask, budget, backend and errors as there.
+    mask: [...] bool, as there, as are budget, backend and errors. Gradient flows to hidden, weight
+        and bias.
     """
     weight = tiled(weight)
     check_plain("linear_topk_divergence", (hidden, weight, bias, teacher_ids, teacher_logps, mask))

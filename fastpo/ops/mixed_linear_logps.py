@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 
 def mixed_linear_logps(
-    hiddens: Sequence[Tensor],  # M of [..., H_i] float32 / bfloat16 / float16
-    weights: Sequence[Tensor | TileSource],  # M of [V, H_i]
-    coefficients: Sequence[float] | Tensor,  # M, or [M], or per token [..., M]
-    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    hiddens: Sequence[Tensor],
+    weights: Sequence[Tensor | TileSource],
+    coefficients: Sequence[float] | Tensor,
+    labels: Tensor,
     *,
-    biases: Sequence[Tensor | None] | None = None,  # M of [V]
+    biases: Sequence[Tensor | None] | None = None,
     temperature: float = 1.0,
-    softcaps: Sequence[float | None] | None = None,  # M
-    logit_scales: Sequence[float] | None = None,  # M
+    softcaps: Sequence[float | None] | None = None,
+    logit_scales: Sequence[float] | None = None,
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = ("logps",),
     backend: str | None = None,
@@ -51,6 +51,11 @@ def mixed_linear_logps(
     reference in Nash-MD (arXiv:2312.00886) and SPA (arXiv:2406.04412). All statistics of
     `linear_logps` are those of the mixture. One mixed tile and one tile of a head's logits are
     alive at a time; nothing is kept for the backward, which multiplies M times more than once.
+
+    hiddens: M of [..., H_i], float32, bfloat16 or float16.  weights, biases: M of [V, H_i] and [V].
+    coefficients: M numbers, or a tensor [M], or [..., M] for each token.
+    labels: [...] int64, in [0, V) or ignore_index; labels[i] is scored by hidden[i], unshifted.
+    softcaps, logit_scales: M, one for each head.
 
     Gradient flows from logps, entropy and lse to every hidden, weight and bias that requires it,
     not to the coefficients. A word that one head excludes by a logit of -inf is excluded from the
@@ -130,7 +135,7 @@ def mix(
     hiddens, words, biases = zip(*((x.hidden, x.weight, x.bias) for x in operands), strict=True)
     weighing = coefficients if isinstance(coefficients, Tensor) else None
     check_plain(options.name, (*hiddens, *words, *biases, weighing, labels))
-    _check_heads(operands, labels)
+    _check_heads(operands, labels, options.shard is not None)
     spec = options.spec(hiddens, labels.device)
     own = _weights_of_heads(coefficients, len(operands), labels)
     rows = (hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens)
@@ -202,10 +207,10 @@ def _count(name: str, given: Any) -> int:
     return len(given)
 
 
-def _check_heads(operands: Sequence[mixture.Operands], labels: Tensor) -> None:
+def _check_heads(operands: Sequence[mixture.Operands], labels: Tensor, part: bool) -> None:
     for i, head in enumerate(operands):
         check = check_beside if i else check_tensors
-        check(head.hidden, head.weight, labels, head.bias, of=f"head {i}: ")
+        check(head.hidden, head.weight, labels, head.bias, of=f"head {i}: ", part=part)
         words = len(operands[0].weight)
         if len(head.weight) != words:
             raise ValueError(

@@ -23,13 +23,13 @@ from .walks.head import check_labels
 
 
 def multi_head_logps(
-    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor,  # [K, V, H]
-    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
-    heads: Tensor,  # [...] int64 in [0, K)
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    heads: Tensor,
     *,
-    bias: Tensor | None = None,  # [K, V]
-    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
@@ -43,6 +43,10 @@ def multi_head_logps(
     products are those of one head. The sizes of the groups are needed on the host: give `heads`
     on the CPU, or the call waits for the device once to copy it.
 
+    hidden: [..., H] float32, bfloat16 or float16.  weight, bias: [K, V, H] and [K, V].
+    labels: [...] int64, in [0, V) or ignore_index; labels[i] is scored by hidden[i], unshifted.
+    heads: [...] int64, in [0, K).
+    temperature: a number, or one per token, [...].
     budget: bytes of probabilities that may be kept, per head.
 
     Raises ValueError as `linear_logps` does, and for heads outside [0, K), also where the label

@@ -16,12 +16,12 @@ from .walks.derivatives import check_plain
 
 
 def multi_token_logps(
-    hidden_per_depth: Sequence[Tensor] | Tensor,  # D of [..., T, H] float32 / bfloat16 / float16
-    weight: Tensor | TileSource,  # [V, H]
-    labels: Tensor,  # [..., T] or [D, ..., T] int64 in [0, V) or ignore_index
+    hidden_per_depth: Sequence[Tensor] | Tensor,
+    weight: Tensor | TileSource,
+    labels: Tensor,
     *,
     detach: bool | Sequence[bool] = False,
-    bias: Tensor | None = None,  # [V]
+    bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -36,8 +36,9 @@ def multi_token_logps(
     give 0. Depth 0 is `linear_logps`, whose labels are the next tokens already. All depths go
     through one walk, so the head is read once.
 
-    labels: with a leading D they are taken as they are: where documents share a row, for instance,
-        and a label must not be one of the next document.
+    hidden_per_depth: D of [..., T, H], float32, bfloat16 or float16.  weight, bias: [V, H] and [V].
+    labels: [..., T] int64, in [0, V) or ignore_index. With a leading D they are taken as they are:
+        where documents share a row, for instance, and a label must not be one of the next document.
     detach: hidden states that get no gradient, so that a depth trains the head alone; for all
         depths or each. What is to train a depth but not the trunk under it is detached before it.
 

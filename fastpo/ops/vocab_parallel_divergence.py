@@ -21,10 +21,10 @@ from .walks.vocab_shard import VocabShard
 
 
 def vocab_parallel_divergence(
-    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor | TileSource,  # [words, H], or a DTensor [V, H] in shards of words
-    teacher_hidden: Tensor,  # [..., H']
-    teacher_weight: Tensor | TileSource,  # [words, H'], or a DTensor [V, H'] of the same mesh
+    hidden: Tensor,
+    weight: Tensor | TileSource,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | TileSource,
     *,
     kind: str,
     first: int | None = None,
@@ -33,10 +33,10 @@ def vocab_parallel_divergence(
     own_tokens: bool = False,
     beta: float = 0.5,
     alpha: float = 0.5,
-    mask: Tensor | None = None,  # [...] bool
-    bias: Tensor | None = None,  # [words], or a DTensor [V]
-    teacher_bias: Tensor | None = None,  # as `bias`
-    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     teacher_temperature: float | Tensor | None = None,
     softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -54,6 +54,11 @@ def vocab_parallel_divergence(
     backward each expects the gradient of the same loss; d hidden of both is summed over the group
     in float32, d weight and d bias are those of its own words. The budget is that of one process.
 
+    hidden, teacher_hidden: [..., H] and [..., H'], float32, bfloat16 or float16.
+    weight, teacher_weight: [words, H] and [words, H'], or DTensors [V, H] and [V, H'] of one mesh,
+        in shards of words; bias, teacher_bias: [words], or DTensors [V].
+    mask: [...] bool.
+    temperature: a number, or one per token, [...].
     first, vocab: the first word here and V; left out for DTensors, which tell, and whose gradients
         are some again.
     group: None: all processes; of DTensors, their mesh.

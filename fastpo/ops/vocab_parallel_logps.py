@@ -25,21 +25,21 @@ from .walks.derivatives import check_plain
 
 
 def vocab_parallel_logps(
-    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor | TileSource,  # [words, H], or a DTensor [V, H] in shards of words
-    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    hidden: Tensor,
+    weight: Tensor | TileSource,
+    labels: Tensor,
     *,
     first: int | None = None,
     vocab: int | None = None,
     group: dist.ProcessGroup | None = None,
     own_tokens: bool = False,
-    bias: Tensor | None = None,  # [words], or a DTensor [V]
-    temperature: float | Tensor = 1.0,  # a number, or one per token: [...]
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = ("logps",),
-    support: Tensor | Support | None = None,  # [..., k]
+    support: Tensor | Support | None = None,
     outside: str = "error",
     budget: int | None = None,
     backend: str | None = None,
@@ -51,6 +51,10 @@ def vocab_parallel_logps(
     same loss; d hidden is summed over the group in float32, d weight and d bias are those of its
     own words. The budget is that of one process.
 
+    hidden: [..., H] float32, bfloat16 or float16.
+    weight, bias: [words, H] and [words], or DTensors [V, H] and [V] in shards of words.
+    labels: [...] int64, in [0, V) or ignore_index; labels[i] is scored by hidden[i], unshifted.
+    temperature: a number, or one per token, [...].
     first, vocab: the first word here and V; left out for a DTensor, which tells, and whose gradient
         is one again.
     group: None: all processes; of a DTensor, its mesh.
@@ -83,7 +87,7 @@ def vocab_parallel_logps(
         shard=part.shard,
         name="vocab_parallel_logps",
     )
-    check_tensors(hidden, part.weight, labels, part.bias)
+    check_tensors(hidden, part.weight, labels, part.bias, part=True)
     check_support(support, outside, labels)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if support is not None:

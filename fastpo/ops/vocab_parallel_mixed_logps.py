@@ -16,18 +16,18 @@ from .walks.mixture import Operands
 
 
 def vocab_parallel_mixed_logps(
-    hiddens: Sequence[Tensor],  # M of [..., H_i] float32 / bfloat16 / float16
-    weights: Sequence[Tensor | TileSource],  # M of [words, H_i], or of DTensors [V, H_i]
-    coefficients: Sequence[float] | Tensor,  # M, or [M], or per token [..., M]
-    labels: Tensor,  # [...] int64 in [0, V) or ignore_index
+    hiddens: Sequence[Tensor],
+    weights: Sequence[Tensor | TileSource],
+    coefficients: Sequence[float] | Tensor,
+    labels: Tensor,
     *,
     first: int | None = None,
     vocab: int | None = None,
     group: dist.ProcessGroup | None = None,
-    biases: Sequence[Tensor | None] | None = None,  # M of [words], or of DTensors [V]
+    biases: Sequence[Tensor | None] | None = None,
     temperature: float = 1.0,
-    softcaps: Sequence[float | None] | None = None,  # M
-    logit_scales: Sequence[float] | None = None,  # M
+    softcaps: Sequence[float | None] | None = None,
+    logit_scales: Sequence[float] | None = None,
     ignore_index: int | None = -100,
     outputs: tuple[str, ...] = ("logps",),
     backend: str | None = None,
@@ -39,6 +39,11 @@ def vocab_parallel_mixed_logps(
     gradient of the same loss; d hidden of each head is summed over the group in float32, d weight
     and d bias are those of its own words.
 
+    hiddens: M of [..., H_i], float32, bfloat16 or float16.
+    weights, biases: M of [words, H_i] and [words], or of DTensors [V, H_i] and [V].
+    coefficients: M numbers, or a tensor [M], or [..., M] for each token.
+    labels: [...] int64, in [0, V) or ignore_index; labels[i] is scored by hidden[i], unshifted.
+    softcaps, logit_scales: M, one for each head.
     first, vocab, group: as in `vocab_parallel_logps`; DTensors are of one mesh.
 
     Raises what `mixed_linear_logps` raises; ValueError where shards do not make up [0, V) on a CPU,

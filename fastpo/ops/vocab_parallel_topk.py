@@ -12,16 +12,16 @@ from .tiles.tiled import TileSource, tiled
 
 
 def vocab_parallel_topk(
-    hidden: Tensor,  # [..., H] float32 / bfloat16 / float16
-    weight: Tensor | TileSource,  # [words, H], or a DTensor [V, H] in shards of words
+    hidden: Tensor,
+    weight: Tensor | TileSource,
     k: int,
     *,
     first: int | None = None,
     vocab: int | None = None,
     group: dist.ProcessGroup | None = None,
-    exclude: Tensor | None = None,  # [...] int64
-    mask: Tensor | None = None,  # [...] bool
-    bias: Tensor | None = None,  # [words], or a DTensor [V]
+    exclude: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -36,6 +36,9 @@ def vocab_parallel_topk(
     the gradient of the same loss; d hidden is summed over the group in float32, d weight and d bias
     are those of its own words. The budget is that of one process.
 
+    hidden: [..., H] float32, bfloat16 or float16.
+    weight, bias: [words, H] and [words], or DTensors [V, H] and [V] in shards of words.
+    exclude, mask: [...] int64 and [...] bool.
     first, vocab, group: as in `vocab_parallel_logps`.
 
     Raises what `linear_topk` raises; ValueError where shards do not make up [0, V) on a CPU,

@@ -44,7 +44,9 @@ def add(commands: Any) -> None:
 
 def _add_step(option: Any) -> None:
     option("--model", metavar="PATH", help="folder or config.json; nothing is downloaded")
-    option("--teacher", metavar="PATH", help="of gkd and distillation; default: as large as it")
+    option(
+        "--teacher", metavar="PATH", help="of gkd and distillation; default: the size of --model"
+    )
     for name, (choices, text) in _CHOICES.items():
         option(name, metavar="NAME", help=f"{', '.join(choices)}; {text}")
     option("--gpu", metavar="CARD", help="h100, a100, 4090, …, or a size as 80GiB")

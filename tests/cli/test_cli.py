@@ -49,6 +49,11 @@ def test_help_shows_an_example_that_can_be_typed(command):
     assert cli._parser().parse_args(arguments).command
 
 
+def test_help_sends_nobody_to_where_nothing_is():
+    assert "README" not in PARSERS["fastpo bench step"].format_help()
+    assert "without a checkout" in " ".join(PARSERS["fastpo bench head"].format_help().split())
+
+
 def test_the_examples_are_of_every_command():
     assert {f"fastpo {command}" for command in COMMANDS} <= set(PARSERS)
     assert {"fastpo plan head", "fastpo bench head", "fastpo bench readme"} <= set(PARSERS)

@@ -128,7 +128,7 @@ def score(
     trained = (weight, bias, None if adapter is None else adapter[1])
     head_grad = any(x is not None and x.requires_grad for x in trained)
     with gather(weight, bias):
-        check_tensors(hidden, weight, labels, bias)
+        check_tensors(hidden, weight, labels, bias, part=options.shard is not None)
         up = None
         if adapter is not None:
             down, up = adapter

@@ -80,7 +80,7 @@ def score_over(
     scored = scored.nonzero().squeeze(1)
     own = problem.rows(scored)
     with gather(weight, bias):
-        check_tensors(hidden, weight, labels, bias)
+        check_tensors(hidden, weight, labels, bias, part=options.shard is not None)
         check_labels(labels, problem.vocab, options.ignore_index)
         found = _resolved(support, own, scored)
         groups = list(_groups(own, found, outside, scored))
@@ -110,7 +110,7 @@ def kept_words(
     the probability [N] of these words among all."""
     problem = _Problem(hidden, weight, bias, labels, options, gather, adapter, None)
     with gather(weight, bias):
-        check_tensors(hidden, weight, labels, bias)
+        check_tensors(hidden, weight, labels, bias, part=options.shard is not None)
         check_labels(labels, problem.vocab, None)
         ids, counts, mass = ruled_words(rule, *_whole(problem), labels)
     return Support(ids, F.pad(counts.cumsum(0), (1, 0))), mass

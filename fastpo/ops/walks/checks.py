@@ -23,11 +23,18 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def check_tensors(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, of: str = ""
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    of: str = "",
+    *,
+    part: bool = False,
 ) -> None:
-    """of: what the names of a head's tensors begin with, here and below."""
+    """of: what the names of a head's tensors begin with, here and below. part: of a head in shards,
+    of which a process may have no word."""
     check_whole(labels=labels)
-    check_head(hidden, weight, bias, of)
+    check_head(hidden, weight, bias, of, part=part)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(f"labels: expected shape {shape_of(hidden)[:-1]}, got {shape_of(labels)}")
     if labels.dtype != torch.int64:
@@ -37,10 +44,16 @@ def check_tensors(
 
 
 def check_beside(
-    hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, of: str
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    of: str,
+    *,
+    part: bool = False,
 ) -> None:
     """A further head of the same tokens."""
-    check_head(hidden, weight, bias, of)
+    check_head(hidden, weight, bias, of, part=part)
     expected = (*shape_of(labels), hidden.shape[-1])
     if shape_of(hidden) != expected:
         raise ValueError(f"{of}hidden: expected shape {expected}, got {shape_of(hidden)}")
@@ -48,14 +61,16 @@ def check_beside(
         raise ValueError(f"{of}hidden: expected device {labels.device}, got {hidden.device}")
 
 
-def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str) -> None:
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, of: str, *, part: bool = False
+) -> None:
     tensors = {f"{of}hidden": hidden, f"{of}weight": weight}
     if bias is not None:
         tensors[f"{of}bias"] = bias
     check_whole(**tensors)
     check_hidden(hidden, of)
     width, words = hidden.shape[-1], weight.shape[:1]
-    if weight.dim() != 2 or weight.shape[0] < 1 or weight.shape[1] != width:
+    if weight.dim() != 2 or weight.shape[0] < (not part) or weight.shape[1] != width:
         raise ValueError(f"{of}weight: expected shape (V, {width}), got {shape_of(weight)}")
     if bias is not None and bias.shape != words:
         raise ValueError(f"{of}bias: expected shape {tuple(words)}, got {shape_of(bias)}")
