@@ -73,11 +73,11 @@ def linear_logps(
         above it are recomputed. None: 4·V·H, on a GPU a sixteenth of its memory where that is more;
         see `fastpo.plan`.
     backend: "triton", "anchored", "cutlass", "cuda", "cpu" or "torch"; None: on a GPU that was
-        measured (`fastpo bench choose`) the fastest there, else the best of the others than
-        "anchored" and "cutlass". Those write no logits, for bfloat16 products without a soft-cap,
+        measured (`fastpo bench choose`) the fastest there, else the best that is there, "anchored"
+        and "cutlass" excepted. These two write no logits, for bfloat16 products without a soft-cap,
         and run as "triton" elsewhere; results differ from those of "triton" in last bits, and a tie
-        makes the label top-1. "cutlass" takes the product of "anchored" where rows start not at
-        multiples of 16 bytes.
+        makes the label top-1. "cutlass" takes the product of "anchored" where rows do not start
+        at multiples of 16 bytes.
 
     Raises ValueError for shapes, dtypes, devices, DTensors, options and, on a CPU, wrong labels
     (on a GPU a label outside the vocabulary makes its row NaN instead, because reading it would
