@@ -77,7 +77,7 @@ def tile_shape(tokens: int, vocab: int, device_type: str) -> Tiles:
         # 256 MiB: d hidden is read and written once per tile of 8,192 words, 733/8192 of a product.
         token_cap, elements, granule = 8192, 64 * 2**20, 256
     width = elements // token_cap // granule * granule
-    return Tiles(max(1, min(tokens, token_cap)), min(vocab, width))
+    return Tiles(max(1, min(tokens, token_cap)), max(1, min(vocab, width)))
 
 
 def gemm_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -163,7 +163,7 @@ def make_plan(
     row_words = blocks * block_words if anchored else vocab
     row_bytes = row_words * compute_dtype.itemsize
     budget = default_budget(row_words, hidden, device) if budget is None else budget
-    allowed = budget // row_bytes
+    allowed = budget // max(row_bytes, 1)  # of a head in shards a process may have no word
     kept = (tokens if tokens <= allowed else allowed) if head_grad else 0
     kept_bytes = kept * row_bytes
     # What is larger than d weight stays with it until the next step, what is smaller has its memory

@@ -126,7 +126,7 @@ def _kept_tokens(tokens: int, weight: Tensor, spec: DivergenceSpec) -> int:
     (vocab, hidden), budget = weight.shape, spec.budget
     if budget is None:
         budget = planner.default_budget(vocab, hidden, weight.device)
-    return min(tokens, budget // (_PAIR_BYTES * vocab))
+    return min(tokens, budget // max(_PAIR_BYTES * vocab, 1))
 
 
 def _sizes(
