@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Run(NamedTuple):
@@ -60,20 +59,51 @@ def _merged(runs: Sequence[Run]) -> tuple[Run, ...]:
     return tuple(found)
 
 
-class _Gather(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """Of x, copies and dim; linear in x, so that it is its own derivative."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, copies: Copies, dim: int) -> Tensor:
-        ctx.copies, ctx.dim = copies, dim
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.copies, ctx.dim = inputs
+
+
+class _Gather(_Linear):
+    @staticmethod
+    def forward(x: Tensor, copies: Copies, dim: int) -> Tensor:
         return x.index_select(dim, copies.index)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        copies, dim = ctx.copies, ctx.dim
-        shape = list(grad.shape)
+        return _Sum.apply(grad, ctx.copies, ctx.dim), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: None) -> Tensor:
+        found: Tensor = _Gather.apply(x, ctx.copies, ctx.dim)
+        return found
+
+
+class _Sum(_Linear):
+    @staticmethod
+    def forward(x: Tensor, copies: Copies, dim: int) -> Tensor:
+        shape = list(x.shape)
         shape[dim] = copies.size
-        total = grad.new_zeros(shape, dtype=torch.promote_types(grad.dtype, torch.float32))
+        total = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
         for run in copies.runs:
             part = total.narrow(dim, run.source, run.length)
-            part.add_(grad.narrow(dim, run.target, run.length))
-        return total.to(grad.dtype), None, None
+            part.add_(x.narrow(dim, run.target, run.length))
+        return total.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        copies, dim = ctx.copies, ctx.dim
+        filled = torch.zeros_like(copies.index, dtype=torch.bool)
+        for run in copies.runs:
+            filled[run.target : run.target + run.length] = True
+        index = filled.logical_not().nonzero().squeeze(1)  # places without a run have no gradient
+        gathered: Tensor = _Gather.apply(grad, copies, dim)
+        return gathered.index_fill(dim, index, 0), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x: Tensor, *_: None) -> Tensor:
+        found: Tensor = _Sum.apply(x, ctx.copies, ctx.dim)
+        return found

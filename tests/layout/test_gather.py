@@ -36,6 +36,31 @@ def test_value_and_gradient(dim):
     torch.testing.assert_close(ours, own)
 
 
+def test_second_derivatives_and_transforms():
+    """It is linear, and its gradient, too: gathered again, but for places without a run."""
+    torch.manual_seed(0)
+    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    keep = torch.ones(12, 1, dtype=torch.float64)
+    keep[5] = 0.0
+
+    def gathered(x):
+        return copies()(x, 0) * keep
+
+    assert torch.autograd.gradcheck(gathered, x, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(lambda x: gathered(x).pow(3), x)
+
+    def penalty(x):
+        (grad,) = torch.autograd.grad(gathered(x).pow(3).sum(), x, create_graph=True)
+        return grad.pow(2).sum()
+
+    (expected,) = torch.autograd.grad(penalty(x), x)
+    grads = torch.func.grad(lambda x: gathered(x).pow(3).sum())
+    found = torch.func.grad(lambda x: grads(x).pow(2).sum())(x.detach())
+    torch.testing.assert_close(found, expected)
+    _, tangent = torch.func.jvp(grads, (x.detach(),), (torch.ones_like(x),))
+    assert tangent.shape == x.shape and tangent.any()
+
+
 def test_places_without_a_run_have_no_gradient():
     x = torch.zeros(6, requires_grad=True)
     g = torch.zeros(12)
