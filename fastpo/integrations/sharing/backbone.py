@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,18 +21,20 @@ from transformers import PreTrainedModel
 
 from ...layout.cost import LayerCost, is_worth
 from ...layout.tree import Layout, layout_of
-from ..seams import hooks
-from ..seams.calls import beneath, standing_in, unhidden
+from ..seams.calls import standing_in, unhidden
 from ..seams.handle import OURS, Handle, attached
 from ..seams.saying import say_once
-from . import attention, probe, refusals
+from . import attention, noise, probe, refusals
 from .attention import Refused
+from .look import Look, is_compiled, look
 from .packed import runs_at_once
 
 # Common tokens below it cost a row its causal attention without a mask.
 _LEAST = 16
 # Fields of a backbone's output with a row for every token.
 _PER_TOKEN = ("last_hidden_state", "hidden_states", "router_logits")
+# In a probe modes and weights of the model are not those of a call: other threads wait for it.
+_probing = threading.RLock()
 
 
 @dataclass
@@ -58,7 +61,12 @@ class Packer:
     tokens: Tokens = field(default_factory=Tokens)
     # By what the model has been looked at as: why it is left alone, or what it costs.
     known: dict[Any, str | LayerCost] = field(default_factory=dict)
-    shape: Any = None  # of the model that is known
+    draws: dict[bytes, bool] = field(default_factory=dict)  # noise, by which layers are in training
+    parts: Any = None  # of the model that is known
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, perhaps in a process with other attention, looks at its own model."""
+        return {**vars(self), "known": {}, "draws": {}, "parts": None}
 
     def run(self, model: Any, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`own(*args, **kwargs)`, the backbone's forward, on a packed row where that is right."""
@@ -66,11 +74,15 @@ class Packer:
             _say_compiled(type(model).__name__)
             return own(*args, **kwargs)
         kind: Any = type(model)
-        inputs = dict(zip(_parameters(kind), args, strict=False), **kwargs)
+        names = parameters(kind)
+        inputs = dict(zip(names, args, strict=False), **kwargs)
         try:
-            layout = self._layout(model, own, inputs)
+            if len(args) > len(names):
+                raise Refused("inputs by position, whose names its forward does not say")
+            seen = look(model)
+            layout = self._layout(model, own, inputs, seen)
             if layout is not None:
-                output = self.packed(own, inputs, layout)
+                output = self._watched(kind.__name__, own, inputs, layout, seen)
                 self._count(inputs["input_ids"], layout)
                 return output
         except Refused as refused:
@@ -78,14 +90,15 @@ class Packer:
         self._count(inputs.get("input_ids"), None)
         return own(*args, **kwargs)
 
-    def _layout(self, model: Any, own: Any, inputs: dict[str, Any]) -> Layout | None:
+    def _layout(self, model: Any, own: Any, inputs: dict[str, Any], seen: Look) -> Layout | None:
         """Of this batch; None where it is cheaper as it is. Raises Refused."""
         refusals.check_config(model.config, inputs)
         # Before the batch: every process of a sharded model probes it at its first call.
-        cost = self._checked(model, own, inputs)
-        refusals.check_call(inputs)
-        refusals.check_noise(model)
-        share = self.share and not refusals.drops(model)
+        cost = self._checked(model, own, inputs, seen)
+        share = self.share and not self._drops(model, own, inputs, seen)
+        refusals.check_call(model, inputs)
+        if seen.neftune:
+            raise Refused("noise on embeddings (NEFTune)")
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         try:
             layout = layout_of(ids, mask, share=share, least=1 if self.always else _LEAST)
@@ -96,35 +109,65 @@ class Packer:
             layout = min(layout, layout_of(ids, mask, share=False), key=cost.packed)
         return layout if self.always or is_worth(cost, layout) else None
 
-    def _checked(self, model: Any, own: Any, inputs: dict[str, Any]) -> LayerCost:
-        weight = next(model.parameters())
-        implementation = model.config.get_text_config()._attn_implementation
-        # Weights that are offloaded are on no device between calls.
-        given = (x.device for x in inputs.values() if isinstance(x, Tensor))
-        device = next(given, weight.device)
-        key, shape = (implementation, weight.dtype, device.type), _shape(model)
-        changed = self.shape not in (None, shape)
-        if shape != self.shape:
-            self.shape, self.known = shape, {}
-        if key not in self.known:
-            try:
-                refusals.check_model(model)
-                if changed and refusals.sharded(model):
-                    # Perhaps in this process alone: others would not be there in the probe.
-                    raise Refused("a hook or layer that came later, in shards")
-                attention.install(implementation)
-                probe.check(self, model, own, device)
-                self.known[key] = layer_cost(model, device)
-            except Refused as refused:
-                self.known[key] = str(refused)
-        found = self.known[key]
+    def _checked(self, model: Any, own: Any, inputs: dict[str, Any], seen: Look) -> LayerCost:
+        config, device = model.config.get_text_config(), _device(model, inputs)
+        implementation = config._attn_implementation
+        causal = getattr(config, "is_causal", True)
+        key = implementation, next(model.parameters()).dtype, device.type, causal
+        changed = self.parts not in (None, seen.parts)
+        if seen.parts != self.parts:
+            self.parts, self.known, self.draws = seen.parts, {}, {}
+        if seen.compiled or is_compiled(own):
+            raise Refused("layers that are compiled")
+        with _probing:
+            if key not in self.known:
+                self.known[key] = self._probed(model, own, device, changed)
+            found = self.known[key]
         if isinstance(found, str):
             raise Refused(found)
         if not attention.stands(implementation):
             raise Refused(f"attention {implementation!r} of somebody else's")
-        if refusals.compiled(model):
-            raise Refused("layers that are compiled")
         return found
+
+    def _probed(self, model: Any, own: Any, device: torch.device, changed: bool) -> str | LayerCost:
+        try:
+            refusals.check_model(model)
+            if changed and refusals.sharded(model):
+                # Perhaps in this process alone: others would not be there in the probe.
+                raise Refused("a hook or layer that came later, in shards")
+            attention.install(model.config.get_text_config()._attn_implementation)
+            probe.check(self, model, own, device)
+            cost = layer_cost(model, device)
+        except Refused as refused:
+            return str(refused)
+        _say_watched(model)
+        return cost
+
+    def _drops(self, model: Any, own: Any, inputs: dict[str, Any], seen: Look) -> bool:
+        """Is noise drawn? Tokens that are computed once would be dropped together."""
+        drops = seen.drops
+        if not drops and any(seen.modes):
+            with _probing:
+                if seen.modes not in self.draws:
+                    self.draws[seen.modes] = probe.draws(model, own, _device(model, inputs))
+                drops = self.draws[seen.modes]
+        if drops:
+            say_once(f"{type(model).__name__} shares no prompts", "it draws noise, as dropout does")
+        return drops
+
+    def _watched(
+        self, name: str, own: Any, inputs: dict[str, Any], layout: Layout, seen: Look
+    ) -> Any:
+        """The packed forward; whether it draws noise that its probe did not, say of a schedule."""
+        shares = any(row.shared for row in layout.rows)
+        device = inputs["input_ids"].device
+        before = noise.states(device) if shares else []
+        output = self.packed(own, inputs, layout)
+        if shares and noise.moved(before, device):
+            self.draws[seen.modes] = True
+            why = "it drew noise in a forward, but not in its probe: once for rows that begin alike"
+            say_once(f"{name} shares no prompts from now on", why)
+        return output
 
     def _count(self, ids: Any, layout: Layout | None) -> None:
         if isinstance(ids, Tensor):
@@ -150,16 +193,21 @@ class Packer:
         return output
 
 
-def _shape(model: nn.Module) -> tuple[Any, ...]:
-    """What changes when somebody puts a hook, a forward or a layer of his own into it."""
-    layers = (x for x in model.modules() if x is not model)
-    each = ((type(x), *hooks.own_numbers(x), id(beneath(x, "forward"))) for x in layers)
-    return (*each, hooks.global_numbers())
+def _device(model: nn.Module, inputs: dict[str, Any]) -> torch.device:
+    """Weights that are offloaded are on no device between calls."""
+    given = (x.device for x in inputs.values() if isinstance(x, Tensor))
+    return next(given, next(model.parameters()).device)
 
 
 @functools.cache
-def _parameters(kind: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def parameters(kind: Any) -> tuple[str, ...]:
+    """What a forward takes by position; `*args` goes on to that of the class it derives from."""
+    for each in kind.__mro__:
+        if "forward" in vars(each):
+            found = inspect.signature(each.forward).parameters
+            if not any(x.kind is x.VAR_POSITIONAL for x in found.values()):
+                return tuple(found)[1:]
+    return ()
 
 
 class Sharing(Handle):
@@ -168,9 +216,6 @@ class Sharing(Handle):
     def __init__(self, model: PreTrainedModel, packer: Packer) -> None:
         self.packer = packer
         super().__init__(model)
-
-    def begin(self) -> None:
-        self.packer.known.clear()  # another process has another attention to look at
 
     @property
     def tokens(self) -> Tokens:
@@ -191,6 +236,8 @@ class Sharing(Handle):
 def _put_back(value: Any, layout: Layout) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(_put_back(x, layout) for x in value)
+    if value.ndim == 4:  # [streams, 1, S, H], Gemma 3n's
+        return torch.stack([layout.put_back(x) for x in value])
     back = layout.put_back(value)
     return back if value.ndim == 3 else back.flatten(0, 1)  # of routers, [R·T, experts]
 
@@ -199,6 +246,12 @@ def _put_back(value: Any, layout: Layout) -> Any:
 @torch.compiler.assume_constant_result
 def _say_compiled(model: str) -> None:
     say_once(f"{model} keeps its padded batch", "it is compiled")
+
+
+def _say_watched(model: nn.Module) -> None:
+    hook = refusals.watching(model)
+    if hook is not None:
+        say_once(f"{type(model).__name__} runs on packed rows", f"so does the hook {hook}")
 
 
 def layer_cost(model: nn.Module, device: torch.device | None = None) -> LayerCost:
@@ -212,7 +265,10 @@ def layer_cost(model: nn.Module, device: torch.device | None = None) -> LayerCos
     kernel, dtype = config._attn_implementation, next(model.parameters()).dtype
     lengths = attention.takes_lengths(kernel)
     at_once = kernel == "sdpa" and device is not None and runs_at_once(device, dtype)
-    pair = 4.0 * config.hidden_size * config.num_hidden_layers
+    try:
+        pair = 4.0 * config.hidden_size * config.num_hidden_layers
+    except AttributeError as error:
+        raise Refused(f"a config without {error.name}") from error
     return LayerCost(2.0 * weights, pair, pads=not lengths, masks=not (lengths or at_once))
 
 
@@ -223,7 +279,10 @@ def backbone_of(model: nn.Module) -> PreTrainedModel:
     backbone = getattr(inner, "base_model", None)
     if not isinstance(inner, PreTrainedModel) or not isinstance(backbone, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model, got {type(inner).__name__}")
-    return backbone
+    # The heads of OPT, BART and others stand on the decoder in it, and never call what is around.
+    decoder = getattr(backbone, "decoder", None)
+    alone = isinstance(decoder, PreTrainedModel) and not hasattr(backbone, "encoder")
+    return decoder if alone else backbone  # type: ignore[return-value]
 
 
 def shared_prompts(model: nn.Module, *, share: bool = True, always: bool = False) -> Sharing:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import sys
+from numbers import Number
 from typing import Any
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from transformers import modeling_utils
 
 from ...layout.tree import Layout
+from ..seams import hooks
 from .attention import Refused
 
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
-# Options of a config that draw noise in a backbone; heads that classify have some, too.
-_NOISE = re.compile("^(?!classifier|summary).*(drop|jitter)")
+# Whose forward hooks are known to take a packed row as any other.
+_KNOWN = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "trl")
 # What a call may bring besides ids and mask, with the values that change nothing here.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "position_ids": (),  # compared with the columns
@@ -74,7 +75,7 @@ def check_config(config: Any, inputs: dict[str, Any]) -> None:
             raise Refused(f"{name} is set in its config")
 
 
-def check_call(inputs: dict[str, Any]) -> None:
+def check_call(model: Any, inputs: dict[str, Any]) -> None:
     """Raises Refused for a call with more than ids [R, T] and a mask [R, T]."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
@@ -85,19 +86,30 @@ def check_call(inputs: dict[str, Any]) -> None:
         if name in ("input_ids", "attention_mask") or value is None:
             continue
         if name == "position_ids":
-            _check_positions(value, ids)
-        elif (
-            (name in _HARMLESS and not any(value is allowed for allowed in _HARMLESS[name]))
-            or (isinstance(value, Tensor) and value.ndim)  # a single number is of no token
-            or name.startswith("cu_seq")
-        ):
+            _check_positions(value, ids, mask)
+        elif name == "labels" and type(model).__module__.startswith("transformers."):
+            continue  # Gemma 3 and 4 for pictures hand them on; none of these backbones reads them
+        elif not any(x is value for x in _HARMLESS[name]) if name in _HARMLESS else _of_rows(value):
             raise Refused(f"{name} is given")
 
 
-def _check_positions(positions: Tensor, ids: Tensor) -> None:
-    columns = torch.arange(ids.shape[1], dtype=positions.dtype, device=positions.device)
-    if positions.shape[-1] != ids.shape[1] or not bool((positions == columns).all()):
-        raise Refused("position_ids that are not the columns")
+def _of_rows(value: Any) -> bool:
+    """May it be of tokens or rows? A single number is not."""
+    if isinstance(value, Tensor):
+        return value.ndim > 0
+    return not isinstance(value, bool | str | Number)
+
+
+def _check_positions(positions: Any, ids: Tensor, mask: Tensor | None) -> None:
+    """At pads they are of no token."""
+    if isinstance(positions, Tensor) and positions.shape[-2:] in (ids.shape, (1, ids.shape[1])):
+        columns = torch.arange(ids.shape[1], dtype=positions.dtype, device=positions.device)
+        same = positions == columns
+        if mask is not None:
+            same = same | (mask.to(same.device) == 0)
+        if bool(same.all()):
+            return
+    raise Refused("position_ids that are not the columns")
 
 
 def check_rotation(model: Any, layout: Layout) -> None:
@@ -119,27 +131,14 @@ def check_rotation(model: Any, layout: Layout) -> None:
             raise Refused(f"pads beyond the {limit} tokens at which its rope changes")
 
 
-def check_noise(model: nn.Module) -> None:
-    """Raises Refused while transformers adds noise to embeddings, as large as a row is long."""
-    if model.training and any("neftune_noise_alpha" in vars(x) for x in model.modules()):
-        raise Refused("noise on embeddings (NEFTune)")
-
-
 def sharded(model: nn.Module) -> bool:
     """Does a forward wait for other processes? Parameters of FSDP and of ZeRO-3 say so."""
     return any(hasattr(x, "placements") or hasattr(x, "ds_id") for x in model.parameters())
 
 
-def drops(model: nn.Module) -> bool:
-    """Is any noise drawn? Tokens that are computed once would be dropped together."""
-    if not model.training:
-        return False
-    config: Any = model.config
-    noises = {k: v for k, v in vars(config.get_text_config()).items() if _NOISE.search(k)}
-    rates = [*noises.values(), *(x.p for x in model.modules() if isinstance(x, nn.Dropout))]
-    return any(rate for rate in rates if isinstance(rate, float))
-
-
-def compiled(model: nn.Module) -> bool:
-    """Is a part of it? It would be compiled again for every layout."""
-    return any(module._compiled_call_impl is not None for module in model.modules())
+def watching(model: nn.Module) -> str | None:
+    """A forward hook of the caller's inside of it, by name."""
+    layers = (layer for layer in model.modules() if layer is not model)
+    found = (hook for layer in layers for hook in hooks.hooks(layer, hooks.FORWARD))
+    own = (x for x in found if getattr(x, "__module__", "").split(".")[0] not in _KNOWN)
+    return next(map(hooks.name, own), None)

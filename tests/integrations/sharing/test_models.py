@@ -60,7 +60,8 @@ def test_architectures(name):
 
     *found, handle = run(model, _batches.both(), True)
     assert_same(found, run(model, _batches.both(), False)[:3])
-    assert handle.tokens.saved > 0.3
+    samples = name == "phimoe"  # its experts, while it trains: prompts are not shared
+    assert handle.tokens.saved > (0.1 if samples else 0.3)
 
 
 def test_text_of_a_model_for_pictures():

@@ -15,6 +15,7 @@ pytest.importorskip("transformers")
 import _architectures
 import _batches
 import torch
+import transformers
 from _refusals import assert_as_before, fresh, llama, plain  # noqa: F401
 from _tiny import one_thread  # noqa: F401
 from transformers import DynamicCache, LlamaModel
@@ -99,6 +100,8 @@ CALLS = {
         "position_ids that are not the columns",
     ),
     "cu_seqlens": (lambda: {**plain(), "cu_seq_lens_q": [0, 24]}, "cu_seq_lens_q is given"),
+    "list": (lambda: {**plain(), "offsets": [3] * 6}, "offsets is given"),
+    "dict": (lambda: {**plain(), "offsets": {"rows": [3] * 6}}, "offsets is given"),
     "attentions": (lambda: {**plain(), "output_attentions": True}, "output_attentions is given"),
     "tensor": (
         lambda: {**plain(), "token_type_ids": torch.zeros(6, 24)},
@@ -147,11 +150,72 @@ def test_rows_in_parts(kind, caplog, monkeypatch):
     assert_as_before(llama, plain, "rows that are split between processes", caplog)
 
 
-def test_positions_that_are_the_columns_are_no_reason():
-    model, call = llama().model, {**plain(), "position_ids": torch.arange(24).expand(6, 24)}
+@pytest.mark.parametrize("at_pads", [None, 0, 1])
+def test_positions_that_are_the_columns_are_no_reason(at_pads):
+    """Of tokens; pads have what the caller likes."""
+    call, columns = plain(), torch.arange(24).expand(6, 24)
+    if at_pads is not None:
+        columns = columns.masked_fill(call["attention_mask"] == 0, at_pads)
+    model = llama().model
     with shared_prompts(model, always=True) as handle:
-        model(**call)
+        model(**call, position_ids=columns)
         assert handle.tokens.saved > 0.3
+
+
+def test_labels_for_the_head_are_no_reason():
+    """Gemma 3 for pictures hands them on to its backbone."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 8, "patch_size": 4}  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=tiny._settings(), vision_config=vision, mm_tokens_per_image=1
+    )
+    torch.manual_seed(0)
+    model, call = transformers.Gemma3ForConditionalGeneration(config).eval(), plain()
+    call["labels"] = _batches.scored(*call.values())
+    expected = model(**call).loss
+    with shared_prompts(model, always=True) as handle:
+        torch.testing.assert_close(model(**call).loss, expected)
+    assert handle.tokens.saved > 0.3
+
+
+def test_a_head_that_stands_on_a_part_of_the_backbone(caplog):
+    """OPT's calls the decoder in it, past what is around."""
+    model = _architectures.model(*_architectures.REFUSED["opt"][:2])
+    expected = model(**plain()).logits
+    with shared_prompts(model, always=True) as handle:
+        assert torch.equal(model(**plain()).logits, expected)
+    assert handle.tokens.computed == handle.tokens.padded > 0
+    assert "OPTDecoder keeps its padded batch: hidden states" in caplog.text
+
+
+def test_a_config_with_names_of_its_own(caplog):
+    def missing(config):
+        raise AttributeError("none", name="hidden_size")
+
+    class Own(transformers.LlamaConfig):
+        hidden_size = property(missing)
+
+    def make():
+        model = llama()
+        model.config.__class__ = Own
+        return model
+
+    assert_as_before(make, plain, "a config without hidden_size", caplog)
+
+
+def test_a_forward_that_names_nothing(caplog):
+    class Passing(LlamaModel):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    model = llama().model
+    model.__class__ = Passing
+    with shared_prompts(model, always=True) as handle:
+        model(*plain().values())
+        assert handle.tokens.saved > 0.3 and not caplog.records
+        with pytest.raises(TypeError):
+            model(*[None] * 99)
+    assert "inputs by position, whose names its forward does not say" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["longrope", "dynamic_ntk"])
@@ -179,11 +243,31 @@ def test_a_compiled_model(caplog):
     assert len(said) == 1
 
 
-def test_compiled_layers(caplog):
-    def compile_one(model):
-        model.layers[0].mlp.compile(backend="eager")
+def in_place(model):
+    model.layers[0].mlp.compile(backend="eager")
 
+
+def wrapped(model):
+    model.layers[0].mlp = torch.compile(model.layers[0].mlp, backend="eager")
+
+
+def its_forward(model):
+    mlp = model.layers[0].mlp
+    mlp.forward = torch.compile(mlp.forward, backend="eager")
+
+
+@pytest.mark.parametrize("compile_one", [in_place, wrapped, its_forward])
+def test_compiled_layers(compile_one, caplog):
     assert_as_before(llama, plain, "layers that are compiled", caplog, compile_one)
+
+
+def test_a_compiled_forward(caplog):
+    def make():
+        model = llama()
+        model.model.forward = torch.compile(model.model.forward, backend="eager")
+        return model
+
+    assert_as_before(make, plain, "layers that are compiled", caplog)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
