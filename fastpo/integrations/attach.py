@@ -9,7 +9,6 @@ of the probe tells whether model and hooks treat logits as the config says.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import field, fields, make_dataclass, replace
 from typing import Any
@@ -103,7 +102,8 @@ class Attached(Handle):
         self.options, self.sharing = options, sharing
         self.known: Any = None  # the treatment of logits that a probe has shown
         self.own_loss = LOSS.read()
-        self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
+        kind: Any = type(model)
+        self.parameters = backbone.parameters(kind)
         super().__init__(model)
 
     def begin(self) -> None:
@@ -123,6 +123,8 @@ class Attached(Handle):
             labels = inputs.get("shift_labels")
         if labels is None or not self.active:
             return own(*args, **kwargs)
+        if len(args) > len(self.parameters):
+            raise ValueError(f"inputs: expected by name, got {len(args)} by position")
         predictions.check()
         return _Call(self, model).run(own, {**inputs, "labels": labels})
 
@@ -287,7 +289,20 @@ def _spread(stats: TokenStats, rows: Tensor, shape: torch.Size, shifted: bool) -
 def _output_class(own: type[ModelOutput]) -> type[ModelOutput]:
     """The model's own output with a field for each of `TokenStats`."""
     extra = [(name, Tensor | None, field(default=None)) for name in TokenStats._fields]
-    return make_dataclass(f"{own.__name__}WithLogps", extra, bases=(own,))
+    space = {"__reduce__": _reduced}
+    return make_dataclass(f"{own.__name__}WithLogps", extra, bases=(own,), namespace=space)
+
+
+def _reduced(output: Any) -> Any:
+    """For a pickle, which finds no class by the name of ours."""
+    return _rebuilt, (
+        type(output).__base__,
+        {f.name: getattr(output, f.name) for f in fields(output)},
+    )
+
+
+def _rebuilt(own: type[ModelOutput], values: dict[str, Any]) -> ModelOutput:
+    return _output_class(own)(**values)
 
 
 def _check_loss_function(model: PreTrainedModel, expected: Any) -> None:

@@ -1,0 +1,49 @@
+"""How a model under `attach` may be called, and what becomes of what it returns."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import _tiny as tiny
+import pytest
+import torch
+import transformers
+
+import fastpo
+
+
+class _Passing(transformers.LlamaForCausalLM):
+    """Names nothing itself."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_by_position_through_a_forward_without_names(shared):
+    model, inputs = tiny.model("llama"), tiny.batch()
+    expected = model(**inputs).loss
+    model.__class__ = _Passing
+    ids = inputs.pop("input_ids")
+    with fastpo.attach(model, shared_prompts=shared):
+        torch.testing.assert_close(model(ids, **inputs).loss, expected)
+
+
+def test_more_by_position_than_it_takes():
+    model, inputs = tiny.model("llama"), tiny.batch()
+    with (
+        fastpo.attach(model) as attached,
+        pytest.raises(ValueError, match="inputs: expected by name, got 99 by position"),
+    ):
+        attached.model(*[None] * 99, labels=inputs["labels"])
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_what_it_returns_is_pickled_and_copied(name):
+    model = tiny.model(name).requires_grad_(False)
+    with fastpo.attach(model):
+        output = model(**tiny.batch(), use_cache=False)
+    for twin in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
+        assert type(twin) is type(output) and list(twin) == list(output)
+        torch.testing.assert_close(dict(twin), dict(output))
