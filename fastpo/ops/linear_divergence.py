@@ -39,7 +39,7 @@ from .walks.mixture import Operands
 from .walks.saving import stays
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from .shards.tokens import Tokens
     from .walks.vocab_shard import VocabShard
@@ -165,11 +165,11 @@ def diverge(
     teacher: Operands,
     mask: Tensor | None,  # [...]
     options: DivergenceOptions,
-    count: Callable[[int], Tokens] | None = None,
+    count: Callable[[int, Sequence[Tensor]], Tokens] | None = None,
 ) -> DivergenceStats:
     """`linear_divergence`; of the options' shard the weights hold the words.
 
-    count: where others have tokens of their own: from how many are here.
+    count: where others have tokens of their own: from how many are here, and their hidden states.
     """
     pair = [(x.hidden, x.weight, x.bias) for x in (student, teacher)]
     check_plain(options.name, (*pair[0], *pair[1], mask))
@@ -184,10 +184,11 @@ def diverge(
     tensors = [x for hidden, *head in pair for x in (hidden.reshape(-1, hidden.shape[-1]), *head)]
     if not options.teacher_grad:
         tensors[3:] = [x if x is None else x.detach() for x in tensors[3:]]
-    tokens = None if count is None else count(labels.numel())
+    hiddens = [x for x in tensors[::3] if x is not None]
+    tokens = None if count is None else count(labels.numel(), hiddens)
     if tokens is not None:
         rows = [x if x is None else tokens.gather(x) for x in rows]
-        tensors[::3] = [tokens.gather_hidden(x) for x in tensors[::3] if x is not None]
+        tensors[::3] = [tokens.gather_hidden(x, i) for i, x in enumerate(hiddens)]
     trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     plain = (
         *maps,

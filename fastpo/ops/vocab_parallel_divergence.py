@@ -108,8 +108,7 @@ def _diverge(
     if not own_tokens:
         return diverge(student, teacher, mask, options)
     assert options.shard is not None
-    hidden, group = student.hidden, options.shard.group
-    counted = partial(count, name=options.name, device=hidden.device, group=group)
+    counted = partial(count, name=options.name, group=options.shard.group)
     return diverge(student, teacher, mask, options, counted)
 
 
@@ -129,10 +128,11 @@ def diverge_sharded(
         shared = replace(options, shard=shard)
         if not own_tokens:
             return diverge(own, other, mask, shared)
-        hidden = student.hidden
-        tokens = count(hidden.shape[:-1].numel(), options.name, hidden.device, shard.group)
+        n = student.hidden.shape[:-1].numel()
+        taught = teacher.hidden if options.teacher_grad else teacher.hidden.detach()
+        tokens = count(n, (student.hidden, taught), name=options.name, group=shard.group)
         if _fewer(tokens, student, teacher):
-            return diverge(own, other, mask, shared, lambda _: tokens)
+            return diverge(own, other, mask, shared, lambda *_: tokens)
     student, teacher = (
         Operands(x.hidden, whole(x.weight), None if x.bias is None else whole(x.bias))
         for x in (student, teacher)

@@ -61,7 +61,8 @@ def vocab_parallel_logps(
     own_tokens: hidden states and labels differ, in number, too. They are gathered, so every process
         holds all tokens' [N, H]; results are those of its own tokens. Each expects the gradient of
         its own loss, and d weight is the mean over the processes, as data parallelism has it.
-        Counts are exchanged first, which waits for the device.
+        Counts are exchanged first, which waits for the device. All losses are of the same outputs:
+        the backward of each is a collective.
 
     support, outside: as in `linear_logps`, word ids of the whole vocabulary, the same on every
         process, which multiplies those of its own words; not with own_tokens.
@@ -101,7 +102,7 @@ def vocab_parallel_logps(
     elif not own_tokens:
         stats = score(rows, part.weight, part.bias, targets, options, inverse=inverse)
     else:
-        tokens = count(len(rows), options.name, rows.device, part.shard.group)
+        tokens = count(len(rows), [rows], name=options.name, group=part.shard.group)
         stats = score_own(tokens, rows, part.weight, part.bias, targets, options, inverse)
     return TokenStats(**{name: getattr(stats, name).view(labels.shape) for name in outputs})
 
@@ -138,7 +139,7 @@ def score_sharded(
         shared = replace(options, shard=part.shard)
         if not own_tokens:
             return score(hidden, part.weight, part.bias, labels, shared)
-        tokens = count(len(hidden), options.name, hidden.device, part.shard.group)
+        tokens = count(len(hidden), [hidden], name=options.name, group=part.shard.group)
         # Hidden states are gathered in 16 bits, their gradients summed in 32: 10·H bytes a token.
         # The head is gathered and its gradient scattered, both in 16 bits, 4·H bytes a word.
         if 5 * sum(tokens.counts) <= 2 * part.shard.vocab:

@@ -129,17 +129,25 @@ def own_tokens(rank: int, folder) -> None:
     for turn in range(len(TOKENS)):
         inputs, counts = problem(torch.float32), [TOKENS[turn], TOKENS[turn - 1]]
         rows = slice(counts[0]) if rank == 0 else slice(counts[0], sum(counts))
-        hidden = inputs.hidden[rows].detach().requires_grad_()
+        # Who has no token may have made its hidden states of nothing.
+        hidden = inputs.hidden[rows].detach().requires_grad_(counts[rank] > 0)
         weight, bias = (
             distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_()
             for x in (inputs.weight, inputs.bias)
         )
-        stats = fastpo.vocab_parallel_logps(
-            hidden, weight, inputs.labels[rows], bias=bias, own_tokens=True, outputs=OUTPUTS
+        own = {"own_tokens": True, "outputs": OUTPUTS}
+        frozen = fastpo.vocab_parallel_logps(
+            hidden, weight.detach(), inputs.labels[rows], bias=bias.detach(), **own
         )
+        loss_of(frozen, rows).backward()
+        dhidden, hidden.grad = hidden.grad, None
+        stats = fastpo.vocab_parallel_logps(hidden, weight, inputs.labels[rows], bias=bias, **own)
         loss_of(stats, rows).backward()
         assert isinstance(weight.grad, DTensor) and weight.grad.placements == weight.placements
-        grads = hidden.grad, weight.grad.full_tensor(), bias.grad.full_tensor()
+        if counts[rank]:
+            torch.testing.assert_close(dhidden, hidden.grad, rtol=1e-4, atol=1e-5)
+        mine = hidden.grad if counts[rank] else hidden
+        grads = mine, weight.grad.full_tensor(), bias.grad.full_tensor()
         found.append((values(stats), *grads))
     torch.save(found, folder / f"{rank}.pt")
 

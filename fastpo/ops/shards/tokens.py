@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,17 @@ from ..walks.vocab_shard import all_gather
 
 @dataclass(frozen=True)
 class Tokens:
-    """How many tokens each process of `group` has.  name: who errors are of."""
+    """How many tokens each process of `group` has.
+
+    name: who errors are of. grads: of each head's hidden states, does any process ask for a
+    gradient? Then all take part in its backward, those without tokens, too.
+    """
 
     name: str
     counts: tuple[int, ...]
     rank: int
     group: dist.ProcessGroup | None  # None: all processes
+    grads: tuple[bool, ...]
 
     @property
     def here(self) -> slice:
@@ -37,7 +43,9 @@ class Tokens:
             return found.flatten(0, 1)
         return torch.cat([rows[:n] for rows, n in zip(found, self.counts, strict=True)])
 
-    def gather_hidden(self, x: Tensor) -> Tensor:
+    def gather_hidden(self, x: Tensor, head: int = 0) -> Tensor:
+        if self.grads[head] and not x.requires_grad:
+            x = x.detach().requires_grad_()
         gathered: Tensor = _Gather.apply(x, self)
         return gathered
 
@@ -49,10 +57,14 @@ class Tokens:
 
 # Not for a compiler, as the head between: how many tokens others have is no constant.
 @torch.compiler.disable
-def count(n: int, name: str, device: torch.device, group: dist.ProcessGroup | None) -> Tokens:
-    """Waits for the device."""
-    counts = all_gather(torch.tensor(n, dtype=torch.int64, device=device), group)
-    return Tokens(name, tuple(counts.tolist()), dist.get_rank(group), group)
+def count(
+    n: int, hiddens: Sequence[Tensor], *, name: str, group: dist.ProcessGroup | None
+) -> Tokens:
+    """Waits for the device. hiddens: [..., H] of each head, as they are differentiated here."""
+    grads = [torch.is_grad_enabled() and x.requires_grad for x in hiddens]
+    own = torch.tensor([n, *grads], dtype=torch.int64, device=hiddens[0].device)
+    counts, *asked = all_gather(own, group).t().tolist()
+    return Tokens(name, tuple(counts), dist.get_rank(group), group, tuple(map(any, asked)))
 
 
 class _Gather(torch.autograd.Function):
