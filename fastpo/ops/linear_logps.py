@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .rows import backend as R
 from .rows import fastest
-from .stats import TokenStats
+from .stats import TokenStats, handed_out
 from .support.resolve import check_support
 from .support.words import Rule, Support
 from .tiles.tiled import Tiled, TileSource, tiled
@@ -120,7 +120,7 @@ def linear_logps(
             weight.requires_grad and not torch.compiler.is_compiling(),
         )
     fields = dict(zip(driver.Forward._fields, results, strict=True))
-    return TokenStats(**{name: fields[name].view(labels.shape) for name in outputs})
+    return TokenStats(**{name: handed_out(fields[name], labels.shape) for name in outputs})
 
 
 def _over_support(

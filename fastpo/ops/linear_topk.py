@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .rows import backend as R
 from .rows import registry
+from .stats import handed_out
 from .tiles.tiled import TileSource, tiled
 from .walks import topk as walk
 from .walks.checks import (
@@ -176,7 +177,7 @@ def best_words(
             None if exclude is None else exclude.reshape(-1),
             walk.TopKSpec(k, head, options.name),
         )
-    return TopK(values.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))
+    return TopK(values.view(*tokens, k), ids.view(*tokens, k), handed_out(lse, tokens))
 
 
 class _LinearTopK(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .rows import backend as R
 from .rows import registry
-from .stats import TokenStats
+from .stats import TokenStats, handed_out
 from .tiles.tiled import TileSource, tiled
 from .walks import mixture
 from .walks.checks import (
@@ -142,7 +142,8 @@ def mix(
     with stays():
         results = _run(labels.reshape(-1), own, spec, *rows, *words, *biases)
     fields = dict(zip(OUTPUTS, results, strict=True))
-    return TokenStats(**{name: fields[name].view(labels.shape) for name in options.outputs})
+    found = {name: handed_out(fields[name], labels.shape) for name in options.outputs}
+    return TokenStats(**found)
 
 
 class _MixedLinearLogps(torch.autograd.Function):

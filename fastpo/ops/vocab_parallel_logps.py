@@ -15,7 +15,7 @@ from torch import Tensor
 from .shards.gathered import HeadOptions, score, whole
 from .shards.part import in_shards, of_dtensor, part_of
 from .shards.tokens import Tokens, count
-from .stats import TokenStats
+from .stats import TokenStats, handed_out
 from .support.resolve import check_support
 from .support.score import score_over
 from .support.words import Rule, Support
@@ -104,7 +104,8 @@ def vocab_parallel_logps(
     else:
         tokens = count(len(rows), [rows], name=options.name, group=part.shard.group)
         stats = score_own(tokens, rows, part.weight, part.bias, targets, options, inverse)
-    return TokenStats(**{name: getattr(stats, name).view(labels.shape) for name in outputs})
+    found = {name: handed_out(getattr(stats, name), labels.shape) for name in outputs}
+    return TokenStats(**found)
 
 
 def score_own(

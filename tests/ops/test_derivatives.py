@@ -163,3 +163,23 @@ def test_a_drawn_list_has_what_its_list_has():
     first = torch.autograd.grad(drawn.values.sum(), leaves["hidden"], create_graph=True)[0]
     with pytest.raises(RuntimeError, match=r"^linear_topk: expected first derivatives only"):
         torch.autograd.grad(first.sum(), leaves["hidden"])
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.name != "fastpo"])
+def test_results_are_the_callers_to_write_into(name, mesh):
+    """As a loop does that leaves tokens out: `logps[~mask] = 0`."""
+    call, found = CALLS[name], []
+    for in_place in (False, True):
+        leaves = call.leaves()
+        outputs = [x for x in call.outputs(leaves) if x.requires_grad]
+        for i, x in enumerate(outputs):
+            if in_place:
+                x[0] = 0
+            else:
+                first = torch.zeros(len(x), dtype=torch.bool).index_fill(0, torch.tensor(0), True)
+                outputs[i] = x.masked_fill(first.view(-1, *(1,) * (x.dim() - 1)), 0)
+        if call.trained:
+            trained = [leaves[name] for name in call.trained]
+            found.append(torch.autograd.grad(loss(outputs), trained))
+    for ours, expected in zip(*found, strict=True) if found else ():
+        torch.testing.assert_close(ours, expected)
