@@ -29,7 +29,7 @@ _LORA = (
 
 def unsupported(head: Any) -> str | None:
     """Why fastpo cannot score through this adapter layer; None when it can."""
-    kind = f"{type(head).__module__}.{type(head).__name__}"
+    kind = f"{_class(head).__module__}.{_class(head).__name__}"
     if kind not in _LORA:
         return f"an adapter of type {kind}"
     base = head.get_base_layer()
@@ -55,6 +55,13 @@ def unsupported(head: Any) -> str | None:
         if head.lora_B[name].bias is not None:
             return "lora_bias=True"
     return None
+
+
+def _class(layer: Any) -> type:
+    """Without the one that FSDP2 puts in front."""
+    kind = type(layer)
+    sharded = any(x.__name__ == "FSDPModule" for x in kind.__mro__)
+    return kind.__mro__[2] if sharded else kind
 
 
 def plain(layer: Any) -> bool:

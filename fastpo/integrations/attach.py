@@ -280,7 +280,8 @@ def _spread(stats: TokenStats, rows: Tensor, shape: torch.Size, shifted: bool) -
         if x is None:
             return None
         whole = x.new_zeros(shape.numel()).index_copy(0, rows, x).view(shape)
-        return whole[..., :-1] if shifted else whole
+        # A copy: FSDP2 warns of views that a model gives.
+        return (whole[..., :-1] if shifted else whole).clone()
 
     return TokenStats(*map(place, stats))
 

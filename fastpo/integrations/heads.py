@@ -43,6 +43,8 @@ def linear_head(model: Any) -> nn.Linear:
     weight = stored_weight(head)
     if weight.device.type == "meta":
         raise RuntimeError("lm_head.weight: expected a tensor in memory, got an offloaded one")
+    if isinstance(weight, DTensor):
+        _check_mean(model, weight)
     layer = base_layer(head)
     if is_quantised(layer):
         tile_source(layer)  # or says why not
@@ -51,6 +53,23 @@ def linear_head(model: Any) -> nn.Linear:
             f"lm_head.weight: expected dtype float32, bfloat16 or float16, got {weight.dtype}"
         )
     return head
+
+
+def _check_mean(model: Any, weight: DTensor) -> None:
+    """A head that is read in its shards of FSDP2 gets the mean of all processes' gradients."""
+    for module in model.modules():
+        if not hasattr(module, "set_gradient_divide_factor"):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+        for group in filter(None, groups):
+            own = any(one.sharded_param is weight for one in group.fsdp_params)
+            factor = group.gradient_divide_factor
+            if own and factor not in (None, weight.device_mesh.size()):
+                raise RuntimeError(
+                    "set_gradient_divide_factor: expected none for the lm_head, whose gradient is "
+                    f"the mean of the processes', got {factor}"
+                )
 
 
 def stored_weight(head: Any) -> Tensor:

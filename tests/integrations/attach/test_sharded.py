@@ -48,7 +48,8 @@ def batches(rank, rows=3):
 def gradients(model, inputs):
     for one in inputs:
         model(**one).loss.backward()
-    return {n: getattr(p.grad, "full_tensor", p.grad.clone)() for n, p in model.named_parameters()}
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    return {n: getattr(grad, "full_tensor", grad.clone)() for n, grad in trained.items()}
 
 
 def fsdp(rank, folder):
@@ -62,7 +63,28 @@ def fsdp(rank, folder):
             fully_shard(built, reshard_after_forward=reshard)
             fastpo.attach(built)
             found[name, kind] = gradients(built, batches(rank, rows))
+    if find_spec("peft") is not None:
+        found["adapter"] = gradients(sharded_head(adapted()), batches(rank))
+    model = sharded_head(tiny.model("llama"))
+    model.lm_head.set_gradient_divide_factor(1.0)
+    with pytest.raises(RuntimeError, match=r"set_gradient_divide_factor: expected none .* got 1.0"):
+        model(**tiny.batch())
     torch.save(found, folder / f"{rank}.pt")
+
+
+def sharded_head(model):
+    base = getattr(model, "get_base_model", lambda: model)()
+    fully_shard([base.model.norm, base.lm_head], reshard_after_forward=True)
+    fully_shard(model)
+    fastpo.attach(model)
+    return model
+
+
+def adapted():
+    """FSDP2 gives the layer on the head a class of its own."""
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["lm_head"], "init_lora_weights": False, "r": 2}
+    return peft.get_peft_model(tiny.model("llama"), peft.LoraConfig(**options))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +104,13 @@ def test_attached_model_under_fsdp2(name, kind, sharded):
     assert any(grad.abs().max() > 0.1 for grad in own.values())
     own = {n: grad / _processes.PROCESSES for n, grad in own.items()}
     torch.testing.assert_close(sharded[name, kind], own, rtol=1e-4, atol=1e-5)
+
+
+def test_an_adapter_on_the_head_under_fsdp2(sharded):
+    own = gradients(adapted(), [*batches(0), *batches(1)])
+    assert {name for name in own if "lora" in name} and own.keys() == sharded["adapter"].keys()
+    own = {n: grad / _processes.PROCESSES for n, grad in own.items()}
+    torch.testing.assert_close(sharded["adapter"], own, rtol=1e-4, atol=1e-5)
 
 
 def tensor_parallel(rank, folder):
