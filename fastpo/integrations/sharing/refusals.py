@@ -27,6 +27,8 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "return_dict": (True,),
     "inputs_embeds": (),
 }
+# What models for pictures hand on: Gemma 3 and 4 what their head needs, LLaVA which layers see.
+_ELSEWHERE = ("labels", "vision_feature_layer")
 
 
 def check_model(model: Any) -> None:
@@ -87,8 +89,8 @@ def check_call(model: Any, inputs: dict[str, Any]) -> None:
             continue
         if name == "position_ids":
             _check_positions(value, ids, mask)
-        elif name == "labels" and type(model).__module__.startswith("transformers."):
-            continue  # Gemma 3 and 4 for pictures hand them on; none of these backbones reads them
+        elif name in _ELSEWHERE and type(model).__module__.startswith("transformers."):
+            continue
         elif not any(x is value for x in _HARMLESS[name]) if name in _HARMLESS else _of_rows(value):
             raise Refused(f"{name} is given")
 

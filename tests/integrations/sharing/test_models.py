@@ -70,6 +70,13 @@ def test_text_of_a_model_for_pictures():
     assert handle.tokens.saved > 0.3
 
 
+def test_pictures_from_several_layers_are_no_reason():
+    model, (ids, mask) = _architectures.llava(), _batches.right()
+    with shared_prompts(model, always=True) as handle:
+        model(input_ids=ids, attention_mask=mask, vision_feature_layer=[-1, -2])
+    assert handle.tokens.saved > 0.3
+
+
 def test_text_has_an_implementation_of_its_own():
     def model():
         made = _architectures.llava()
