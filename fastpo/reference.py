@@ -49,7 +49,7 @@ def _restricted(
             start = int(support.counts[:i].sum())
             own[support.ids[start : start + int(support.counts[i])]] = True
         else:
-            ids = support.reshape(-1, support.shape[-1])[i]
+            ids = support.reshape(labels.numel(), support.shape[-1])[i]
             own[ids[ids >= 0]] = True
         missed = words[i] != ignore_index and not own[words[i]]
         if not own.any() or (missed and outside == "raw"):

@@ -138,7 +138,7 @@ def _over_support(
     hidden, weight, bias, labels, inverse = operands
     rows = hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1), chosen
     if isinstance(support, Tensor):
-        support = support.reshape(-1, support.shape[-1])
+        support = support.reshape(labels.numel(), support.shape[-1])
     stats = score_over(support, outside, *rows, inverse=inverse)
     return TokenStats(*(None if x is None else x.view(labels.shape) for x in stats))
 

@@ -96,7 +96,7 @@ def vocab_parallel_logps(
             got = "own_tokens=True" if own_tokens else repr(support)
             raise ValueError(f"support: expected word ids of tokens that all have, got {got}")
         if isinstance(support, Tensor):
-            support = support.reshape(-1, support.shape[-1])
+            support = support.reshape(labels.numel(), support.shape[-1])
         operands = rows, part.weight, part.bias, targets, options
         stats = score_over(support, outside, *operands, inverse=inverse)
     elif not own_tokens:

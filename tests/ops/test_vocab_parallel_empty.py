@@ -91,6 +91,10 @@ def everything(rank: int) -> None:
     dist.init_process_group("gloo")
     for owner in range(_processes.PROCESSES):
         with_none(rank, owner)
+    first = dist.new_group([0])
+    if rank:
+        with pytest.raises(ValueError, match="group: expected one that this process is in"):
+            logps(leaves(), fastpo.vocab_parallel_logps, first=0, vocab=VOCAB, group=first)
     dist.destroy_process_group()
 
 

@@ -31,6 +31,8 @@ def part_of(
     check_kind(weight=weight, **given(bias=bias))
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed: expected an initialised process group, got none")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: expected one that this process is in, got another")
     if isinstance(weight, DTensor):
         for name, value in (("first", first), ("vocab", vocab), ("group", group)):
             if value is not None:

@@ -106,7 +106,7 @@ class _Ids:
             self.values, self.starts = support.ids, starts[host]
             self.counts = support.counts[host]
         else:
-            rows = support.reshape(-1, support.shape[-1]).index_select(0, scored).long()
+            rows = support.flatten(0, -2).index_select(0, scored).long()
             there = rows != _NONE
             self.counts = there.sum(1).cpu()
             self.values = rows[there]

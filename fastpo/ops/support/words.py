@@ -100,6 +100,8 @@ class Support:
     @classmethod
     def cat(cls, parts: Sequence[Support]) -> Support:
         """Of the tokens of all parts, in their order; at least one."""
+        if not len(parts):
+            raise ValueError("parts: expected at least one, got none")
         counts = torch.cat([part.counts for part in parts])
         return cls._made(torch.cat([part.ids for part in parts]), counts)
 
@@ -111,12 +113,16 @@ class Support:
 
     def split(self, sizes: Sequence[int]) -> list[Support]:
         """Parts of so many tokens each."""
+        if sum(sizes) != len(self) or min(sizes, default=0) < 0:
+            raise ValueError(f"sizes: expected a sum of {len(self)}, got {list(sizes)}")
         parts = self.counts.split(list(sizes))
         words = self.ids.split([int(counts.sum()) for counts in parts])
         return [self._made(*both) for both in zip(words, parts, strict=True)]
 
     def __getitem__(self, tokens: slice) -> Support:
         """Tokens from one to another, one after the other."""
+        if not isinstance(tokens, slice):
+            raise TypeError(f"tokens: expected a slice, got {type(tokens).__name__}")
         first, last, step = tokens.indices(len(self))
         if step != 1:
             raise ValueError(f"tokens: expected a slice of step 1, got {tokens}")
