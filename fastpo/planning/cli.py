@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..outputs import check_file
-from .names import ATTENTION, DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS
+from .names import ATTENTION, DTYPES, OPTIMIZERS, REFERENCES, STRATEGIES, TRAINERS, check_path
 
 # argument of `plan_step`: what the help says of it; the others are below.
 _CHOICES = {
@@ -52,7 +52,12 @@ def _add_step(option: Any) -> None:
     option("--gpu", metavar="CARD", help="h100, a100, 4090, …, or a size as 80GiB")
     option("--device", metavar="NAME", help="cuda or cpu; default: cuda")
     option("--context", type=int, metavar="T", help="prompt and answer; default: 2048")
-    option("--batch", type=int, metavar="B", help="items of a device, pairs for DPO; default: 1")
+    option(
+        "--batch",
+        type=int,
+        metavar="B",
+        help="items of a device, pairs for DPO; default: 1, of grpo 8, of rloo 2",
+    )
     option("--prompt", type=float, metavar="X", help="its share of the context; default: 0.5")
     option("--lora", metavar="r=16,targets=q_proj+v_proj", nargs="?", const="r=16")
     option("--load-in-4bit", action="store_true", help="the adapted model, by bitsandbytes")
@@ -103,6 +108,7 @@ def _plan(options: argparse.Namespace) -> int:
             check_file(name, path)
         if "model" not in given:
             raise ValueError("--model: expected a folder or a config.json, got none")
+        check_path(given["model"], "model")  # before what takes seconds to import
         from . import plot
         from .plan import plan_step
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..integrations.heads import linear_head
 from ..planner import default_budget, make_plan, pair_workspace
 from .live import Live
-from .models import WEIGHTS, Models, build, fake, optimizer_of, whole_at_once
+from .models import WEIGHTS, Fake, Models, build, fake, optimizer_of, whole_at_once
 from .setting import Setting
 from .steps import Batch, Step, batch_of, layout_for
 
@@ -58,7 +57,7 @@ class Session:
 
     def __init__(self, setting: Setting, config: Any, head: str, teacher: Any = None) -> None:
         self.setting, self.head = setting, head
-        self.fake, self.live = FakeTensorMode(allow_non_fake_inputs=True), _HeadLive()
+        self.fake, self.live = Fake(), _HeadLive()
         with torch.device("meta"):
             self.models = build(setting, config, teacher)
         with self.fake, self.live:

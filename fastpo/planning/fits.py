@@ -4,37 +4,54 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import nn
+from torch._subclasses import fake_tensor
 
 from .estimate import Estimate, Session
 from .given import foreign, quiet
-from .models import fake, made, size_of
+from .models import Fake, adapted, backbone, bytes_of, fake, made, positions, size_of
 from .setting import Setting
 
 # Contexts are whole blocks of attention kernels; so long, an error of 2 % is more than a block.
 _GRANULE = {"context": 64, "batch": 1}
 _CLOSE = 1.02
 _LEAST = 3  # layers, and a repeat more
+_TRIES = 4  # pairs of shallow models that are looked at
+_TOKENS = 64  # of a run that only asks whether there is one
 MOST = {"context": 2**20, "batch": 2**14}
 
 
 def check_runs(setting: Setting, config: Any, name: str) -> None:
-    """ValueError unless transformers runs two tokens through its first layers.
+    """ValueError unless transformers runs a few tokens through its first layers, and back where it
+    is the model, and has a position for every one of the context.
 
     Apart from the step: what goes wrong in there is not the config's fault.
     """
+    trained = name == "model"
     with torch.device("meta"):
-        model = made(setting, _cut(config, _depths(config)[0]), name)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        fake(model, "cpu")
-        ids = torch.zeros(1, 2, dtype=torch.long)
-        with foreign(f"{name}: expected one whose layers run"), quiet(FakeTensorMode.__module__):
-            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model = made(setting, cut(config, depths(setting, config, name)[0]), name)
+        if setting.lora is not None and trained:
+            model = adapted(model, setting.lora).get_base_model()
+    most = positions(model)
+    if most is not None and setting.context > most:
+        wanted = f"at most {most}, the positions that the {name} has a table for"
+        raise ValueError(f"context: expected {wanted}, got {setting.context}")
+    with Fake(), torch.set_grad_enabled(trained):
+        fake(model.train(trained), "cpu")
+        ids = torch.zeros(1, min(setting.context, _TOKENS), dtype=torch.long)
+        mixed = torch.autocast("cpu", torch.bfloat16, enabled=setting.dtype == "bf16-mixed")
+        expected = foreign(f"{name}: expected one whose layers run")
+        with expected, mixed, quiet(fake_tensor.__name__):
+            hidden = backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+            if hidden.requires_grad:  # not where only a head is adapted
+                hidden.sum().backward()
 
 
 class Depths:
@@ -49,13 +66,14 @@ class Depths:
         self.rest = 0  # of the teacher, whose layers leave nothing but their weights
         if setting.distils:
             teacher = config if teacher is None else teacher
-            shallow = _cut(teacher, _depths(teacher)[0])
+            shallow = cut(teacher, depths(setting, teacher, "teacher")[0])
             self.rest = size_of(setting, teacher) - size_of(setting, shallow)
-        depths = _depths(config)
-        self.sessions = [Session(setting, _cut(config, n), head, shallow) for n in depths]
+        kept = depths(setting, config)
+        self.sessions = [Session(setting, cut(config, x), head, shallow) for x in kept]
         self._known: dict[tuple[int, int], Estimate] = {}  # context and batch
-        beyond = config.get_text_config().num_hidden_layers - depths[0]
-        self.beyond = beyond / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
+        first, last = len(kept[0]), len(kept[-1])
+        beyond = config.get_text_config().num_hidden_layers - first
+        self.beyond = beyond / (last - first) if beyond else 0.0
 
     def estimate(self, **sizes: int) -> Estimate:
         """sizes: another `context` or `batch`."""
@@ -82,14 +100,20 @@ class Depths:
 
     def largest(self, what: str, memory: int) -> Estimate | None:
         """The step of the largest context or batch that fits; None if not even the least does."""
-        granule = _GRANULE[what]
+        most = self._most(what)
+        granule = min(_GRANULE[what], most)
 
         def peak(count: int) -> int:
             return self.estimate(**{what: count * granule}).peak
 
         start = max(getattr(self.setting, what) // granule, 1)
-        count = _search(peak, memory, start, MOST[what] // granule)
+        count = _search(peak, memory, start, most // granule)
         return self.estimate(**{what: count * granule}) if count else None
+
+    def _most(self, what: str) -> int:
+        models = self.sessions[0].models
+        known = [positions(x) for x in (models.base, models.copied) if x is not None]
+        return min([MOST[what], *(x for x in known if x is not None and what == "context")])
 
 
 def _search(peak: Callable[[int], int], limit: int, start: int, most: int) -> int:
@@ -124,31 +148,79 @@ def _guess(fits: list[tuple[int, int]], over: tuple[int, int], limit: int, most:
     return min(max(low + further, low + 1 + (over[0] - low) // 8), over[0] - 1)
 
 
-def _depths(config: Any) -> list[int]:
-    """Layers of the models that are run: all of them where there are few."""
-    layers, period = _layers(config)
-    # The first few may differ (dense ones before experts); what is left over is in both.
-    first = layers % period + -(-(_LEAST - layers % period) // period) * period
-    return [first, first + period] if first + period < layers else [layers]
-
-
-def _layers(config: Any) -> tuple[int, int]:
-    """How many, and after how many they repeat."""
+def depths(setting: Setting, config: Any, name: str = "model") -> list[list[int]]:
+    """Layers of the models that are run: all of them where no two shallower ones tell the rest."""
+    kinds, whole = _layers(setting, config, name)
     text = config.get_text_config()
-    kinds = list(getattr(text, "layer_types", None) or [])
-    count = int(text.num_hidden_layers)
-    for period in range(1, count + 1):
-        if kinds[period:] == kinds[: len(kinds) - period]:
-            return count, period
-    return count, count
+    own = (x for x in vars(text).values() if _for_each(x, len(kinds)))
+    told = [*zip(kinds, *(x for x in own if x != list(range(len(x)))), strict=True)]
+    for pair in sorted(_repeats(told), key=_size)[:_TRIES]:
+        # So few layers may make no model, or others than they are among the rest.
+        with suppress(ValueError, NotImplementedError):
+            (low, size), (high, other) = (_layers(setting, cut(config, x), name) for x in pair)
+            if [low, high] == [[kinds[i] for i in kept] for kept in pair]:
+                repeats = (len(kinds) - len(low)) // (len(high) - len(low))
+                if size + (other - size) * repeats == whole:
+                    return pair
+    return [[*range(text.num_hidden_layers)]]
 
 
-def _cut(config: Any, layers: int) -> Any:
+def _layers(setting: Setting, config: Any, name: str) -> tuple[list[Any], int]:
+    """What each layer is, and the bytes of the model; no layers where the config counts others."""
+    with torch.device("meta"):
+        model = made(setting, config, name)
+    count = config.get_text_config().num_hidden_layers
+    stacks = [x for x in model.modules() if isinstance(x, nn.ModuleList) and len(x) == count]
+    return [_kind(x) for x in max(stacks, key=bytes_of, default=())], bytes_of(model)
+
+
+def _kind(layer: nn.Module) -> list[Any]:
+    """Classes, shapes and switches; numbers would tell which layer it is."""
+    return [
+        (
+            type(module),
+            [(name, x.shape) for name, x in module.named_parameters(recurse=False)],
+            {name: x for name, x in vars(module).items() if x is None or type(x) in (bool, str)},
+        )
+        for module in layer.modules()
+    ]
+
+
+def _repeats(kinds: list[Any]) -> Iterator[list[list[int]]]:
+    """Layers of two models, a repeat apart, for every period and every stretch of repeats: both
+    have what comes before it, what comes after, and what is left over of the last repeat."""
+    count = len(kinds)
+    for period in range(1, count):
+        pairs = enumerate(zip(kinds, kinds[period:], strict=False))
+        ends = [-1, *(i for i, (x, y) in pairs if x != y), count - period]
+        for before, end in pairwise(ends):
+            after = count - period - end
+            least = max(_LEAST, before + 1 + max(period, 2) + after)
+            first = least + (count - least) % period
+            if first + period < count:
+                sizes = first, first + period
+                yield [[*range(x - after), *range(count - after, count)] for x in sizes]
+
+
+def _size(pair: list[list[int]]) -> int:
+    return len(pair[1])
+
+
+def cut(config: Any, kept: Sequence[int]) -> Any:
+    """The config of a model of some of its layers."""
     made = copy.deepcopy(config)
     text = made.get_text_config()
     whole = text.num_hidden_layers
+    if len(kept) == whole:
+        return made
     for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == whole:
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
+        if _for_each(value, whole):
+            setattr(text, name, [value[i] for i in kept])
+    if getattr(text, "num_kv_shared_layers", None):  # the last ones
+        text.num_kv_shared_layers = max(text.num_kv_shared_layers - whole + len(kept), 0)
+    text.num_hidden_layers = len(kept)
     return made
+
+
+def _for_each(x: Any, layers: int) -> bool:
+    return isinstance(x, list) and len(x) == layers

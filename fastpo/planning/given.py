@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from .names import check_path
+
 _SIZES = ("vocab_size", "num_hidden_layers")
 # Some models have none of these, or one for each layer.
 _PERHAPS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -45,11 +47,11 @@ def quiet(logger: str) -> Iterator[None]:
 
 def read_config(model: str | Path, name: str = "model") -> Any:
     """Of a folder or a config file; nothing is downloaded, no code of the model's own runs."""
-    path = Path(model)
-    if not path.exists():
-        raise ValueError(f"{name}: expected a folder or a config.json, got {str(model)!r}")
-    with foreign(f"{name}: expected a config transformers knows in {path}"):
-        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    check_path(model, name)
+    with foreign(f"{name}: expected a config transformers knows in {model}"):
+        return AutoConfig.from_pretrained(
+            Path(model), local_files_only=True, trust_remote_code=False
+        )
 
 
 def check_sizes(config: Any, name: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import torch
 from ..bench.machine import Peak
 from ..bench.process import alone, for_memory
 from ..integrations.sharing.backbone import shared_prompts
+from .fits import cut
 from .models import build, optimizer_of
 from .quantised import library
 from .setting import Setting
@@ -54,9 +54,10 @@ def measure(setting: Setting, config: Any, head: str, teacher: Any = None) -> in
     try:
         found: int = alone(_run, _Job(setting, config, head, teacher))
     except RuntimeError as error:
-        if not for_memory(error):
-            raise
-        return "out of memory"
+        if for_memory(error):
+            return "out of memory"
+        line = " ".join(str(error).split())[:200]  # of a process, which has its traceback
+        raise ValueError(f"measure: expected a step that runs, got {line}") from error
     return found
 
 
@@ -79,9 +80,7 @@ def _give_back() -> None:
 
 def _tiny(config: Any) -> Any:
     """Of the same kind: what is imported and set up at first use is no part of a step."""
-    small = copy.deepcopy(config)
-    small.get_text_config().num_hidden_layers = 1
-    return small
+    return cut(config, [0])
 
 
 def _step(job: _Job) -> None:

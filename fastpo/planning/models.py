@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -65,7 +66,7 @@ def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
     if setting.other == "model":
         copied = made(setting, config if teacher is None else teacher).requires_grad_(False).eval()
     if setting.lora is not None:
-        policy = _adapted(policy, setting.lora)
+        policy = adapted(policy, setting.lora)
     return Models(policy.train(), copied, setting)
 
 
@@ -82,8 +83,28 @@ def made(setting: Setting, config: Any, name: str = "model") -> Any:
 def size_of(setting: Setting, config: Any) -> int:
     """Bytes of its weights and buffers."""
     with torch.device("meta"):
-        model = made(setting, config)
+        return bytes_of(made(setting, config))
+
+
+def bytes_of(model: nn.Module) -> int:
     return sum(x.numel() * x.itemsize for x in (*model.parameters(), *model.buffers()))
+
+
+def backbone(model: Any) -> Any:
+    """What gives hidden states. Llama 4 and the text of Mllama are their own `base_model`."""
+    return model.model if model.base_model is model else model.base_model
+
+
+def positions(model: Any) -> int | None:
+    """How many the model has a table for; None where it computes them."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None:
+        return None
+    for name, x in model.named_parameters():
+        # OPT and BART have two rows more. Others' tables are those of pictures and sounds.
+        if ("position" in name or "wpe" in name) and x.dim() == 2 and most <= len(x) <= most + 2:
+            return int(most)
+    return None
 
 
 def _mask(
@@ -131,6 +152,26 @@ def whole_at_once(setting: Setting, model: nn.Module) -> int:
     return weights + size(model, True) - size(stack, True) + size(layer, True)
 
 
+class Fake(FakeTensorMode):
+    """Takes any dtype for products by groups, as torch's kernels do; its meta kernel only bf16."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        if str(func) == "aten._grouped_mm.default" and args[0].dtype != torch.bfloat16:
+            return _grouped(*args)
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+def _grouped(a: Tensor, b: Tensor, offsets: Tensor, *_: Any) -> Tensor:
+    """Groups are parts of the rows, of the columns, or of what is summed."""
+    groups = offsets.shape if a.dim() == b.dim() else ()
+    return a.new_empty(*groups, a.shape[-2], b.shape[-1])
+
+
 def fake(model: nn.Module, device: str) -> None:
     """What was built on "meta", on a device. PyTorch's own `to_empty` cannot swap fake tensors."""
     made: dict[int, Any] = {}
@@ -147,7 +188,7 @@ def fake(model: nn.Module, device: str) -> None:
                 held[name] = made[id(x)]
 
 
-def _adapted(model: PreTrainedModel, lora: Lora) -> Any:
+def adapted(model: PreTrainedModel, lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model
 
     targets: Any = list(lora.targets)
@@ -177,7 +218,7 @@ def optimizer_of(setting: Setting, parameters: list[nn.Parameter]) -> Any:
     if setting.optimizer == "adamw":
         return torch.optim.AdamW(parameters, fused=True)
     if setting.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9)
+        return torch.optim.SGD(parameters)
     if setting.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 

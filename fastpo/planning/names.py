@@ -1,6 +1,9 @@
-"""What options may be called. Without torch: the help of the command reads it, too."""
+"""What options may be called. Without torch: the help of the command reads it, too, and what is
+wrong is said at once."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 # name: rows of a batch for each of its items, and what of it is scored besides the policy.
 TRAINERS = {
@@ -17,10 +20,18 @@ TRAINERS = {
 # These build the logits of all positions in TRL; for the others it has a fused head.
 LOGITS = ("cpo", "orpo", "gkd")
 SAMPLES = ("grpo", "rloo", "distillation")  # their configs know the length of completions only
-# Rows of a prompt where nothing else is said: pairs, and TRL's num_generations.
-PROMPT_ROWS = {"dpo": 2, "cpo": 2, "orpo": 2, "grpo": 8, "rloo": 8}
+GENERATIONS = {"grpo": 8, "rloo": 2}  # TRL's num_generations
+# Rows of a prompt where nothing else is said.
+PROMPT_ROWS = {"dpo": 2, "cpo": 2, "orpo": 2, **GENERATIONS}
 DTYPES = ("bf16", "bf16-mixed", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 REFERENCES = ("model", "adapter-off", "precomputed", "none")
+PRECOMPUTES = ("dpo", "kto")
+ALONE = ("sft", "cpo", "orpo")  # no setting of theirs has a reference
 ATTENTION = ("sdpa", "flash")
 STRATEGIES = ("ddp", "fsdp2", "zero3")
+
+
+def check_path(model: str | Path, name: str) -> None:
+    if not Path(model).exists():
+        raise ValueError(f"{name}: expected a folder or a config.json, got {str(model)!r}")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import measure as real
 from .cards import memory_of
@@ -13,8 +18,10 @@ from .data import Lengths, read_lengths
 from .estimate import Estimate
 from .fits import Depths, check_runs
 from .given import check_sizes, read_config
-from .names import LOGITS, SAMPLES
-from .setting import Lora, Setting, of_ratio
+from .names import GENERATIONS, LOGITS, SAMPLES
+from .setting import HEADS, Lora, Setting, of_ratio
+
+_OPTIONS = {x.name for x in fields(Setting)} - {"model", "teacher", "memory", "lora"}
 
 
 @dataclass(frozen=True)
@@ -61,27 +68,45 @@ class StepPlan:
         if setting.trainer in SAMPLES:
             found = {"max_completion_length": setting.scored + 1}
         found["per_device_train_batch_size"] = setting.batch
+        if setting.trainer in GENERATIONS:
+            found |= _groups(setting)
         found["gradient_checkpointing"] = setting.checkpointing != "none"
         if setting.checkpointing == "offload":
             found["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "offload": True}
         names = {"adamw": "adamw_torch_fused", "adamw8bit": "adamw_bnb_8bit"}
         found["optim"] = names.get(setting.optimizer, setting.optimizer)
         found["bf16"] = setting.dtype == "bf16-mixed"
-        if setting.dtype in ("bf16", "fp16"):
-            dtype = {"bf16": "bfloat16", "fp16": "float16"}[setting.dtype]
-            found["model_init_kwargs"] = {"dtype": dtype}
-        if setting.attention == "flash":
-            found.setdefault("model_init_kwargs", {})["attn_implementation"] = "flash_attention_2"
+        found["model_init_kwargs"] = _loaded(setting)
         if setting.reference == "precomputed":
             found["precompute_ref_log_probs"] = True
         if setting.teacher is not None:
             found["teacher_model_name_or_path"] = str(setting.teacher)
+        if setting.distils:
+            found["teacher_model_init_kwargs"] = _loaded(setting)
         return found
 
     def __str__(self) -> str:
         from .table import table
 
         return table(self)
+
+
+def _groups(setting: Setting) -> dict[str, Any]:
+    """Whole groups of a prompt, over several steps where a batch has none."""
+    rows = setting.prompt_rows if setting.prompt_rows > 1 else GENERATIONS[setting.trainer]
+    found: dict[str, Any] = {"num_generations": rows}
+    steps = rows // math.gcd(rows, setting.batch * setting.devices)
+    if steps > 1:
+        found["steps_per_generation"] = steps
+    if setting.trainer == "rloo" and setting.other == "none":
+        found["beta"] = 0.0
+    return found
+
+
+def _loaded(setting: Setting) -> dict[str, str]:
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(setting.dtype, "float32")
+    flash = {"attn_implementation": "flash_attention_2"} if setting.attention == "flash" else {}
+    return {"dtype": dtype, **flash}
 
 
 def _of_head(head: Head) -> dict[str, Any]:
@@ -101,6 +126,14 @@ def _of_head(head: Head) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Whatever the caller has tensors made on, and whether gradients are wanted there."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        yield
+
+
+@_undisturbed()
 def plan_step(
     model: str | Path | Any,
     *,
@@ -123,20 +156,24 @@ def plan_step(
     data: a JSONL or JSON file of prompt, chosen, rejected (or completion, or text) whose lengths
         give context and share of the prompt; words are counted by the folder's tokenizer.
     shared_prompts: fastpo computes prompts once. `4:1` is how many tokens of a prompt there are to
-        those of an answer, `4:1,8` has 8 rows of each (else 2 of a pair, 8 of GRPO and RLOO); ""
-        takes the prompt's share as it is.
+        those of an answer, `4:1,8` has 8 rows of each (else 2 of a pair and of RLOO, 8 of GRPO);
+        "" takes the prompt's share as it is.
     search: also the longest context and the largest batch, each with the other as given.
     measure: also run the real step and give what it held, or that memory did not suffice: on the
         GPU, which must be there, or for `device="cpu"` on the CPU in a process of its own.
     options: fields of `Setting`: trainer, dtype, device, context, batch, prompt, load_in_4bit,
         optimizer, attention, checkpointing, reference, budget, devices, strategy, prompt_rows.
+        batch is 1 by default, of GRPO and RLOO the rows of a prompt.
 
     What no tensor shows is added for a GPU: 500 MiB of the driver, 64 MiB of library workspaces,
     5 % of what comes and goes for the allocator; DDP's buckets; what FSDP2 and ZeRO-3
     have whole at once: all but the layers, the layer at work and the next one, their gradients.
 
-    Raises ValueError for an unknown model, card, option, or a config that needs remote code.
+    Raises ValueError for an unknown model, card, option, a config that needs remote code, or a
+    context of more positions than the model has a table for.
     """
+    for option in options.keys() - _OPTIONS:
+        raise ValueError(f"options: expected some of {', '.join(sorted(_OPTIONS))}, got {option!r}")
     memory = None if gpu is None else memory_of(gpu)
     config = read_config(model) if isinstance(model, str | Path) else model
     lengths = None if data is None else read_lengths(Path(data), model)
@@ -144,10 +181,11 @@ def plan_step(
         options = _joined(of_ratio(shared_prompts, options.get("trainer", "dpo")), options)
     if lengths is not None:
         options = {"context": lengths.context, "prompt": lengths.prompt_share, **options}
+    options = {"batch": _batch(options), **options}
     name = model if isinstance(model, str | Path) else type(config).__name__
     if teacher is not None:
         options["teacher"] = teacher if isinstance(teacher, str | Path) else type(teacher).__name__
-    parsed = Lora.parse(lora) if isinstance(lora, str) else lora
+    parsed = lora if lora is None or isinstance(lora, Lora) else Lora.parse(str(lora))
     setting = Setting(name, memory=memory, lora=parsed, **options)
     taught = read_config(teacher, "teacher") if isinstance(teacher, str | Path) else teacher
     for what, each in (("model", config), ("teacher", taught)):
@@ -156,10 +194,17 @@ def plan_step(
             check_runs(setting, each, what)
     if measure:
         real.check(setting)  # before a search
-    heads = {
-        head: _head(setting, (config, taught), head, search, measure) for head in setting.heads
-    }
-    return StepPlan(setting, heads, lengths, _notes(setting))
+    heads = {head: _head(setting, (config, taught), head, search, measure) for head in HEADS}
+    notes = (*_notes(setting), *_notes_of(config, "model", setting, heads))
+    if taught is not None:
+        notes += (*_notes_of(taught, "teacher", setting, heads),)
+    return StepPlan(setting, heads, lengths, notes)
+
+
+def _batch(options: dict[str, Any]) -> Any:
+    """A whole group where a trainer samples several answers to a prompt."""
+    rows = GENERATIONS.get(options.get("trainer", "dpo"))
+    return 1 if rows is None else options.get("prompt_rows", rows)
 
 
 def _joined(shared: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -196,4 +241,16 @@ def _notes(setting: Setting) -> tuple[str, ...]:
         notes.append("prompts are computed once by fastpo.patch(shared_prompts=True)")
     if setting.checkpointing == "offload":
         notes.append("what layers keep lies in host memory, which is not counted here")
+    if setting.trainer == "grpo" and setting.other != "none":
+        notes.append("GRPO scores a reference with beta > 0 only")
     return tuple(notes)
+
+
+def _notes_of(config: Any, name: str, setting: Setting, heads: dict[str, Head]) -> Iterator[str]:
+    found = [x.context.setting.context for x in heads.values() if x.context is not None]
+    longest, text = max([setting.context, *found]), config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if most is not None and longest > most:
+        yield f"{longest:,} tokens are more than the {name}'s max_position_embeddings, {most:,}"
+    if getattr(config, "quantization_config", None) is not None:
+        yield f"the {name}'s quantization_config is left out: planned in {setting.dtype}"

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..ops.walks.checks import check_integer, check_number
 from .names import (
+    ALONE,
     ATTENTION,
     DTYPES,
     OPTIMIZERS,
+    PRECOMPUTES,
     PROMPT_ROWS,
     REFERENCES,
     STRATEGIES,
@@ -67,7 +69,6 @@ class Setting:
     budget: int | None = None
     devices: int = 1
     strategy: str = "ddp"
-    heads: tuple[str, ...] = field(default=HEADS)
 
     def __post_init__(self) -> None:
         choices: dict[str, tuple[Any, tuple[Any, ...]]] = {
@@ -90,10 +91,19 @@ class Setting:
         if self.context < 2:
             raise ValueError(f"context: expected an integer >= 2, got {self.context}")
         check_number("prompt", self.prompt, "a number in [0, 1)", lambda x: 0 <= x < 1)
-        if self.reference == "adapter-off" and self.lora is None:
-            raise ValueError("reference: expected an adapter (lora) with adapter-off, got none")
         if self.load_in_4bit and self.lora is None:
             raise ValueError("load_in_4bit: expected an adapter (lora) with it, got none")
+        self._check_others()
+
+    def _check_others(self) -> None:
+        """What the trainer scores besides the policy, or does not."""
+        if self.reference == "adapter-off" and self.lora is None:
+            raise ValueError("reference: expected an adapter (lora) with adapter-off, got none")
+        if self.reference == "precomputed" and self.trainer not in PRECOMPUTES:
+            wanted = f"one of {', '.join(PRECOMPUTES)} with precomputed"
+            raise ValueError(f"reference: expected {wanted}, got {self.trainer}")
+        if self.trainer in ALONE and self.reference not in (None, "none"):
+            raise ValueError(f"reference: expected none for {self.trainer}, got {self.reference!r}")
         if self.distils and self.reference not in (None, "model"):
             wanted = f"none beside the teacher of {self.trainer}"
             raise ValueError(f"reference: expected {wanted}, got {self.reference!r}")

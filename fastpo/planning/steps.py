@@ -24,7 +24,7 @@ from ..layout.cost import is_worth
 from ..layout.tree import Layout, layout_of
 from ..ops.linear_divergence import linear_divergence
 from ..ops.linear_logps import linear_logps
-from .models import Models
+from .models import Models, backbone
 from .names import LOGITS
 from .setting import Setting
 
@@ -63,8 +63,10 @@ def layout_for(model: Any, ids: Tensor, kernel: str) -> Layout | None:
     Outside of the mode in which tensors hold nothing: it looks at the words. kernel: of attention;
     "flash" takes lengths of rows, whatever the model runs with here.
     """
+    if backbone(model) is not model.base_model:
+        return None  # which `shared_prompts` leaves padded
     with unset_fake_temporarily():
-        mask, cost = torch.ones_like(ids), layer_cost(model.base_model)
+        mask, cost = torch.ones_like(ids), layer_cost(backbone(model))
         if kernel == "flash":
             cost = replace(cost, pads=False, masks=False)
         layout = layout_of(ids, mask, least=_LEAST)
@@ -76,7 +78,7 @@ def layout_for(model: Any, ids: Tensor, kernel: str) -> Layout | None:
 def _packed(model: Any, inputs: dict[str, Any], layout: Layout) -> Any:
     """The backbone's output, padded again."""
     attention.install(model.config.get_text_config()._attn_implementation)
-    return Packer().packed(model.base_model, inputs, layout)
+    return Packer().packed(backbone(model), inputs, layout)
 
 
 @dataclass
@@ -153,7 +155,7 @@ class Step:
 def _scored(model: Any, batch: Batch) -> Tensor:  # [N, H]
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
     if batch.layout is None:
-        hidden: Tensor = model.base_model(**inputs)[0]
+        hidden: Tensor = backbone(model)(**inputs)[0]
     else:
         hidden = _packed(model, inputs, batch.layout)[0]
     return hidden.flatten(0, 1).index_select(0, batch.rows)

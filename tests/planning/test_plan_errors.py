@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,8 +18,9 @@ pytest.importorskip("matplotlib")
 
 import _tiny as tiny
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2Config, Llama4TextConfig
 
+import fastpo
 from fastpo import cli
 from fastpo.bench.process import for_memory, fresh
 from fastpo.planning import measure, quantised
@@ -95,6 +97,11 @@ WRONG = {
     "no teacher": (["--trainer", "gkd", "--teacher", "nowhere"], "teacher: expected a folder"),
     "a teacher": (["--teacher", "nowhere"], "teacher: expected none for dpo, got"),
     "reference": (["--trainer", "gkd", "--reference", "none"], "reference: expected none beside"),
+    "no reference": (["--trainer", "sft", "--reference", "model"], "reference: expected none for"),
+    "precomputed": (
+        ["--trainer", "grpo", "--reference", "precomputed"],
+        "reference: expected one of dpo, kto with precomputed, got grpo",
+    ),
 }
 
 
@@ -147,6 +154,51 @@ def test_layers_that_do_not_run_log_no_traceback(tmp_path, refused, monkeypatch)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert refused("--model", tmp_path).startswith("model: expected one whose layers run, got Run")
     assert not logged and log.isEnabledFor(logging.ERROR)
+
+
+def test_what_only_training_meets(tmp_path, refused):
+    """PEFT puts an adapter on Llama 4's router, and expects a tensor of it; xLSTM's kernels take no
+    other dtype than float32."""
+    llama = Llama4TextConfig(
+        **{name: CONFIG[name] for name in ("hidden_size", "num_attention_heads", "vocab_size")},
+        head_dim=16, num_hidden_layers=1, num_key_value_heads=2, num_local_experts=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    llama.save_pretrained(tmp_path / "llama")
+    line = refused("--model", tmp_path / "llama", "--lora")
+    assert line.startswith("model: expected one whose layers run, got AttributeError")
+    xlstm = {"model_type": "xlstm", "hidden_size": 64, "num_heads": 2, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(xlstm))
+    line = refused("--model", tmp_path, "--trainer", "sft")
+    assert line.startswith("model: expected one whose layers run, got RuntimeError")
+
+
+def test_more_positions_than_a_table_has(tmp_path, refused):
+    GPT2Config(vocab_size=100, n_embd=16, n_layer=1, n_head=2, n_positions=32).save_pretrained(
+        tmp_path
+    )
+    line = refused("--model", tmp_path)
+    assert line.startswith("context: expected at most 32, the positions that the model has a table")
+
+
+def test_a_model_that_is_not_there_is_no_reason_to_import(refused, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastpo.planning.plan", None)
+    assert refused("--model", "nowhere").startswith("model: expected a folder")
+
+
+OPTIONS = {
+    "unknown": ({"contxt": 3}, "options: expected some of attention, batch, .*, got 'contxt'"),
+    "memory": ({"memory": 2**30}, "options: expected some of .*, got 'memory'"),
+    "gpu": ({"gpu": 80}, "gpu: expected a size as 80GiB or one of .*, got 80"),
+    "lora": ({"lora": 0.5}, "lora: expected r=16,targets=q_proj"),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_arguments_of_no_command_line(name, folder):
+    given, message = OPTIONS[name]
+    with pytest.raises(ValueError, match=message):
+        fastpo.plan_step(folder, search=False, **given)
 
 
 def test_a_teacher_that_does_not_run(tmp_path, folder, refused):
@@ -225,12 +277,22 @@ def test_what_is_not_there_is_not_measured(folder, refused, monkeypatch):
 
 def test_memory_that_does_not_suffice_is_no_error(folder):
     config = AutoConfig.from_pretrained(folder)
-    setting = Setting("tiny", device="cpu", context=2**20, batch=64)
-    assert measure.measure(setting, config, "fastpo") == "out of memory"  # of masks alone 128 TiB
-    head = Head(Depths(replace(setting, context=64, batch=1), config, "fastpo").estimate())
+    setting = Setting("tiny", device="cpu", context=64, batch=2**40)
+    assert measure.measure(setting, config, "fastpo") == "out of memory"  # of words alone 1 PiB
+    head = Head(Depths(replace(setting, batch=1), config, "fastpo").estimate())
     plan = StepPlan(setting, {"fastpo": replace(head, measured="out of memory")})
     assert re.search(r"^measured +out of memory$", str(plan), re.MULTILINE)
     assert json.loads(plan.as_json())["heads"]["fastpo"]["measured"] == "out of memory"
+
+
+def test_a_step_that_fails_where_it_is_measured(folder, monkeypatch):
+    def fails(function, job):
+        raise RuntimeError("IndexError: index out\nof range")
+
+    monkeypatch.setattr(measure, "alone", fails)
+    expected = "^measure: expected a step that runs, got IndexError: index out of range$"
+    with pytest.raises(ValueError, match=expected):
+        measure.measure(Setting("tiny", device="cpu"), AutoConfig.from_pretrained(folder), "trl")
 
 
 def _fails(why):

@@ -19,19 +19,31 @@ import transformers
 import trl
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import (
+    DeepseekV3Config,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    GPT2Config,
+    Llama4TextConfig,
+    LlamaConfig,
+    LongcatFlashConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 import fastpo
 from fastpo import cli
 from fastpo.planning import fits
 from fastpo.planning.cards import CARDS, memory_of
 from fastpo.planning.estimate import Estimate, Session
-from fastpo.planning.fits import Depths
+from fastpo.planning.fits import Depths, cut, depths
 from fastpo.planning.live import Live
 from fastpo.planning.measure import measure
-from fastpo.planning.models import fake
-from fastpo.planning.names import TRAINERS
+from fastpo.planning.models import Fake, fake, size_of
+from fastpo.planning.names import GENERATIONS, TRAINERS
 from fastpo.planning.setting import HEADS, Lora, Setting
+from fastpo.planning.steps import batch_of, layout_for
 
 SIZES = {
     "hidden_size": 64,
@@ -41,7 +53,8 @@ SIZES = {
     "head_dim": 16,
     "vocab_size": 3000,
 }
-LLAMA = LlamaConfig(**SIZES, num_hidden_layers=6)
+LLAMA = LlamaConfig(**SIZES, num_hidden_layers=5)
+THREE = LlamaConfig(**SIZES, num_hidden_layers=3)
 TWO = LlamaConfig(**SIZES, num_hidden_layers=2)
 SHALLOW = LlamaConfig(**SIZES, num_hidden_layers=1)
 MIB = 2**20
@@ -72,27 +85,57 @@ def test_what_is_alive_is_counted():
     assert (live.bytes["other"], live.bytes["moved"]) == (0, 0)
 
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+def _windows(layers):
+    return [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+
+
+def _gemma4(layers, shared):
+    """With keys of their own in the first layers only."""
+    return Gemma4TextConfig(
+        **SIZES, num_hidden_layers=layers, num_kv_shared_layers=shared,
+        layer_types=["full_attention"] * layers, vocab_size_per_layer_input=100,
+        hidden_size_per_layer_input=16,
+    )  # fmt: skip
+
+
 CONFIGS = {
     "llama": (LLAMA, {}),
     "lora": (LLAMA, {"lora": Lora()}),
     "checkpointed": (LLAMA, {"checkpointing": "layers", "context": 96}),
     "shared": (LLAMA, {"prompt_rows": 2, "prompt": 0.8}),
-    "windows": (
-        Gemma3TextConfig(
-            **SIZES,
-            num_hidden_layers=9,
-            sliding_window=16,
-            layer_types=[("full_attention", "sliding_attention")[i % 2] for i in range(9)],
-        ),
-        {},
-    ),
 }
+UNLIKE = {
+    "windows": Gemma3TextConfig(
+        **SIZES, num_hidden_layers=7, sliding_window=16, layer_types=_windows(7)
+    ),
+    "experts in some": Qwen2MoeConfig(
+        **SIZES, **EXPERTS, num_hidden_layers=7, decoder_sparse_step=2,
+        shared_expert_intermediate_size=64,
+    ),
+    "dense ones first": Qwen3MoeConfig(
+        **SIZES, **EXPERTS, num_hidden_layers=6, mlp_only_layers=[0, 1]
+    ),
+    "shared keys": _gemma4(6, 4),
+    "last ones keep keys": _gemma4(5, 0),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "head"), [*((name, "fastpo") for name in CONFIGS), ("llama", "trl"), ("lora", "trl")]
+)
 def test_all_layers_from_a_few(name, head):
-    config, options = CONFIGS[name]
+    _check_all_layers(name, head, *CONFIGS[name])
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_all_layers_from_a_few_of_each_kind(name):
+    _check_all_layers(name, "fastpo", UNLIKE[name], {})
+
+
+def _check_all_layers(name, head, config, options):
     setting = Setting(name, dtype="bf16", batch=3, **{"context": 48, **options})
     depths = Depths(setting, config, head)
     assert len(depths.sessions) == 2
@@ -102,6 +145,98 @@ def test_all_layers_from_a_few(name, head):
     found = depths.estimate()
     assert found.phases == {phase: held.total() for phase, held in phases.items()}
     assert sum(found.parts.values()) == found.peak
+
+
+DEEP = {
+    "llama": (LlamaConfig(**SIZES, num_hidden_layers=40), [3, 4]),
+    "interval": (
+        Qwen2MoeConfig(**SIZES, **EXPERTS, num_hidden_layers=24, decoder_sparse_step=2), [4, 6]
+    ),
+    "in between": (
+        Qwen3MoeConfig(**SIZES, **EXPERTS, num_hidden_layers=24, mlp_only_layers=[5, 6, 7]),
+        [10, 11],
+    ),
+    "first": (
+        DeepseekV3Config(
+            vocab_size=300, hidden_size=32, num_hidden_layers=20, first_k_dense_replace=5
+        ),
+        [7, 8],
+    ),
+    "two in a layer": (LongcatFlashConfig(vocab_size=300, hidden_size=32, num_layers=6), [12]),
+    "shared keys": (_gemma4(30, 20), [12, 13]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_no_layers_are_taken_for_others(name):
+    config, expected = DEEP[name]
+    setting = Setting(name)
+    kept = depths(setting, config)
+    assert [len(x) for x in kept] == expected
+    first, last = (size_of(setting, cut(config, x)) for x in (kept[0], kept[-1]))
+    beyond = config.num_hidden_layers - len(kept[0])
+    more = (last - first) * beyond // (len(kept[-1]) - len(kept[0])) if beyond else 0
+    assert first + more == size_of(setting, config)
+
+
+def test_experts_of_any_dtype():
+    config = MixtralConfig(**SIZES, num_hidden_layers=1, num_local_experts=4)
+    found = {}
+    for dtype in ("bf16", "fp16", "fp32", "bf16-mixed"):
+        setting = Setting("mixtral", dtype=dtype, trainer="sft", context=48)
+        found[dtype] = Session(setting, config, "fastpo").phases(setting)
+    assert found["fp16"] == found["bf16"] != found["fp32"]
+    rows, experts, offsets = torch.ones(8, 16), torch.ones(2, 16, 24), torch.tensor([4, 8])
+    cases = ((rows, experts), (experts.mT, rows.T), (rows.T, rows))
+    for a, b in cases:
+        real = torch._grouped_mm(a, b, offs=offsets.int())
+        with Fake() as mode:
+            told = torch._grouped_mm(*map(mode.from_tensor, (a, b)), offs=offsets.int())
+        assert (told.shape, told.dtype) == (real.shape, real.dtype)
+
+
+def test_a_model_that_is_its_own_base_model():
+    config = Llama4TextConfig(
+        **SIZES, num_hidden_layers=1, num_local_experts=2, intermediate_size_mlp=64
+    )
+    setting = Setting("llama4", context=48, batch=2, prompt_rows=2)
+    session = Session(setting, config, "fastpo")
+    assert session.phases(setting)["head"].total() > 0
+    ids = batch_of(setting, 100).ids
+    assert layout_for(session.models.base, ids, "sdpa") is None  # `shared_prompts` leaves it padded
+
+
+def test_no_more_positions_than_a_table_has():
+    setting = Setting("gpt2", trainer="sft", context=32)
+    for most, expected in ((40, 40), (150, 128)):
+        config = GPT2Config(vocab_size=100, n_embd=16, n_layer=1, n_head=2, n_positions=most)
+        found = Depths(setting, config, "fastpo").largest("context", 2**40)
+        assert found.setting.context == expected
+
+
+def test_notes():
+    config = LlamaConfig(**SIZES, num_hidden_layers=1, max_position_embeddings=31)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    plan = fastpo.plan_step(config, context=32, search=False, trainer="grpo", reference="model")
+    assert plan.notes == (
+        "GRPO scores a reference with beta > 0 only",
+        "32 tokens are more than the model's max_position_embeddings, 31",
+        "the model's quantization_config is left out: planned in bf16",
+    )
+    assert fastpo.plan_step(SHALLOW, context=32, search=False).notes == ()
+
+
+@pytest.mark.parametrize(
+    "state", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")]
+)
+def test_what_torch_is_told_outside_changes_nothing(state):
+    def peak():
+        plan = fastpo.plan_step(SHALLOW, context=32, search=False, trainer="sft")
+        return plan.heads["fastpo"].estimate.peak
+
+    with state():
+        found = peak()
+    assert found == peak()
 
 
 MEASURED = {
@@ -140,7 +275,7 @@ def test_as_a_step_holds(name):
 @pytest.mark.parametrize("trainer", ["gkd", "distillation"])
 def test_a_teacher_of_many_layers_from_a_few(trainer, head):
     teacher = copy.deepcopy(LLAMA)
-    teacher.update({"hidden_size": 96, "num_hidden_layers": 6})
+    teacher.update({"hidden_size": 96, "num_hidden_layers": 5})
     student = copy.deepcopy(LLAMA)
     student.num_hidden_layers = 3
     setting = Setting("student", trainer=trainer, context=48, batch=2)
@@ -153,13 +288,31 @@ def test_a_teacher_of_many_layers_from_a_few(trainer, head):
     assert found.parts["reference"] == expected
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_what_to_paste_is_what_the_trainer_takes(trainer):
-    other = {"teacher": LLAMA} if TRAINERS[trainer][1] == "teacher" else {}
-    plan = fastpo.plan_step(SHALLOW, trainer=trainer, context=32, search=False, **other)
-    name = str(plan).splitlines()[-1].partition("(")[0]
-    fields = {x.name for x in dataclasses.fields(getattr(_module(trainer), name))}
-    assert set(plan.settings) <= fields
+PASTED = {
+    **{name: (name, {}) for name in TRAINERS},
+    "precomputed": ("dpo", {"reference": "precomputed"}),
+    "a group over batches": ("grpo", {"batch": 6}),
+    "groups of seven": ("rloo", {"shared_prompts": "4:1,7", "reference": "none"}),
+    "offload": ("kto", {"checkpointing": "offload", "optimizer": "sgd"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("name", PASTED)
+def test_what_to_paste_is_what_the_trainer_takes(name, tmp_path):
+    trainer, options = PASTED[name]
+    other = {"teacher": SHALLOW} if TRAINERS[trainer][1] == "teacher" else {}
+    common = {"dtype": "fp32", "context": 32, "search": False}
+    plan = fastpo.plan_step(SHALLOW, trainer=trainer, **common, **options, **other)
+    config = getattr(_module(trainer), str(plan).splitlines()[-1].partition("(")[0])
+    made = config(output_dir=str(tmp_path), use_cpu=True, report_to="none", **plan.settings)
+    assert made.model_init_kwargs == {"dtype": "float32"}
+    if other:
+        assert made.teacher_model_init_kwargs == {"dtype": "float32"}
+    if trainer in GENERATIONS:
+        own = {x.name: x.default for x in dataclasses.fields(config)}["num_generations"]
+        assert made.num_generations == (7 if "4:1,7" in options.values() else own)
+        assert own == GENERATIONS[trainer]
 
 
 def _module(trainer):
@@ -168,10 +321,12 @@ def _module(trainer):
     return trl
 
 
+def _parts(config, **options):
+    return Depths(Setting("llama", context=32, **options), config, "fastpo").estimate().parts
+
+
 def test_parts_are_what_they_are_called():
-    common = {"dtype": "bf16", "context": 32, "search": False}
-    plan = fastpo.plan_step(TWO, **common)
-    parts = plan.heads["fastpo"].estimate.parts
+    parts = _parts(TWO)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(TWO, dtype=torch.bfloat16)
     weights = sum(x.numel() * 2 for x in model.parameters())
@@ -179,8 +334,9 @@ def test_parts_are_what_they_are_called():
     assert parts["weights"] == weights + buffers
     assert parts["optimizer"] >= 2 * weights
     assert parts["device"] > 500 * MIB
-    lora = fastpo.plan_step(TWO, **common, lora="r=8").heads["fastpo"].estimate
-    assert lora.parts["optimizer"] < weights // 2 and lora.parts["reference"] == 0
+    assert _parts(TWO, optimizer="sgd")["optimizer"] == 0  # TRL's has no momentum
+    lora = _parts(TWO, lora=Lora(8))
+    assert lora["optimizer"] < weights // 2 and lora["reference"] == 0
 
 
 def test_less_where_less_is_kept():
@@ -191,7 +347,7 @@ def test_less_where_less_is_kept():
 
     def forward(**options):
         setting = Setting("llama", context=512, batch=4, **options)
-        return Session(setting, LLAMA, "fastpo").phases(setting)["forward"].total()
+        return Session(setting, THREE, "fastpo").phases(setting)["forward"].total()
 
     held = [forward(checkpointing=kind) for kind in ("offload", "layers", "none")]
     assert held == sorted(held) and len({*held}) == 3
@@ -220,17 +376,16 @@ def test_four_bits():
     assert parts[0] - parts[1] == saved
 
 
-@pytest.mark.parametrize("lora", [None, "r=8"])
+@pytest.mark.parametrize("lora", [None, Lora(8)])
 def test_what_shards_have_whole_at_once(lora):
     """Beside their part of everything: head and embeddings, two layers, gradients of those."""
     config = copy.deepcopy(LLAMA)
     config.num_hidden_layers = 3
-    common = {"dtype": "bf16", "context": 32, "search": False, "lora": lora}
-    one = fastpo.plan_step(config, **common).heads["fastpo"].estimate.parts
-    four = fastpo.plan_step(config, devices=4, strategy="fsdp2", **common)
-    found = four.heads["fastpo"].estimate.parts
+    one = _parts(config, lora=lora)
+    shards = {"devices": 4, "strategy": "fsdp2", "lora": lora}
+    found = _parts(config, **shards)
     assert found["weights"] == -(-one["weights"] // 4)
-    model = Session(four.setting, config, "fastpo").models.policy
+    model = Session(Setting("llama", **shards), config, "fastpo").models.policy
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
 
     def size(module, trained=False):
@@ -333,7 +488,9 @@ def test_a_ratio_says_how_prompts_are():
     assert "prompts of 2 rows" in str(shallow) and "shared_prompts=True" in str(shallow)
     grouped = planned("", trainer="grpo", prompt=0.25, batch=2).setting
     assert (grouped.prompt, grouped.prompt_rows) == (0.25, 8)
-    assert planned("1:1,4", trainer="rloo").setting.prompt_rows == 4
+    alone = planned("1:1,4", trainer="rloo").setting
+    assert (alone.batch, alone.prompt_rows) == (4, 4)  # a whole group
+    assert planned("", trainer="rloo").setting.prompt_rows == 2
 
 
 def test_cards():
