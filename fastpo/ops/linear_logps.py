@@ -120,7 +120,7 @@ def linear_logps(
             weight.requires_grad and not torch.compiler.is_compiling(),
         )
     fields = dict(zip(driver.Forward._fields, results, strict=True))
-    return TokenStats(**{name: handed_out(fields[name], labels.shape) for name in outputs})
+    return handed_out({name: fields[name] for name in outputs}, labels.shape)
 
 
 def _over_support(
@@ -140,7 +140,8 @@ def _over_support(
     if isinstance(support, Tensor):
         support = support.reshape(labels.numel(), support.shape[-1])
     stats = score_over(support, outside, *rows, inverse=inverse)
-    return TokenStats(*(None if x is None else x.view(labels.shape) for x in stats))
+    results = {name: x for name, x in stats._asdict().items() if x is not None}
+    return handed_out(results, labels.shape)
 
 
 def _spec(

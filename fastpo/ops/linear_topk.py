@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .rows import backend as R
 from .rows import registry
-from .stats import handed_out
 from .tiles.tiled import TileSource, tiled
 from .walks import topk as walk
 from .walks.checks import (
@@ -177,7 +176,9 @@ def best_words(
             None if exclude is None else exclude.reshape(-1),
             walk.TopKSpec(k, head, options.name),
         )
-    return TopK(values.view(*tokens, k), ids.view(*tokens, k), handed_out(lse, tokens))
+    if values.requires_grad:  # the caller may write into what the backward reads
+        ids, lse = ids.clone(), lse.clone()
+    return TopK(values.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))
 
 
 class _LinearTopK(torch.autograd.Function):

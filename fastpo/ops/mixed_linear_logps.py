@@ -142,8 +142,7 @@ def mix(
     with stays():
         results = _run(labels.reshape(-1), own, spec, *rows, *words, *biases)
     fields = dict(zip(OUTPUTS, results, strict=True))
-    found = {name: handed_out(fields[name], labels.shape) for name in options.outputs}
-    return TokenStats(**found)
+    return handed_out({name: fields[name] for name in options.outputs}, labels.shape)
 
 
 class _MixedLinearLogps(torch.autograd.Function):

@@ -25,7 +25,8 @@ class TokenStats(NamedTuple):
     lse: Tensor | None = None
 
 
-def handed_out(x: Tensor, shape: torch.Size) -> Tensor:
+def handed_out(results: dict[str, Tensor], shape: torch.Size) -> TokenStats:
     """Of that shape, the caller's to write into: the backward reads what was saved."""
-    x = x.view(shape)
-    return x.clone() if x.requires_grad else x
+    saved = any(x.requires_grad for x in results.values())
+    found = {name: x.view(shape) for name, x in results.items()}
+    return TokenStats(**{name: x.clone() if saved else x for name, x in found.items()})

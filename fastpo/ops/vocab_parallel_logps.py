@@ -104,8 +104,7 @@ def vocab_parallel_logps(
     else:
         tokens = count(len(rows), [rows], name=options.name, group=part.shard.group)
         stats = score_own(tokens, rows, part.weight, part.bias, targets, options, inverse)
-    found = {name: handed_out(getattr(stats, name), labels.shape) for name in outputs}
-    return TokenStats(**found)
+    return handed_out({name: getattr(stats, name) for name in outputs}, labels.shape)
 
 
 def score_own(

@@ -171,11 +171,11 @@ def test_results_are_the_callers_to_write_into(name, mesh):
     call, found = CALLS[name], []
     for in_place in (False, True):
         leaves = call.leaves()
-        outputs = [x for x in call.outputs(leaves) if x.requires_grad]
+        outputs = call.outputs(leaves)
         for i, x in enumerate(outputs):
             if in_place:
                 x[0] = 0
-            else:
+            elif x.requires_grad:
                 first = torch.zeros(len(x), dtype=torch.bool).index_fill(0, torch.tensor(0), True)
                 outputs[i] = x.masked_fill(first.view(-1, *(1,) * (x.dim() - 1)), 0)
         if call.trained:
@@ -183,3 +183,14 @@ def test_results_are_the_callers_to_write_into(name, mesh):
             found.append(torch.autograd.grad(loss(outputs), trained))
     for ours, expected in zip(*found, strict=True) if found else ():
         torch.testing.assert_close(ours, expected)
+
+
+def test_results_over_a_support_are_the_callers_as_well():
+    leaves = PRIMITIVES["linear_logps"].leaves()
+    support = leaves["words"].unsqueeze(1)
+    given = {"support": support, "outputs": ("logps", "entropy", "mean_logits")}
+    stats = fastpo.linear_logps(leaves["hidden"], leaves["weight"], leaves["words"], **given)
+    with torch.no_grad():
+        for x in (stats.logps, stats.entropy, stats.mean_logits):
+            x.zero_()
+    (stats.logps.sum() + stats.entropy.sum()).backward()

@@ -40,6 +40,8 @@ class _Acting(Loader):
 
     def __getattr__(self, name: str) -> Any:
         """What else it can: `pkgutil` asks for sources and data before the import."""
+        if name == "loader":
+            raise AttributeError(name)  # of an instance that is being made
         return getattr(self.loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:

@@ -164,9 +164,8 @@ class Packer:
         before = noise.states(device) if shares else []
         output = self.packed(own, inputs, layout)
         if shares and noise.moved(before, device):
-            self.draws[seen.modes] = True
-            why = "it drew noise in a forward, but not in its probe: once for rows that begin alike"
-            say_once(f"{name} shares no prompts from now on", why)
+            # By another thread, or by a schedule of its own: then it shared its noise this once.
+            self.draws.pop(seen.modes, None)
         return output
 
     def _count(self, ids: Any, layout: Layout | None) -> None:

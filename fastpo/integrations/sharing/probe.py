@@ -38,11 +38,18 @@ def check(packer: Any, model: Any, own: Any, device: torch.device) -> None:
 
 
 def draws(model: Any, own: Any, device: torch.device) -> bool:
-    """Does it draw noise in the mode it is in? The generators stay where they were."""
+    """Does it draw noise in the mode it is in? The generators stay where they were.
+
+    Asked of generators and of outputs: another thread may have drawn.
+    """
+    inputs = _inputs(model.config, device)
     with torch.no_grad(), _uncached(), noise.kept(device):
         before = noise.states(device)
-        own(**_inputs(model.config, device), use_cache=False)
-        return noise.moved(before, device)
+        found = own(**inputs, use_cache=False).last_hidden_state
+        if not noise.moved(before, device):
+            return False
+        again = own(**inputs, use_cache=False).last_hidden_state
+        return not torch.equal(found, again)
 
 
 def _set(modules: list[nn.Module], training: bool) -> None:

@@ -14,6 +14,7 @@ import torch
 from ..seams.seam import Make, Method, Seam
 from .head import light_passes
 from .metrics.deferring import deferred, settle
+from .objectives.base import ObjectiveTrainer
 
 _VERSIONS = ("1.15", "1.16")
 _LOSS = ("model", "inputs", "return_outputs")
@@ -24,6 +25,8 @@ class _Loss(Method):
     """While training, what runs without gradient beside the policy's own pass."""
 
     def __call__(self, trainer: Any, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        if isinstance(trainer, ObjectiveTrainer) and not trainer._fastpo.inside:
+            return trainer._objective_loss(model, inputs, return_outputs)  # asked past it, by name
         training = trainer.model.training and torch.is_grad_enabled()
         light = light_passes() if training else nullcontext()
         with light, deferred(trainer, self.original):

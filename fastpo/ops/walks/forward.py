@@ -180,11 +180,14 @@ def _write_direction(
     # The clamp keeps the lookup inside the weight where a label is another process's, or nobody's:
     # then its log-probability is NaN.
     labels = head.labels[a:b]
-    here = labels.clamp(0, head.plan.vocab - 1)
+    here = labels.clamp(0, max(head.plan.vocab - 1, 0))
     own = -torch.expm1(logps_of(state)) * logit_map.cap_slope(state[R.TARGET])
     if head.spec.shard is not None:
         own = own.where(here == labels, 0)
-    own = head.weight.index_select(0, here).float().mul_(own.unsqueeze(1))
+    if head.plan.vocab:
+        own = head.weight.index_select(0, here).float().mul_(own.unsqueeze(1))
+    else:  # of a head in shards, whose words are all in other processes
+        own = torch.zeros_like(weighted)
     own = head.sum_over_shards(own.sub_(weighted))
     direction[a:b] = own.mul_(logit_map.tempered(logit_map.factor, own))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -103,8 +105,26 @@ def test_noise_that_comes_later(caplog):
         model(**plain())
         handle.tokens.computed = 0
         model(**plain())
-    assert handle.tokens.computed == tokens()
-    assert "it drew noise in a forward, but not in its probe" in caplog.text
+    assert handle.tokens.computed == tokens() and SAID in caplog.text
+
+
+def test_another_thread_that_draws_is_no_noise_of_the_model(caplog):
+    model, done = llama().model.train(), threading.Event()
+
+    def draw():
+        while not done.is_set():
+            torch.rand(10)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        with shared_prompts(model, always=True) as handle:
+            for _ in range(3):
+                model(**plain())
+    finally:
+        done.set()
+        thread.join()
+    assert handle.tokens.saved > 0.3 and not caplog.records
 
 
 def test_checkpoints_are_asked_without_a_warning(recwarn):

@@ -416,8 +416,14 @@ def test_a_scripts_own_methods_stand_around_the_objective(tmp_path):
             processing_class=tiny.tokenizer(),
         )
 
+    class ByName(Halved):
+        def _compute_loss(self, model, inputs, return_outputs):
+            return trl.DPOTrainer._compute_loss(self, model, inputs, return_outputs) / 2
+
     with fastpo.patched(objective="dpo"):
         whole, half = (_trainers.train(built(kind))[0][0] for kind in (trl.DPOTrainer, Halved))
+        assert _trainers.train(built(ByName))[0][0]["loss"] == half["loss"]
+        seen.pop()
     assert half["loss"] == pytest.approx(whole["loss"] / 2, rel=1e-3)
     assert half["grad_norm"] == pytest.approx(whole["grad_norm"] / 2, rel=1e-4)
     assert seen == [(False, len(list(tiny.model("llama").parameters())))]

@@ -173,6 +173,78 @@ def test_a_scripts_own_loss_stands_around_the_objective(tmp_path):
     assert isinstance(built(Halved), Halved)
 
 
+def halved(self, *args, **kwargs):
+    logps, *rest = GRPOTrainer._get_per_token_logps_and_entropies(self, *args, **kwargs)
+    return logps * 0.5, *rest
+
+
+def chosen(advantages, per_token_logps, sampling_per_token_logps, mask, off_policy_threshold):
+    return (advantages >= 0).to(mask.dtype)
+
+
+def every_other(self, entropies, mask, threshold):
+    return mask.bool() & (torch.arange(mask.shape[1]) % 2 == 0)
+
+
+# What a script's own class makes of the scores and masks, which the loss is of.
+OWN_METHODS = {
+    "_get_per_token_logps_and_entropies": (halved, {}),
+    "get_off_policy_mask": (staticmethod(chosen), {"off_policy_mask_threshold": 0.01}),
+    "get_high_entropy_mask": (every_other, {"top_entropy_quantile": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", OWN_METHODS)
+def test_scores_and_masks_of_a_script(name, tmp_path, monkeypatch):
+    method, changes = OWN_METHODS[name]
+    kind = type("Own", (GRPOTrainer,), {name: method, "__module__": "script"})
+    monkeypatch.setattr(_trainers.module("GRPO"), "GRPOTrainer", kind)
+    expected = _trainers.train(trainer(tmp_path, loss_type="grpo", **changes))
+    with fastpo.patched(objective="grpo"):
+        found = _trainers.train(trainer(tmp_path, **changes))
+    _trainers.assert_same(without(found), without(expected))
+
+
+def test_names_of_a_script_are_its_own(tmp_path, monkeypatch):
+    class Counting(GRPOTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.step, self.terms, self.setting, self.needs, self._loss = 0, 1, 2, 3, 4
+
+        def training_step(self, *args, **kwargs):
+            self.step += 1
+            return super().training_step(*args, **kwargs)
+
+    monkeypatch.setattr(_trainers.module("GRPO"), "GRPOTrainer", Counting)
+    with fastpo.patched(objective="gspo"):
+        counting = trainer(tmp_path)
+        counting.train()
+    assert counting.step == 4
+
+
+def test_a_loss_that_goes_past_the_objective_is_an_error(tmp_path, monkeypatch):
+    class Past(GRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            return GRPOTrainer._compute_loss(self, model, inputs)
+
+    monkeypatch.setattr(_trainers.module("GRPO"), "GRPOTrainer", Past)
+    with fastpo.patched(objective="rloo"):
+        past = trainer(tmp_path)
+        with pytest.raises(RuntimeError, match=r"Past._compute_loss: expected a call of super\(\)"):
+            past.train()
+
+
+def test_a_constructor_that_is_wrapped_after_the_patch(tmp_path, monkeypatch):
+    """As tools that watch a training do."""
+    with fastpo.patched(objective="gspo"):
+        own = GRPOTrainer.__init__
+        monkeypatch.setattr(GRPOTrainer, "__init__", lambda *a, **k: own(*a, **k))
+        found = _trainers.train(trainer(tmp_path))
+        monkeypatch.undo()
+        expected = _trainers.train(trainer(tmp_path))
+    _trainers.assert_same(found, expected)
+
+
 REFUSED = {
     "epsilon": (
         {"objective": "gspo"},
@@ -196,7 +268,6 @@ REFUSED = {
         "vllm_importance_sampling_correction: expected none with gmpo, which has no is_weights",
     ),
     "values": ({"objective": "ppo_value"}, {}, "ppo_value: expected an objective of what GRPO"),
-    "pairs": ({"objective": "simpo"}, {}, "simpo: expected an objective of policy_gradient"),
     "mixing": ({"objective": "gspo", "mixing": 0.5}, {}, "mixing: expected none with GRPOTrainer"),
     "loss_type": ({"objective": "gspo"}, {"loss_type": "grpo"}, "loss_type: expected the default"),
     "unknown": ({}, {"loss_type": "nope"}, "nope"),
@@ -226,12 +297,19 @@ def test_what_no_trainer_takes_is_refused_at_once(key, message):
         fastpo.patch(objective=key)
 
 
-@pytest.mark.parametrize("kind", ["SFT", "GMPO"])
-def test_another_trainer_says_that_its_loss_is_its_own(kind, tmp_path, caplog):
-    changes = TWICE if kind == "GMPO" else {}
-    given = {"reward_funcs": _trainers.reward} if kind == "GMPO" else {}
+def of_pairs(chosen_logps, rejected_logps):
+    """A function of what GRPOTrainer has not."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [("SFT", "gspo"), ("GMPO", "gspo"), ("GRPO", "simpo"), ("GRPO", of_pairs)],
+)
+def test_another_trainer_says_that_its_loss_is_its_own(kind, objective, tmp_path, caplog):
+    changes = {} if kind == "SFT" else TWICE
+    given = {} if kind == "SFT" else {"reward_funcs": _trainers.reward}
     runs = []
-    for options in ({"objective": "gspo"}, {}):
+    for options in ({"objective": objective}, {}):
         with fastpo.patched(**options), caplog.at_level(logging.WARNING, "fastpo"):
             path = _trainers.saved(tmp_path)
             data = _trainers.DATA[kind]()

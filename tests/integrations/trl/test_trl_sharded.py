@@ -104,7 +104,7 @@ OURS_ALONE = {
 # Adapters on the head, where TRL's refusal stands, and SFT, of which a part runs through fastpo.
 NO_ZERO = ("dpo_lora_head", "dpo_dora_head", "cpo_lora_head", "sft_smoothed")
 # What is said of trainers that keep their logits, or their own divergence.
-ALONE_FSDP = {"cpo_lora_head": "expected a head of LoRA, got an adapter of type"}
+ALONE_FSDP = {"cpo_lora_head": "expected no adapter on a shard, got one"}
 ALONE_ZERO = dict.fromkeys(
     ("cpo", "orpo", "cpo_lora", "gkd", "distillation"),
     "expected a whole tensor, got a shard",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ....quantities import Quantities
 from .columns import ROWS, TEXTS, Carry
-from .needs import Needs, Setting, Term, total
+from .needs import Needs, Objective, Setting, Term, total
 from .passes import Pass
 
 Texts = dict[str, dict[str, Tensor]]  # "third" -> the rows of the batch's third texts
@@ -19,13 +20,44 @@ Texts = dict[str, dict[str, Tensor]]  # "third" -> the rows of the batch's third
 
 @contextmanager
 def standing_in(owner: Any, **attributes: Any) -> Iterator[None]:
-    """Attributes of a trainer or a config that TRL reads, for the length of one call."""
-    before = {name: getattr(owner, name) for name in attributes}
-    vars(owner).update(attributes)
+    """What is read of a trainer or a config for the length of one call: attributes, methods."""
+    held = vars(owner)
+    before = {name: held[name] for name in attributes if name in held}
+    held.update(attributes)
     try:
         yield
     finally:
-        vars(owner).update(before)
+        for name in attributes:
+            held.pop(name, None)
+        held.update(before)
+
+
+@dataclass
+class State:
+    """What a trainer of an objective knows, under one name: a script's class has names of its own.
+
+    own_terms: loss types of TRL, with weights. ran: has the objective's loss been asked for?
+    inside: is it computed now?
+    """
+
+    terms: list[Term]
+    own_terms: list[tuple[str, float]]
+    setting: Setting
+    needs: Needs
+    dataset_columns: tuple[str, ...]
+    precompute: bool = False
+    other_models: dict[str, list[Any]] = field(default_factory=dict)
+    kl_logps: Any = None
+    ran: bool = False
+    inside: bool = False
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        self.ran = self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
 
 
 class ObjectiveTrainer:
@@ -34,14 +66,21 @@ class ObjectiveTrainer:
     own: tuple[str, ...]  # TRL's loss types
     families: tuple[str, ...]
     sides: Mapping[str, str]  # side of a quantity -> the tokens of TRL's example it lies along
+    _fastpo: State
+    _objective_loss: Callable[..., Any]  # `_compute_loss`, also where TRL's is called past it
+
+    @classmethod
+    def takes(cls, function: Objective) -> bool:
+        """Or else its trainer keeps its own loss."""
+        return True
 
     def prepare_objective(
         self, terms: list[Term], own: list[tuple[str, float]], setting: Setting, dataset: Any
     ) -> None:
         """Before TRL's constructor."""
-        self.terms, self.own_terms, self.setting = terms, own, setting
-        self.needs = Needs.of(terms, tuple(self.sides), setting)
-        self.dataset_columns = () if dataset is None else tuple(next(iter(dataset)))
+        columns = () if dataset is None else tuple(next(iter(dataset)))
+        needs = Needs.of(terms, tuple(self.sides), setting)
+        self._fastpo = State(terms, own, setting, needs, columns)
 
     @contextmanager
     def configured(self, config: Any) -> Iterator[None]:
@@ -51,20 +90,31 @@ class ObjectiveTrainer:
     def finish_objective(self) -> None:
         """After TRL's constructor."""
 
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self._fastpo.ran = False
+        found = super().compute_loss(*args, **kwargs)  # type: ignore[misc]
+        if not self._fastpo.ran:
+            raise RuntimeError(
+                f"{type(self).__name__}._compute_loss: expected a call of super()._compute_loss, "
+                f"whose loss is {self._fastpo.terms[0].name}, got none"
+            )
+        return found
+
 
 class TextTrainer(ObjectiveTrainer):
     """Trainers on texts of a dataset: columns, further texts, references."""
 
     @property
     def needs_reference(self) -> bool:
-        return bool(self.own_terms) or self.needs.reference(self.dataset_columns)
+        state = self._fastpo
+        return bool(state.own_terms) or state.needs.reference(state.dataset_columns)
 
     @contextmanager
     def configured(self, config: Any) -> Iterator[None]:
         """TRL's constructor loads no reference model where none is asked for."""
         precompute = config.precompute_ref_log_probs
-        self.precompute = precompute and self.needs_reference
-        images = {"image", "images"} & set(self.dataset_columns)
+        self._fastpo.precompute = precompute and self.needs_reference
+        images = {"image", "images"} & set(self._fastpo.dataset_columns)
         none = precompute or not (self.needs_reference or images)
         with standing_in(config, precompute_ref_log_probs=none):
             yield
@@ -72,11 +122,11 @@ class TextTrainer(ObjectiveTrainer):
     def finish_objective(self) -> None:
         """After TRL's constructor."""
         trainer: Any = self
-        trainer.precompute_ref_logps = self.precompute
+        trainer.precompute_ref_logps = self._fastpo.precompute
         trainer.data_collator = self.carrying(trainer.data_collator)
-        self.other_models = {
-            name: [self._frozen(one) for one in self.setting.models(name)]
-            for name in self.setting.references
+        self._fastpo.other_models = {
+            name: [self._frozen(one) for one in self._fastpo.setting.models(name)]
+            for name in self._fastpo.setting.references
         }
 
     def _frozen(self, model: Any) -> Any:
@@ -92,31 +142,36 @@ class TextTrainer(ObjectiveTrainer):
         """The collator, and the columns and texts the objective asks for."""
         if isinstance(collator, Carry):
             return collator
-        names = [name for name in self.needs.columns() if name in self.dataset_columns]
-        texts = [text for text in TEXTS if self.needs.text(text)]
-        prompts = self.setting.score_prompts
+        names = [
+            name for name in self._fastpo.needs.columns() if name in self._fastpo.dataset_columns
+        ]
+        texts = [text for text in TEXTS if self._fastpo.needs.text(text)]
+        prompts = self._fastpo.setting.score_prompts
         return Carry(collator, names, self.sides, texts=texts, score_prompts=prompts)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         prepare = super()._prepare_dataset  # type: ignore[misc]
         for text in TEXTS:
-            if self.needs.text(text):
+            if self._fastpo.needs.text(text):
                 dataset = tokenized_text(text, dataset, prepare, processing_class, args)
         dataset = prepare(dataset, processing_class, args, name)
-        self.dataset_columns = tuple(next(iter(dataset)))
-        self.needs.check(self.dataset_columns)
+        self._fastpo.dataset_columns = tuple(next(iter(dataset)))
+        self._fastpo.needs.check(self._fastpo.dataset_columns)
         return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         trainer: Any = self
         super()._set_signature_columns_if_needed()  # type: ignore[misc]
-        ours = [*self.needs.columns(), *(f"{t}_{k}" for t in TEXTS for k in ("ids", "prompt_ids"))]
+        ours = [
+            *self._fastpo.needs.columns(),
+            *(f"{t}_{k}" for t in TEXTS for k in ("ids", "prompt_ids")),
+        ]
         known = trainer._signature_columns
         known += [name for name in ours if name not in known]
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         trainer: Any = self
-        if not self.precompute:
+        if not self._fastpo.precompute:
             return dataset
         collator = trainer.data_collator
         trainer.data_collator = self.carrying(collator)  # masks count here, too
@@ -127,7 +182,7 @@ class TextTrainer(ObjectiveTrainer):
 
     def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Texts]:
         """TRL's inputs, the columns, and the rows of further texts."""
-        columns = {name: inputs[name] for name in self.needs.columns() if name in inputs}
+        columns = {name: inputs[name] for name in self._fastpo.needs.columns() if name in inputs}
         texts = {
             text: {key: inputs[f"{text}_{key}"] for key in ROWS}
             for text in TEXTS
@@ -146,7 +201,7 @@ class TextTrainer(ObjectiveTrainer):
 
     def _add(self, result: Any, q: Quantities) -> Any:
         """TRL's loss, or its loss and outputs, plus the rows of the objectives."""
-        ours = total(self.terms, q)
+        ours = total(self._fastpo.terms, q)
         if isinstance(result, tuple):
             return result[0] + ours, *result[1:]
         return result + ours

@@ -141,7 +141,7 @@ class _Init(Method):
         seams: Mapping[str, Seam],
     ) -> None:
         super().__init__(original)
-        self.setting, self.mixin = setting, mixin
+        self.setting, self.mixin, self.seam = setting, mixin, seams["__init__"]
         for name, seam in seams.items():
             if name != "__init__":
                 seam.read()
@@ -150,8 +150,10 @@ class _Init(Method):
         arguments = inspect.signature(self.original).bind(trainer, *args, **kwargs).arguments
         config = arguments.get("args")
         setting, mixin = self.setting, self.mixin
-        unnamed = config is None and setting.objective is None
-        if unnamed or isinstance(trainer, ObjectiveTrainer) or self._has_own_loss(type(trainer)):
+        named = setting.objective is not None
+        others = named and not mixin.takes(setting.bound())
+        done = isinstance(trainer, ObjectiveTrainer) or self._has_own_loss(type(trainer))
+        if others or done or not (named or config is not None):
             return self.original(trainer, *args, **kwargs)
         if config is None:
             raise ValueError("args: expected a config beside fastpo.patch(objective=...), got None")
@@ -165,8 +167,9 @@ class _Init(Method):
         trainer.finish_objective()
 
     def _own(self, trainer: type) -> type:
-        """The class of TRL's that this constructor is of."""
-        return next(x for x in trainer.__mro__ if vars(x).get("__init__") is self)
+        """The class of TRL's that this constructor is of; somebody may have put another on top."""
+        name = self.seam.module, self.seam.name.removesuffix(".__init__")
+        return next(x for x in trainer.__mro__ if (x.__module__, x.__qualname__) == name)
 
     def _has_own_loss(self, trainer: type) -> bool:
         """Is it another trainer of TRL's, on top of this one?"""

@@ -53,6 +53,7 @@ class GroupTrainer(TextTrainer, DPOTrainer):
     own = ()
     families = ("groups",)
     sides = SINGLES
+    compute_loss = DPOTrainer.compute_loss  # a subclass may have a loss of its own
 
     def __init__(
         self,
@@ -81,17 +82,17 @@ class GroupTrainer(TextTrainer, DPOTrainer):
     def carrying(self, collator: Any) -> GroupCollator:
         if isinstance(collator, GroupCollator):
             return collator
-        return GroupCollator(
-            collator, [n for n in self.needs.columns() if n in self.dataset_columns]
-        )
+        state = self._fastpo
+        names = [name for name in state.needs.columns() if name in state.dataset_columns]
+        return GroupCollator(collator, names)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         present = next(iter(dataset))
         if "completions" not in present or not hasattr(dataset, "column_names"):
             got = ", ".join(present)
             raise ValueError(f"dataset: expected columns prompt and completions, got {got}")
-        self.dataset_columns = tuple(present)
-        self.needs.check(self.dataset_columns)
+        self._fastpo.dataset_columns = tuple(present)
+        self._fastpo.needs.check(self._fastpo.dataset_columns)
         whole = copy.copy(args)
         whole.max_length = None  # TRL would drop single completions
         rows = dataset.map(_pairs_of, batched=True, remove_columns=dataset.column_names)
@@ -117,19 +118,19 @@ class GroupTrainer(TextTrainer, DPOTrainer):
         if return_outputs:
             raise ValueError("return_outputs: expected False, groups have no logits to return")
         own = {key: inputs[key] for key in ("input_ids", "attention_mask", "completion_mask")}
-        given = {name: inputs[name] for name in self.needs.columns() if name in inputs}
+        given = {name: inputs[name] for name in self._fastpo.needs.columns() if name in inputs}
         given["groups"] = inputs["groups"]
         if self.needs_reference:
             run, sums = self._reference(own, {})
             given |= {"ref_token_logps": run.logps, "ref_logps": torch.cat(sums)}
         policy = Pass(model)
         output = policy(**self._arguments(own))
-        free = self.setting.reference_free
+        free = self._fastpo.setting.reference_free
         q = padded(policy.stats, policy.mask, sides=("",), reference_free=free) | given
         count = len(inputs["group_sizes"])
-        function = self.terms[0].function
+        function = self._fastpo.terms[0].function
         counts = "num_groups" in inspect.signature(function).parameters
-        loss = total(self.terms, q, **({"num_groups": count} if counts else {}))
+        loss = total(self._fastpo.terms, q, **({"num_groups": count} if counts else {}))
         if self.aux_loss_enabled:
             loss = loss + self.router_aux_loss_coef * output.aux_loss
         self._log_groups(q, inputs, count)
@@ -145,7 +146,7 @@ class GroupTrainer(TextTrainer, DPOTrainer):
     @torch.no_grad()
     def _log_groups(self, q: Quantities, inputs: Mapping[str, Any], count: int) -> None:
         policy, mask = q["logps"], q["mask"]
-        rewards = self.terms[0].beta * q["logratios" if "logratios" in q else "logps"]
+        rewards = self._fastpo.terms[0].beta * q["logratios" if "logratios" in q else "logps"]
         values = {
             "entropy": (q["entropy"] * mask).sum() / mask.sum().clamp(min=1),
             "logps/mean": policy.mean(),

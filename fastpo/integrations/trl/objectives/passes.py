@@ -29,6 +29,8 @@ class Pass:
 
     def __getattr__(self, name: str) -> Any:
         """Of the model: a script's own methods are given this in its place."""
+        if name == "model":
+            raise AttributeError(name)  # of an instance that is being made
         return getattr(self.model, name)
 
     def __call__(self, **arguments: Any) -> Any:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from ....objectives._registry import unwrap
+from ....objectives._registry import entry_of, unwrap
 from ....quantities import Quantities
 from .base import ObjectiveTrainer, standing_in
 from .columns import SINGLES
-from .needs import CONFIGURED, Setting, Term, default_of, total
+from .needs import CONFIGURED, Objective, Setting, Term, default_of, required_of, total
 
 _GIVEN = (
     "token_logps",
@@ -29,6 +29,7 @@ _GIVEN = (
 )
 # Options of GRPOConfig that weigh or leave out tokens, as `is_weights` do.
 _WEIGHING = ("top_entropy_quantile", "off_policy_mask_threshold")
+_OTHERS = ("use_adaptive_entropy", "use_liger_kernel")
 _LEVELS = ("token", "sequence")  # of TRL
 
 
@@ -41,6 +42,18 @@ class _Step:
     aux_loss: Tensor | None = None  # 0-d, of a router
     weights: list[Tensor] = field(default_factory=list)  # masks, [N, T] or [N, 1]
 
+    def scored(self, found: tuple[Tensor, Tensor, Tensor | None]) -> None:
+        self.logps, self.entropy, self.aux_loss = found
+
+
+def _noted(method: Callable[..., Any], note: Callable[[Any], None]) -> Callable[..., Any]:
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        found = method(*args, **kwargs)
+        note(found)
+        return found
+
+    return noted
+
 
 class PolicyTrainer(ObjectiveTrainer):
     """Objectives of policy gradient on TRL's rollouts and advantages, with TRL's metrics."""
@@ -48,14 +61,21 @@ class PolicyTrainer(ObjectiveTrainer):
     own = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
     families = ("policy_gradient",)
     sides = SINGLES
-    step: _Step | None = None  # while TRL's `_compute_loss` runs
+
+    @classmethod
+    def takes(cls, function: Objective) -> bool:
+        """Not one of another family, or a function of what only other trainers have."""
+        entry = entry_of(function)
+        if entry is not None:
+            return entry.family in cls.families
+        return required_of(function).issubset(_GIVEN)
 
     def prepare_objective(
         self, terms: list[Term], own: list[tuple[str, float]], setting: Setting, dataset: Any
     ) -> None:
         super().prepare_objective(terms, own, setting, None)  # of which nothing is asked
         name = terms[0].name
-        if foreign := self.needs.required.difference(_GIVEN):
+        if foreign := self._fastpo.needs.required.difference(_GIVEN):
             raise ValueError(
                 f"{name}: expected an objective of what GRPOTrainer has, {', '.join(_GIVEN)}; got "
                 f"one of {min(foreign)}"
@@ -69,17 +89,19 @@ class PolicyTrainer(ObjectiveTrainer):
     def configured(self, config: Any) -> Iterator[None]:
         """TRL loads its reference, and scores with it, where the objective asks for one."""
         self._refuse(config)
-        reference = "ref_token_logps" in self.needs.required
+        reference = "ref_token_logps" in self._fastpo.needs.required
         # A beta of 0 would say that nobody asks for one.
-        beta = (self.terms[0].beta or 1.0) if reference else 0.0
+        beta = (self._fastpo.terms[0].beta or 1.0) if reference else 0.0
         with standing_in(config, beta=beta, entropy_coef=0.0, loss_type="grpo"):
             yield
 
     def _refuse(self, config: Any) -> None:
         """Options of TRL's own losses that the objective would not hear of."""
-        name, known = self.terms[0].name, self._parameters()
-        by_key = self.setting.objective is None
-        changed = {x: value for x, value in vars(config).items() if value != default_of(config, x)}
+        name, known = self._fastpo.terms[0].name, self._parameters()
+        by_key = self._fastpo.setting.objective is None
+        options = {*CONFIGURED.values(), *_WEIGHING, *_OTHERS} & vars(config).keys()
+        values = {x: getattr(config, x) for x in options}
+        changed = {x: value for x, value in values.items() if value != default_of(config, x)}
         for parameter, option in CONFIGURED.items():
             if option in changed and not (by_key and parameter in known):
                 hint = f", whose {parameter} is given beside it" if parameter in known else ""
@@ -87,13 +109,13 @@ class PolicyTrainer(ObjectiveTrainer):
                     f"{option}: expected {default_of(config, option)} with {name}{hint}, got "
                     f"{changed[option]}"
                 )
-        for option in ("use_adaptive_entropy", "use_liger_kernel"):
+        for option in _OTHERS:
             if changed.get(option):
                 raise ValueError(f"{option}: expected False with {name}, got True")
         weighing = [option for option in _WEIGHING if option in changed]
         if config.use_vllm and config.vllm_importance_sampling_correction:
             weighing.append("vllm_importance_sampling_correction")
-        if weighing and "is_weights" not in self.needs.names:
+        if weighing and "is_weights" not in self._fastpo.needs.names:
             option = weighing[0]
             raise ValueError(
                 f"{option}: expected none with {name}, which has no is_weights, got "
@@ -102,7 +124,7 @@ class PolicyTrainer(ObjectiveTrainer):
 
     def _parameters(self) -> Mapping[str, Any]:
         """Of the objective: hyperparameter -> what is bound to it, or its default."""
-        base, bound = unwrap(self.terms[0].function)
+        base, bound = unwrap(self._fastpo.terms[0].function)
         named = {
             name: parameter.default
             for name, parameter in inspect.signature(base).parameters.items()
@@ -110,35 +132,25 @@ class PolicyTrainer(ObjectiveTrainer):
         }
         return named | {name: value for name, value in bound.items() if name in named}
 
-    def get_high_entropy_mask(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._noted(super().get_high_entropy_mask(*args, **kwargs))  # type: ignore[misc]
-
-    def get_off_policy_mask(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self._noted(super().get_off_policy_mask(*args, **kwargs))  # type: ignore[misc]
-
-    def _noted(self, weights: Tensor) -> Tensor:
-        if self.step is not None:
-            self.step.weights.append(weights)
-        return weights
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # type: ignore[misc]
-        if self.step is not None:
-            self.step.logps, self.step.entropy, self.step.aux_loss = found
-        return found
-
-    def _compute_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+    def _objective_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         trainer: Any = self
+        step = _Step()
         kl = {"use_bias_correction_kl": bool(self._parameters().get("unbiased_kl"))}
-        step = self.step = _Step()
-        try:
-            with standing_in(self, **self._trl_attributes()), standing_in(trainer.args, **kl):
-                super()._compute_loss(model, inputs)  # type: ignore[misc]
-        finally:
-            self.step = None
-        return self._loss(step, inputs)
+        # As TRL calls them, whoever they are of.
+        noting: dict[str, Callable[[Any], None]] = {
+            "_get_per_token_logps_and_entropies": step.scored,
+            "get_high_entropy_mask": step.weights.append,
+            "get_off_policy_mask": step.weights.append,
+        }
+        methods = {name: _noted(getattr(self, name), note) for name, note in noting.items()}
+        standing = {**self._trl_attributes(), **methods}
+        with self._fastpo.running(), standing_in(self, **standing), standing_in(trainer.args, **kl):
+            super()._compute_loss(model, inputs)  # type: ignore[misc]
+        return self._fastpo_loss(step, inputs)
 
-    def _loss(self, step: _Step, inputs: Mapping[str, Any]) -> Tensor:
+    _compute_loss = _objective_loss
+
+    def _fastpo_loss(self, step: _Step, inputs: Mapping[str, Any]) -> Tensor:
         trainer: Any = self
         training = trainer.model.training
         steps = trainer.current_gradient_accumulation_steps if training else 1
@@ -150,7 +162,7 @@ class PolicyTrainer(ObjectiveTrainer):
             # TRL's count is that of a batch of generations: of all its steps, of all processes.
             tokens = inputs["num_items_in_batch"] / trainer.accelerator.num_processes
             options["num_tokens"] = tokens / (trainer.args.steps_per_generation if training else 1)
-        loss = total(self.terms, self._quantities(step, inputs), **options)
+        loss = total(self._fastpo.terms, self._quantities(step, inputs), **options)
         if trainer.aux_loss_enabled:
             loss = loss + trainer.router_aux_loss_coef * step.aux_loss
         return loss / steps

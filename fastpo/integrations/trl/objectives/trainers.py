@@ -51,10 +51,10 @@ class PairTrainer(TextTrainer):
         for name, (default, transform) in _TRANSFORMS.items():
             if getattr(config, name) != default:
                 raise ValueError(
-                    f"{name}: expected {default} with {self.terms[0].name}, got "
+                    f"{name}: expected {default} with {self._fastpo.terms[0].name}, got "
                     f"{getattr(config, name)}; fastpo.objectives.compose has {transform}"
                 )
-        config.use_weighting = self.needs.asks("log_sum_sq_probs")
+        config.use_weighting = self._fastpo.needs.asks("log_sum_sq_probs")
         try:
             with super().configured(config):
                 yield
@@ -62,13 +62,19 @@ class PairTrainer(TextTrainer):
             config.use_weighting = False
         vars(self)["use_weighting"] = False
 
-    def _compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+    def _objective_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+        with self._fastpo.running():
+            return self._fastpo_loss(model, inputs, return_outputs)
+
+    _compute_loss = _objective_loss
+
+    def _fastpo_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         own, columns, texts = self._split(inputs)
         given: dict[str, Any] = dict(columns)
         pairs = len(own["input_ids"]) // 2
         zeros = torch.zeros(pairs, dtype=torch.float32, device=own["input_ids"].device)
         reference, sums = None, (zeros, zeros)
-        if self.needs_reference and not self.precompute:
+        if self.needs_reference and not self._fastpo.precompute:
             reference, sums = self._reference(own, texts)
             tokens = reference.logps.chunk(len(reference.logps) // pairs)
             given |= {f"ref_{side}_token_logps": x for side, x in zip(PAIRS, tokens, strict=False)}
@@ -88,16 +94,20 @@ class PairTrainer(TextTrainer):
     def _trl_attributes(self) -> dict[str, Any]:
         """TRL's own loss types stay, on reference sums that are given; rewards get our beta."""
         attributes = {
-            "loss_types": [name for name, _ in self.own_terms],
-            "loss_weights": [weight for _, weight in self.own_terms],
+            "loss_types": [name for name, _ in self._fastpo.own_terms],
+            "loss_weights": [weight for _, weight in self._fastpo.own_terms],
             "precompute_ref_logps": True,
         }
-        return attributes if self.own_terms else attributes | {"beta": self.terms[0].beta}
+        return (
+            attributes
+            if self._fastpo.own_terms
+            else attributes | {"beta": self._fastpo.terms[0].beta}
+        )
 
     def _quantities(self, policy: Pass, given: Mapping[str, Any], rows: int) -> Quantities:
         assert policy.stats is not None
         stats = TokenStats(*(None if x is None else x[:rows] for x in policy.stats))
-        free = self.setting.reference_free
+        free = self._fastpo.setting.reference_free
         return padded(stats, policy.mask[:rows], reference_free=free) | given
 
     def _beside(self, policy: Pass, reference: Pass | None, pairs: int) -> dict[str, Any]:
@@ -105,15 +115,15 @@ class PairTrainer(TextTrainer):
         found = {}
         if reference is not None:
             found["token_kl"] = token_kl(policy, reference)
-            if self.setting.mixing is not None:
-                tokens = mixed(policy, reference, self.setting.mixing)
+            if self._fastpo.setting.mixing is not None:
+                tokens = mixed(policy, reference, self._fastpo.setting.mixing)
                 found["logps"] = lambda: tokens().sum(1)
         by_name: dict[str, Any] = {}
         for kind, compute in found.items():
             prefix = "mixed_" if kind == "logps" else ""
             for i, side in enumerate(PAIRS):
                 by_name[f"{prefix}{side}_{kind}"] = _part(compute, i * pairs, (i + 1) * pairs)
-        drawn = alternatives(policy, self.setting.alternatives)
+        drawn = alternatives(policy, self._fastpo.setting.alternatives)
         by_name["rejected_alternative_token_logps"] = _part(drawn, pairs, 2 * pairs)
         return by_name
 
@@ -135,7 +145,7 @@ class PairTrainer(TextTrainer):
         """`prev_*` [B] of one model, `history_*` [K, B] of several."""
         trainer: Any = self
         found = {}
-        for name, models in self.other_models.items():
+        for name, models in self._fastpo.other_models.items():
             sums = [trainer.compute_ref_log_probs(model, own) for model in models]
             for i, side in enumerate(PAIRS):
                 each = [pair[i] for pair in sums]
@@ -157,22 +167,28 @@ class SingleTrainer(TextTrainer):
     @contextmanager
     def configured(self, config: Any) -> Iterator[None]:
         """TRL estimates the KL of mismatched rows for every name but this one."""
-        asks = "kl_logratios" in self.needs.names
+        asks = "kl_logratios" in self._fastpo.needs.names
         loss_type = "kto" if asks else "apo_zero_unpaired"
         with standing_in(config, loss_type=loss_type), super().configured(config):
             yield
 
     def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
         plain = getattr(model, "model", model) if isinstance(model, Pass) else model
-        self.kl_logps = super()._compute_kl_logps(plain, batch)  # type: ignore[misc]
-        return self.kl_logps
+        self._fastpo.kl_logps = super()._compute_kl_logps(plain, batch)  # type: ignore[misc]
+        return self._fastpo.kl_logps
 
-    def _compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+    def _objective_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
+        with self._fastpo.running():
+            return self._fastpo_loss(model, inputs, return_outputs)
+
+    _compute_loss = _objective_loss
+
+    def _fastpo_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         trainer: Any = self
         own, columns, texts = self._split(inputs)
         given: dict[str, Any] = {**columns, "labels": own["label"].bool()}
         reference = None
-        if self.needs_reference and not self.precompute:
+        if self.needs_reference and not self._fastpo.precompute:
             reference, (own["ref_logps"], kl) = self._reference(own, texts)
             given["ref_token_logps"] = reference.logps
             if kl is not None:
@@ -181,16 +197,20 @@ class SingleTrainer(TextTrainer):
             given["ref_logps"] = own["ref_logps"]
         own.setdefault("ref_logps", torch.zeros_like(own["label"], dtype=torch.float32))
         policy = Pass(model, list(texts.values()))
-        zero = {"desirable_weight": 0.0, "undesirable_weight": 0.0, "beta": self.terms[0].beta}
+        zero = {
+            "desirable_weight": 0.0,
+            "undesirable_weight": 0.0,
+            "beta": self._fastpo.terms[0].beta,
+        }
         standing = {"loss_type": "apo_zero_unpaired", "precompute_ref_logps": True, **zero}
         with standing_in(self, **standing):
             result = super()._compute_loss(policy, own, return_outputs)  # type: ignore[misc]
         if trainer.calculate_KL:
-            mean = (self.kl_logps - own["ref_KL_logps"]).mean()
+            mean = (self._fastpo.kl_logps - own["ref_KL_logps"]).mean()
             given["kl_logratios"] = trainer.accelerator.gather_for_metrics(mean).mean().view(1)
         if reference is not None:
             divergence = token_kl(policy, reference)
             given["forward_kl"] = lambda: divergence().sum(1)
-        free = self.setting.reference_free
+        free = self._fastpo.setting.reference_free
         q = padded(policy.stats, policy.mask, sides=("",), reference_free=free) | given
         return self._add(result, q)
