@@ -36,9 +36,9 @@ demo-real: $(REAL)
 	$(BIN)/fastpo demo --model smollm2 --lora --learning-rate 3e-4 --steps 12 --batch-size 2 \
 	  --eval-rows 8 --overwrite
 
-# A file stays in one worker: its costly fixtures are built once. Their order is tests/conftest.py's.
+# A file stays in one worker: its costly fixtures are built once.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # Drawn anew each time: EXAMPLES of every target; SEED=<as printed> draws the same again.
 EXAMPLES := 1000

@@ -53,23 +53,6 @@ if not torch.cuda.is_available():
         interpreter.InterpretedFunction.__call__ = call
 
 
-# Of few tests, and long: begun last, as by pytest-xdist, one of them keeps other workers waiting.
-LONGEST = (
-    "test_plan_step.py",
-    "test_real_model.py",
-    "test_triton_kernels.py",
-    "test_run.py",
-    "test_packaging.py",
-    "test_demo.py",
-    "test_trl_sharded.py",
-    "test_emulated_rows.py",
-)
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONGEST)
-
-
 def pytest_collection_finish():
     """Imports stay: a trainer collects garbage at its start, a third of a test's time."""
     gc.freeze()

@@ -205,10 +205,3 @@ def test_no_two_files_of_tests_share_a_name():
     """pytest imports them by it, and collects nothing from the second one."""
     names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name != "conftest.py"]
     assert sorted({name for name in names if names.count(name) > 1}) == []
-
-
-def test_the_longest_files_of_tests_are_there():
-    from conftest import LONGEST
-
-    names = {path.name for path in (ROOT / "tests").rglob("test_*.py")}
-    assert set(LONGEST) <= names
