@@ -17,19 +17,14 @@ import _tiny as tiny
 import torch
 import transformers
 import trl
+from _plans import LLAMA, SHALLOW, SIZES, THREE, TWO
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
-    DeepseekV3Config,
-    Gemma3TextConfig,
-    Gemma4TextConfig,
     GPT2Config,
     Llama4TextConfig,
     LlamaConfig,
-    LongcatFlashConfig,
     MixtralConfig,
-    Qwen2MoeConfig,
-    Qwen3MoeConfig,
 )
 
 import fastpo
@@ -37,26 +32,14 @@ from fastpo import cli
 from fastpo.planning import fits
 from fastpo.planning.cards import CARDS, memory_of
 from fastpo.planning.estimate import Estimate, Session
-from fastpo.planning.fits import Depths, cut, depths
+from fastpo.planning.fits import Depths
 from fastpo.planning.live import Live
 from fastpo.planning.measure import measure
-from fastpo.planning.models import Fake, fake, size_of
+from fastpo.planning.models import Fake, fake
 from fastpo.planning.names import GENERATIONS, TRAINERS
 from fastpo.planning.setting import HEADS, Lora, Setting
 from fastpo.planning.steps import batch_of, layout_for
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 3000,
-}
-LLAMA = LlamaConfig(**SIZES, num_hidden_layers=5)
-THREE = LlamaConfig(**SIZES, num_hidden_layers=3)
-TWO = LlamaConfig(**SIZES, num_hidden_layers=2)
-SHALLOW = LlamaConfig(**SIZES, num_hidden_layers=1)
 MIB = 2**20
 
 
@@ -83,100 +66,6 @@ def test_what_is_alive_is_counted():
     live.shrink(x, 100)
     del x, y
     assert (live.bytes["other"], live.bytes["moved"]) == (0, 0)
-
-
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-
-
-def _windows(layers):
-    return [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
-
-
-def _gemma4(layers, shared):
-    """With keys of their own in the first layers only."""
-    return Gemma4TextConfig(
-        **SIZES, num_hidden_layers=layers, num_kv_shared_layers=shared,
-        layer_types=["full_attention"] * layers, vocab_size_per_layer_input=100,
-        hidden_size_per_layer_input=16,
-    )  # fmt: skip
-
-
-CONFIGS = {
-    "llama": (LLAMA, {}),
-    "lora": (LLAMA, {"lora": Lora()}),
-    "checkpointed": (LLAMA, {"checkpointing": "layers", "context": 96}),
-    "shared": (LLAMA, {"prompt_rows": 2, "prompt": 0.8}),
-}
-UNLIKE = {
-    "windows": Gemma3TextConfig(
-        **SIZES, num_hidden_layers=7, sliding_window=16, layer_types=_windows(7)
-    ),
-    "experts in some": Qwen2MoeConfig(
-        **SIZES, **EXPERTS, num_hidden_layers=7, decoder_sparse_step=2,
-        shared_expert_intermediate_size=64,
-    ),
-    "dense ones first": Qwen3MoeConfig(
-        **SIZES, **EXPERTS, num_hidden_layers=6, mlp_only_layers=[0, 1]
-    ),
-    "shared keys": _gemma4(6, 4),
-    "last ones keep keys": _gemma4(5, 0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "head"), [*((name, "fastpo") for name in CONFIGS), ("llama", "trl"), ("lora", "trl")]
-)
-def test_all_layers_from_a_few(name, head):
-    _check_all_layers(name, head, *CONFIGS[name])
-
-
-@pytest.mark.parametrize("name", UNLIKE)
-def test_all_layers_from_a_few_of_each_kind(name):
-    _check_all_layers(name, "fastpo", UNLIKE[name], {})
-
-
-def _check_all_layers(name, head, config, options):
-    setting = Setting(name, dtype="bf16", batch=3, **{"context": 48, **options})
-    depths = Depths(setting, config, head)
-    assert len(depths.sessions) == 2
-    torch.manual_seed(0)  # where words are looked at
-    whole = Session(setting, config, head)
-    phases = whole.phases(setting)
-    found = depths.estimate()
-    assert found.phases == {phase: held.total() for phase, held in phases.items()}
-    assert sum(found.parts.values()) == found.peak
-
-
-DEEP = {
-    "llama": (LlamaConfig(**SIZES, num_hidden_layers=40), [3, 4]),
-    "interval": (
-        Qwen2MoeConfig(**SIZES, **EXPERTS, num_hidden_layers=24, decoder_sparse_step=2), [4, 6]
-    ),
-    "in between": (
-        Qwen3MoeConfig(**SIZES, **EXPERTS, num_hidden_layers=24, mlp_only_layers=[5, 6, 7]),
-        [10, 11],
-    ),
-    "first": (
-        DeepseekV3Config(
-            vocab_size=300, hidden_size=32, num_hidden_layers=20, first_k_dense_replace=5
-        ),
-        [7, 8],
-    ),
-    "two in a layer": (LongcatFlashConfig(vocab_size=300, hidden_size=32, num_layers=6), [12]),
-    "shared keys": (_gemma4(30, 20), [12, 13]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DEEP)
-def test_no_layers_are_taken_for_others(name):
-    config, expected = DEEP[name]
-    setting = Setting(name)
-    kept = depths(setting, config)
-    assert [len(x) for x in kept] == expected
-    first, last = (size_of(setting, cut(config, x)) for x in (kept[0], kept[-1]))
-    beyond = config.num_hidden_layers - len(kept[0])
-    more = (last - first) * beyond // (len(kept[-1]) - len(kept[0])) if beyond else 0
-    assert first + more == size_of(setting, config)
 
 
 def test_experts_of_any_dtype():
@@ -269,23 +158,6 @@ def test_as_a_step_holds(name):
     assert told > 50 * MIB
     held = measure(setting, config, "fastpo", teacher)
     assert told == pytest.approx(held, rel=0.15, abs=10 * MIB)
-
-
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("trainer", ["gkd", "distillation"])
-def test_a_teacher_of_many_layers_from_a_few(trainer, head):
-    teacher = copy.deepcopy(LLAMA)
-    teacher.update({"hidden_size": 96, "num_hidden_layers": 5})
-    student = copy.deepcopy(LLAMA)
-    student.num_hidden_layers = 3
-    setting = Setting("student", trainer=trainer, context=48, batch=2)
-    whole = Session(setting, student, head, teacher).phases(setting)
-    found = Depths(setting, student, head, teacher).estimate()
-    assert found.phases == {phase: held.total() for phase, held in whole.items()}
-    with torch.device("meta"):
-        own = transformers.AutoModelForCausalLM.from_config(teacher, dtype=torch.bfloat16)
-    expected = sum(x.numel() * x.itemsize for x in (*own.parameters(), *own.buffers()))
-    assert found.parts["reference"] == expected
 
 
 PASTED = {

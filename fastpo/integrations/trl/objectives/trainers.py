@@ -98,11 +98,9 @@ class PairTrainer(TextTrainer):
             "loss_weights": [weight for _, weight in self._fastpo.own_terms],
             "precompute_ref_logps": True,
         }
-        return (
-            attributes
-            if self._fastpo.own_terms
-            else attributes | {"beta": self._fastpo.terms[0].beta}
-        )
+        if self._fastpo.own_terms:
+            return attributes
+        return attributes | {"beta": self._fastpo.terms[0].beta}
 
     def _quantities(self, policy: Pass, given: Mapping[str, Any], rows: int) -> Quantities:
         assert policy.stats is not None
