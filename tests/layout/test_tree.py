@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastpo.layout.cost import LayerCost, is_worth
@@ -15,6 +15,8 @@ ROWS = st.lists(
     min_size=1,
     max_size=12,
 )
+# A branch off a branch, then one that leaves before it: drawn ones seldom are.
+FORKS = [(0, [0, 0, 0, 0]), (0, [0, 0, 1, 1]), (0, [0, 1, 0, 1])]
 
 
 def padded(rows):
@@ -45,14 +47,17 @@ def test_every_distinct_token_once(rows):
 
 
 @given(ROWS, st.booleans(), st.sampled_from([1, 3]))
+@example(FORKS, True, 1)
 def test_rows_spell_their_tokens(rows, share, least):
     ids, mask = padded(rows)
     layout = layout_of(ids, mask, share=share, least=least)
     packed, positions = layout.pack(ids)[0], layout.positions
     expected = {(column, *tokens) for column, tokens in rows}
     found, end = set(), 0
-    for row in layout.rows:
+    keys = layout.keys.index.split(layout.lengths)
+    for row, whole in zip(layout.rows, keys, strict=True):
         path = torch.cat([torch.arange(r.source, r.source + r.length) for r in row.path])
+        assert torch.equal(whole, path)
         assert len(path) == row.length and path[row.shared :].tolist() == list(
             range(end, end + row.owned)
         )
@@ -67,6 +72,7 @@ def test_rows_spell_their_tokens(rows, share, least):
 
 
 @given(ROWS, st.booleans())
+@example(FORKS, True)
 def test_the_tree_says_who_sees_whom(rows, share):
     """A token of a row sees those before it on the row's path, and no others."""
     ids, mask = padded(rows)

@@ -157,6 +157,8 @@ def test_for_objective():
         "margins",
     ]
     assert list(q.for_objective(get("dpo", beta=1.0))) == list(q.for_objective(get("dpo")))
+    # A hyperparameter is no column.
+    assert "beta" not in (q | {"beta": a}).for_objective(get("dpo"))
     more = q | {"soft_labels": a + 1, "unused": None}
     assert "soft_labels" in more.for_objective(get("dpo"))
     assert "unused" not in more
@@ -268,8 +270,10 @@ def test_shapes():
     empty = quantities.padded(stats(0, T), mask(0, T), reference_free=True)
     assert empty.rows(get("dpo")).shape == (0,)
     nothing = quantities.packed(stats(0), torch.tensor([0, 0, 0]), width=2, reference_free=True)
-    assert nothing["chosen_token_logps"].shape == (1, 2)
+    assert torch.equal(nothing["chosen_token_logps"], torch.zeros(1, 2, dtype=torch.float64))
     assert nothing.rows(get("simpo")).isfinite().all()
+    no_rows = quantities.packed(stats(4), torch.tensor([0]), reference_free=True)
+    assert no_rows.rows(get("dpo")).shape == (0,)
 
 
 def test_no_value_is_read_on_the_host():
