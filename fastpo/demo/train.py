@@ -62,14 +62,16 @@ def warm_up(job: Job, emit: Emit) -> None:
         for row in job.read_rows()["train"]
         for side in ("chosen", "rejected")
     ]
+    recorder = Recorder(emit, frozenset())
     with _head(job):
         trainer = SFTTrainer(
             AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
             args=SFTConfig(**arguments(job)),
             train_dataset=Dataset.from_list(rows),
             processing_class=AutoTokenizer.from_pretrained(job.tokenizer),
-            callbacks=[Recorder(emit, frozenset())],
+            callbacks=[recorder],
         )
+        recorder.memory.loaded()
         trainer.train()
     _save(trainer, job)
 
@@ -80,6 +82,7 @@ def prefer(job: Job, emit: Emit) -> None:
     chosen = Objective(**(job.objective or {}))
     own = chosen.loss_type is None
     setting = Setting(chosen.key, chosen.hyperparameters) if own else Setting()
+    recorder = Recorder(emit, schedule(job))
     with _head(job), objectives_only(setting):
         trainer = DPOTrainer(
             job.model,
@@ -88,8 +91,9 @@ def prefer(job: Job, emit: Emit) -> None:
             eval_dataset=Dataset.from_list(rows["held_out"]),
             processing_class=AutoTokenizer.from_pretrained(job.tokenizer),
             peft_config=_adapter() if job.lora else None,
-            callbacks=[Recorder(emit, schedule(job))],
+            callbacks=[recorder],
         )
+        recorder.memory.loaded()
         if job.out is not None:
             emit(prefers_chosen_before=preference(trainer, emit))
         trainer.train()

@@ -16,7 +16,7 @@ import torch
 import transformers
 
 from fastpo import cli
-from fastpo.demo import answers, data, jobs, prepare, report, run, smollm2, train
+from fastpo.demo import answers, data, jobs, memory, prepare, report, run, smollm2, train
 from fastpo.demo.errors import DemoError
 from fastpo.demo.jobs import Job
 from fastpo.demo.options import Options
@@ -189,3 +189,18 @@ def test_an_answer_is_one_paragraph():
     before, after = (report.paragraph(told, part) for part in ("before", "after"))
     assert before == "before   a  [2Jb"
     assert max(map(len, after.split("\n"))) <= 100 and after.split("\n")[1].startswith(9 * " ")
+
+
+def test_memory_of_an_evaluation_before_does_not_make_the_training_look_smaller(job, monkeypatch):
+    resident = {"VmRSS": 100, "VmHWM": 100}
+
+    def evaluated(*_):
+        resident.update(VmRSS=140, VmHWM=150)  # the allocator keeps what is freed
+        return 0.5
+
+    monkeypatch.setattr(memory, "_status", resident.get)
+    monkeypatch.setattr(train, "preference", evaluated)
+    events = []
+    train.prefer(job, lambda **event: events.append(event))
+    (figures,) = (event["memory"] for event in events if "memory" in event)
+    assert (figures["before"], figures["increase"]) == (100, 50)
