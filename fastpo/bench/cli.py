@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,12 @@ def _guarded(name: str, run: Callable[[argparse.Namespace], int]) -> Any:
             if error.filename is None:
                 raise  # of no file that was named
             why = f"{error.filename}: {error.strerror}"
+        except RuntimeError as error:
+            from .process import for_memory
+
+            if not for_memory(error):
+                raise
+            why = "out of memory"
         print(f"fastpo bench {name}: error: {why}", file=sys.stderr)
         return 2
 
@@ -105,6 +112,9 @@ def _device(options: argparse.Namespace) -> tuple[str, str]:
         raise BenchError("--device: expected one that is there, got cuda")
     threads = _number(options, "threads", None, least=1)
     if threads is not None:
+        cores = os.cpu_count() or 1
+        if threads > cores:  # some thousands, and the library of threads ends the process
+            raise BenchError(f"--threads: expected at most {cores}, the cores here, got {threads}")
         torch.set_num_threads(threads)
     return device, options.dtype or ("bfloat16" if device == "cuda" else "float32")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,8 @@ from . import machine
 from .check import judge
 from .errors import BenchError, DeviceLost
 from .machine import Took
-from .process import Died, fresh
+from .process import Died, for_memory, fresh
+from .report import head_table, progress
 from .rivals import rival_variants
 from .shapes import Shape
 from .variants import (
@@ -150,6 +150,11 @@ def bench(options: HeadOptions, say: Say, keep: Callable[[dict[str, Any]], None]
             continue
         try:
             _one_shape(shape, options, report, say)
+        except RuntimeError as error:  # of the inputs or of the judge, not of a variant
+            if not for_memory(error):
+                raise
+            report["left_out"].append({"shape": shape._asdict(), "reason": "out of memory"})
+            say(f"{shape}: left out, out of memory")
         finally:
             report["seconds"] = round(time.monotonic() - began, 1)
             keep(report)
@@ -190,8 +195,7 @@ def _write_down(
             row |= {"status": "left out", "reason": "interrupted"}
     rows = [entry.row for entry in entries]
     report["rows"] += rows
-    from .report import head_table
-
+    progress("")
     say(head_table(report, shape, rows))
 
 
@@ -205,7 +209,7 @@ def _check(entries: list[Entry], problem: Problem, options: HeadOptions) -> None
     x, watch = problem.sets[0], machine.stopwatch(problem.device)
     judged = judge(x, problem.upstream)
     for entry in entries:
-        _progress(f"checking {entry.variant.name}, {entry.variant.case}")
+        progress(f"checking {entry.variant.name}, {entry.variant.case}")
         try:
             entry.forward = entry.variant.make()
             call = partial(run, entry.variant, entry.forward, x, problem.upstream)
@@ -227,8 +231,8 @@ def _check(entries: list[Entry], problem: Problem, options: HeadOptions) -> None
 
 def _refuse(entry: Entry, error: Exception, device: str) -> None:
     line = next((line for line in str(error).splitlines() if line.strip()), "no reason given")
-    memory = isinstance(error, torch.OutOfMemoryError)
-    reason = "out of memory" if memory else f"{type(error).__name__}: {line.strip()[:160]}"
+    said = f"{type(error).__name__}: {line.strip()[:160]}"
+    reason = "out of memory" if for_memory(error) else said
     entry.row |= {"status": "refused", "reason": reason}
     entry.forward, entry.runs = None, []
     try:
@@ -257,7 +261,7 @@ def _interleave(
     waiting = [entry for entry in entries if entry.forward is not None and not entry.single]
     for turn in range(options.repeats + 1):
         x = problem.sets[turn % len(bare)]
-        _progress(f"{problem.shape}: turn {turn} of {options.repeats}")
+        progress(f"{problem.shape}: turn {turn} of {options.repeats}")
         for case, runs in floors.items():
             took, _ = watch(partial(bare_products, bare[turn % len(bare)], case))
             runs += [took.ms] * bool(turn)
@@ -272,7 +276,6 @@ def _interleave(
                 _refuse(entry, error, problem.device)
             else:
                 entry.runs += [took] * bool(turn)
-    _progress("")
 
 
 def _figures(entry: Entry, products: dict[Case, float]) -> Row:
@@ -293,7 +296,7 @@ def _measure_memory(entries: list[Entry], problem: Problem, options: HeadOptions
     for entry in entries:
         if entry.forward is None:
             continue
-        _progress(f"memory of {entry.variant.name}, {entry.variant.case}")
+        progress(f"memory of {entry.variant.name}, {entry.variant.case}")
         try:
             if problem.device == "cuda":
                 extra = _extra_mib(entry.variant, entry.forward, problem)
@@ -303,7 +306,6 @@ def _measure_memory(entries: list[Entry], problem: Problem, options: HeadOptions
             entry.row["memory_reason"] = str(error).splitlines()[0][:160]
         else:
             entry.row["extra_mib"] = extra
-    _progress("")
 
 
 def _extra_mib(variant: Variant, forward: Forward, problem: Problem) -> float:
@@ -330,8 +332,3 @@ def extra_mib_alone(name: str, case: Case, shape: Shape, dtype: str) -> float:
         run(variant, forward, problem.sets[0], problem.upstream)
         gc.collect()
     return _extra_mib(variant, forward, problem)
-
-
-def _progress(text: str) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{text:<78}\r", end="", file=sys.stderr, flush=True)

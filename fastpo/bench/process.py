@@ -23,11 +23,12 @@ class Died(RuntimeError):
 
 
 def for_memory(error: Exception) -> bool:
-    """Whether a job of `fresh` or `alone` failed for want of memory: an allocator says so, or it
+    """Whether it failed for want of memory: an allocator says so, or a job of `fresh` or `alone`
     was killed."""
     if isinstance(error, Died):
         return error.code == -signal.SIGKILL
-    return any(word in str(error) for word in ("OutOfMemory", "DefaultCPUAllocator"))
+    told = f"{type(error).__name__}: {error}"
+    return any(word in told for word in ("OutOfMemory", "DefaultCPUAllocator"))
 
 
 def fresh(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def grow(
     for case in [case for case in cases if case not in known][:runs]:
         report["rows"].append(row(*case))
         write(report, path)
+
+
+def progress(text: str) -> None:
+    """What is being measured, in the terminal's last line; nothing where there is no terminal."""
+    if sys.stderr.isatty():
+        print(f"\r{text[:78]:<78}\r", end="", file=sys.stderr, flush=True)
 
 
 def where(report: Report) -> str:

@@ -16,6 +16,7 @@ class Shape(NamedTuple):
         return f"N {self.tokens:,}, V {self.vocab:,}, H {self.hidden:,}"
 
 
+_MOST = 2**24  # words that torch.multinomial draws labels from
 # vocab, hidden
 HEADS = {
     "Llama-3-8B": (128_256, 4096),
@@ -55,6 +56,6 @@ def _numbers(text: str) -> Shape:
     if len(parts) != 3 or not all(part.strip().isdecimal() for part in parts):
         raise BenchError(f"--shapes: expected {', '.join(SETS)} or N,V,H, got {text!r}")
     shape = Shape(*map(int, parts))
-    if min(shape) < 1:
-        raise BenchError(f"--shapes: expected three numbers >= 1, got {text!r}")
+    if not 1 <= min(shape) <= max(shape) <= _MOST:
+        raise BenchError(f"--shapes: expected three numbers of 1 to {_MOST}, got {text!r}")
     return shape

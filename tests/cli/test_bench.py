@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -239,9 +240,14 @@ def test_what_a_measurement_on_a_gpu_raises_is_raised(monkeypatch):
     ("arguments", "message"),
     [
         (["head", "--shapes", "nothing"], "--shapes: expected readme, "),
-        (["head", "--shapes", "1,2,0"], "--shapes: expected three numbers >= 1, got '1,2,0'"),
+        (["head", "--shapes", "1,2,0"], "--shapes: expected three numbers of 1 to 16777216, got"),
+        (["head", "--shapes", "9" * 30 + ",2,1"], "--shapes: expected three numbers of 1 to 16"),
         (["head", "--repeats", "0"], "--repeats: expected an integer >= 1, got 0"),
         (["head", "--threads", "0"], "--threads: expected an integer >= 1, got 0"),
+        (["head", "--threads", "9" * 9], f"--threads: expected at most {os.cpu_count()}, the c"),
+        (["step", "--threads", "9" * 30], f"--threads: expected at most {os.cpu_count()}, the c"),
+        (["step", "--lengths", "9" * 30], "--lengths: expected integers <= 1048576, got 99999"),
+        (["sweep", "--rows", "9" * 16, "--width", "1"], "bench sweep: error: out of memory"),
         (["head", "--slow", "nan"], "--slow: expected a number >= 0, got nan"),
         (["head", "--slow", "-1"], "--slow: expected a number >= 0, got -1.0"),
         (["head", "--time-limit", "nan"], "--time-limit: expected a number >= 1, got nan"),
@@ -282,6 +288,22 @@ def test_what_was_given_wrong_is_said_in_one_line(
 def test_shapes_are_read_once_each():
     assert shapes.parse(["readme", "1024,151936,896"]) == [Shape(1024, 151_936, 896)]
     assert len(shapes.parse(["h200"])) == 8
+
+
+def test_a_shape_that_is_too_large_costs_itself(monkeypatch):
+    made = head.make_problem
+
+    def in_memory(shape, *arguments, **options):
+        if shape.tokens > 16:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return made(shape, *arguments, **options)
+
+    monkeypatch.setattr(head, "make_problem", in_memory)
+    sizes = Shape(17, 64, 8), Shape(16, 64, 8)
+    wanted = replace(options(variants=("eager",)), shapes=sizes)
+    report = run_head(wanted)
+    assert report["left_out"] == [{"shape": sizes[0]._asdict(), "reason": "out of memory"}]
+    assert {row["tokens"] for row in report["rows"]} == {16}
 
 
 def test_sweep_compares_tiles(tmp_path, capsys):

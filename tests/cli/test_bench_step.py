@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fastpo import cli
 from fastpo.bench import readme
-from fastpo.bench.step import architectures, batches, fit
+from fastpo.bench.step import architectures, batches, fit, loop
 from fastpo.bench.step import run as step
 from fastpo.demo import smollm2
 
@@ -76,13 +76,37 @@ def test_a_step_that_differs_has_no_time(monkeypatch):
         return {"losses": [0.7], "norms": [norm], "loss": 0.7, "runs_s": [1.0], "first_s": 1.0}
 
     monkeypatch.setattr("fastpo.bench.step.run.alone", lambda _, job: other(job))
-    monkeypatch.setattr("fastpo.bench.report.step_table", lambda report: "")
+    monkeypatch.setattr("fastpo.bench.step.run.step_table", lambda report: "")
     names = ("fastpo", "fastpo + padding-free", "fastpo + shared prompts")
     wanted = step.StepOptions("tiny", (8,), rounds=1, variants=names)
     *right, wrong = step.bench(wanted, lambda _: None, lambda _: None)["rows"]
     assert [row["status"] for row in right] == ["ok", "ok"]
     assert wrong["status"] == "wrong" and "median_s" not in wrong and "runs_s" not in wrong
     assert wrong["reason"] == "norms of step 0: 1.001, of fastpo 1"
+
+
+def test_log_probabilities_are_checked_where_nothing_is_measured(monkeypatch):
+    asked = []
+
+    def alone(function, job):
+        asked.append((job.variant, function.__name__))
+        if function is step.check:
+            raise RuntimeError("AssertionError: logps: off")
+        return {"losses": [0.7], "norms": [1.0], "loss": 0.7, "runs_s": [1.0], "first_s": 1.0}
+
+    monkeypatch.setattr("fastpo.bench.step.run.alone", alone)
+    monkeypatch.setattr("fastpo.bench.step.run.step_table", lambda report: "")
+    wanted = step.StepOptions("tiny", (8,), rounds=2, variants=("eager", "fastpo"))
+    eager, fastpo = step.bench(wanted, lambda _: None, lambda _: None)["rows"]
+    assert asked == [("eager", "measure"), ("fastpo", "check"), ("eager", "measure")]
+    assert eager["status"] == "ok" and len(eager["runs_s"]) == 2
+    assert fastpo["status"] == "wrong" and "median_s" not in fastpo
+
+
+def test_measuring_a_step_checks_nothing(monkeypatch):
+    monkeypatch.setattr(loop, "check", lambda *_: pytest.fail("its memory is there afterwards"))
+    job = step.StepOptions("tiny", (8,), pairs=1, steps=1).job("fastpo", batches.Texts(), 8)
+    assert len(step.measure(job)["losses"]) == 2
 
 
 @given(

@@ -28,7 +28,7 @@ from ..errors import BenchError
 
 RANK, ADAPTED = 16, ("q_proj", "v_proj")
 # Lengths are bounded by memory here; a rope of any length costs nothing.
-_POSITIONS = 2**20
+POSITIONS = 2**20
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _config(
         num_attention_heads=heads,
         num_key_value_heads=kv,
         vocab_size=vocab,
-        max_position_embeddings=_POSITIONS,
+        max_position_embeddings=POSITIONS,
         tie_word_embeddings=tied,
     )
 

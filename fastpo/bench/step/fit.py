@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .. import machine
-from ..process import Died, alone, fresh
+from ..process import alone, for_memory, fresh
+from ..report import progress
 from . import loop
 from .architectures import Models
 from .loop import Job
@@ -64,9 +65,13 @@ def _sized(job: Job, of: str, units: int) -> tuple[int, int]:
 def _fits_alone(job: Job, of: str, units: int, limit_mib: int) -> bool:
     """On a CPU: one step in a process of its own, judged by the peak of its resident memory."""
     pairs, length = _sized(job, of, units)
+    tried = replace(job, pairs=pairs, length=length)
+    progress(f"{tried}: under {limit_mib:,} MiB?")
     try:
-        return fresh(total_mib, replace(job, pairs=pairs, length=length)) <= limit_mib
-    except Died:
+        return fresh(total_mib, tried) <= limit_mib
+    except RuntimeError as error:
+        if not for_memory(error):
+            raise
         return False
 
 

@@ -54,6 +54,9 @@ class Job:
         assert isinstance(kind, torch.dtype)
         return kind
 
+    def __str__(self) -> str:
+        return f"{self.variant}, {self.pairs} pairs of {self.length} tokens, {self.texts}"
+
 
 # [2·pairs, T - 1] log-probabilities of a model
 Score = Callable[[PreTrainedModel, Batch], Tensor]
@@ -101,6 +104,11 @@ THROUGH_TRL: dict[str, dict[str, bool] | None] = {
 }
 VARIANTS = ("eager", "fastpo", "trl", "trl + fastpo")
 SHARING = (*BARE, *THROUGH_TRL)
+
+
+def is_fused(job: Job) -> bool:
+    """Whether a loop without a trainer has fastpo's head."""
+    return job.variant in BARE and BARE[job.variant][0] is fused_tokens
 
 
 def missing(job: Job) -> str | None:
