@@ -203,7 +203,7 @@ def packed(
     _check_tensors(offsets=offsets, **({} if mask is None else {"mask": mask}))
     rows = _Rows(offsets.shape[0] - 1, sides)
     tokens = _statistics(stats, under)
-    size = tokens[0][2].shape[:1]
+    size = tuple(tokens[0][2].shape[:1])
     if mask is None:
         scored = torch.ones(size, dtype=torch.bool, device=offsets.device)
     else:

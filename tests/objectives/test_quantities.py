@@ -1,5 +1,6 @@
 """Quantities by name: what is derived, from what, and what the errors say."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -157,6 +158,9 @@ def test_for_objective():
         "margins",
     ]
     assert list(q.for_objective(get("dpo", beta=1.0))) == list(q.for_objective(get("dpo")))
+    bound = functools.partial(get("dpo"), rejected_logratios=a)
+    assert "rejected_logratios" not in q.for_objective(bound)
+    torch.testing.assert_close(q.rows(bound), q.rows(get("dpo")))
     # A hyperparameter is no column.
     assert "beta" not in (q | {"beta": a}).for_objective(get("dpo"))
     more = q | {"soft_labels": a + 1, "unused": None}
@@ -267,6 +271,8 @@ def test_shapes():
         quantities.padded(stats(2 * B, T), scored, sides=())
     with pytest.raises(ValueError, match=r"^width: expected at least 0, got -1"):
         quantities.packed(stats(5), torch.tensor([0, 2, 5]), width=-1)
+    with pytest.raises(ValueError, match=r"^mask: expected shape \(5,\), got \(4,\)"):
+        quantities.packed(stats(5), torch.tensor([0, 2, 5]), mask=mask(4))
     empty = quantities.padded(stats(0, T), mask(0, T), reference_free=True)
     assert empty.rows(get("dpo")).shape == (0,)
     nothing = quantities.packed(stats(0), torch.tensor([0, 0, 0]), width=2, reference_free=True)
