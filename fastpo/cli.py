@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .integrations.run import run_script
 
         return run_script(arguments[1:])
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A formula's β into a file is an error where files are not of UTF-8, as on Windows.
+        sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         code = options.command(options)
@@ -35,10 +41,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 141  # as a program that SIGPIPE ended
 
 
+class _Help(argparse.HelpFormatter):
+    """Options are whole, and an example is the line that is typed: argparse breaks at hyphens."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("example: "):
+            return indent + text
+        return "\n".join(indent + line for line in self._split_lines(text, width))
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Parsers of subcommands are of its class, too."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": _Help, **options})
+
+
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="fastpo",
         description="Preference optimisation without logits.",
         epilog="example: fastpo demo",

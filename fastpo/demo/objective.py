@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,4 +125,7 @@ def usable() -> tuple[str, ...]:
 
 
 def _unknown(key: str) -> str:
-    return f"--objective: expected one of {', '.join(usable())}, got {key!r}"
+    names = usable()
+    near = difflib.get_close_matches(key, dict.fromkeys((*names, *TRL_LOSSES.values())))
+    close = f"; close to it: {', '.join(near)}" if near else ""
+    return f"--objective: expected one of {', '.join(names)}, got {key!r}{close}"

@@ -1,6 +1,8 @@
 """The command line: help, exit codes, and messages instead of tracebacks."""
 
 import argparse
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -47,6 +49,21 @@ def test_help_shows_an_example_that_can_be_typed(command):
     if command == "fastpo run":  # all behind it is the script's
         return
     assert cli._parser().parse_args(arguments).command
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_help_breaks_no_option_and_no_example(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    text = PARSERS[command].format_help()
+    assert (PARSERS[command].epilog or "") in text.splitlines()
+    assert not re.search(r"\w-$", text, re.MULTILINE)
+
+
+def test_a_stream_without_greek_shows_it_escaped():
+    program = [sys.executable, "-m", "fastpo", "objectives", "dpo"]
+    narrow = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(program, capture_output=True, env=narrow, timeout=120)
+    assert done.returncode == 0 and b"\\u03b2" in done.stdout
 
 
 def test_help_sends_nobody_to_where_nothing_is():

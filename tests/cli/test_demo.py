@@ -265,6 +265,10 @@ def test_objectives_that_cannot():
     assert {"simpo", "cpo", "orpo", *objective.TRL_LOSSES} <= set(objective.usable())
     with pytest.raises(DemoError, match=r"expected one of dpo, .*, got 'nothing'"):
         objective.choose("nothing")
+    with pytest.raises(DemoError, match=r"got 'simpoo'; close to it: simpo"):
+        objective.choose("simpoo")
+    with pytest.raises(DemoError, match=r"close to it: sigmoid,"):
+        objective.choose("sigmiod")
     with pytest.raises(DemoError, match="singles, not pairs"):
         objective.choose("kto")
     with pytest.raises(DemoError, match="--beta: sft has none"):
