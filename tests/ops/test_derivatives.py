@@ -165,6 +165,28 @@ def test_a_drawn_list_has_what_its_list_has():
         torch.autograd.grad(first.sum(), leaves["hidden"])
 
 
+class _Constant(torch.autograd.Function):
+    """Says nothing of a gradient, which is one of zeros."""
+
+    @staticmethod
+    def forward(ctx, *values: Tensor) -> Tensor:
+        return torch.zeros(())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, ...]:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_a_loss_behind_may_have_no_gradient(case, mesh):
+    call = TRAINED[case]
+    leaves = call.leaves()
+    outputs = [x for x in call.outputs(leaves) if x.requires_grad]
+    trained = [leaves[name] for name in call.trained]
+    for found in torch.autograd.grad(_Constant.apply(*outputs), trained, allow_unused=True):
+        assert found is None or not found.any()
+
+
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.name != "fastpo"])
 def test_results_are_the_callers_to_write_into(name, mesh):
     """As a loop does that leaves tokens out: `logps[~mask] = 0`."""
