@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -46,6 +47,9 @@ def fresh(function: Callable[..., Any], *arguments: Any) -> Any:
     except EOFError:
         process.join()
         raise Died(process.exitcode) from None
+    except BaseException:
+        process.kill()  # an interrupt does not wait for a measurement that nobody wants
+        raise
     finally:
         here.close()
         process.join()
@@ -84,7 +88,22 @@ def _context() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["fastpo.bench.head", "fastpo.bench.step.run"])
+    _start_server()
     return context
+
+
+def _start_server() -> None:
+    """Deaf to interrupts, as what it forks: a terminal interrupts all of its processes, and each
+    would print a traceback. This one answers, and ends them."""
+    from multiprocessing import forkserver
+
+    if threading.current_thread() is not threading.main_thread():
+        return  # it may not set signals; the server starts with the first process
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def _answer(pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -227,6 +228,26 @@ def test_what_a_process_raises_is_raised():
 def test_a_process_that_dies_is_said():
     with pytest.raises(process.Died, match="ended with code 3"):
         process.fresh(os._exit, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process group")
+def test_an_interrupt_ends_a_measurement_without_a_traceback(tmp_path):
+    job = "import time; print('begun', flush=True); time.sleep(600)"
+    (tmp_path / "program.py").write_text(
+        "from fastpo.bench.process import fresh\n"
+        "if __name__ == '__main__':\n"
+        "    try:\n"
+        f"        fresh(exec, {job!r})\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted', flush=True)\n"
+    )
+    command = [sys.executable, str(tmp_path / "program.py")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, text=True, **pipes) as running:
+        assert running.stdout is not None
+        assert running.stdout.readline() == "begun\n"
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.communicate(timeout=120) == ("interrupted\n", "")
 
 
 def test_what_a_measurement_on_a_gpu_raises_is_raised(monkeypatch):
