@@ -296,7 +296,8 @@ def _lazy_logits(report: Report) -> Iterator[str]:
     shape = report["shape"]
     yield (
         f"{shape['tokens']:,} tokens, V {shape['vocab']:,}, H {shape['hidden']}, "
-        f"{shape['dtype']}, forward and backward of the head {_machine(report)}, CPU time:"
+        f"{shape['dtype']}, forward and backward of the head {_machine(report)}, "
+        "memory beside its weight, hidden states and their gradients, CPU time:"
     )
     yield ""
     yield "| read of the logits | memory | lazy | time | lazy |"

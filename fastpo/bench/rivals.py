@@ -36,6 +36,9 @@ def rival_variants() -> list[Variant]:
         ("quack sum", _quack, gradient),
         ("torch linear_ce", _torch("none"), tuple(CASES)),
         ("torch linear_ce sum", _torch("sum"), gradient),
+        # By themselves its chunks are of a few rows where V is large: 12 products for 1.1.
+        ("torch linear_ce 256", _torch("none", 256), tuple(CASES)),
+        ("torch linear_ce sum 256", _torch("sum", 256), gradient),
     ]
     return [
         Variant(name, case, make, compiles=name == "liger dpo")
@@ -130,11 +133,16 @@ def _quack() -> Forward:
     )
 
 
-def _torch(reduction: str) -> Callable[[], Forward]:
+def _torch(reduction: str, rows: int | None = None) -> Callable[[], Forward]:
+    """rows: of a chunk; None: as it chooses."""
+
     def make() -> Forward:
         if not hasattr(functional, "linear_cross_entropy"):
             raise RuntimeError(f"torch {torch.__version__} has no F.linear_cross_entropy")
-        chunked = torch.nn.LinearCrossEntropyOptions()
+        given: dict[str, Any] = (
+            {} if rows is None else {"batch_chunk_size": rows, "chunking_method": None}
+        )
+        chunked = torch.nn.LinearCrossEntropyOptions(**given)
         options: dict[str, Any] = {"reduction": reduction, "options": chunked}
         loss = functional.linear_cross_entropy
         return lambda x: _from_nll(loss(x.hidden, x.weight, x.labels, **options))

@@ -178,7 +178,9 @@ def test_wrong_gradients_of_ours_are_not_timed(monkeypatch):
     assert row["reason"].startswith("dhidden: error ")
 
 
-@pytest.mark.parametrize("name", ["trl", "liger scaled ce", "liger dpo", "torch linear_ce"])
+@pytest.mark.parametrize(
+    "name", ["trl", "liger scaled ce", "liger dpo", "torch linear_ce", "torch linear_ce 256"]
+)
 def test_rivals_compute_what_they_are_compared_with(name):
     problem = head.make_problem(SHAPE, "cpu", torch.float32, copies=False)
     judged = judge(problem.sets[0], problem.upstream)
