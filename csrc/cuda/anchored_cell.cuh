@@ -1,4 +1,4 @@
-// One cell of the anchored product, as `_epilogue` of kernels/anchored.py computes it. The host
+// One cell of the anchored product, as `_cells` of kernels/anchored.py computes it. The host
 // compiles it too, so that a machine without a GPU can compare the two.
 #pragma once
 

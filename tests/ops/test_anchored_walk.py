@@ -88,6 +88,34 @@ def test_gradients_over_several_blocks(small_blocks, on_cutlass, backend, mode, 
     assert bool(on_cutlass) == (backend == "cutlass")
 
 
+def one_rounding(builder, x, y, z):
+    """tl.fma as a GPU has it; the interpreter of some releases rounds the product, too."""
+    wide = x.data.astype("f8") * y.data + z.data
+    return type(z)(wide.astype(z.data.dtype), z.dtype.scalar)
+
+
+@pytest.mark.parametrize("below", [1e10, 3e20, 1e30, torch.finfo(torch.float32).max], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_label_that_a_large_bias_removes(monkeypatch, mode, below):
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", one_rounding)
+    budget, found = MODES[mode] * planner.exponential_words(V) * 4, []
+    for backend in ("anchored", "torch"):
+        x = make_head(9, V, H, bias=True).like(torch.float32)
+        x.labels[3] = 2
+        with torch.no_grad():
+            x.bias[2] = -below
+        if mode == "frozen":
+            x.weight.requires_grad_(False), x.bias.requires_grad_(False)
+        logps = fastpo.linear_logps(
+            x.hidden, x.weight, x.labels, bias=x.bias, budget=budget, backend=backend
+        ).logps
+        loss = (logps * torch.linspace(-1, 1, 9).where(logps > -1e9, 0)).sum()
+        found.append((logps, *torch.autograd.grad(loss, list(x.leaves().values()))))
+    for ours, classic in zip(*found, strict=True):
+        torch.testing.assert_close(ours, classic)
+
+
 def test_probabilities_computed_again_are_those_that_would_have_been_kept(small_blocks):
     """In a row of hundreds of nats, too, of which every rounded origin has its share."""
     draws = []

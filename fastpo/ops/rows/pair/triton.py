@@ -1,4 +1,4 @@
-"""Row kernels of `linear_divergence` in Triton; _rows_triton.py says where they run.
+"""Row kernels of `linear_divergence` in Triton; rows/triton.py says where they run.
 
 Triton is imported by the first call, so that fastpo imports on a machine without it.
 """
