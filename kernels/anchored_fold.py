@@ -88,9 +88,9 @@ def anchored_fold_kernel(
     else:
         origin = tl.load(origin_ptr + m, mask=rows, other=0.0)
         base = origin * slope
-    # log2 of what the origin's own exponential is, which is not 1: its exponent was rounded. Far from
-    # it beside a label that a bias of -1e10 removes, where the sum is infinite: with 2**-own = 0 it
-    # would be NaN, and its row not be computed again.
+    # log2 of what the origin's own exponential is: not 1, because its exponent was rounded. It is
+    # far from 1 beside a label that a bias of -1e10 removes: the sum, which is infinite then, must
+    # not become NaN by 2**-own = 0, or its row would not be computed again.
     own = tl.minimum(tl.maximum(tl.fma(origin, slope, -base), -LARGEST_OWN), LARGEST_OWN)
     shrink = tl.exp2(-own)
     mass = _fold(partial_ptr, m, rows, blocks, stride_partial, False, BLOCK_M, BLOCK_P)
