@@ -171,14 +171,26 @@ def test_keys_hold_every_float_and_word():
     assert tied[1] > tied[0]
 
 
+@pytest.mark.parametrize("tile", [2, 64])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_excluded_word_comes_behind_words_of_probability_zero(backend):
+def test_an_excluded_word_comes_behind_words_of_probability_zero(backend, tile, monkeypatch):
+    monkeypatch.setattr(planner, "tile_shape", lambda *_: planner.Tiles(8, tile))
     inputs = make_head(4, 9, 8, bias=True, device=DEVICE)
     inputs.bias[2:] = float("-inf")
     exclude = torch.full((4,), 3, device=DEVICE)
     found = fastpo.linear_topk(**arguments(inputs), k=8, exclude=exclude, backend=backend)
     assert found.ids[:, 2:].tolist() == [[2, 4, 5, 6, 7, 8]] * 4
     assert found.values[:, 2:].isneginf().all() and found.values[:, :2].isfinite().all()
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_frozen_head_keeps_no_probabilities(trained):
+    hidden = torch.randn(8, 64, device=DEVICE, requires_grad=True)
+    weight = torch.randn(500, 64, device=DEVICE, requires_grad=trained)
+    (node, _), *_ = fastpo.linear_topk(hidden, weight, 3).values.grad_fn.next_functions
+    saved = sum(x.numel() for x in node.saved_tensors if x is not None)
+    kept = saved - hidden.numel() - weight.numel()
+    assert (kept >= 8 * 500) == trained
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -39,6 +39,35 @@ def test_a_teacher_stored_as_its_best_words(kind, tail):
         torch.testing.assert_close(mine.double(), own, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(3, 4), (12,), ()])
+@pytest.mark.parametrize("k", [1, 7])
+def test_tokens_of_any_shape(k, shape):
+    """A list of one word, too."""
+    h, w, _, th, tw, _ = (x.detach() for x in sides())
+    best = torch.topk((th @ tw.t()).log_softmax(-1), k, dim=-1)
+    n = torch.Size(shape).numel()
+    given, ids, logps = (x[:n].view(*shape, -1) for x in (h, best.indices, best.values))
+    mask, upstream = (torch.arange(n) % 3 < 2).view(shape), torch.linspace(-1, 2, n).view(shape)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        hd, wd = (x.to(dtype, copy=True).requires_grad_() for x in (given, w))
+        if dtype == torch.float32:
+            found = fastpo.linear_topk_divergence(hd, wd, ids, logps, kind="jsd", mask=mask)
+        else:
+            student = (hd @ wd.t()).log_softmax(-1).gather(-1, ids)
+            found = best_words(student, logps.double(), "jsd", True) * mask
+        results.append([found, *torch.autograd.grad((found * upstream).sum(), [hd, wd])])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_no_tokens():
+    h, w, *_ = sides()
+    nobody = torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3)
+    found = fastpo.linear_topk_divergence(h[:0], w, *nobody, kind="forward_kl")
+    assert found.shape == (0,) and not torch.autograd.grad(found.sum(), w)[0].any()
+
+
 def best_words(student, teacher, kind, tail):
     if kind != "jsd":
         direction = kind.removesuffix("_kl")

@@ -151,11 +151,13 @@ def test_peaked_rows(backend):
     check(12, 300, 16, 8, peak=60.0, backend=backend, fixed=torch.tensor([0.5, 0.5], device=DEVICE))
 
 
+@pytest.mark.parametrize("per_token", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_several_token_blocks_and_vocabulary_tiles(backend, monkeypatch):
+def test_several_token_blocks_and_vocabulary_tiles(backend, per_token, monkeypatch):
     monkeypatch.setattr(planner, "tile_shape", lambda *_: planner.Tiles(32, 128))
-    options = {"softcaps": (12.0, None)}
-    check(50, 300, 24, 12, ignored=0.2, backend=backend, draws=2, options=options)
+    fixed = None if per_token else torch.tensor([0.8, 0.3], device=DEVICE)
+    own = {"backend": backend, "fixed": fixed, "options": {"softcaps": (12.0, None)}}
+    check(50, 300, 24, 12, ignored=0.2, draws=2, **own)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -101,6 +101,15 @@ def test_each_row_is_its_own_heads_row():
         torch.testing.assert_close(stats.logps.view(-1)[row], alone.logps)
 
 
+def test_every_row_is_scored_where_no_label_is_ignored():
+    (hidden, weight, bias), labels, heads = make_heads(12, 90, 8, 3)
+    given = hidden, weight, labels.clamp_min(0), heads
+    found = fastpo.multi_head_logps(*given, bias=bias, ignore_index=None).logps
+    assert torch.equal(found, fastpo.multi_head_logps(*given, bias=bias).logps)
+    with pytest.raises(ValueError, match=r"labels: expected values in \[0, 90\), got -100"):
+        fastpo.multi_head_logps(hidden, weight, labels, heads, bias=bias, ignore_index=None)
+
+
 def test_heads_may_be_on_the_device():
     tensors, labels, heads = make_heads(12, 90, 8, 3)
     results = [
@@ -143,6 +152,7 @@ ERRORS = [
         r"labels: expected values in .*, got 10 at row 1",
     ),
     ({"labels": ROWS.int()}, "labels: expected dtype torch.int64"),
+    ({"weight": torch.zeros(0, 10, 4)}, r"weight: expected shape \(K, V, 4\), got \(0, 10, 4\)"),
     ({"bias": torch.zeros(10)}, r"bias: expected shape \(2, 10\), got \(10,\)"),
     ({"temperature": -1.0}, r"temperature: expected a finite number > 0, got -1.0"),
 ]

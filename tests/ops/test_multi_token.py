@@ -114,6 +114,9 @@ WRONG: dict[str, dict[str, Any]] = {
     r"got torch.float32 of \(2, 6, 24\) on cpu": {
         "hidden_per_depth": [torch.ones(2, 7, 24), torch.ones(2, 6, 24)]
     },
+    r"hidden_per_depth\[1\]: expected torch.float32 of .* as depth 0, got torch.bfloat16": {
+        "hidden_per_depth": [torch.ones(2, 7, 24), torch.ones(2, 7, 24).bfloat16()]
+    },
     r"labels: expected shape \(2, 7\) or \(3, 2, 7\), got \(2, 6\)": {"labels": torch.ones(2, 6)},
     r"detach: expected True, False or 3 of them, got \[True\]": {"detach": [True]},
     "detach: expected True, False or 3 of them, got 1": {"detach": 1},

@@ -1,4 +1,4 @@
-"""Supports of no words, and parts of a `fastpo.Support`."""
+"""Supports of no words and of thousands, and parts of a `fastpo.Support`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,34 @@ def test_a_support_of_no_words_restricts_nobody(shape):
     torch.testing.assert_close(found, fastpo.linear_logps(hidden, weight, labels).logps)
 
 
+def test_a_nucleus_of_thousands_of_words_beside_one_of_few():
+    """More than are sorted at first, of some rows."""
+    torch.manual_seed(0)
+    sharp = torch.tensor([20.0, 0.5, 20.0, 1.0, 0.1]).unsqueeze(1)
+    hidden, weight = sharp * torch.randn(5, 8), torch.randn(3000, 8)
+    z = hidden.double() @ weight.double().t()
+    ranked, order = z.sort(1, descending=True)
+    p = ranked.softmax(1)
+    inside = p.cumsum(1) - p < 0.9
+    kept = torch.zeros_like(inside).scatter_(1, order, inside)
+    assert kept.sum(1).le(1024).tolist() == [True, False, True, False, False]
+    labels = z.argmax(1)
+    stats = fastpo.linear_logps(
+        hidden, weight, labels, support=fastpo.Support.rule(top_p=0.9), outputs=("logps", "lse")
+    )
+    over = z.masked_fill(~kept, -torch.inf)
+    expected = over.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(stats.logps.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats.lse.double(), over.logsumexp(1), rtol=1e-5, atol=1e-6)
+
+
 def test_parts_of_a_support():
     support = fastpo.Support.of([[1, 2], [3], None])
     assert [len(part) for part in support.split([2, 1])] == [2, 1]
     for call, message in (
         (lambda: support.split([1, 1]), r"sizes: expected a sum of 3, got \[1, 1\]"),
         (lambda: support.split([4, -1]), r"sizes: expected a sum of 3, got \[4, -1\]"),
+        (lambda: support[::2], r"tokens: expected a slice of step 1, got slice\(None, None, 2\)"),
         (lambda: fastpo.Support.cat([]), "parts: expected at least one, got none"),
     ):
         with pytest.raises(ValueError, match=message):
