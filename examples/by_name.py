@@ -65,7 +65,10 @@ def build(key: str, hyperparameters: dict, rows: list, folder: str, steps: int):
         "save_strategy": "no",
     }
     common = {"model": f"{folder}/model", "processing_class": tokenizer}
-    family = next(name for name, keys in objectives.families().items() if key in keys)
+    found = objectives.get(key)  # by an alias, too
+    family = next(
+        name for name, keys in objectives.families().items() if found in map(objectives.get, keys)
+    )
     if family == "groups":
         data = Dataset.from_list([as_group(row) for row in rows])
         bound = objectives.get(key, **hyperparameters)

@@ -37,6 +37,7 @@ COMMANDS = {
     "sharded_head": ["sharded_head.py"],
     "by_name": ["by_name.py", "simpo", "beta=2.0"],
     "by_name_groups": ["by_name.py", "infonca"],
+    "by_name_alias": ["by_name.py", "sigmoid"],
     **{
         f"by_hand_{family}": ["by_hand.py", family]
         for family in ("policy_gradient", "distillation", "rewards", "denoising")
