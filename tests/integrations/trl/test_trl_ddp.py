@@ -1,4 +1,5 @@
-"""`fastpo.patch` under DistributedDataParallel: two processes train as they do without it."""
+"""`fastpo.patch` under DistributedDataParallel: two processes train as they do without it, and an
+objective by name as TRL's loss of that name."""
 
 from __future__ import annotations
 
@@ -11,12 +12,19 @@ pytest.importorskip("trl")
 pytest.importorskip("datasets")
 
 import _processes
+import _tiny as tiny
 import _trainers
 import torch
 
 import fastpo
 
 TRAINERS = ("DPO", "SFT")
+# Means per token of all processes, per row, and per token of a process; TRL's options by our names.
+LOSSES = {
+    "dapo": {"beta": 0.1, "unbiased_kl": True, "epsilon_high": None},
+    "grpo": {"beta": 0.1, "unbiased_kl": True},
+    "bnpo": {"beta": 0.1, "unbiased_kl": True},
+}
 
 
 def process(rank, folder):
@@ -45,4 +53,50 @@ def test_two_processes_train_the_same(tmp_path):
         _trainers.assert_same(ranks[0][prefix, True], ranks[0][prefix, False])
         # Had the gradients not been averaged, each process would hold a model of its own rows.
         first, second = (runs[prefix, True][1] for runs in ranks)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def rollout(prompts, trainer):
+    """Completions of other lengths in each process: a loss per token has to count those of all."""
+    rank, words = trainer.accelerator.process_index, trainer.processing_class
+    template = words.apply_chat_template
+    ids = [template(x, add_generation_prompt=True, return_dict=True)["input_ids"] for x in prompts]
+    drawn = [
+        [(7 * i + 3 * j + rank) % 40 + 5 for j in range(1 + i + 2 * rank)] + [words.eos_token_id]
+        for i in range(len(ids))
+    ]
+    return {"prompt_ids": ids, "completion_ids": drawn, "logprobs": None}
+
+
+def group_process(rank, folder):
+    """GRPOTrainer with TRL's own loss, then with ours under the same name."""
+    runs = {}
+    accumulated = {"gradient_accumulation_steps": 2, "num_iterations": 2, "ddp_backend": "gloo"}
+    sampled = {"num_generations": 2, "max_completion_length": 8, "beta": 0.1, **accumulated}
+    for loss_type in LOSSES:
+        for ours in (False, True):
+            objective = {"objective": loss_type, **LOSSES[loss_type]} if ours else {}
+            theirs = {} if ours else {"loss_type": loss_type}
+            with fastpo.patched(**objective):
+                trainer = _trainers.build(
+                    "GRPO",
+                    folder,
+                    _trainers.saved(folder),
+                    tiny.prompts(),
+                    {**sampled, **theirs, **({"beta": 0.0} if ours else {})},
+                    reward_funcs=_trainers.reward,
+                    rollout_func=rollout,
+                )
+                runs[loss_type, ours] = _trainers.train(trainer)
+    torch.save(runs, folder / f"{rank}.pt")
+
+
+def test_objectives_of_rollouts_train_as_trls_losses_do(tmp_path):
+    pytest.importorskip("trl", minversion="1.15")  # the first with objectives by name
+    _trainers.saved(tmp_path)
+    _processes.run(group_process, tmp_path)
+    ranks = _processes.loaded(tmp_path)
+    for loss_type in LOSSES:
+        _trainers.assert_same(ranks[0][loss_type, True], ranks[0][loss_type, False])
+        first, second = (runs[loss_type, True][1] for runs in ranks)
         assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,4 +1,4 @@
-"""A script's own subclass of DPOTrainer around an objective by name."""
+"""A script's own subclass of DPOTrainer around an objective by name, and models it compiles."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ def test_a_scripts_own_methods_stand_around_the_objective(tmp_path):
     assert half["loss"] == pytest.approx(whole["loss"] / 2, rel=1e-3)
     assert half["grad_norm"] == pytest.approx(whole["grad_norm"] / 2, rel=1e-4)
     assert seen == [(False, len(list(tiny.model("llama").parameters())))]
+
+
+@pytest.mark.parametrize(("prefix", "key"), [("DPO", "dpo"), ("KTO", "kto")])
+def test_a_compiled_model_and_its_compiled_reference(prefix, key, tmp_path):
+    def built():
+        changes = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
+        path, data = _trainers.saved(tmp_path), _trainers.DATA[prefix]()
+        return _trainers.build(prefix, tmp_path, path, data, changes)
+
+    with fastpo.patched(objective=key, beta=0.1):
+        found = _trainers.train(built())
+    _trainers.assert_same(found, _trainers.train(built()))

@@ -196,7 +196,9 @@ class TextTrainer(ObjectiveTrainer):
     def _reference(self, own: Mapping[str, Any], texts: Texts) -> tuple[Pass, Any]:
         """TRL's own reference pass: tokens, and what TRL makes of them."""
         trainer: Any = self
-        run = Pass(trainer.ref_model or trainer.model, list(texts.values()))
+        # Not by its truth: of a compiled model that is an error.
+        model = trainer.model if trainer.ref_model is None else trainer.ref_model
+        run = Pass(model, list(texts.values()))
         return run, trainer.compute_ref_log_probs(run, own)
 
     def _add(self, result: Any, q: Quantities) -> Any:
