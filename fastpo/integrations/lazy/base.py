@@ -53,7 +53,9 @@ class Base:
         assert hidden is not None and weight is not None
         adapter = None if down is None or up is None else (down, up)
         self.check()
-        known = self.known.detach()
+        # What was computed of these tensors brings its gradient to them, past the others.
+        trained = any(x is not None and x.requires_grad for x in operands)
+        known = Known.of(hidden) if trained else self.known.detach()
         return Base(hidden, weight, bias, adapter, self.own, known, self.own_tokens)
 
     @property
@@ -117,27 +119,49 @@ def _memory(x: Tensor | None) -> Tensor | None:
     return x.stored if isinstance(x, Tiled) else x
 
 
+NOTHING = torch.iinfo(torch.int64).min  # -1 may be asked for, which is an error
+
+Found = tuple[Tensor, Tensor, Tensor]  # of which rows, their log-probabilities, log-sum-exps
+
+
 @dataclass(frozen=True, eq=False)
 class Known:
-    """The log-probability of one word of every row, for one reading of the logits."""
+    """The log-probability of one word of every row, for one reading of the logits.
 
-    labels: Tensor  # [M], -1 where none is known
-    logps: Tensor  # [M]
-    lse: Tensor  # [M]
+    Each call's results stay apart: a backward of some rows runs through the calls that these are
+    of, and through no other.
+    """
+
+    labels: Tensor  # [M], NOTHING where none is known
+    call: Tensor  # [M], which of `calls` it is of
+    place: Tensor  # [M], and where in it
+    calls: tuple[tuple[Tensor, Tensor], ...] = ()  # log-probabilities and log-sum-exps
     reading: Any = None  # scale and soft-cap, and whether with gradient
 
     @classmethod
     def of(cls, hidden: Tensor, reading: Any = None) -> Known:
         n, device = len(hidden), hidden.device
-        zeros = torch.zeros(n, dtype=torch.float32, device=device)
-        labels = torch.full((n,), -1, dtype=torch.int64, device=device)
-        return cls(labels, zeros, zeros, reading)
+        zeros = torch.zeros(n, dtype=torch.int64, device=device)
+        return cls(torch.full_like(zeros, NOTHING), zeros, zeros, reading=reading)
 
     def detach(self) -> Known:
-        return replace(self, logps=self.logps.detach(), lse=self.lse.detach())
+        return replace(self, calls=tuple((x.detach(), y.detach()) for x, y in self.calls))
+
+    def read(self, rows: Tensor, wanted: Tensor) -> list[Found]:
+        """What is known of the wanted ones of these rows, call by call."""
+        found: list[Found] = []
+        if not self.calls:
+            return found
+        of = self.call[rows]
+        for number in of[wanted].unique().tolist():
+            where = (wanted & (of == number)).nonzero().squeeze(1)
+            place = self.place[rows[where]]
+            logps, lse = self.calls[number]
+            found.append((where, logps[place], lse[place]))
+        return found
 
     def joined(self, where: Tensor, labels: Tensor, logps: Tensor, lse: Tensor) -> Known:
-        """With one word per row; of several the same one's, whichever it is, in all three."""
+        """With one word per row; of several the same one's, whichever it is."""
         if not len(where):
             return self
         order = torch.full_like(self.labels, -1)
@@ -146,8 +170,9 @@ class Known:
         new, order = order >= 0, order.clamp(min=0)
         return Known(
             torch.where(new, labels[order], self.labels),
-            torch.where(new, logps[order], self.logps),
-            torch.where(new, lse[order], self.lse),
+            self.call.masked_fill(new, len(self.calls)),
+            torch.where(new, order, self.place),
+            (*self.calls, (logps, lse)),
             self.reading,
         )
 

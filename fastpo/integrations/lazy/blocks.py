@@ -55,7 +55,6 @@ class _Plan:
     reduction: Reduction
     given: list[Tensor]  # [n, ...]
     bases: list[Base] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)  # in the dtype of the products
     numbers: list[Tensor] = field(default_factory=list)  # of rows
     spec: Any = None  # how the reduction arranges its tensors
 
@@ -67,7 +66,6 @@ class _Plan:
         if isinstance(node, Promise):
             if all(base is not node.base for base in self.bases):
                 self.bases.append(node.base)
-                self.weights.append(dense(node.base.weight.detach()).to(node.base.hidden.dtype))
             return
         self.numbers += [x for x in node.root.numbers if all(x is not y for y in self.numbers)]
         for parent in node.root.nodes:
@@ -75,6 +73,10 @@ class _Plan:
 
     def operands(self) -> list[Tensor | None]:
         return [*(x for base in self.bases for x in base.operands), *self.numbers]
+
+    def weights(self) -> list[Tensor]:
+        """In the dtype of the products; perhaps copies, so that a plan must not hold them."""
+        return [dense(x.weight.detach()).to(x.hidden.dtype) for x in self.bases]
 
     def blocks(self) -> Iterator[Tensor]:
         """Which rows of the node's; at least one block, perhaps of none."""
@@ -86,8 +88,8 @@ class _Plan:
 class _Block:
     """Rows `where` of a node, and of all it is made of; products and numbers are leaves."""
 
-    def __init__(self, plan: _Plan, where: Tensor) -> None:
-        self.plan, self.where = plan, where
+    def __init__(self, plan: _Plan, weights: list[Tensor], where: Tensor) -> None:
+        self.plan, self.weights, self.where = plan, weights, where
         self.products: list[tuple[int, Tensor, Tensor]] = []  # which base, its rows, [n, V]
         self.numbers: list[tuple[Tensor, Tensor, Tensor]] = []  # whose, its rows, [n, ...]
         self.known: dict[Any, tuple[Any, Tensor]] = {}  # what a key names lives as long as it
@@ -115,7 +117,7 @@ class _Block:
             hidden, adapter = node.base.select(rows)
             with torch.no_grad():
                 down = None if adapter is None else adapter[0]
-                found = node.base.products(hidden, down, self.plan.weights[which])
+                found = node.base.products(hidden, down, self.weights[which])
             self.products.append((which, rows, found.requires_grad_(node.requires_grad)))
             self.known[key] = ((node, where), found)
         return self.known[key][1]
@@ -129,8 +131,8 @@ class _Block:
 class _Sums:
     """Gradients of a plan's operands, in float32 until they are all there."""
 
-    def __init__(self, plan: _Plan, needs: tuple[bool, ...]) -> None:
-        self.plan, self.operands = plan, plan.operands()
+    def __init__(self, plan: _Plan, weights: list[Tensor], needs: tuple[bool, ...]) -> None:
+        self.plan, self.weights, self.operands = plan, weights, plan.operands()
         self.needs = {id(x): need for x, need in zip(self.operands, needs, strict=True)}
         self.sums: dict[int, Tensor] = {}
 
@@ -153,7 +155,7 @@ class _Sums:
         """What d products [n, V] are of hidden states, weight, bias and adapter."""
         base = self.plan.bases[which]
         if self.needs[id(base.hidden)]:
-            self.rows(base.hidden, rows, grad @ self.plan.weights[which])
+            self.rows(base.hidden, rows, grad @ self.weights[which])
         if self.needs[id(base.weight)]:
             self.product(base.weight, grad.t(), base.hidden.detach().index_select(0, rows))
         if base.bias is not None and self.needs[id(base.bias)]:
@@ -203,9 +205,9 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, *operands: Tensor | None) -> tuple[Tensor, ...]:
         ctx.plan = plan
-        parts = []
+        parts, weights = [], plan.weights()
         for where in plan.blocks():
-            found, plan.spec = _Block(plan, where).run()
+            found, plan.spec = _Block(plan, weights, where).run()
             parts.append(found)
         return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
@@ -213,9 +215,10 @@ class _Blocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
-        sums = _Sums(plan, ctx.needs_input_grad[1:])
+        weights = plan.weights()
+        sums = _Sums(plan, weights, ctx.needs_input_grad[1:])
         for where in plan.blocks():
-            block = _Block(plan, where)
+            block = _Block(plan, weights, where)
             with torch.enable_grad():
                 found, _ = block.run()
             sums.add(block, found, [grad.index_select(0, where) for grad in grads])

@@ -16,7 +16,7 @@ from ...ops.walks.checks import DTYPES
 from ...ops.walks.derivatives import transform
 from ...ops.walks.saving import checkpointed, saving_hooks
 from ..adapter import is_adapter
-from ..heads import linear_head, tensor_parallel
+from ..heads import linear_head, stored_weight, tensor_parallel
 from ..seams.calls import answered, standing_in, unhidden
 from ..seams.saying import say_once
 from .logits import promised
@@ -74,21 +74,28 @@ def _watched(x: Tensor) -> bool:
 
 
 def _readable(head: Any, shards: bool) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias between two forwards; RuntimeError where they cannot be read after one."""
+    """Weight and bias between two forwards; RuntimeError where they cannot be read after one.
+
+    Of a parametrized head what the weight is made from: each reading of itself makes it anew.
+    """
+    weight = stored_weight(head)
     if tensor_parallel(head) and not shards:
         raise RuntimeError("lm_head.weight: expected a whole tensor, got a tensor-parallel shard")
-    if hasattr(head.weight, "ds_id"):
+    if hasattr(weight, "ds_id"):
         raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of ZeRO-3")
     if _of_fsdp1(head):
         raise RuntimeError("lm_head.weight: expected a whole tensor, got a shard of FSDP1")
-    if isinstance(head.weight, DTensor) and is_adapter(head):
-        raise RuntimeError("lm_head.weight: expected no adapter on a shard, got one")
-    return head.weight, head.bias
+    if isinstance(weight, DTensor):
+        if is_adapter(head):
+            raise RuntimeError("lm_head.weight: expected no adapter on a shard, got one")
+        weight = head.weight
+    return weight, head.bias
 
 
 def _of_fsdp1(head: Any) -> bool:
     """Both mark their modules. FSDP1 flattens a weight, and in a forward has a view in its place;
     FSDP2's is a parameter."""
     layer = head.get_base_layer() if is_adapter(head) else head
-    flat = not isinstance(layer.weight, nn.Parameter) or layer.weight.ndim != 2
-    return getattr(layer, "_is_fsdp_managed_module", False) and flat
+    if not getattr(layer, "_is_fsdp_managed_module", False):
+        return False
+    return not isinstance(layer.weight, nn.Parameter) or layer.weight.ndim != 2

@@ -22,6 +22,7 @@ from ...ops.stats import TokenStats
 from ...ops.tiles.known import keeps_dtype
 from ...ops.walks.saving import checkpointed
 from ..adapter import base_layer, operands, rounded
+from ..heads import stored_weight
 from .base import Base, Family, Known, same_memory
 
 OWN = HeadOptions()
@@ -58,7 +59,9 @@ class Promise:
         parts: weight and bias, where the layer's own will be gone when they are read.
         own_tokens: see `Base`.
         """
-        hidden = hidden.to(head.weight.device)  # with a device_map the backbone may end elsewhere
+        hidden = hidden.to(
+            stored_weight(head).device
+        )  # with a device_map the backbone may end elsewhere
         given, kind = hidden.dtype, hidden.device.type
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))
@@ -160,6 +163,8 @@ class Promise:
         if not all(isinstance(x, Promise) and self._alike(x) for x in others):
             return NotImplemented
         all_of, base = (self, *others), self.base
+        for x in all_of:
+            x.base.check()
         hidden = torch.cat([x.base.hidden for x in all_of])
         down = None if base.adapter is None else torch.cat([x.base.adapter[0] for x in all_of])
         first = accumulate((len(x.base.hidden) for x in all_of[:-1]), initial=0)
@@ -230,22 +235,26 @@ class Promise:
             expected, got = tuple(self.rows.shape), tuple(labels.shape)
             raise ValueError(f"labels: expected shape {expected}, got {got}")
         labels = labels.to(rows.device).flatten()
-        asked = (rows >= 0) & (known.labels[rows.clamp(min=0)] != labels)
-        missing = asked.nonzero().squeeze(1)
-        results = tuple(x[rows.clamp(min=0)] for x in (known.logps, known.lse))
+        scored, at = rows >= 0, rows.clamp(min=0)
+        same = known.labels[at] == labels
+        found = known.read(at, scored & same)
+        missing = (scored & ~same).nonzero().squeeze(1)
         # Rows without a label have gradients, too, of zeros: a batch of padding must not fail.
         graph = self.requires_grad and torch.is_grad_enabled()
-        if len(missing) or (graph and not known.logps.requires_grad):
+        if len(missing) or (graph and not found):
             where = rows.index_select(0, missing)
             new = labels.index_select(0, missing)
             stats = self.view(where).stats(new, "lse")
             assert stats.logps is not None and stats.lse is not None
             # Straight into the results: a row may be asked for several words at once.
-            pairs = zip(results, (stats.logps, stats.lse), strict=True)
-            results = tuple(x.index_copy(0, missing, found) for x, found in pairs)
+            found.append((missing, stats.logps, stats.lse))
             self.base.known = known.joined(where, new, stats.logps, stats.lse)
-        logps, lse = (x.masked_fill(rows < 0, 0).view(self.rows.shape) for x in results)
-        return logps, lse
+        logps = lse = torch.zeros(len(rows), dtype=torch.float32, device=rows.device)
+        for which, *values in found:
+            logps, lse = (
+                x.index_copy(0, which, y) for x, y in zip((logps, lse), values, strict=True)
+            )
+        return logps.view(self.rows.shape), lse.view(self.rows.shape)
 
     def _remembered(self) -> Known:
         """What is known of this reading; nothing where a checkpoint counts what is saved.
