@@ -77,9 +77,19 @@ def name_of(func: Any) -> str:
     return name
 
 
+# What stands before `input`, and in its place.
+_FIRST = ("condition", "sorted_sequence", "tensors", "input")
+
+
 def positional(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """`input=` as the first argument."""
-    return ((kwargs.pop("input"),), kwargs) if not args and "input" in kwargs else (args, kwargs)
+    """The first argument by its place, whatever it is called."""
+    first = next((name for name in _FIRST if name in kwargs), None)
+    return (args, kwargs) if args or first is None else ((kwargs.pop(first),), kwargs)
+
+
+def counted(index: Tensor, words: int) -> Tensor:
+    """As `take_along_dim` has it: below zero from the end."""
+    return torch.where(index < 0, index + words, index)
 
 
 def leading_index(index: Any, ndim: int) -> Any:

@@ -98,23 +98,23 @@ class Cell:
         if self.promise is not None and not fits_one_block(self.promise):
             _tell(name)
 
-    def promised(self, name: str) -> Tensor:
-        """The values before any change in place."""
-        if self.changed and self.promise is not None:
-            return Graph(self.promise).logits(name)
-        return self.full(name)
+    def promised(self, name: str, node: Node) -> Tensor:
+        """The values of what this stood for, before any change in place."""
+        scaled = self.promise is not None and self.promise.family is not node.family
+        return Graph(node).logits(name) if scaled or self.changed else self.full(name)
 
     @property
     def changed(self) -> bool:
         """Are the values no longer what was promised?"""
         return self.open or self.watch.changed
 
-    def change(self) -> None:
-        """The tensor itself was changed in place."""
+    def change(self, counted: bool = False) -> None:
+        """The tensor itself was changed in place; counted: so that autograd knows."""
         self.watch.here = True
         if self.values is not None:
-            # Below autograd no version tells those who share the values, or saved them.
-            torch.autograd.graph.increment_version(self.values)
+            if not counted:
+                # Below autograd no version tells those who share the values, or saved them.
+                torch.autograd.graph.increment_version(self.values)
             self.watch.version = self.values._version
         if self.promise is not None:
             self.promise.family.add(self.watch)
@@ -160,6 +160,33 @@ class ScaledByRows(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         found = [None] * len(needs) if grad is None else ctx.graph.gradients(grad, needs)
         return (None, None, *found)
+
+
+class Changed(torch.autograd.Function):
+    """The node of logits whose values were changed as another tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, values: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, Tensor | None]:
+        return None, grad
+
+
+class Kept(torch.autograd.Function):
+    """The node of an alias, which stays when the tensor itself changes in place."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        return type(logits)(logits._cell, logits)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
+        return grad
 
 
 def _uncounted() -> Any:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .base import Family
 from .blocks import fits_one_block, reduced
-from .calls import WITH_WORDS, named
+from .calls import WITH_WORDS, counted, named
 from .functions import cross_entropy
 from .patterns import known_sum
 from .promise import Promise
@@ -39,8 +39,9 @@ _WORD_BY_WORD = named("""
     clip clamp_min clamp_max where masked_fill xlogy logaddexp sigmoid logsigmoid softplus relu tanh
     nan_to_num isnan isinf isfinite eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__
     logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__
-    float double half bfloat16 to type_as clone
+    clone
 """)
+_CASTS = named("float double half bfloat16 to type_as")
 _OVER_WORDS = named("softmax log_softmax")
 _REDUCED = named("""
     sum nansum mean logsumexp amax amin max min argmax argmin prod var std any all count_nonzero
@@ -52,7 +53,8 @@ _STACKED = named("sum mean logsumexp amax amin")
 _STACK = named("stack")
 _CAT = named("cat concat concatenate")
 _TOPK = named("topk")
-_PICKED = named("gather take_along_dim")
+_TAKEN = named("take_along_dim")
+_PICKED = named("gather") | _TAKEN
 _TURNS = named("transpose swapaxes swapdims permute movedim moveaxis")
 _LOSSES = named("cross_entropy nll_loss")
 
@@ -96,9 +98,9 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     args, kwargs = tree_map(put, (args, kwargs))
     tensors, nodes = zip(*((x.tensor, x.node) for x in parents), strict=True)
-    return _typed(
-        Root(func, _here(func, node.device), args, kwargs, tensors, nodes, tuple(numbers))
-    )
+    kept = tuple(x.kept() for x in tensors)
+    run = _here(func, node.device)
+    return _typed(Root(func, run, args, kwargs, tensors, kept, nodes, tuple(numbers)))
 
 
 def _allowed(x: Any, node: Node) -> bool:
@@ -157,6 +159,14 @@ def _typed(root: Root) -> Any:
         return NotImplemented
     rows = torch.arange(node.rows.numel(), dtype=torch.int64, device=node.device)
     return Rowwise(root, rows.view(node.rows.shape), node.shape[-1], made.dtype)
+
+
+def _cast(func: Any, args: Any, kwargs: Any) -> Any:
+    """The tensor itself, as torch has it, where it has that dtype."""
+    made = _recorded(func, args, kwargs)
+    copied = "copy" in kwargs or len(args) > 2
+    same = made is not NotImplemented and made.dtype == args[0].node.dtype
+    return args[0].node if same and not copied else made
 
 
 def _normalised(func: Any, args: Any, kwargs: Any) -> Any:
@@ -339,6 +349,7 @@ def _pick(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     if index.shape[:-1] != node.rows.shape:
         return NotImplemented
+    index = counted(index, node.shape[-1]) if func in _TAKEN else index
     return reduced(node, [index], lambda x, given: x.gather(-1, given[0]))
 
 
@@ -374,6 +385,7 @@ def _losses(func: Any, args: Any, kwargs: Any) -> Any:
 ANSWERS: dict[Any, Answer] = {
     **dict.fromkeys(_WORD_BY_WORD, _recorded),
     **dict.fromkeys(WITH_WORDS, _recorded),
+    **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_OVER_WORDS, _normalised),
     **dict.fromkeys(_REDUCED, _reduce),
     **dict.fromkeys(_STACK, _stack),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...ops.walks.picked import picked_products
 from .blocks import reduced
-from .calls import leading_index, of_torch, remember
+from .calls import counted, leading_index, of_torch, remember
 from .promise import Promise
 
 Answer = Callable[..., Any]
@@ -114,7 +114,8 @@ def index_select(logits: Promise, dim: int, index: Tensor) -> Any:
 def contiguous(logits: Promise, memory_format: Any = torch.contiguous_format) -> Any:
     if memory_format is not torch.contiguous_format:
         return NotImplemented
-    return logits.view(logits.rows.contiguous())
+    rows = logits.rows.contiguous()
+    return logits if rows is logits.rows else logits.view(rows)
 
 
 def clone(logits: Promise, *, memory_format: Any = torch.preserve_format) -> Any:
@@ -225,8 +226,10 @@ def log_softmax(logits: Promise, dim: Any, dtype: torch.dtype | None = None) -> 
 
 def gather(logits: Promise, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     """One word per row of log-softmax, or a few of anything."""
-    if not _last(logits, dim) or index.shape[:-1] != logits.rows.shape or sparse_grad:
+    whole = index.dtype in (torch.int64, torch.int32) and index.shape[:-1] == logits.rows.shape
+    if not _last(logits, dim) or not whole or sparse_grad:
         return NotImplemented
+    index = index.long()
     return remember(_picked(logits, index), logits, index)
 
 
@@ -239,6 +242,10 @@ def _picked(logits: Promise, index: Tensor) -> Tensor:
 
 def _words(logits: Promise, index: Tensor) -> Tensor:
     """The logits of a few words per row [*rows.shape, K]."""
+    foreign = index[(index < 0) | (index >= logits.words)]
+    if len(foreign):
+        got = int(foreign[0])
+        raise ValueError(f"index: expected values in [0, {logits.words}), got {got}")
     base, rows = logits.base, logits.rows.flatten().clamp(min=0)
     hidden, adapter = base.select(rows)
     ids = index.flatten(0, -2)
@@ -276,7 +283,9 @@ class _As(torch.autograd.Function):
 
 
 def take_along_dim(logits: Promise, indices: Tensor, dim: int | None = None) -> Any:
-    return NotImplemented if dim is None else gather(logits, dim, indices)
+    if dim is None or indices.dtype != torch.int64:
+        return NotImplemented
+    return gather(logits, dim, counted(indices, logits.words))
 
 
 def total(logits: Promise, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:

@@ -12,6 +12,7 @@ computed once, and autograd brings its gradient to the node.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -36,7 +37,7 @@ from .calls import (
     name_of,
     positional,
 )
-from .cell import Cell, Scaled, ScaledByRows
+from .cell import Cell, Changed, Kept, Scaled, ScaledByRows
 from .expressions import Operand, express
 from .functions import FUNCTIONS, VIEWS
 from .promise import Promise
@@ -71,9 +72,11 @@ class LazyLogits(Tensor):
         first: Any = args[0] if args else None
         if name == "register_hook" and _of_fsdp(*args[1:]):
             return first._cell.graph.promise.base.hidden.register_hook(*args[1:])
-        if name in GRADIENTS:
+        if name in GRADIENTS or name == "backward":
             for logits in _lazy((args, kwargs)):
-                logits._hook(name)
+                logits._expect_whole(name)
+                if name in GRADIENTS:
+                    logits._hook(name)
         traced = name == "untyped_storage" and torch._guards.TracingContext.try_get() is not None
         if name in LAYOUT and first._cell.promise is not None:
             return func(first._cell.layout, *args[1:], **kwargs)
@@ -120,7 +123,7 @@ class LazyLogits(Tensor):
                 f"{name}: expected before anything is read of these logits, got it after; their "
                 "gradient goes past them: ask for it right after the model's forward"
             )
-        self._hooked = True
+        self._hooked, self._real = True, None
 
     def _expect_whole(self, name: str) -> None:
         if self._cell.watch.elsewhere:
@@ -138,24 +141,25 @@ class LazyLogits(Tensor):
         if lazy and node.family.forget(value._cell.first, node.rows[leading]):
             value._cell.heir = self._cell.watch
 
-    def _has_set(self, index: Any, value: Any) -> bool:
-        """`logits[..., 7] += 1`: Python sets values that were changed as a view of these, with
-        their gradient."""
-        cell, real = self._cell, self._real
-        if real is None or self._real_of is not self.grad_fn or not cell.watch.elsewhere:
-            return False
-        if not isinstance(value, Tensor) or isinstance(value, LazyLogits):
-            return False
-        if value.untyped_storage().data_ptr() != real.untyped_storage().data_ptr():
-            return False
-        real[index] = value
-        if not (real.requires_grad and torch.is_grad_enabled()):
-            cell.change()  # nothing that this tensor's own node does not know
-        return True
+    def _shared(self) -> Tensor | None:
+        """The tensor of the values where a view of it lives, or was changed: autograd must know
+        what changes there and here as changes of one tensor."""
+        real, self._real = self._real, None
+        if real is None or self._real_of is not self.grad_fn:
+            return None
+        found = weakref.ref(real)
+        if not self._cell.watch.elsewhere:
+            real = None
+        self._real = found()
+        return self._real
 
-    def as_promised(self, name: str) -> Tensor:
-        """The values, whatever was done to this tensor in place since."""
-        return self._cell.promised(name)
+    def kept(self) -> Tensor:
+        """A tensor that stays where this one is in autograd's graph now."""
+        return Kept.apply(self) if self.requires_grad and torch.is_grad_enabled() else self
+
+    def as_promised(self, name: str, node: Node) -> Tensor:
+        """The values of what it stood for, whatever was done to this tensor in place since."""
+        return self._cell.promised(name, node)
 
     def _seen(self, name: str) -> Tensor:
         """A tensor of the values whose gradient comes by this one."""
@@ -269,6 +273,8 @@ def _answer(func: Any, args: Any, kwargs: Any) -> Any:
     if func in ORDERS and any(x._cell.values is not None for x in lazy):
         return NotImplemented  # words of theirs may have been read, whose last bits are these
     found = _read(func, args, kwargs, nodes)
+    if args and found is nodes.get(id(args[0])):
+        return args[0]  # as torch does: nothing is read yet, and it may be changed
     if isinstance(found, Rowwise):
         if func in VIEWS:
             args[0]._past = True
@@ -313,28 +319,31 @@ def _pass(logits: LazyLogits) -> None:
 
 
 def _change(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """A change in place: of the logits themselves through their own node, then on their values."""
+    """A change in place: of the logits themselves through their own node, then on their values;
+    where those are somebody's as well, of that tensor, whose node theirs comes after."""
     into = kwargs["out"] if "out" in kwargs else args[0]
     if not isinstance(into, LazyLogits):
         return _on_values(func, name, args, kwargs)
     if func.__name__ == "__set__":
         raise RuntimeError(f"{name}: expected to be set on a tensor in memory, got lazy logits")
-    if name == "__setitem__" and into._has_set(*args[1:]):
-        return None
-    values = into._cell.full(name)
     if name in OPENS:
         into._cell.open = True
         return _on_values(func, name, args, kwargs)
-    given = tree_map_only(LazyLogits, lambda x: x if x is into else x._seen(name), (args, kwargs))
+    shared = into._shared()
+    values, own = (into._cell.full(name), into) if shared is None else (shared, shared)
+    given = tree_map_only(LazyLogits, lambda x: own if x is into else x._seen(name), (args, kwargs))
     layout = values.shape, values.stride()
     found = _natively(func, *given)
-    into._cell.change()
+    into._cell.change(counted=shared is not None)
     if layout != (values.shape, values.stride()):
         raise RuntimeError(
             f"{name}: expected lazy logits to keep shape {tuple(into.shape)} in place, "
             f"got {tuple(values.shape)}"
         )
-    return found
+    if shared is not None and shared.requires_grad and torch.is_grad_enabled():
+        Changed.apply(into, shared)
+        into._real_of = into.grad_fn
+    return into if found is own else found
 
 
 def _factor(by: float | Tensor) -> None:
@@ -348,12 +357,15 @@ def _scale(name: str, logits: Any, by: Any) -> bool:
         return False
     if isinstance(by, Tensor) or isinstance(node, Rowwise):
         return _scale_rows(name, logits, node, by)
-    factor = by if name.startswith("mul") or not isinstance(by, int | float) or not by else 1 / by
-    scaled = node.scaled(factor)
+    if not name.startswith("mul"):
+        if not isinstance(by, int | float) or not by:
+            return False
+        by = 1 / by
+    scaled = node.scaled(by)
     if scaled is NotImplemented:
         return False
     scaled = replace(scaled, rows=node.rows)
-    Scaled.apply(logits, logits._cell.scale(scaled), factor)
+    Scaled.apply(logits, logits._cell.scale(scaled), by)
     return True
 
 

@@ -37,7 +37,8 @@ class Root:
     func: Callable[..., Any]  # the same, as it runs
     args: Any
     kwargs: Any
-    parents: tuple[Any, ...]  # LazyLogits
+    parents: tuple[Any, ...]  # LazyLogits, which may change
+    kept: tuple[Tensor, ...]  # the same as they were in autograd's graph
     nodes: tuple[Node, ...]  # what they stand for
     numbers: tuple[Tensor, ...]
     family: Family = field(default_factory=Family)
@@ -87,7 +88,7 @@ class Rowwise:
 
     @property
     def operands(self) -> tuple[Tensor, ...]:
-        return () if self.constant else (*self.root.parents, *self.root.numbers)
+        return () if self.constant else (*self.root.kept, *self.root.numbers)
 
     @property
     def requires_grad(self) -> bool:
@@ -124,7 +125,8 @@ class Rowwise:
 
     def leaves(self, name: str) -> tuple[Tensor, ...]:
         """All that `whole` needs, without a graph of their own."""
-        values = [x.as_promised(name) for x in self.root.parents]
+        pairs = zip(self.root.parents, self.root.nodes, strict=True)
+        values = [x.as_promised(name, node) for x, node in pairs]
         found = [x.detach() for x in (*values, *self.root.numbers)]
         for x, own in zip(found, self.operands, strict=not self.constant):
             x.requires_grad_(own.requires_grad)

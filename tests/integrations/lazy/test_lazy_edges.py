@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 
 import pytest
 
@@ -19,10 +20,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastpo
-from fastpo.integrations.lazy import cell
+from fastpo.integrations.lazy import blocks, cell
 from fastpo.integrations.lazy.head import lazy_head
 from fastpo.integrations.lazy.logits import LazyLogits, promised
 from fastpo.integrations.lazy.promise import Promise
+from fastpo.ops.shards.gathered import _GatheredHead
 
 B, T, H, V = 3, 7, 16, 211
 
@@ -242,3 +244,129 @@ def test_another_thread_has_logits_of_its_own():
         thread.start()
         thread.join()
     assert type(found[0]) is torch.Tensor and found[0].shape[-1] == model.config.vocab_size
+
+
+def test_ddp_sends_logits_that_the_model_read_itself(group):
+    """Its own loss is of the same words; the script's has a gradient all the same."""
+    ids, found = tiny.batch()["input_ids"], []
+    for lazy in (False, True):
+        model = tiny.model("llama")
+        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        with fastpo.lazy_logits(model) if lazy else contextlib.nullcontext():
+            logits = ddp(ids, labels=ids, use_cache=False).logits[:, :-1]
+            logps(logits, ids[:, 1:]).mean().backward()
+        found.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+
+
+def test_a_backward_runs_through_the_calls_it_is_of(monkeypatch):
+    """Gradients of each text, one after the other."""
+    lazy, real, leaves = pair()
+    labels = torch.zeros(B, T, dtype=torch.int64)
+    passes, own = [], _GatheredHead.backward
+    monkeypatch.setattr(
+        _GatheredHead, "backward", staticmethod(lambda *x: passes.append(1) or own(*x))
+    )
+    for i in range(B):
+        passes.clear()
+        found, expected = (
+            torch.autograd.grad(
+                F.cross_entropy(x[i], labels[i]) + x[i].logsumexp(-1).mean(),
+                leaves,
+                retain_graph=True,
+            )
+            for x in (lazy, real)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert len(passes) == 1
+
+
+@pytest.mark.parametrize("label", [-1, V])
+def test_labels_that_are_no_words(label, monkeypatch):
+    """-1 above all, which other libraries ignore."""
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 1})
+    labels = torch.zeros(B, T, dtype=torch.int64)
+    labels[1, 2] = label
+    with pytest.raises(ValueError, match=rf"labels: expected values in \[0, {V}\), got {label} "):
+        F.cross_entropy(pair()[0].flatten(0, 1), labels.flatten())
+    with pytest.raises(ValueError, match=rf"labels: expected values in \[0, {V}\), got {label} "):
+        logps(pair()[0], labels)
+    with pytest.raises(ValueError, match=rf"index: expected values in \[0, {V}\), got {label}"):
+        pair()[0].gather(-1, labels[..., None])
+
+
+@pytest.mark.parametrize("block", [1, 1 << 30])
+def test_words_are_taken_from_the_end(block, monkeypatch):
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": block})
+    index = torch.tensor([-1, 3, -V]).expand(B, T, 3)
+    for read in (lambda x: x, lambda x: x.log_softmax(-1), lambda x: x.exp()):
+        for some in (index[..., :1], index):
+            found, expected = (torch.take_along_dim(read(x), some, -1) for x in pair()[:2])
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_index_of_32_bits():
+    lazy, real, _ = pair()
+    index = torch.arange(B * T, dtype=torch.int32).view(B, T, 1)
+    for read in (lambda x: x, lambda x: x.log_softmax(-1)):
+        torch.testing.assert_close(read(lazy).gather(-1, index), read(real).gather(-1, index))
+
+
+BY_NAME = {
+    "where": lambda x: torch.where(condition=x > 0, input=x, other=x * 0),
+    "where a row": lambda x: torch.where(condition=torch.ones(T, 1) > 0, input=x, other=0 * x),
+    "searchsorted": lambda x: torch.searchsorted(sorted_sequence=torch.arange(V), input=x).float(),
+    "cat": lambda x: torch.cat(tensors=(x, x), dim=1),
+    "stack": lambda x: torch.stack(tensors=(x, 2 * x)).sum(dim=0),
+}
+
+
+@pytest.mark.parametrize("block", [1, 1 << 30])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_arguments_by_name(name, block, monkeypatch):
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": block})
+    found, expected = (BY_NAME[name](x.detach()).sum(-1) for x in pair()[:2])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_logits_of_before_a_step_are_not_joined():
+    head = nn.Linear(H, V)
+    before = promised(Promise.of(head, torch.randn(B, T, H)))
+    with torch.no_grad():
+        head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"expected to be read before lm_head\.weight changes"):
+        torch.cat([before, promised(Promise.of(head, torch.randn(B, T, H)))])
+
+
+def test_a_loss_holds_no_weight_of_another_dtype(monkeypatch):
+    """As after the backward, until the next step's loss takes its place."""
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 1})
+    casts = []
+    own = blocks.dense
+    monkeypatch.setattr(
+        blocks, "dense", lambda x: casts.append(weakref.ref(y := own(x).clone())) or y
+    )
+    lazy, _, _ = pair()
+    loss = lazy.softmax(-1).square().sum()
+    assert casts and all(x() is None for x in casts)
+    loss.backward()
+    assert len(casts) == 2 and all(x() is None for x in casts)
+
+
+def test_a_parametrization_makes_the_weight_once():
+    class Doubled(nn.Module):
+        count = 0
+
+        def forward(self, weight):
+            self.count += 1
+            return 2 * weight
+
+    model, doubled = tiny.model("llama"), Doubled()
+    nn.utils.parametrize.register_parametrization(model.lm_head, "weight", doubled)
+    ids = tiny.batch()["input_ids"]
+    expected = model(ids).logits.logsumexp(-1)
+    doubled.count = 0
+    with fastpo.lazy_logits(model):
+        logits = model(ids).logits
+        assert isinstance(logits, LazyLogits) and doubled.count == 1
+        torch.testing.assert_close(logits.logsumexp(-1), expected)
