@@ -13,11 +13,12 @@ BATCH_SIZES = (
     "stride_state", "stride_grads", "stride_constants", "stride_sums", "stride_factors",
 )  # fmt: skip
 
-# One number a row, from where a block of rows starts: a kernel that knew this place to be a
-# multiple of 16 bytes would be compiled anew where it is none.
+# One number a row, or a few, from where a block of rows starts: a kernel that knew this place to be
+# a multiple of 16 bytes would be compiled anew where it is none.
 ROW_NUMBERS = (
     "labels_ptr", "base_ptr", "origin_ptr", "offset_ptr", "target_ptr", "others_ptr", "own_ptr",
-    "before_ptr", "anchors_ptr",
+    "before_ptr", "anchors_ptr", "inverse_ptr", "state_ptr", "grads_ptr", "g_logps_ptr",
+    "g_entropy_ptr", "g_lse_ptr",
 )  # fmt: skip
 PER_BATCH = {"do_not_specialize": BATCH_SIZES, "do_not_specialize_on_alignment": ROW_NUMBERS}
 
