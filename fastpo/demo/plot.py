@@ -46,13 +46,13 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         _loss(axes[0], figures)
         _accuracy(axes[1], figures)
         comparison = figures["comparison"]
-        seconds = {n: v["median_step_seconds"] or 0.0 for n, v in figures["variants"].items()}
+        seconds = {n: v["median_step_seconds"] for n, v in figures["variants"].items()}
         memory = {n: v["memory_bytes"]["increase"] / 2**20 for n, v in figures["variants"].items()}
         axes[2].set_title("Time per step")
-        _bars(axes[2], seconds, "{:.2f} s", best(comparison, "times_faster", "faster", "slower"))
+        bars(axes[2], seconds, "{:.2f} s", best(comparison, "times_faster", "faster", "slower"))
         axes[3].set_title("Memory of training")
         less = best(comparison, "times_less_memory", "less", "more")
-        _bars(axes[3], memory, "{:,.0f} MiB", less)
+        bars(axes[3], memory, "{:,.0f} MiB", less)
         figure.suptitle(_headline(figures), x=0.012, ha="left", fontsize=10, color="#5c5c5c")
         figure.tight_layout(rect=(0, 0, 1, 0.97), w_pad=2.5)
         figure.savefig(path, dpi=150)
@@ -132,12 +132,14 @@ def difference(comparison: dict[str, Any]) -> str:
     return f"largest difference {'not finite' if None in found else f'{max(found):.1e}'}"
 
 
-def _bars(axes: Any, values: dict[str, float], text: str, note: str) -> None:
-    heights = [values[name] for name in COLOURS]
+def bars(axes: Any, values: dict[str, float | None], text: str, note: str) -> None:
+    """None where there is no value: a single step is the first, which is not counted."""
+    heights = [values[name] or 0.0 for name in COLOURS]
     axes.bar(range(3), heights, width=0.62, color=list(COLOURS.values()))
     top = max(heights) or 1.0
-    for x, height in enumerate(heights):
-        axes.text(x, height + 0.02 * top, text.format(height), ha="center", fontsize=9)
+    for x, (name, height) in enumerate(zip(COLOURS, heights, strict=True)):
+        label = "–" if values[name] is None else text.format(height)
+        axes.text(x, height + 0.02 * top, label, ha="center", fontsize=9)
     axes.set_xticks(range(3), ["with", "+ shared\nprompts", "without"], fontsize=9)
     axes.tick_params(axis="x", length=0)
     axes.set_yticks([])

@@ -353,6 +353,15 @@ def test_figures_are_compared_with_trls():
     assert plot.difference(compared) == "largest difference not finite"
 
 
+def test_a_single_step_has_no_time_in_the_picture():
+    from matplotlib import pyplot
+
+    axes = pyplot.figure().subplots()
+    plot.bars(axes, {"fastpo": None, "shared": 0.0, "trl": 2.5}, "{:.2f} s", "")
+    assert [text.get_text() for text in axes.texts] == ["–", "0.00 s", "2.50 s"]
+    pyplot.close("all")
+
+
 def check_report(report, figures, said):
     assert report == json.loads(json.dumps(figures))
     assert report["data"]["train_pairs"] + report["data"]["held_out_pairs"] == 14
