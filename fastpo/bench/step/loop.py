@@ -55,7 +55,8 @@ class Job:
         return kind
 
     def __str__(self) -> str:
-        return f"{self.variant}, {self.pairs} pairs of {self.length} tokens, {self.texts}"
+        texts = "" if self.texts == Texts() else f", {self.texts}"
+        return f"{self.variant}, {self.pairs} × {self.length} tokens{texts}"
 
 
 # [2·pairs, T - 1] log-probabilities of a model
