@@ -183,6 +183,19 @@ def test_an_excluded_word_comes_behind_words_of_probability_zero(backend, tile, 
     assert found.values[:, 2:].isneginf().all() and found.values[:, :2].isfinite().all()
 
 
+@pytest.mark.skipif("anchored" not in ALL, reason="not there")
+def test_anchored_runs_as_triton():
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32  # what it serves
+    x = make_head(7, 90, 16, bias=True, device=DEVICE, dtype=dtype)
+    results = []
+    for backend in ("anchored", "triton"):
+        own = x.like(dtype)
+        found = fastpo.linear_topk(**arguments(own), k=3, backend=backend)
+        grads = torch.autograd.grad(found.values.sum(), list(own.leaves().values()))
+        results.append((*found, *grads))
+    assert all(torch.equal(*both) for both in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_frozen_head_keeps_no_probabilities(trained):
     hidden = torch.randn(8, 64, device=DEVICE, requires_grad=True)
