@@ -20,7 +20,7 @@ from _refusals import assert_as_before, fresh, llama, plain  # noqa: F401
 from _tiny import one_thread  # noqa: F401
 from transformers import DynamicCache, LlamaModel
 
-from fastpo.integrations.sharing import attention, backbone
+from fastpo.integrations.sharing import attention, backbone, refusals
 from fastpo.integrations.sharing.backbone import shared_prompts
 
 
@@ -154,12 +154,14 @@ def test_rows_in_parts(kind, caplog, monkeypatch):
 def test_positions_that_are_the_columns_are_no_reason(at_pads):
     """Of tokens; pads have what the caller likes."""
     call, columns = plain(), torch.arange(24).expand(6, 24)
+    given = [columns, columns[:1]]
     if at_pads is not None:
-        columns = columns.masked_fill(call["attention_mask"] == 0, at_pads)
+        given = [columns.masked_fill(call["attention_mask"] == 0, at_pads)]
     model = llama().model
-    with shared_prompts(model, always=True) as handle:
-        model(**call, position_ids=columns)
-        assert handle.tokens.saved > 0.3
+    for positions in given:
+        with shared_prompts(model, always=True) as handle:
+            model(**call, position_ids=positions)
+            assert handle.tokens.saved > 0.3
 
 
 def test_labels_for_the_head_are_no_reason():
@@ -229,6 +231,23 @@ def test_pads_beyond_the_length_at_which_a_rope_changes(name, caplog):
 
     make = lambda: _architectures.model(*_architectures.RIGHT[name])  # noqa: E731
     assert_as_before(make, call, "pads beyond the 16 tokens at which its rope changes", caplog)
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        ({"rope_type": "default"}, 16),
+        ({"rope_type": "default"}, None),
+        ({"rope_type": "dynamic"}, None),
+        ({"rope_type": "dynamic"}, 32),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 12}, 99),
+    ],
+)
+def test_pads_that_change_no_rope_are_no_reason(rope, most):
+    """Without a length, below it, or where the tokens pass it themselves."""
+    text = SimpleNamespace(rope_parameters=rope, max_position_embeddings=most)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    refusals.check_rotation(model, SimpleNamespace(columns=14, shape=(6, 24)))
 
 
 def test_a_compiled_model(caplog):

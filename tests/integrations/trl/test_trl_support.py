@@ -23,6 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 import fastpo
+from fastpo.integrations.trl import sampled
 
 SAMPLED = {
     "num_generations": 2,
@@ -229,6 +230,22 @@ def test_a_report_of_another_length_is_refused(tmp_path):
         )
         with pytest.raises(ValueError, match="sampling_mask: expected a list of word ids for each"):
             built.train()
+
+
+def test_a_head_for_fewer_tokens_than_were_sampled_is_refused():
+    with (
+        pytest.raises(RuntimeError, match="a head for each of 2 sampled tokens, got 0 tokens"),
+        sampled._scoring(sampled.Replay(fastpo.Support.of([[1], [2]]))),
+    ):
+        pass
+    assert sampled._over.get() is None
+
+
+def test_tokens_that_a_tool_has_written_are_not_the_samplers():
+    output = {"completion_mask": torch.tensor([[1, 1, 0]])}
+    assert sampled._sampled(output).tolist() == [[True, True, False]]
+    output["tool_mask"] = torch.tensor([[1, 0, 1]])
+    assert sampled._sampled(output).tolist() == [[True, False, False]]
 
 
 def test_a_trl_without_its_seams_is_refused(monkeypatch):
