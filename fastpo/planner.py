@@ -16,12 +16,26 @@ from .ops.walks.checks import DTYPES, check_budget, check_flag, check_integer
 Mode = Literal["score", "frozen", "keep", "lean"]
 
 
+# Cells, 64 bytes of the smaller dtypes. A library multiplies rows that start at odd addresses by
+# slower kernels, and a vocabulary may be odd: GPT-2's, or one to which a token was added.
+_ROW_START = 32
+
+
+def row_cells(words: int) -> int:
+    """From one row of a tile to the next."""
+    return -(-words // _ROW_START) * _ROW_START
+
+
 @dataclass(frozen=True)
 class Tiles:
     """One logits tile is [tokens, vocab] float32."""
 
     tokens: int
     vocab: int
+
+    @property
+    def cells(self) -> int:
+        return self.tokens * row_cells(self.vocab)
 
 
 @dataclass(frozen=True)
@@ -110,6 +124,11 @@ def memory_of(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
+def kept_cells(vocab: int, block_words: int) -> int:
+    """Of one row, in blocks of so many words, each with rows of its own."""
+    return vocab // block_words * row_cells(block_words) + row_cells(vocab % block_words)
+
+
 # Words of exponentials are cut and padded so that blocks of the product, of 192 or 256 words, stay
 # whole and rows start at multiples of 512 bytes, whatever the vocabulary: a library's need 16.
 GRANULE = 768
@@ -160,7 +179,7 @@ def make_plan(
     tiles = tile_shape(tokens, vocab, device.type)
     block_words = exponential_words(vocab) if anchored else tiles.vocab
     blocks = -(-vocab // block_words)
-    row_words = blocks * block_words if anchored else vocab
+    row_words = blocks * block_words if anchored else kept_cells(vocab, block_words)
     row_bytes = row_words * compute_dtype.itemsize
     budget = default_budget(row_words, hidden, device) if budget is None else budget
     allowed = budget // max(row_bytes, 1)  # of a head in shards a process may have no word
@@ -208,7 +227,7 @@ def _workspace(
 ) -> int:
     """Bytes alive beside inputs, outputs, gradients and what is kept."""
     gemm = gemm_dtype(compute_dtype, device_type)
-    cells = tiles.tokens * tiles.vocab
+    cells = tiles.cells
     total = 4 * cells
     if gemm != compute_dtype:
         total += gemm.itemsize * (tiles.vocab + tiles.tokens) * hidden  # converted copies
@@ -225,7 +244,7 @@ def pair_workspace(
     """Bytes alive in the backward of `linear_divergence` for a student that is trained, beside
     inputs, outputs, gradients and what is kept. widths: hidden sizes of student and teacher."""
     tiles, gemm = tile_shape(tokens, vocab, device_type), gemm_dtype(compute_dtype, device_type)
-    cells = tiles.tokens * tiles.vocab
+    cells = tiles.cells
     total = 2 * 4 * cells + gemm.itemsize * cells  # products of both, and their derivative
     if gemm != compute_dtype:
         total += gemm.itemsize * (tiles.vocab + tiles.tokens) * sum(widths)  # converted copies

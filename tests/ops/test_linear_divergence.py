@@ -235,8 +235,9 @@ def test_the_budget_changes_products_and_nothing_else(name, kept, monkeypatch):
     expected = fastpo.linear_divergence(h, w, th, tw, budget=2**40, **options).divergence
     grads = torch.autograd.grad(expected.sum(), [h, w])
     product = 48 * 211 * 24
+    budget = kept * 8 * planner.kept_cells(211, 64)
     with Products() as forward:
-        found = fastpo.linear_divergence(h, w, th, tw, budget=kept * 8 * 211, **options).divergence
+        found = fastpo.linear_divergence(h, w, th, tw, budget=budget, **options).divergence
     with Products() as backward:
         others = torch.autograd.grad(found.sum(), [h, w])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import planner
 from ..rows import backend as R
 from .anchored import Operands, exponents_of, product, unit_columns
-from .head import Adapted, Forward, Head, HeadSpec, addmm_float32, place_of_dweight
+from .head import Adapted, Forward, Head, HeadSpec, addmm_float32, place_of_dweight, tile_in
 from .lending import Loan
 
 
@@ -159,7 +159,7 @@ class BackwardWalk:
     def _dproducts(self, i: int, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:
         """d loss / d products of one tile [b - a, v1 - v0]: kept rows first, then recomputed."""
         head, K = self.head, self.head.plan.kept_tokens
-        dx = self._dx[: (b - a) * (v1 - v0)].view(b - a, v1 - v0)
+        dx = tile_in(self._dx, b - a, v1 - v0)
         split = min(max(K, a), b)
         if split > a:
             stored = head.stored(self.saved.kept, i, v0, v1)[a:split]

@@ -26,7 +26,7 @@ from ..rows import backend as R
 from ..rows import registry
 from ..rows.pair import backend as P
 from .checks import check_memory
-from .head import Head, HeadSpec, mm_float32
+from .head import Head, HeadSpec, mm_float32, tile_in
 from .mixture import Gradients, Operands, Sums
 
 _PAIR_BYTES = 8  # of a word's two kept products
@@ -97,8 +97,8 @@ class _Heads:
             yield split, b, False
 
     def kept(self, kept: Tensor, i: int, v0: int, v1: int, a: int, b: int) -> Tensor:
-        K = self.kept_tokens
-        return kept[i, K * v0 : K * v1].view(K, v1 - v0)[a:b]
+        start = planner.kept_cells(v0, self.first.plan.tiles.vocab) * self.kept_tokens
+        return tile_in(kept[i, start:], self.kept_tokens, v1 - v0)[a:b]
 
     def sides(self, tiles: Sequence[Tensor], a: int, b: int) -> P.Sides:
         """Of rows a to b."""
@@ -126,7 +126,13 @@ def _kept_tokens(tokens: int, weight: Tensor, spec: DivergenceSpec) -> int:
     (vocab, hidden), budget = weight.shape, spec.budget
     if budget is None:
         budget = planner.default_budget(vocab, hidden, weight.device)
-    return min(tokens, budget // max(_PAIR_BYTES * vocab, 1))
+    return min(tokens, budget // max(_PAIR_BYTES * _row_words(weight), 1))
+
+
+def _row_words(weight: Tensor) -> int:
+    """Cells of a row that is kept."""
+    vocab = len(weight)
+    return planner.kept_cells(vocab, planner.tile_shape(1, vocab, weight.device.type).vocab)
 
 
 def _sizes(
@@ -134,7 +140,7 @@ def _sizes(
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Of constants, totals and kept."""
     tokens = len(labels)
-    kept = _kept_tokens(tokens, weight, spec) * len(weight)
+    kept = _kept_tokens(tokens, weight, spec) * _row_words(weight)
     return (4, tokens), (2, tokens), (2, kept)
 
 
@@ -265,7 +271,7 @@ class _Backward:
         for a, b in heads.first.token_blocks():
             shape = (b - a, v1 - v0)
             dx = [
-                x[: shape[0] * shape[1]].view(shape) if one.wanted else None
+                tile_in(x, *shape) if one.wanted else None
                 for x, one in zip(self.outs, self.sums, strict=True)
             ]
             self._turn(words, dx, v0, v1, a, b)

@@ -22,6 +22,7 @@ from .head import (
     addmm_float32,
     check_labels,
     kept_shapes,
+    tile_in,
 )
 from .logits import to_logits
 
@@ -159,7 +160,7 @@ def _frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) 
     for _, v0, v1 in head.vocab_tiles():
         words = head.words(v0, v1)
         tile = head.products(x, words)
-        e = tile if buffer is None else buffer[: tile.numel()].view_as(tile)
+        e = tile if buffer is None else tile_in(buffer, *tile.shape)
         _fold(head, tile, v0, state, a, b, e, anchor, fold_cap=True)
         if v0 > 0:
             head.kernels.rescale(total, before, anchor)

@@ -182,7 +182,7 @@ class Head:
         self.anchored = spec.anchored(self.device, weight)
         self.gemm = planner.gemm_dtype(spec.compute_dtype, self.device.type)
         tiles = self.plan.tiles
-        self.tile_cells = tiles.tokens * tiles.vocab
+        self.tile_cells = tiles.cells
         # Converted copies live in one buffer each, written again only when the walk moves on.
         convert = hidden.dtype != self.gemm
         self._block = self.empty(tiles.tokens * convert, hidden.shape[1], dtype=self.gemm)
@@ -233,9 +233,10 @@ class Head:
 
     def stored(self, kept: Tensor, i: int, v0: int, v1: int) -> Tensor:  # [kept_tokens, v1 - v0]
         """Words of the i-th block of `kept`."""
-        K, first = self.plan.kept_tokens, i * self.plan.block_words
-        words = min(self.plan.block_words, self.plan.row_words - first)
-        block = self.kept_cells(kept)[K * first : K * (first + words)].view(K, words)
+        K, row = self.plan.kept_tokens, planner.row_cells(self.plan.block_words)
+        width = min(row, self.plan.row_words - i * row)
+        block = self.kept_cells(kept)[K * i * row : K * (i * row + width)].view(K, width)
+        first = i * self.plan.block_words
         return block[:, v0 - first : v1 - first]
 
     def compact(self, x: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ class Head:
 
     def products(self, x: Tensor, words: Tensor) -> Tensor:
         """x·wordsᵀ in float32, in the one buffer all tiles share."""
-        tile = self._tile[: len(x) * len(words)].view(len(x), len(words))
+        tile = tile_in(self._tile, len(x), len(words))
         whole = len(x) // ROWS * ROWS if self.device.type == "cpu" else len(x)
         if whole:
             mm_float32(x[:whole], words.t(), tile[:whole])
@@ -263,6 +264,12 @@ class Head:
             rest[: len(x) - whole] = x[whole:]
             tile[whole:] = torch.mm(rest, words.t())[: len(x) - whole]
         return tile
+
+
+def tile_in(buffer: Tensor, n: int, v: int) -> Tensor:
+    """[n, v] at the front of a flat buffer, its rows aligned."""
+    row = planner.row_cells(v)
+    return buffer[: n * row].view(n, row)[:, :v]
 
 
 def scored_rows(labels: Tensor, ignore_index: int | None) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..rows import backend as R
 from .backward import row_grads
 from .forward import finish
-from .head import Forward, Head, HeadSpec, addmm_float32, check_labels
+from .head import Forward, Head, HeadSpec, addmm_float32, check_labels, tile_in
 from .logits import to_logits
 
 
@@ -76,7 +76,7 @@ class Mixture:
 
     def part(self, a: int, b: int, v: int) -> Tensor:  # [b - a, v]
         """The float32 buffer the heads share."""
-        return self.heads[0]._tile[: (b - a) * v].view(b - a, v)
+        return tile_in(self.heads[0]._tile, b - a, v)
 
     def logits(self, i: int, words: Tensor, first: int, a: int, b: int) -> Tensor:
         """z_i of one tile [b - a, v], in the buffer the heads share."""
@@ -86,7 +86,7 @@ class Mixture:
     def tile(self, words: list[Tensor], first: int, a: int, b: int) -> Tensor:
         """Σ_i m_i·z_i of one tile [b - a, v]."""
         v = len(words[0])
-        mixed = self._mixed[: (b - a) * v].view(b - a, v).zero_()
+        mixed = tile_in(self._mixed, b - a, v).zero_()
         for i in range(len(self.heads)):
             z = self.logits(i, words[i], first, a, b)
             mixed.addcmul_(z, self.coefficients[a:b, i : i + 1])
@@ -162,7 +162,7 @@ class Sums:
         if dx.dtype != self.head.gemm:
             if not len(self._dx):
                 self._dx = self.head.empty(self.head.tile_cells, dtype=self.head.gemm)
-            dx = self._dx[: dx.numel()].view_as(dx).copy_(dx)
+            dx = tile_in(self._dx, *dx.shape).copy_(dx)
         if self.dhidden is not None:
             addmm_float32(self.dhidden[a:b], dx, words)
         if self._slab is not None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import planner
 from ..rows import backend as R
 from .backward import BackwardWalk, row_grads
 from .best_words import NEVER, merge, unpack
@@ -143,7 +144,7 @@ class _TopKBackward(BackwardWalk):
         dx = super()._dproducts(i, v0, v1, a, b, words)
         ids = self.ids[a:b]
         rows = torch.arange(b - a, dtype=torch.int64, device=ids.device)
-        start = rows.unsqueeze(1) * (v1 - v0) - v0
+        start = rows.unsqueeze(1) * planner.row_cells(v1 - v0) - v0
         inside = (ids >= v0) & (ids < v1)
         cells = torch.where(inside, start + ids, self.head.tile_cells)
         self._dx.scatter_(0, cells.flatten(), self.own[a:b].to(self._dx.dtype).flatten())
