@@ -59,9 +59,8 @@ class Promise:
         parts: weight and bias, where the layer's own will be gone when they are read.
         own_tokens: see `Base`.
         """
-        hidden = hidden.to(
-            stored_weight(head).device
-        )  # with a device_map the backbone may end elsewhere
+        # With a device_map the backbone may end elsewhere.
+        hidden = hidden.to(stored_weight(head).device)
         given, kind = hidden.dtype, hidden.device.type
         if torch.is_autocast_enabled(kind):
             hidden = hidden.to(torch.get_autocast_dtype(kind))
