@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -236,8 +237,11 @@ def test_a_process_that_dies_is_said():
 def test_an_interrupt_ends_a_measurement_without_a_traceback(tmp_path):
     job = "import time; print('begun', flush=True); time.sleep(600)"
     (tmp_path / "program.py").write_text(
+        "import signal\n"
         "from fastpo.bench.process import fresh\n"
         "if __name__ == '__main__':\n"
+        # In a background job interrupts are ignored, and so they would be here.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    try:\n"
         f"        fresh(exec, {job!r})\n"
         "    except KeyboardInterrupt:\n"
@@ -249,7 +253,11 @@ def test_an_interrupt_ends_a_measurement_without_a_traceback(tmp_path):
         assert running.stdout is not None
         assert running.stdout.readline() == "begun\n"
         os.killpg(running.pid, signal.SIGINT)
-        assert running.communicate(timeout=120) == ("interrupted\n", "")
+        try:
+            assert running.communicate(timeout=120) == ("interrupted\n", "")
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(running.pid, signal.SIGKILL)
 
 
 def test_what_a_measurement_on_a_gpu_raises_is_raised(monkeypatch):
