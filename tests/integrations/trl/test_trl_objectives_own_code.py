@@ -51,6 +51,9 @@ def test_a_scripts_own_methods_stand_around_the_objective(tmp_path):
 
 @pytest.mark.parametrize(("prefix", "key"), [("DPO", "dpo"), ("KTO", "kto")])
 def test_a_compiled_model_and_its_compiled_reference(prefix, key, tmp_path):
+    # The head of TRL 1.15 is a kernel that the interpreter would run, and that it cannot compile.
+    pytest.importorskip("trl", minversion="1.16")
+
     def built():
         changes = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
         path, data = _trainers.saved(tmp_path), _trainers.DATA[prefix]()
