@@ -164,6 +164,19 @@ def test_a_trained_model_is_one_of_the_models(tmp_path, monkeypatch):
         assert bool((model.lm_head.weight == 0.5).all())
 
 
+def test_a_trained_model_is_converted_with_its_values(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+
+    def converted(say):
+        assert not torch.empty(0).is_meta
+        architectures.architecture("tiny").config.save_pretrained(tmp_path)
+        return tmp_path
+
+    monkeypatch.setattr(smollm2, "converted", converted)
+    expected = step._parameters("tiny")
+    assert step._parameters("smollm2") == expected
+
+
 def test_a_trained_model_that_is_not_installed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.setattr(smollm2, "_is_installed", lambda package: False)

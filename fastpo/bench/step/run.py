@@ -139,8 +139,8 @@ def _late(options: StepOptions, began: float) -> bool:
 
 
 def _parameters(name: str) -> int:
+    config = architectures.architecture(name).config  # which may convert a trained model first
     with torch.device("meta"):
-        config = architectures.architecture(name).config
         return architectures.AutoModelForCausalLM.from_config(config).num_parameters()
 
 
