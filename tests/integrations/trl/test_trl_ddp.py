@@ -27,6 +27,15 @@ LOSSES = {
 }
 
 
+def assert_trained_alike(ranks, kind):
+    """With the patch or by name as without, and in both processes the same parameters."""
+    # The main process alone writes its log to the end.
+    _trainers.assert_same(ranks[0][kind, True], ranks[0][kind, False])
+    # Had the gradients not been averaged, each process would hold a model of its own rows.
+    first, second = (runs[kind, True][1] for runs in ranks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def process(rank, folder):
     """Each trainer without the patch, then with it."""
     runs = {}
@@ -49,11 +58,7 @@ def test_two_processes_train_the_same(tmp_path):
     _processes.run(process, tmp_path)
     ranks = _processes.loaded(tmp_path)
     for prefix in TRAINERS:
-        # The main process alone writes its log to the end.
-        _trainers.assert_same(ranks[0][prefix, True], ranks[0][prefix, False])
-        # Had the gradients not been averaged, each process would hold a model of its own rows.
-        first, second = (runs[prefix, True][1] for runs in ranks)
-        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert_trained_alike(ranks, prefix)
 
 
 def rollout(prompts, trainer):
@@ -97,6 +102,4 @@ def test_objectives_of_rollouts_train_as_trls_losses_do(tmp_path):
     _processes.run(group_process, tmp_path)
     ranks = _processes.loaded(tmp_path)
     for loss_type in LOSSES:
-        _trainers.assert_same(ranks[0][loss_type, True], ranks[0][loss_type, False])
-        first, second = (runs[loss_type, True][1] for runs in ranks)
-        assert all(torch.equal(first[name], second[name]) for name in first)
+        assert_trained_alike(ranks, loss_type)
