@@ -36,7 +36,7 @@ def rival_variants() -> list[Variant]:
         ("quack sum", _quack, gradient),
         ("torch linear_ce", _torch("none"), tuple(CASES)),
         ("torch linear_ce sum", _torch("sum"), gradient),
-        # By themselves its chunks are of a few rows where V is large: 12 products for 1.1.
+        # By themselves its chunks are of a few rows where V is large, and slow.
         ("torch linear_ce 256", _torch("none", 256), tuple(CASES)),
         ("torch linear_ce sum 256", _torch("sum", 256), gradient),
     ]
