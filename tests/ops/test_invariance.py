@@ -10,6 +10,7 @@ import fastpo
 from fastpo import planner
 
 OUTPUTS = ("logps", "entropy", "lse")
+EVERY_OUTPUT = tuple(fastpo.TokenStats._fields)
 # Own products, and library products on a CPU; a GPU's library chooses its kernel by the shape.
 OWN = ("anchored", "cutlass")
 INVARIANT = [b for b in BACKENDS if DEVICE == "cpu" or b in OWN]
@@ -68,6 +69,24 @@ def test_parts_of_a_batch(mode, backend):
     ignored[::3] = -100
     kept = ignored != -100
     assert torch.equal(part(slice(None), ignored)[kept], whole[kept])
+
+
+@pytest.mark.parametrize("backend", [b for b in INVARIANT if b in COUNTS])
+def test_rows_of_all_kinds_at_every_place_of_a_register(backend):
+    """Some functions of PyTorch round the rest of a vector otherwise, in one row of hundreds."""
+    _, weight = head(7, 50)
+    hidden, labels = torch.randn(4001, 7), torch.randint(0, 50, (4001,))
+
+    def part(rows):
+        stats = fastpo.linear_logps(
+            hidden[rows], weight, labels[rows], outputs=EVERY_OUTPUT, backend=backend
+        )
+        return torch.stack([x.float() for x in stats], -1)
+
+    whole = part(slice(None))
+    for n in range(1, 32):
+        parts = [part(rows) for rows in torch.arange(4001).split(16 * 7 + n)]
+        assert torch.equal(torch.cat(parts), whole), n
 
 
 def test_tiles_are_as_wide_for_any_number_of_tokens():

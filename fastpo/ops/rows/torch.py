@@ -106,9 +106,12 @@ def rescale(total: Tensor, before: Tensor, anchors: Tensor) -> None:
 
 
 def logps_of(state: Tensor) -> Tensor:
-    """-log(1 + mass of the others / mass of the label): no cancellation however peaked."""
+    """-log(1 + mass of the others / mass of the label): no cancellation however peaked.
+
+    `torch.logaddexp` would round a token at the end of a row of registers in another way.
+    """
     gap = state[R.MAX] - state[R.TARGET] + state[R.OTHERS].log()
-    return -torch.logaddexp(gap, torch.zeros_like(gap))
+    return -(gap.clamp_min(0) + torch.log1p(torch.exp(-gap.abs())))
 
 
 def log_mass_of(state: Tensor) -> Tensor:
