@@ -7,6 +7,7 @@
 #include "fastpo/anchored.h"
 #include "fastpo/openmp.h"
 #include "fastpo/pair_rows.h"
+#include "fastpo/product.h"
 #include "fastpo/rows.h"
 #include "fastpo/words.h"
 
@@ -130,6 +131,35 @@ WordSums word_sums(uintptr_t coefficients, uintptr_t index, uintptr_t offsets, u
           pointer<void>(out),
           static_cast<DType>(out_dtype),
           out_stride};
+}
+
+Product product(uintptr_t a, int64_t a_row, int64_t a_column, uintptr_t b, int64_t b_row,
+                int64_t b_column, int64_t n, int64_t v, int64_t h, uintptr_t out,
+                int64_t out_stride, bool add) {
+  return {pointer<const float>(a),
+          a_row,
+          a_column,
+          pointer<const float>(b),
+          b_row,
+          b_column,
+          n,
+          v,
+          h,
+          pointer<float>(out),
+          out_stride,
+          add};
+}
+
+void bind_product(py::module_& m) {
+  using py::arg;
+  m.attr("has_product") = has_product();
+  py::class_<Product>(m, "Product")
+      .def(py::init(&product), py::kw_only(), arg("a"), arg("a_row"), arg("a_column"), arg("b"),
+           arg("b_row"), arg("b_column"), arg("n"), arg("v"), arg("h"), arg("out"),
+           arg("out_stride"), arg("add"));
+  m.def(
+      "product_cpu", [](const Product& work, int threads) { product_host(work, threads); },
+      arg("work"), arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 
 void bind_words(py::module_& m) {
@@ -260,6 +290,7 @@ PYBIND11_MODULE(_C, m) {
   bind_tiles(m);
   bind_pairs(m);
   bind_words(m);
+  bind_product(m);
   m.attr("cpu_isas") = isa_names();
   bind_cpu<ForwardTile, rows_forward_host>(m, "rows_forward_cpu");
   bind_cpu<BackwardTile, rows_backward_host>(m, "rows_backward_cpu");

@@ -6,6 +6,7 @@ The tensors must outlive the call, on CUDA until the stream has run it.
 
 # Instruction sets that were compiled in and that this processor has: scalar first, the best last.
 cpu_isas: tuple[str, ...]
+has_product: bool  # products in AVX-512
 has_cuda: bool
 has_cutlass: bool
 
@@ -129,6 +130,24 @@ class WordProducts:
         out: int,
     ) -> None: ...
 
+class Product:
+    def __init__(
+        self,
+        *,
+        a: int,
+        a_row: int,
+        a_column: int,
+        b: int,
+        b_row: int,
+        b_column: int,
+        n: int,
+        v: int,
+        h: int,
+        out: int,
+        out_stride: int,
+        add: bool,
+    ) -> None: ...
+
 class WordSums:
     def __init__(
         self,
@@ -154,6 +173,9 @@ def pair_softmaxes_cpu(tile: PairSoftmaxes, threads: int, isa: int) -> None: ...
 def pair_values_cpu(tile: PairValues, threads: int, isa: int) -> None: ...
 def pair_gradients_cpu(tile: PairGradients, threads: int, isa: int) -> None: ...
 def word_products_cpu(tile: WordProducts, threads: int, isa: int) -> None: ...
+def product_cpu(work: Product, threads: int) -> None:
+    """Only with `has_product`."""
+
 def word_sums_cpu(tile: WordSums, threads: int, isa: int) -> None: ...
 def rows_forward_cuda(tile: ForwardTile, device: int, stream: int) -> None:
     """Only with `has_cuda`. Asynchronous on the stream; RuntimeError when the launch fails."""

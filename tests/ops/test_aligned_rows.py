@@ -15,7 +15,7 @@ N, V, H = 40, 333, 32
 
 
 @pytest.fixture
-def strides(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def strides(monkeypatch: pytest.MonkeyPatch, library_products: None) -> list[int]:
     """From row to row, of every matrix that goes into a product, or comes from one."""
     found: list[int] = []
 

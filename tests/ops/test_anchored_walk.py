@@ -129,7 +129,7 @@ def test_probabilities_computed_again_are_those_that_would_have_been_kept(small_
 
 
 @pytest.fixture
-def launches(monkeypatch) -> Counter[str]:
+def launches(monkeypatch, library_products) -> Counter[str]:
     """How often each kernel and each library product runs."""
     found: Counter[str] = Counter()
 

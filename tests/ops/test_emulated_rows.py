@@ -73,7 +73,7 @@ def around(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("around")
     python = [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     bindings = compiled("bindings.cpp", folder, "-fvisibility=hidden", *python)
-    return [bindings, compiled("cpu/rows.cpp", folder)]
+    return [bindings, *(compiled(f"cpu/{name}.cpp", folder) for name in ("product", "rows"))]
 
 
 @pytest.mark.parametrize("isa", TABLES)

@@ -225,7 +225,7 @@ BUDGETS = {48: (2, 2), 0: (2, 4), 16: (2, 2 + 2 * 32 / 48)}
 
 @pytest.mark.parametrize("kept", BUDGETS)
 @pytest.mark.parametrize("name", KINDS)
-def test_the_budget_changes_products_and_nothing_else(name, kept, monkeypatch):
+def test_the_budget_changes_products_and_nothing_else(name, kept, monkeypatch, library_products):
     # Whole blocks of rows: of fewer, zeros would be multiplied, too.
     monkeypatch.setattr(planner, "tile_shape", lambda tokens, vocab, kind: planner.Tiles(16, 64))
     h, w, _, th, tw, _ = sides(tokens=48)

@@ -27,10 +27,11 @@ import torch
 from torch import Tensor
 
 from ... import planner
+from ..products import mm_
 from ..rows import anchored_cutlass as cutlass
 from ..rows import backend as R
 from ..rows.architecture import is_hopper
-from .head import Head, mm_float32
+from .head import Head
 
 if TYPE_CHECKING:
     from ...kernels.anchored import Exponentials
@@ -71,7 +72,7 @@ def frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) -
         rows = state[:, c:d]
         unit = _fold(head, rows, c, d, words, Exponentials(buffer, d - c, width, 0, d - c))
         e = buffer[: (d - c) * width].view(d - c, width)[:, :vocab]
-        weighted = mm_float32(e, words, total[: d - c])
+        weighted = mm_(total[: d - c], e, words)
         direction[c:d] = weighted.mul_(unit.mul_(-head.spec.logit_map.factor).unsqueeze(1))
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ... import planner
+from ..products import addmm_, mm_
 from ..rows import backend as R
 from .anchored import Operands, exponents_of, product, unit_columns
-from .head import Adapted, Forward, Head, HeadSpec, addmm_float32, place_of_dweight, tile_in
+from .head import Adapted, Forward, Head, HeadSpec, place_of_dweight, tile_in
 from .lending import Loan
 
 
@@ -101,7 +102,7 @@ class BackwardWalk:
             for a, b in self._blocks():
                 dx = self._dproducts(i, v0, v1, a, b, words)
                 if self.dhidden is not None:
-                    addmm_float32(self.dhidden[a:b], dx, words)
+                    addmm_(self.dhidden[a:b], dx, words)
                 if slab is not None:
                     self._accumulate(slab, dx, self._rows(a, b))
                 if self.dbias is not None:
@@ -143,12 +144,10 @@ class BackwardWalk:
         return target if self.in_place else torch.zeros_like(target, dtype=torch.float32)
 
     def _accumulate(self, slab: Tensor, dx: Tensor, x: Tensor) -> None:
-        if not self.in_place:
-            addmm_float32(slab, dx.t(), x)
-        elif self.adds:
-            slab.addmm_(dx.t(), x)
+        if self.adds or not self.in_place:
+            addmm_(slab, dx.t(), x)
         else:
-            torch.mm(dx.t(), x, out=slab)
+            mm_(slab, dx.t(), x)
 
     def _round(self, target: Tensor, slab: Tensor) -> None:
         if self.adds:
@@ -268,7 +267,7 @@ class ExponentialsWalk(BackwardWalk):
         return self._hidden[a:b]
 
     def _add_bias(self, dbias: Tensor, dx: Tensor, a: int, b: int) -> None:
-        addmm_float32(dbias.unsqueeze(1), dx.t(), self._scale[a:b])
+        addmm_(dbias.unsqueeze(1), dx.t(), self._scale[a:b])
 
     def _dproducts(self, i: int, v0: int, v1: int, a: int, b: int, words: Tensor) -> Tensor:
         """E of one tile, which is d loss / d products but for a number per row."""

@@ -22,11 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import planner
+from ..products import mm_
 from ..rows import backend as R
 from ..rows import registry
 from ..rows.pair import backend as P
 from .checks import check_memory
-from .head import Head, HeadSpec, mm_float32, tile_in
+from .head import Head, HeadSpec, tile_in
 from .mixture import Gradients, Operands, Sums
 
 _PAIR_BYTES = 8  # of a word's two kept products
@@ -118,7 +119,7 @@ class _Heads:
         v1 = v0 + len(words[0])
         tiles = [self.kept(kept, i, v0, v1, a, b) for i in range(2)]
         for head, own, tile in zip(self.heads, words, tiles, strict=True):
-            mm_float32(head.block(a, b), own.t(), tile)
+            mm_(tile, head.block(a, b), own.t())
         return tiles
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..products import addmm_
 from ..rows import backend as R
 from ..rows.torch import log_mass_of, logps_of
 from . import anchored
@@ -19,7 +20,6 @@ from .head import (
     Forward,
     Head,
     HeadSpec,
-    addmm_float32,
     check_labels,
     kept_shapes,
     tile_in,
@@ -164,7 +164,7 @@ def _frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) 
         _fold(head, tile, v0, state, a, b, e, anchor, fold_cap=True)
         if v0 > 0:
             head.kernels.rescale(total, before, anchor)
-        addmm_float32(total, e, words)
+        addmm_(total, e, words)
         before, anchor = anchor, before
     block = state[:, a:b]
     head.merge(block)

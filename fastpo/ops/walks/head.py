@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ... import planner
+from ..products import mm_rows_
 from ..rows import backend as R
 from ..rows import registry
 from ..tiles.tiled import Tiled
@@ -136,10 +137,6 @@ class Adapted:
         return torch.cat((parts[0], parts[1].to(self.dtype)), 1)
 
 
-# A library's product of fewer rows than its kernel takes at once, or of a rest of them, rounds in
-# another order: a token's bits would depend on how many there are.
-ROWS = 16
-
 # Blocks of kept probabilities start at multiples of so many cells, as they would in a buffer of
 # their own.
 _ALIGNMENT = 64
@@ -255,15 +252,7 @@ class Head:
 
     def products(self, x: Tensor, words: Tensor) -> Tensor:
         """x·wordsᵀ in float32, in the one buffer all tiles share."""
-        tile = tile_in(self._tile, len(x), len(words))
-        whole = len(x) // ROWS * ROWS if self.device.type == "cpu" else len(x)
-        if whole:
-            mm_float32(x[:whole], words.t(), tile[:whole])
-        if whole < len(x):
-            rest = x.new_zeros(ROWS, x.shape[1])
-            rest[: len(x) - whole] = x[whole:]
-            tile[whole:] = torch.mm(rest, words.t())[: len(x) - whole]
-        return tile
+        return mm_rows_(tile_in(self._tile, len(x), len(words)), x, words.t())
 
 
 def tile_in(buffer: Tensor, n: int, v: int) -> Tensor:
@@ -278,20 +267,6 @@ def scored_rows(labels: Tensor, ignore_index: int | None) -> Tensor | None:
         return None
     scored = labels != ignore_index
     return None if bool(scored.all()) else scored.nonzero().squeeze(1)
-
-
-def mm_float32(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    if a.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=torch.float32, out=out)
-
-
-def addmm_float32(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a·b, accumulated and kept in float32."""
-    if a.dtype == torch.float32:
-        out.addmm_(a, b)
-    else:
-        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
 
 
 def check_labels(labels: Tensor, vocab: int, ignore_index: int | None) -> None:

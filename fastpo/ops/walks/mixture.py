@@ -12,10 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..products import addmm_
 from ..rows import backend as R
 from .backward import row_grads
 from .forward import finish
-from .head import Forward, Head, HeadSpec, addmm_float32, check_labels, tile_in
+from .head import Forward, Head, HeadSpec, check_labels, tile_in
 from .logits import to_logits
 
 
@@ -164,9 +165,9 @@ class Sums:
                 self._dx = self.head.empty(self.head.tile_cells, dtype=self.head.gemm)
             dx = tile_in(self._dx, *dx.shape).copy_(dx)
         if self.dhidden is not None:
-            addmm_float32(self.dhidden[a:b], dx, words)
+            addmm_(self.dhidden[a:b], dx, words)
         if self._slab is not None:
-            addmm_float32(self._slab, dx.t(), self.head.block(a, b))
+            addmm_(self._slab, dx.t(), self.head.block(a, b))
 
     def close(self, v0: int, v1: int) -> None:
         if self.dweight is not None and self._slab is not None:
