@@ -15,7 +15,12 @@ constexpr int64_t kWorthThreads = 256 * 1024;  // multiplications
 const ProductTable* find_table() {
 #if defined(FASTPO_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("fma")) return &kProductAvx512;
+  // All that its file is compiled for.
+  if (__builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl")) {
+    return &kProductAvx512;
+  }
 #endif
   return nullptr;
 }
@@ -47,12 +52,13 @@ bool has_product() { return table() != nullptr; }
 
 void product_host(const Product& work, int threads) {
   if (!has_product()) throw std::runtime_error("product: expected a processor with AVX-512");
-  const int64_t rows = std::min(work.n, kRows), depths = std::min(work.h, kDepth);
+  const int64_t rows = std::clamp<int64_t>(work.n, 1, kRows);
+  const int64_t span = kPacked / rows / kChain * kChain, depths = std::min(work.h, span);
   const std::unique_ptr<float[]> packed(new float[static_cast<size_t>(rows * depths)]);
-  for (int64_t row = 0; row < work.n; row += kRows) {
-    for (int64_t depth = 0; depth < work.h; depth += kDepth) {
+  for (int64_t row = 0; row < work.n; row += rows) {
+    for (int64_t depth = 0; depth < work.h; depth += span) {
       const ProductBlock block = {
-          work,        row, std::min(kRows, work.n - row), depth, std::min(kDepth, work.h - depth),
+          work,        row, std::min(rows, work.n - row), depth, std::min(span, work.h - depth),
           packed.get()};
       multiply(*table(), block, threads);
     }

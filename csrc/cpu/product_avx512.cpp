@@ -1,8 +1,7 @@
-// A block of a product in AVX-512: operands are packed, 14 rows by 32 columns added up in
-// registers.
+// A block of a product in AVX-512: operands are packed, 14 x 32 cells added up in registers.
 //
-// Each cell is one chain of fused multiply-adds over at most kDepth terms, and chains are added in
-// order, whatever rows stand beside it. As in rows_isa.h, no standard template is instantiated.
+// Each cell is chains of fused multiply-adds over kChain terms, added in order, whatever rows stand
+// beside it. As in rows_isa.h, no standard template is instantiated.
 #include <immintrin.h>
 
 #include "product_isa.h"
@@ -41,6 +40,10 @@ void transpose(__m512 (&x)[16]) {
   }
 }
 
+// What the next call will pack, of the next chain, is asked of memory: a processor sees through
+// neither 32 rows that are read at once nor one row that is read far from the one before.
+void prefetch(const float* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
 // Up to 16 vectors of `depths` numbers, `across` apart: their numbers beside one another, `pitch`
 // from one to the next, 0 in lanes of no vector below `lanes`.
 void pack_lanes(const float* from, int64_t across, int64_t along, int64_t count, int64_t depths,
@@ -48,6 +51,7 @@ void pack_lanes(const float* from, int64_t across, int64_t along, int64_t count,
   const __mmask16 read = first(count), write = first(lanes);
   if (across == 1) {
     for (int64_t k = 0; k < depths; ++k) {
+      prefetch(from + (k + kChain) * along);
       _mm512_mask_storeu_ps(to + k * pitch, write, _mm512_maskz_loadu_ps(read, from + k * along));
     }
     return;
@@ -56,7 +60,9 @@ void pack_lanes(const float* from, int64_t across, int64_t along, int64_t count,
     const __mmask16 mask = first(depths - k);
     __m512 x[16];
     for (int64_t i = 0; i < 16; ++i) {
-      x[i] = i < count ? _mm512_maskz_loadu_ps(mask, from + i * across + k) : _mm512_setzero_ps();
+      const float* own = from + i * across + k;
+      prefetch(own + kChain);
+      x[i] = i < count ? _mm512_maskz_loadu_ps(mask, own) : _mm512_setzero_ps();
     }
     transpose(x);
     const int64_t last = depths - k < kLanes ? depths - k : kLanes;
@@ -110,22 +116,31 @@ constexpr PanelProduct kPanelProducts[kPanelRows + 1] = {
     panel_product<5>,  panel_product<6>,  panel_product<7>,  panel_product<8>,  panel_product<9>,
     panel_product<10>, panel_product<11>, panel_product<12>, panel_product<13>, panel_product<14>};
 
-void multiply(const ProductBlock& block, int64_t column, int64_t begin, int64_t end) {
+// Terms [depth, depth + depths) of the block's.
+void multiply_part(const ProductBlock& block, int64_t column, int64_t begin, int64_t end,
+                   int64_t depth, int64_t depths) {
   const Product& work = block.work;
-  alignas(64) float b[kDepth * kPanelColumns];
-  const float* from = work.b + block.depth * work.b_row + column * work.b_column;
+  alignas(64) float b[kChain * kPanelColumns];
+  const float* from = work.b + (block.depth + depth) * work.b_row + column * work.b_column;
   const int64_t left = work.v - column;
   for (int64_t half = 0; half < kPanelColumns; half += kLanes) {
     const int64_t count = left - half < kLanes ? (left > half ? left - half : 0) : kLanes;
-    pack_lanes(from + half * work.b_column, work.b_column, work.b_row, count, block.depths,
-               b + half, kPanelColumns, kLanes);
+    pack_lanes(from + half * work.b_column, work.b_column, work.b_row, count, depths, b + half,
+               kPanelColumns, kLanes);
   }
   for (int64_t panel = begin; panel < end; ++panel) {
     const int64_t start = panel_start(block, panel), rows = panel_start(block, panel + 1) - start;
     float* out = work.out + (block.row + start) * work.out_stride + column;
     const Place place = {out, work.out_stride, first(left), first(left - kLanes),
-                         work.add || block.depth > 0};
-    kPanelProducts[rows](block.packed + start * block.depths, b, block.depths, place);
+                         work.add || block.depth + depth > 0};
+    kPanelProducts[rows](block.packed + start * block.depths + depth * rows, b, depths, place);
+  }
+}
+
+void multiply(const ProductBlock& block, int64_t column, int64_t begin, int64_t end) {
+  for (int64_t depth = 0; depth < block.depths; depth += kChain) {
+    const int64_t left = block.depths - depth;
+    multiply_part(block, column, begin, end, depth, left < kChain ? left : kChain);
   }
 }
 

@@ -7,10 +7,11 @@
 
 namespace fastpo {
 
-// A block of out: so many rows and terms of the sums. A panel of b, 16 KB, stays in the first level
-// of cache while all rows, 512 KB, pass by from the second. More terms are no faster, and round
-// more.
-constexpr int64_t kRows = 1024, kDepth = 128;
+// A chain of so many terms is added up in registers, and chains to one another in order. A panel of
+// b, 16 KB of one chain, stays in the first level of cache while rows of a pass by from the second.
+constexpr int64_t kChain = 128;
+// Rows of a block, and numbers of a that are packed for it: 512 KB, all their chains if they fit.
+constexpr int64_t kRows = 256, kPacked = 128 * 1024;
 // Rows and columns that are added up in registers at once: 28 of 32.
 constexpr int64_t kPanelRows = 14, kPanelColumns = 32;
 

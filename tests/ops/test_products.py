@@ -17,8 +17,9 @@ needs_own = pytest.mark.skipif(
     module is None or not module.has_product, reason="needs the extension and AVX-512"
 )
 WAYS = [pytest.param(True, marks=needs_own, id="own"), pytest.param(False, id="library")]
-# Blocks and panels are 1024 by 128 and 14 by 32.
-SHAPES = [(1, 1, 1), (5, 7, 3), (14, 32, 128), (15, 33, 129), (100, 257, 300), (1025, 40, 31)]
+# Blocks are 256 rows, panels 14 by 32, chains 128.
+SHAPES = [(1, 1, 1), (5, 7, 3), (14, 32, 128), (15, 33, 129), (100, 257, 300)]
+SHAPES += [(300, 40, 31), (513, 31, 700)]
 LAYOUTS = [(a, b) for a in (False, True) for b in (False, True)]
 
 

@@ -5,7 +5,7 @@
 
 namespace fastpo {
 
-// out = a·b, or out += a·b. Strides count elements; of a and of b one stride is 1.
+// out = a·b, or out += a·b, of no empty matrix. Strides count elements; of a and of b one is 1.
 struct Product {
   const float* a;  // [n, h]
   int64_t a_row, a_column;
