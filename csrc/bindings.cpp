@@ -133,13 +133,14 @@ WordSums word_sums(uintptr_t coefficients, uintptr_t index, uintptr_t offsets, u
           out_stride};
 }
 
-Product product(uintptr_t a, int64_t a_row, int64_t a_column, uintptr_t b, int64_t b_row,
+Product product(int dtype, uintptr_t a, int64_t a_row, int64_t a_column, uintptr_t b, int64_t b_row,
                 int64_t b_column, int64_t n, int64_t v, int64_t h, uintptr_t out,
                 int64_t out_stride, bool add) {
-  return {pointer<const float>(a),
+  return {static_cast<DType>(dtype),
+          pointer<const void>(a),
           a_row,
           a_column,
-          pointer<const float>(b),
+          pointer<const void>(b),
           b_row,
           b_column,
           n,
@@ -152,10 +153,14 @@ Product product(uintptr_t a, int64_t a_row, int64_t a_column, uintptr_t b, int64
 
 void bind_product(py::module_& m) {
   using py::arg;
-  m.attr("has_product") = has_product();
+  py::list dtypes;
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    if (has_product(dtype)) dtypes.append(static_cast<int>(dtype));
+  }
+  m.attr("product_dtypes") = py::tuple(dtypes);
   py::class_<Product>(m, "Product")
-      .def(py::init(&product), py::kw_only(), arg("a"), arg("a_row"), arg("a_column"), arg("b"),
-           arg("b_row"), arg("b_column"), arg("n"), arg("v"), arg("h"), arg("out"),
+      .def(py::init(&product), py::kw_only(), arg("dtype"), arg("a"), arg("a_row"), arg("a_column"),
+           arg("b"), arg("b_row"), arg("b_column"), arg("n"), arg("v"), arg("h"), arg("out"),
            arg("out_stride"), arg("add"));
   m.def(
       "product_cpu", [](const Product& work, int threads) { product_host(work, threads); },

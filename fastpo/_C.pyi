@@ -6,7 +6,7 @@ The tensors must outlive the call, on CUDA until the stream has run it.
 
 # Instruction sets that were compiled in and that this processor has: scalar first, the best last.
 cpu_isas: tuple[str, ...]
-has_product: bool  # products in AVX-512
+product_dtypes: tuple[int, ...]  # of operands that products of AVX-512 multiply here
 has_cuda: bool
 has_cutlass: bool
 
@@ -134,6 +134,7 @@ class Product:
     def __init__(
         self,
         *,
+        dtype: int,
         a: int,
         a_row: int,
         a_column: int,
@@ -174,7 +175,7 @@ def pair_values_cpu(tile: PairValues, threads: int, isa: int) -> None: ...
 def pair_gradients_cpu(tile: PairGradients, threads: int, isa: int) -> None: ...
 def word_products_cpu(tile: WordProducts, threads: int, isa: int) -> None: ...
 def product_cpu(work: Product, threads: int) -> None:
-    """Only with `has_product`."""
+    """Only of `product_dtypes`."""
 
 def word_sums_cpu(tile: WordSums, threads: int, isa: int) -> None: ...
 def rows_forward_cuda(tile: ForwardTile, device: int, stream: int) -> None:

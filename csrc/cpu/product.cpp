@@ -6,28 +6,42 @@
 #include <stdexcept>
 
 #include "product_isa.h"
+#if defined(FASTPO_BF16)
+#include <cpuid.h>
+#endif
 
 namespace fastpo {
 namespace {
 
 constexpr int64_t kWorthThreads = 256 * 1024;  // multiplications
 
-const ProductTable* find_table() {
 #if defined(FASTPO_X86)
+bool has_avx512() {
   __builtin_cpu_init();
-  // All that its file is compiled for.
-  if (__builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    return &kProductAvx512;
-  }
+  // All that its files are compiled for.
+  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const ProductTable* find_table(DType dtype) {
+#if defined(FASTPO_X86)
+  if (dtype == DType::kFloat32 && has_avx512()) return &kProductAvx512;
+#endif
+#if defined(FASTPO_BF16)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool known = __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0;
+  if (dtype == DType::kBFloat16 && has_avx512() && known && (a & 1u << 5)) return &kProductBf16;
 #endif
   return nullptr;
 }
 
-const ProductTable* table() {
-  static const ProductTable* const found = find_table();
-  return found;
+const ProductTable* table(DType dtype) {
+  static const ProductTable* const found[] = {find_table(DType::kFloat32),
+                                              find_table(DType::kBFloat16)};
+  if (dtype != DType::kFloat32 && dtype != DType::kBFloat16) return nullptr;
+  return found[dtype == DType::kBFloat16];
 }
 
 void multiply(const ProductTable& own, const ProductBlock& block, int threads) {
@@ -48,19 +62,21 @@ void multiply(const ProductTable& own, const ProductBlock& block, int threads) {
 
 }  // namespace
 
-bool has_product() { return table() != nullptr; }
+bool has_product(DType dtype) { return table(dtype) != nullptr; }
 
 void product_host(const Product& work, int threads) {
-  if (!has_product()) throw std::runtime_error("product: expected a processor with AVX-512");
+  const ProductTable* const own = table(work.dtype);
+  if (own == nullptr) throw std::runtime_error("product: expected a processor that has this dtype");
+  const int64_t terms = (work.h + own->numbers - 1) / own->numbers;
   const int64_t rows = std::clamp<int64_t>(work.n, 1, kRows);
-  const int64_t span = kPacked / rows / kChain * kChain, depths = std::min(work.h, span);
+  const int64_t span = kPacked / rows / kChain * kChain, depths = std::min(terms, span);
   const std::unique_ptr<float[]> packed(new float[static_cast<size_t>(rows * depths)]);
   for (int64_t row = 0; row < work.n; row += rows) {
-    for (int64_t depth = 0; depth < work.h; depth += span) {
+    for (int64_t depth = 0; depth < terms; depth += span) {
       const ProductBlock block = {
-          work,        row, std::min(rows, work.n - row), depth, std::min(span, work.h - depth),
+          work,        row, std::min(rows, work.n - row), depth, std::min(span, terms - depth),
           packed.get()};
-      multiply(*table(), block, threads);
+      multiply(*own, block, threads);
     }
   }
 }

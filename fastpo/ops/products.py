@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .rows.native import compiled
+from .rows.native import DTYPES, compiled
 
 # A library's product of fewer rows than its kernel takes at once, or of a rest of them, rounds in
 # another order: a token's bits would depend on how many there are.
@@ -66,6 +66,7 @@ def _own(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
     assert module is not None, missing
     a, b = a.resolve_neg(), b.resolve_neg()  # which memory does not show
     work = module.Product(
+        dtype=DTYPES[a.dtype],
         a=a.data_ptr(),
         a_row=a.stride(0),
         a_column=a.stride(1),
@@ -87,7 +88,7 @@ def own_is_faster() -> bool:
     """Known by the processor, not by a clock: two runs on one machine have the same bits."""
     module, _ = compiled()
     mkl = torch.backends.mkl.is_available()
-    return module is not None and module.has_product and mkl and _vendor() == "AuthenticAMD"
+    return module is not None and module.product_dtypes and mkl and _vendor() == "AuthenticAMD"
 
 
 def _vendor() -> str | None:

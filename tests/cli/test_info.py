@@ -9,6 +9,7 @@ import torch
 
 from fastpo import cli, info
 from fastpo.integrations.seams.seam import Replacement
+from fastpo.ops import products
 from fastpo.ops.rows import cpu, registry
 
 pytest.importorskip("trl")
@@ -30,6 +31,8 @@ def test_versions_and_devices(found):
     assert found["versions"]["fastpo"] == version("fastpo")
     assert set(found["devices"]) == set(found["backends"])
     assert found["devices"]["cpu"]["threads"] == torch.get_num_threads()
+    own = found["devices"]["cpu"]["products"] == "fastpo's"
+    assert own == products.own_is_faster()
 
 
 def test_every_backend_is_there_or_says_why_not(found):
