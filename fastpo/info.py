@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .bench.machine import cpu_name, installed
-from .ops.products import own_is_faster
+from .ops.products import own_dtypes
 from .ops.rows import cpu, registry
 from .ops.rows.native import compiled
 
@@ -46,7 +46,7 @@ def facts() -> dict[str, Any]:
 
 def _device(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
-        products = "fastpo's" if own_is_faster() else "PyTorch's"
+        products = "fastpo's" if own_dtypes() else "PyTorch's"
         return {"name": cpu_name(), "threads": torch.get_num_threads(), "products": products}
     found = torch.cuda.get_device_properties(device)
     capability = f"{found.major}.{found.minor}"

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from .ops import products
 from .ops.rows.registry import check as check_backend
 from .ops.walks.checks import DTYPES, check_budget, check_flag, check_integer
 
@@ -94,9 +95,15 @@ def tile_shape(tokens: int, vocab: int, device_type: str) -> Tiles:
     return Tiles(max(1, min(tokens, token_cap)), max(1, min(vocab, width)))
 
 
-def gemm_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """float32 wherever the library cannot accumulate 16-bit products into a float32 result."""
-    return compute_dtype if device_type == "cuda" else torch.float32
+def gemm_dtype(compute_dtype: torch.dtype, device_type: str, *operands: torch.dtype) -> torch.dtype:
+    """float32 wherever 16-bit products cannot be added up into a float32 result.
+
+    On a CPU also where an operand would first be rounded, inside autocast.
+    """
+    if device_type == "cuda":
+        return compute_dtype
+    own = compute_dtype in products.own_dtypes() and {*operands} <= {compute_dtype}
+    return compute_dtype if own else torch.float32
 
 
 def default_budget(vocab: int, hidden: int, device: torch.device) -> int:

@@ -9,23 +9,28 @@ import torch
 
 import fastpo
 from fastpo.ops import products
-from fastpo.ops.rows.native import compiled
+from fastpo.ops.rows.native import DTYPES, compiled
 from fastpo.testing import assert_as_good_as_eager
 
 module, _ = compiled()
-needs_own = pytest.mark.skipif(
-    module is None or 0 not in module.product_dtypes, reason="needs the extension and AVX-512"
-)
-WAYS = [pytest.param(True, marks=needs_own, id="own"), pytest.param(False, id="library")]
+HERE = () if module is None else module.product_dtypes
+OWN = frozenset(dtype for dtype, place in DTYPES.items() if place in HERE)
+needs_own = pytest.mark.skipif(not OWN, reason="needs the extension and AVX-512")
+needs_bf16 = pytest.mark.skipif(torch.bfloat16 not in OWN, reason="needs AVX-512 with bfloat16")
+WAYS = [pytest.param(OWN, marks=needs_own, id="own"), pytest.param(frozenset(), id="library")]
 # Blocks are 256 rows, panels 14 by 32, chains 128.
 SHAPES = [(1, 1, 1), (5, 7, 3), (14, 32, 128), (15, 33, 129), (100, 257, 300)]
 SHAPES += [(300, 40, 31), (513, 31, 700)]
 LAYOUTS = [(a, b) for a in (False, True) for b in (False, True)]
 
 
+def take(monkeypatch, dtypes):
+    monkeypatch.setattr(products, "own_dtypes", lambda: dtypes)
+
+
 @pytest.fixture
 def way(request, monkeypatch):
-    monkeypatch.setattr(products, "own_is_faster", lambda: request.param)
+    take(monkeypatch, request.param)
 
 
 def matrix(rows, columns, transposed=False):
@@ -73,7 +78,7 @@ def test_a_row_has_the_same_bits_in_products_of_all_sizes(way, threads):
 @needs_own
 @pytest.mark.parametrize("shape", [(3, 40, 600), (40, 3, 600), (1100, 700, 10), (600, 900, 300)])
 def test_threads_change_no_bit(shape, monkeypatch):
-    monkeypatch.setattr(products, "own_is_faster", lambda: True)
+    take(monkeypatch, OWN)
     n, v, h = shape
     a, b = torch.randn(n, h), torch.randn(h, v)
     found, before = [], torch.get_num_threads()
@@ -144,6 +149,27 @@ def test_a_head_by_either(way, mode, dtype):
             assert_as_good_as_eager(name, found, plain[name], exact[name])
 
 
+@needs_bf16
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("a_transposed", "b_transposed"), LAYOUTS)
+def test_bfloat16_is_added_up_in_float32(shape, a_transposed, b_transposed, monkeypatch):
+    """As good as a product of the same numbers in float32; rounded once where out is bfloat16."""
+    take(monkeypatch, OWN)
+    n, v, h = shape
+    torch.manual_seed(0)
+    a, b = matrix(n, h, a_transposed).bfloat16(), matrix(h, v, b_transposed).bfloat16()
+    exact, plain = a.double() @ b.double(), a.float() @ b.float()
+    out = products.mm_(torch.full((n, v), math.nan), a, b)
+    assert_as_good_as_eager("mm_", out, plain, exact)
+    rounded = products.mm_(torch.empty(n, v, dtype=torch.bfloat16), a, b)
+    assert torch.equal(rounded, out.bfloat16())
+    products.addmm_(rounded, a, b)
+    assert torch.equal(rounded, (out.bfloat16().float() + out).bfloat16()) or h > 256
+    for rows in (slice(0, 1), slice(n // 2, n)):
+        part = products.mm_rows_(torch.empty(len(a[rows]), v), a[rows], b)
+        assert torch.equal(part, out[rows])
+
+
 @needs_own
 @pytest.mark.parametrize(
     ("text", "expected"),
@@ -154,4 +180,4 @@ def test_which_processors_take_our_own(text, expected, monkeypatch, tmp_path):
     if text is not None:
         path.write_text("processor\t: 0\n" + text)
     monkeypatch.setattr(products, "CPU_INFO", path)
-    assert products.own_is_faster.__wrapped__() == (expected and torch.backends.mkl.is_available())
+    assert products.own_dtypes.__wrapped__() == (OWN if expected else frozenset())

@@ -132,7 +132,8 @@ class _FewWords:
         self.weight, self.counts = unit_columns(weight), (call.ids >= 0).sum(1)
         self.words = registry.word_kernels(spec.backend)
         self.bias, self.up = bias, None if up is None else unit_columns(up)
-        gemm = self.head.gemm
+        # A CPU's kernels take float32 beside words of any dtype.
+        gemm = torch.float32 if self.head.device.type == "cpu" else self.head.gemm
         self.hidden = unit_columns(hidden.to(gemm))
         self.down = None if down is None else unit_columns(down.to(gemm))
 

@@ -177,7 +177,8 @@ class Head:
         self.kernels = registry.kernels(spec.backend)
         self.plan = spec.plan(hidden, weight)
         self.anchored = spec.anchored(self.device, weight)
-        self.gemm = planner.gemm_dtype(spec.compute_dtype, self.device.type)
+        operands = (hidden.dtype, weight.dtype)
+        self.gemm = planner.gemm_dtype(spec.compute_dtype, self.device.type, *operands)
         tiles = self.plan.tiles
         self.tile_cells = tiles.cells
         # Converted copies live in one buffer each, written again only when the walk moves on.
