@@ -25,7 +25,7 @@ bool has_avx512() {
 }
 #endif
 
-const ProductTable* find_table(DType dtype) {
+const ProductTable* find_table([[maybe_unused]] DType dtype) {
 #if defined(FASTPO_X86)
   if (dtype == DType::kFloat32 && has_avx512()) return &kProductAvx512;
 #endif
