@@ -108,14 +108,23 @@ def rescale(total: Tensor, before: Tensor, anchors: Tensor) -> None:
 def logps_of(state: Tensor) -> Tensor:
     """-log(1 + mass of the others / mass of the label): no cancellation however peaked.
 
-    `torch.logaddexp` would round a token at the end of a row of registers in another way.
+    Functions round the end of a vector in their own way: in float64 that is far below float32, in
+    which a token would have other bits at another place.
     """
-    gap = state[R.MAX] - state[R.TARGET] + state[R.OTHERS].log()
-    return -(gap.clamp_min(0) + torch.log1p(torch.exp(-gap.abs())))
+    return _logps(state.double()).float()
 
 
 def log_mass_of(state: Tensor) -> Tensor:
     """log Σ exp(z - m) over all words."""
+    return _log_mass(state.double()).float()
+
+
+def _logps(state: Tensor) -> Tensor:
+    gap = state[R.MAX] - state[R.TARGET] + state[R.OTHERS].log()
+    return -torch.logaddexp(gap, torch.zeros_like(gap))
+
+
+def _log_mass(state: Tensor) -> Tensor:
     own = torch.exp(state[R.TARGET] - state[R.MAX])
     others = state[R.OTHERS]
     peaked = state[R.TARGET] == state[R.MAX]
@@ -123,12 +132,13 @@ def log_mass_of(state: Tensor) -> Tensor:
 
 
 def finish(state: Tensor, stats: tuple[str, ...], ignored: Tensor | None) -> dict[str, Tensor]:
+    state = state.double()
     m, target = state[R.MAX], state[R.TARGET]
     own = torch.exp(target - m)  # mass of the label beside the others', in units of exp(m)
     mass = state[R.OTHERS] + own
-    log_mass = log_mass_of(state)
-    values = {"logps": logps_of(state), "lse": m + log_mass, "target": target.clone()}
-    values |= {"maximum": m.clone(), "log_mass": log_mass}
+    log_mass = _log_mass(state)
+    values = {"logps": _logps(state), "lse": m + log_mass, "target": target}
+    values |= {"maximum": m, "log_mass": log_mass}
     if "entropy" in stats:
         moment = state[R.MOMENT] + own * (target - m).clamp_min(R.LOG_FLOOR)
         values["entropy"] = (log_mass - moment / mass).clamp_min(0)
@@ -137,6 +147,7 @@ def finish(state: Tensor, stats: tuple[str, ...], ignored: Tensor | None) -> dic
         # One logarithm rounds once; of a peaked row the ratio would be near 1 and lose its digits.
         ratio = (squares / mass.square()).log()
         values["log_sum_sq_probs"] = torch.where(mass < 2, squares.log() - 2 * log_mass, ratio)
+    values = {name: value.float() for name, value in values.items()}
     if "is_top1" in stats:
         values["is_top1"] = (target >= m) & (target > state[R.BEFORE])
     if ignored is None:
