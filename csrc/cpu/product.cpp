@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "product_isa.h"
+#include "rows_isa.h"
 #if defined(FASTPO_BF16)
 #include <cpuid.h>
 #endif
@@ -14,16 +15,6 @@ namespace fastpo {
 namespace {
 
 constexpr int64_t kWorthThreads = 256 * 1024;  // multiplications
-
-#if defined(FASTPO_X86)
-bool has_avx512() {
-  __builtin_cpu_init();
-  // All that its files are compiled for.
-  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
-}
-#endif
 
 const ProductTable* find_table([[maybe_unused]] DType dtype) {
 #if defined(FASTPO_X86)

@@ -15,16 +15,19 @@ namespace {
 // Waking threads costs microseconds: below this many columns in all, one thread is faster.
 constexpr int64_t kWorthThreads = 16 * 1024;
 
+#if defined(FASTPO_X86)
+// F16C came before both; gcc and clang disagree on whether it can be asked for.
+bool has_avx2() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#endif
+
 std::vector<const RowTable*> find_tables() {
   std::vector<const RowTable*> found = {&kRowsScalar};
 #if defined(FASTPO_X86)
-  __builtin_cpu_init();
-  // F16C came before both; gcc and clang disagree on whether it can be asked for.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx2) found.push_back(&kRowsAvx2);
-  if (avx2 && avx512) found.push_back(&kRowsAvx512);
+  if (has_avx2()) found.push_back(&kRowsAvx2);
+  if (has_avx512()) found.push_back(&kRowsAvx512);
 #elif defined(FASTPO_NEON)
   found.push_back(&kRowsNeon);
 #endif
@@ -66,6 +69,13 @@ void run(const WordSums& work, Row<WordSums> row, int threads) {
 }
 
 }  // namespace
+
+#if defined(FASTPO_X86)
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 int host_isas() { return static_cast<int>(tables().size()); }
 

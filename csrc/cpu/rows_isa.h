@@ -29,4 +29,7 @@ extern const RowTable kRowsAvx2;
 extern const RowTable kRowsAvx512;
 extern const RowTable kRowsNeon;
 
+// Whether this processor has all that files in AVX-512 are compiled for; only on x86-64.
+bool has_avx512();
+
 }  // namespace fastpo
