@@ -118,4 +118,6 @@ def test_memory_is_flat_over_200_batches():
             gc.collect(0)
             status = Path("/proc/self/status").read_text()
             seen.append(int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]))
-    assert max(seen) - seen[20] < 2048  # seen: 130
+    # What grows with every batch is above all that was seen early on; a test before this one may
+    # still give memory back in between.
+    assert min(seen[-20:]) - max(seen[20:40]) < 1024  # kB; seen: 0
