@@ -40,23 +40,30 @@ def _restricted(
     z: Tensor, labels: Tensor, ignore_index: int, support: Any, outside: str
 ) -> tuple[Tensor, Tensor]:
     """The words that count, [..., V], and labels, ignored where they are dropped."""
-    vocab = z.shape[-1]
-    flat, words = torch.zeros_like(z, dtype=torch.bool).view(-1, vocab), labels.flatten().clone()
-    for i, own in enumerate(flat):
-        if isinstance(support, Rule):
-            own |= _ruled(z.reshape(-1, vocab)[i], support)
-        elif isinstance(support, Support):
-            start = int(support.counts[:i].sum())
-            own[support.ids[start : start + int(support.counts[i])]] = True
-        else:
-            ids = support.reshape(labels.numel(), support.shape[-1])[i]
-            own[ids[ids >= 0]] = True
-        missed = words[i] != ignore_index and not own[words[i]]
-        if not own.any() or (missed and outside == "raw"):
-            own |= True
-        elif missed and outside == "drop":
-            words[i] = ignore_index
-    return flat.view(z.shape), words.view(labels.shape)
+    allowed = _allowed(z.reshape(-1, z.shape[-1]), support)
+    words = labels.flatten()
+    ignored = words == ignore_index
+    own = allowed.gather(1, words.masked_fill(ignored, 0).unsqueeze(1)).squeeze(1)
+    missed, every = ~(own | ignored), ~allowed.any(1)
+    if outside == "raw":
+        every = every | missed
+    elif outside == "drop":
+        words = words.masked_fill(missed & ~every, ignore_index)
+    return (allowed | every.unsqueeze(1)).view(z.shape), words.view(labels.shape)
+
+
+def _allowed(z: Tensor, support: Any) -> Tensor:  # [N, V] -> [N, V] bool
+    if isinstance(support, Rule):
+        return torch.stack([_ruled(row, support) for row in z])
+    rows, vocab = z.shape
+    allowed = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=z.device)
+    if isinstance(support, Support):
+        row = torch.arange(rows, device=z.device).repeat_interleave(support.counts)
+        allowed[row, support.ids] = True
+    else:
+        ids = support.reshape(rows, support.shape[-1])
+        allowed.scatter_(1, ids.masked_fill(ids < 0, vocab), True)  # what fills up goes behind
+    return allowed[:, :vocab]
 
 
 def _ruled(z: Tensor, rule: Rule) -> Tensor:  # [V] bool

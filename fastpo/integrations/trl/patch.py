@@ -13,9 +13,9 @@ from ...ops.walks.checks import check_flag
 from .. import readers, verl
 from ..lazy import everywhere
 from ..seams import imports
-from ..seams.saying import say_once
+from ..seams.saying import inform, say_once
 from ..seams.seam import Make, Seam, fitting, kept, replace, replace_when_imported, restore
-from . import adapter, distillation, early, entropies, light, sampled, shared
+from . import adapter, built, distillation, early, entropies, light, sampled, shared
 from . import logits as trl_logits
 from .head import COMPACT, GATHER, HEAD, Compact, FusedHead
 from .objectives import by_name
@@ -123,6 +123,17 @@ def patch(
         everywhere.install(plain)
     verl.install(plain)
     readers.install()
+    inform("patch", _taken(made, lazy))
+
+
+def _taken(made: Mapping[Seam, Make], lazy: bool) -> str:
+    """Which trainers run on fastpo, of those that are imported or will be."""
+    modules = {seam.module.rpartition(".")[2] for seam in made if seam.package == "trl"}
+    trainers = sorted(x.removesuffix("_trainer") for x in modules if x.endswith("_trainer"))
+    found = ["logits of every model are lazy"] * lazy
+    if trainers:
+        found.insert(0, f"trainers of TRL {metadata.version('trl')}: {', '.join(trainers)}")
+    return "; ".join(found)
 
 
 def _checked(
@@ -179,13 +190,18 @@ def _all(
         **early.replacements(own),
         **early.heads(own),
         **shared.replacements(sharing, whole_groups),
+        **built.replacements(setting.objective is not None, sharing),
         **(sampled.replacements() if support else {}),
     }
     plain = HeadOptions(budget=own.budget, backend=own.backend)
     return trl_logits.with_options(made, plain, sharing)
 
 
-_ADDED = (*shared.replacements(True, True), *sampled.replacements())
+_ADDED = (
+    *shared.replacements(True, True),
+    *built.replacements(True, True),
+    *sampled.replacements(),
+)
 SEAMS = tuple(_all(Setting(), HeadOptions(), True, True, True))
 DEFAULTS = _all(
     Setting(), HeadOptions(), None, False, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from _tiny import one_thread  # noqa: F401
 
 import fastpo
 from fastpo.integrations.seams import imports
+from fastpo.integrations.seams.saying import say_once
 from fastpo.integrations.seams.seam import Replacement, fitting
 from fastpo.integrations.trl.head import HEAD
 from fastpo.integrations.trl.patch import SEAMS
@@ -106,6 +108,40 @@ def test_a_subclass_defined_before(built, tmp_path, monkeypatch):
     _trainers.assert_same(ours, own)
 
 
+LATE = [
+    ({"objective": "simpo"}, "objective"),
+    ({"shared_prompts": True}, "shared_prompts"),
+    ({"objective": "simpo", "padding_free": True}, "objective and padding_free"),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize(("options", "lacks"), LATE)
+@pytest.mark.parametrize("late", [True, False])
+def test_a_trainer_built_before_says_what_it_lacks(options, lacks, late, tmp_path, caplog):
+    pytest.importorskip("trl", minversion="1.15")
+    path = _trainers.saved(tmp_path)
+    early = _trainers.build("DPO", tmp_path, path, tiny.preferences(), {}) if late else None
+    say_once.cache_clear()
+    with fastpo.patched(**options), caplog.at_level(logging.WARNING, "fastpo"):
+        _trainers.train(early or _trainers.build("DPO", tmp_path, path, tiny.preferences(), {}))
+    said = [record.getMessage() for record in caplog.records if "built" in record.getMessage()]
+    why = f"it was built before fastpo.patch, and trains without {lacks}"
+    assert said == [f"fastpo: DPOTrainer: {why}"] * (late and lacks is not None)
+
+
+def test_the_log_names_the_trainers_and_what_they_train(tmp_path, caplog):
+    pytest.importorskip("trl", minversion="1.15")
+    path, mixed = _trainers.saved(tmp_path), {"loss_type": ["simpo", "ipo"], "loss_weights": [1, 2]}
+    with caplog.at_level(logging.INFO, "fastpo"), fastpo.patched():
+        _trainers.build("DPO", tmp_path, path, tiny.preferences(), mixed)
+    patch, trainer = (record.getMessage() for record in caplog.records)
+    assert patch.startswith(f"fastpo: patch: trainers of TRL {trl.__version__}: ")
+    assert ", dpo, " in patch and "lazy" not in patch
+    simpo = "simpo(beta=2.0, gamma=1.0, label_smoothing=0.0)"
+    assert trainer == f"fastpo: DPOTrainer: trains {simpo} + 2·TRL's ipo"
+
+
 # What a script may do; after the import of TRL is what the tests above did.
 ORDERS = {
     "before": "fastpo.patch(); import trl; from trl import DPOTrainer; fastpo.patch()",
@@ -120,6 +156,7 @@ def imported():
 
 {order}
 import trl.trainer.utils as utils
+from fastpo.integrations.seams.saying import say_once
 from fastpo.integrations.seams.seam import Replacement
 
 def at_seams():

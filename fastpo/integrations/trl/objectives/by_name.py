@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from ....objectives._registry import entry_of
-from ...seams.saying import say_once
+from ...seams.saying import inform
 from ...seams.seam import Make, Method, Seam, kept, replace_when_imported
 from ..sampled import SCORES
 from .base import ObjectiveTrainer
-from .needs import Setting, terms_of
+from .needs import Setting, terms_of, weighted
 from .policy import PolicyTrainer
 from .trainers import PairTrainer, SingleTrainer
 
@@ -83,15 +83,14 @@ _TRAINERS: tuple[tuple[type[ObjectiveTrainer], dict[str, Seam]], ...] = (
 )
 
 
-_BASE = Seam("trl.trainer.base_trainer", "_BaseTrainer.__init__", ("args", "kwargs"), VERSIONS)
+TAKING = ", ".join(seams["__init__"].name.split(".")[0] for _, seams in _TRAINERS)
 
 
 def replacements(setting: Setting) -> dict[Seam, Make]:
-    made: dict[Seam, Make] = {
+    return {
         seams["__init__"]: functools.partial(_Init, setting=setting, mixin=mixin, seams=seams)
         for mixin, seams in _TRAINERS
     }
-    return made | {_BASE: functools.partial(_SaysWhose, setting=setting)}
 
 
 def check(setting: Setting) -> None:
@@ -113,21 +112,6 @@ def objectives_only(setting: Setting) -> Iterator[None]:
     with kept(*replacements(setting)):
         replace_when_imported(replacements(setting))
         yield
-
-
-class _SaysWhose(Method):
-    """`__init__` of what all trainers of TRL are: the log tells of one with another loss."""
-
-    def __init__(self, original: Any, setting: Setting) -> None:
-        super().__init__(original)
-        self.setting = setting
-
-    def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        self.original(trainer, *args, **kwargs)
-        if self.setting.objective is not None and not isinstance(trainer, ObjectiveTrainer):
-            takes = ", ".join(seams["__init__"].name.split(".")[0] for _, seams in _TRAINERS)
-            why = f"it trains its own loss; those that take patch(objective=...) are {takes}"
-            say_once(type(trainer).__name__, why)
 
 
 class _Init(Method):
@@ -165,6 +149,8 @@ class _Init(Method):
         with trainer.configured(config):
             self.original(trainer, *args, **kwargs)
         trainer.finish_objective()
+        theirs = [weighted(weight, f"TRL's {name}") for name, weight in own]
+        inform(type(trainer).__name__, f"trains {' + '.join([*map(str, terms), *theirs])}")
 
     def _own(self, trainer: type) -> type:
         """The class of TRL's that this constructor is of; somebody may have put another on top."""

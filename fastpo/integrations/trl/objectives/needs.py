@@ -90,6 +90,10 @@ class Setting:
         return self.objective
 
 
+def weighted(weight: float, text: str) -> str:
+    return text if weight == 1 else f"{weight}·{text}"
+
+
 @dataclass(frozen=True)
 class Term:
     """One objective of the loss, and its weight."""
@@ -100,6 +104,14 @@ class Term:
     @property
     def name(self) -> str:
         return getattr(self.function, "__name__", "objective")
+
+    def __str__(self) -> str:
+        """With its hyperparameters, as in `0.5·simpo(beta=2.0, gamma=1.0)`."""
+        base, bound = unwrap(self.function)
+        known = inspect.signature(base).parameters.values()
+        given = {x.name: x.default for x in known if x.kind is x.KEYWORD_ONLY} | bound
+        listed = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        return weighted(self.weight, f"{self.name}({listed})")
 
     @property
     def beta(self) -> float:
@@ -123,10 +135,10 @@ def terms_of(
                 f"got {config.loss_type!r}"
             )
         return [Term(of_family(setting.bound(), families))], []
-    weighted = list(zip(names, weights, strict=True))
-    theirs = [(name, weight) for name, weight in weighted if name in own]
+    asked = list(zip(names, weights, strict=True))
+    theirs = [(name, weight) for name, weight in asked if name in own]
     terms = []
-    for name, weight in weighted:
+    for name, weight in asked:
         if name not in own:
             function = objectives.get(name, **_configured(config, name))
             terms.append(Term(of_family(function, families), weight))

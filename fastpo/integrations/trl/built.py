@@ -1,0 +1,91 @@
+"""What the constructor of a trainer did not get from `fastpo.patch`, in the log."""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from typing import Any
+from weakref import WeakSet
+
+from torch import nn
+
+from ..seams.saying import say_once
+from ..seams.seam import Make, Method, Seam
+from .objectives.base import ObjectiveTrainer
+from .objectives.by_name import TAKING
+
+_INIT = Seam(
+    "trl.trainer.base_trainer",
+    "_BaseTrainer.__init__",
+    ("args", "kwargs"),
+    ("1.13", "1.14", "1.15", "1.16"),
+)
+_TRAIN = Seam(
+    "transformers.trainer",
+    "Trainer.train",
+    ("resume_from_checkpoint", "trial", "ignore_keys_for_eval"),
+    ("5",),
+)
+
+
+class _Init(Method):
+    """`__init__` of what all trainers of TRL are."""
+
+    def __init__(self, original: Any, objective: bool, built: WeakSet[Any]) -> None:
+        super().__init__(original)
+        self.objective, self.built = objective, built
+
+    def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        self.original(trainer, *args, **kwargs)
+        self.built.add(trainer)
+        if self.objective and not isinstance(trainer, ObjectiveTrainer):
+            why = f"it trains its own loss; those that take patch(objective=...) are {TAKING}"
+            say_once(type(trainer).__name__, why)
+
+
+class _Train(Method):
+    """`Trainer.train`, of a trainer that was built before the patch, too."""
+
+    def __init__(
+        self, original: Any, objective: bool, sharing: bool | None, built: WeakSet[Any]
+    ) -> None:
+        super().__init__(original)
+        self.objective, self.sharing, self.built = objective, sharing, built
+
+    def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_of_trl(trainer) and trainer not in self.built:
+            lacks = ["objective"] * self.objective
+            if self.sharing is not None and _has_fused_head(trainer.model):
+                lacks.append("shared_prompts" if self.sharing else "padding_free")
+            if lacks:
+                why = f"it was built before fastpo.patch, and trains without {' and '.join(lacks)}"
+                say_once(type(trainer).__name__, why)
+        return self.original(trainer, *args, **kwargs)
+
+
+_BASE = _INIT.module, _INIT.name.partition(".")[0]
+
+
+def _is_of_trl(trainer: Any) -> bool:
+    return any((x.__module__, x.__name__) == _BASE for x in type(trainer).__mro__)
+
+
+def _has_fused_head(model: nn.Module) -> bool:
+    """TRL's forward, put on when a trainer is built; other models are packed when called."""
+    own = (vars(module).get("forward") for module in model.modules())
+    return any(forward is not None and _takes_head(forward) for forward in own)
+
+
+def _takes_head(forward: Any) -> bool:
+    # It says that it is the forward it wraps.
+    return "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters
+
+
+def replacements(objective: bool, sharing: bool | None) -> dict[Seam, Make]:
+    if not objective and sharing is None:
+        return {}
+    built: WeakSet[Any] = WeakSet()
+    return {
+        _INIT: partial(_Init, objective=objective, built=built),
+        _TRAIN: partial(_Train, objective=objective, sharing=sharing, built=built),
+    }
