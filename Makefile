@@ -152,7 +152,9 @@ build/triton-%/ready: $(DEMO)
 	touch $@
 
 triton: $(READY) build/triton-$(TRITON)/ready
-	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest -q tests/kernels/test_ahead_of_time.py
+	PYTHONPATH=build/triton-$(TRITON) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q \
+	  tests/kernels/test_ahead_of_time.py tests/ptx/test_triton_kernels.py \
+	  -k "not test_ptx or smoke"
 
 # Heads that bitsandbytes, torchao and compressed-tensors have quantised; no GPU is needed.
 QUANTISED := bitsandbytes==0.50.2 torchao==0.18.0 compressed-tensors==0.20.1 loguru==0.7.3

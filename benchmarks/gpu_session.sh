@@ -46,8 +46,9 @@ section() {
     fi
     say $'\n'"== $name (second $start, at most $limit)"
     # INT, which Python and pytest take as Ctrl-C: they write down what they have.
-    timeout --signal=INT --kill-after=10 "$limit" env --default-signal=INT "$@" 2>&1 | tee -a "$log"
-    code=${PIPESTATUS[0]}
+    # No pipe, which would wait for whatever a section leaves behind.
+    timeout --signal=INT --kill-after=10 "$limit" env --default-signal=INT "$@" > >(tee -a "$log") 2>&1
+    code=$?
     say "== $name: exit code $code after $((SECONDS - start)) s"
     [[ $code == 0 ]] || failed=$((failed + 1))
     return "$code"
@@ -57,12 +58,17 @@ bench() { section "$1" "$2" "$python" -m fastpo.bench "${@:3}"; }
 script() { section "$1" "$2" "$python" "benchmarks/$3.py" "${@:4}"; }
 has() { "$python" -c "import $1" 2>/dev/null; }
 
+# What the extension is compiled of: after a fix between the parts the kept one is another's.
+sources() { find csrc pyproject.toml -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum; }
+
 wheels() {
     export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
     export TRITON_CACHE_DIR=$kept/triton
     [[ -z ${KEPT:-} ]] || tar -xzf "$KEPT" -C "$kept"
+    # Also where a call before this one has left one in the checkout.
+    [[ -n $dry ]] || rm -f fastpo/_C*.so
     for extension in "$kept"/_C*.so; do
-        [[ ! -f $extension ]] || cp "$extension" fastpo/
+        [[ ! -f $extension || $(sources) != "$(cat "$kept/sources")" ]] || cp "$extension" fastpo/
     done
     [[ -n ${WHEELS:-} ]] || return 0
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site" \
@@ -153,9 +159,10 @@ tests() {
 }
 
 profile() {
-    local ncu=()
-    if command -v ncu >/dev/null; then
-        ncu=(ncu --profile-from-start off --clock-control none --log-file "$out/ncu.txt"
+    local ncu=() found
+    found=$(command -v ncu || ls /usr/local/cuda/bin/ncu /opt/nvidia/nsight-compute/*/ncu 2>/dev/null | head -1)
+    if [[ -n $found ]]; then
+        ncu=("$found" --profile-from-start off --clock-control none --log-file "$out/ncu.txt"
             --kernel-name 'regex:anchored_fwd|rows_fwd|rows_bwd|device_kernel'
             --section SpeedOfLight --section ComputeWorkloadAnalysis --section SchedulerStats
             --section WarpStateStats --section InstructionStats --section MemoryWorkloadAnalysis)
@@ -169,6 +176,7 @@ profile() {
 keep() {
     local between=(--exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' --exclude='*.ptx' --exclude='*.source')
     cp fastpo/_C*.so "$kept/" 2>/dev/null
+    sources >"$kept/sources"
     tar -czf "$out/kept.tar.gz" "${between[@]}" -C "$kept" .
     (($(stat -c %s "$out/kept.tar.gz") < 2 ** 24)) || tar -czf "$out/kept.tar.gz" --exclude ./triton -C "$kept" .
 }
@@ -195,28 +203,31 @@ part1() {
     keep
 }
 
+steps() {
+    read -ra words <<<"$1"
+    bench "step ${words[0]}" 50 step --model "${words[@]}" --out "$out/step_${words[0]}.json"
+}
+
 part2() {
     build
     script smoke 45 gpu_smoke "${backends[@]}" --out "$out/smoke.json"
-    script tune 55 gpu_tune --out "$out/tune.json" --processes "$processes" --repeats "$repeats"
+    script tune 55 gpu_tune --out "$out/tune.json" --processes "$processes" --repeats "$turns"
     extension 130
     heads heads 60 "${shapes[@]}" --repeats 9
     # Steps take what is the fastest head here.
     [[ -n $dry ]] || bench choice 15 choose "$out/heads.json"
-    for model in "${models[@]}"; do
-        read -ra words <<<"$model"
-        bench "step ${words[0]}" 50 step --model "${words[@]}" --out "$out/step_${words[0]}.json"
-    done
+    steps "${models[0]}"
     bench context 40 step --model "${context[@]}" --variants eager,fastpo --out "$out/context.json"
+    for model in "${models[@]:1}"; do steps "$model"; done
 }
 
 if [[ -n $dry ]]; then
-    seconds=900 repeats=1 processes=1 workers=2 rivals=eager collect=(--collect-only -q)
+    seconds=900 repeats=1 turns=1 processes=1 workers=2 rivals=eager collect=(--collect-only -q)
     shapes=(--shapes "64,512,32" "32,512,32" --no-memory)
     models=("tiny --lengths 64 --pairs 1 --steps 1 --rounds 1 --fit")
     context=(tiny --lengths 64 --pairs 1 --steps 1 --rounds 1 --fit length --most 128)
 else
-    seconds=$((part == 1 ? 330 : 270)) repeats=20 processes=12 workers=8 collect=()
+    seconds=$((part == 1 ? 330 : 270)) repeats=20 turns=7 processes=12 workers=8 collect=()
     rivals="eager,trl,liger scaled,cce"
     shapes=(--shapes gpu --time-limit $((part == 1 ? 90 : 55)))
     models=(

@@ -2,7 +2,7 @@
 
 Every candidate stands in for `kernels/_blocks.py`, or for the schedule of
 `fastpo/ops/rows/anchored_cutlass.py`, while it runs, and is judged against float64 before it is
-timed. The JSON is written after each head.
+timed. The JSON is written after each head, and when it is interrupted.
 
     python benchmarks/gpu_tune.py --out tune.json
 """
@@ -36,7 +36,7 @@ DTYPE = {"cuda": torch.bfloat16, "cpu": torch.float32}[DEVICE]
 GROUPS, HALVINGS = {"cuda": ((8, 16, 24), (2, 3, 4)), "cpu": ((8, 16), (2,))}[DEVICE]
 # N, V, H; and sizes for which the same kernels are compiled.
 HEADS = {
-    "cuda": ((8192, 151_936, 896), (8192, 128_256, 2048), (8192, 128_256, 4096)),
+    "cuda": ((8192, 128_256, 4096), (8192, 151_936, 896), (8192, 128_256, 2048)),
     "cpu": ((16, 96, 16),),
 }[DEVICE]
 SMALL = {"cuda": (256, 8192), "cpu": (16, 48)}[DEVICE]
@@ -119,24 +119,30 @@ def complaints(x: HeadInputs, found: list[Candidate]) -> Iterator[str | None]:
         yield judged.complaint(judged.errors(result), DTYPE)
 
 
-def one_head(shape: tuple[int, int, int], found: list[Candidate], repeats: int) -> list[Any]:
+def one_head(shape: tuple[int, int, int], found: list[Candidate], repeats: int) -> Iterator[Any]:
+    """A row for each candidate and mode; interrupted, of the turns that were done."""
     x = make_head(*shape, dtype=DTYPE, device=DEVICE)
-    watch, rows = machine.stopwatch(DEVICE), []
-    right = []
+    watch, right = machine.stopwatch(DEVICE), []
     for candidate, why in zip(found, complaints(x, found), strict=True):
         if why is None:
             right.append(candidate)
         else:
-            rows.append({"shape": shape, "variant": candidate[0], "status": "wrong", "reason": why})
+            yield {"shape": shape, "variant": candidate[0], "status": "wrong", "reason": why}
     runs: dict[tuple[str, str], list[float]] = {}
-    for turn in range(repeats + 1):  # the first warms up
-        for candidate, mode in itertools.product(right, MODES):
-            took, _ = watch(partial(forward, x, candidate, mode))
-            runs.setdefault((candidate[0], mode), []).extend([took.ms] * bool(turn))
+    interrupted = None
+    try:
+        for turn in range(repeats + 1):  # the first warms up
+            for candidate, mode in itertools.product(right, MODES):
+                took, _ = watch(partial(forward, x, candidate, mode))
+                runs.setdefault((candidate[0], mode), []).extend([took.ms] * bool(turn))
+    except KeyboardInterrupt as error:
+        interrupted = error
     for (name, mode), times in runs.items():
-        row = {"shape": shape, "variant": name, "mode": mode, "status": "ok"}
-        rows.append(row | {"median_ms": statistics.median(times), "runs_ms": times})
-    return rows
+        if times:
+            row = {"shape": shape, "variant": name, "mode": mode, "status": "ok"}
+            yield row | {"median_ms": statistics.median(times), "runs_ms": times}
+    if interrupted is not None:
+        raise interrupted
 
 
 def main() -> int:
@@ -150,13 +156,12 @@ def main() -> int:
     made: dict[str, Any] = machine.facts(DEVICE) | {"what": "tune", "rows": []}
     found = compiled(options.processes)
     for shape in HEADS:
-        rows = one_head(shape, found, options.repeats)
-        made["rows"] += rows
-        for row in rows:
+        for row in one_head(shape, found, options.repeats):
+            made["rows"].append(row)
             said = row.get("reason") or f"{row['mode']:<6}{row['median_ms']:>9.3f} ms"
             print(f"{row['shape']} {row['variant']:<36}{said}", flush=True)
-        if options.out is not None:
-            report.write(made, options.out)
+            if options.out is not None:
+                report.write(made, options.out)
     return int(any(row["status"] == "wrong" for row in made["rows"]))
 
 

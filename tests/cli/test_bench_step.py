@@ -19,10 +19,25 @@ from fastpo.demo import smollm2
 
 @pytest.mark.parametrize("limit", [0, 1, 7, 100, 1000])
 def test_the_largest_that_fits(limit):
-    found, tries = fit.largest(lambda n: n <= limit, 512)
+    tries = []
+    found = fit.largest(lambda n: n <= limit, 512, tries.append)
     assert found <= limit
     assert found >= min(limit, 512) * 15 // 16
-    assert tries < 20
+    assert len(tries) < 20 and tries[-1] == found
+
+
+def test_an_interrupted_search_says_what_fits_so_far(monkeypatch):
+    def fits(job, of, units, limit_mib):
+        if units == 4:
+            raise KeyboardInterrupt
+        return True
+
+    monkeypatch.setattr(fit, "_fits_alone", fits)
+    job = step.StepOptions(model="tiny", lengths=(64,), device="cpu").job("eager", batches.Texts(), 64)
+    found = {}
+    with pytest.raises(KeyboardInterrupt):
+        fit.search(job, "length", 100, 1024, found)
+    assert (found["largest"], found["tries"], found["at_limit"]) == (64, 2, True)
 
 
 def test_step_compares_and_searches(tmp_path, capsys):

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import importlib
 import json
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -61,6 +65,47 @@ def test_a_backend_that_cannot_start_is_left(smoke, monkeypatch, tmp_path):
     assert [row["status"] for row in made["rows"]] == ["died"] * 3
 
 
+def test_what_no_benchmark_needs_may_be_wrong(smoke, monkeypatch, tmp_path):
+    (case,) = [i for i, c in enumerate(smoke.cases("torch")) if str(c).endswith("lean support 20")][
+        :1
+    ]
+    made = followed(smoke, monkeypatch, tmp_path, deadly=(case,))
+    assert made["rows"][case]["status"] == "died" and made["passed"] == ["torch"]
+
+
+def test_a_case_that_hangs_ends_its_process(smoke):
+    program = (
+        "import time, gpu_smoke as s; s.STARTING = 2; s.check = lambda *_: time.sleep(600);"
+        "s.work('torch', 0)"
+    )
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=SCRIPTS, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 1 and not done.stdout and "in work" in done.stderr
+    assert time.monotonic() - start < 300
+
+
+@pytest.mark.parametrize(("quiet", "status"), [(0, "hung"), (1000, "unfinished")])
+def test_an_interrupted_run_says_what_did_not_end(smoke, monkeypatch, tmp_path, quiet, status):
+    worker, out = tmp_path / "worker.py", tmp_path / "smoke.json"
+    waits = WORKER.replace("os._exit(7)", "__import__('time').sleep(600)")
+    worker.write_text(waits.format(cases=len(smoke.cases("torch")), deadly=(3,)))
+    monkeypatch.setattr(smoke, "__file__", str(worker))
+    monkeypatch.setattr(smoke, "QUIET", quiet)
+    record = smoke.Record.of(out, ["torch"])
+    thread = threading.Thread(target=record.follow, args=("torch",))
+    thread.start()
+    while len(record.rows) < 3:
+        time.sleep(0.01)
+    record.stop()
+    thread.join(60)
+    assert not thread.is_alive()
+    made = json.loads(out.read_text())
+    assert [row["status"] for row in made["rows"]] == ["ok"] * 3 + [status]
+    assert made["passed"] == ["torch"] * (status == "unfinished")
+
+
 def test_backends_looked_at_later_join_the_report(smoke, monkeypatch, tmp_path):
     followed(smoke, monkeypatch, tmp_path, deadly=(3,), backends=("torch", "cpu"))
     made = followed(smoke, monkeypatch, tmp_path, deadly=(), backends=("torch",))
@@ -115,6 +160,25 @@ def test_a_candidate_stands_in_while_it_runs(monkeypatch):
     with tune.standing_in(*found["cooperative, swizzle 1, rows first"]):
         assert tune.anchored_cutlass.schedule() == (False, 1, False)
     assert tune.anchored_cutlass.schedule() == shipped
+
+
+def test_interrupted_tuning_keeps_the_turns_that_were_done(monkeypatch):
+    pytest.importorskip("triton")
+    tune = script("gpu_tune", monkeypatch)
+    calls, candidate = [], ("as shipped", "anchored", {})
+
+    def forward(x, candidate, mode):
+        calls.append(mode)
+        if len(calls) == 6:  # two a turn, the first of which warms up
+            raise KeyboardInterrupt
+        return torch.zeros(len(x.labels))
+
+    monkeypatch.setattr(tune, "forward", forward)
+    monkeypatch.setattr(tune, "complaints", lambda x, found: [None for _ in found])
+    rows, given = [], tune.one_head((16, 96, 16), [candidate], 7)
+    with pytest.raises(KeyboardInterrupt):
+        collections.deque((rows.append(row) for row in given), maxlen=0)
+    assert [(row["mode"], len(row["runs_ms"])) for row in rows] == [("score", 2), ("keep", 1)]
 
 
 def test_cutlass_is_looked_at_in_both_schedules(smoke):

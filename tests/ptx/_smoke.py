@@ -38,7 +38,7 @@ def main() -> None:
         with gpu.mode():
             for case in gpu_smoke.cases(options.backend)[:: options.every]:
                 before = len(gpu.launches())
-                wrong = gpu_smoke.check(case, options.backend)
+                wrong, _ = gpu_smoke.check(case, options.backend)
                 row = {"case": str(case), "wrong": wrong, "launches": gpu.launches()[before:]}
                 print(json.dumps(row), flush=True)
 

@@ -23,38 +23,46 @@ UNITS = {"length": 32, "pairs": 1}
 _SHARE = 16
 
 
-def search(job: Job, of: str, limit_mib: int | None, most: int) -> dict[str, Any]:
-    """of: "length" or "pairs"; at_limit: `most` was reached, and more may fit."""
-    if job.device == "cuda":
-        if limit_mib is None:
-            limit_mib = int(machine.facts(job.device)["gpu_memory_mib"])
-        units, tries = alone(partial(_search_on_gpu, of=of, limit_mib=limit_mib, most=most), job)
-    else:
-        assert limit_mib is not None
-        units, tries = largest(lambda n: _fits_alone(job, of, n, limit_mib), most // UNITS[of])
-    found = {"of": of, "variant": job.variant, "limit_mib": limit_mib, "tries": tries}
+def search(job: Job, of: str, limit_mib: int | None, most: int, found: dict[str, Any]) -> None:
+    """Into `found`, after every try: an interrupted search leaves what fits so far.
+
+    of: "length" or "pairs"; at_limit: `most` was reached, or the search interrupted; more may fit.
+    """
+    if limit_mib is None:
+        limit_mib = int(machine.facts(job.device)["gpu_memory_mib"])
     other = "pairs" if of == "length" else "length"
+    found |= {"of": of, "variant": job.variant, "limit_mib": limit_mib, "tries": 0}
+    found |= {other: getattr(job, other), "largest": 0, "at_limit": True}
     top = most // UNITS[of]
-    found |= {other: getattr(job, other), "largest": units * UNITS[of], "at_limit": units >= top}
-    return found
+
+    def tried(units: int) -> None:
+        found["tries"] += 1
+        found["largest"] = units * UNITS[of]
+
+    if job.device == "cuda":
+        do = partial(_search_on_gpu, of=of, limit_mib=limit_mib, top=top, tried=tried)
+        units = alone(do, job)
+    else:
+        units = largest(lambda n: _fits_alone(job, of, n, limit_mib), top, tried)
+    found["at_limit"] = units >= top
 
 
-def largest(fits: Callable[[int], bool], most: int) -> tuple[int, int]:
-    """The largest n <= most that fits, 0 if not even 1 does, and the number of tries.
+def largest(fits: Callable[[int], bool], most: int, tried: Callable[[int], None]) -> int:
+    """The largest n <= most that fits, 0 if not even 1 does; `tried` hears it after each try.
 
     Doubles until one does not fit, then halves the gap; exact below 16, to a sixteenth above.
     """
-    low, high, tries = 0, most + 1, 0
+    low, high = 0, most + 1
     while high - low > max(1, low // _SHARE):
         n = min(max(2 * low, 1), most) if high > most else (low + high) // 2
-        tries += 1
         if fits(n):
             low = n
         else:
             high = n
+        tried(low)
         if low >= most:
             break
-    return low, tries
+    return low
 
 
 def _sized(job: Job, of: str, units: int) -> tuple[int, int]:
@@ -84,10 +92,12 @@ def total_mib(job: Job) -> float:
     return peak.total_mib()
 
 
-def _search_on_gpu(job: Job, of: str, limit_mib: int, most: int) -> tuple[int, int]:
+def _search_on_gpu(
+    job: Job, of: str, limit_mib: int, top: int, tried: Callable[[int], None]
+) -> int:
     """One model for all tries; what does not fit is what torch's allocator refuses."""
     with _allocator_limited_to(limit_mib):
-        return _search_with(loop.models_of(job), job, of, most)
+        return _search_with(loop.models_of(job), job, of, top, tried)
 
 
 @contextmanager
@@ -101,7 +111,7 @@ def _allocator_limited_to(limit_mib: int) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-def _search_with(models: Models, job: Job, of: str, most: int) -> tuple[int, int]:
+def _search_with(models: Models, job: Job, of: str, top: int, tried: Callable[[int], None]) -> int:
     with loop.bare_loop(job, models) as step:
 
         def fits(units: int) -> bool:
@@ -116,5 +126,6 @@ def _search_with(models: Models, job: Job, of: str, most: int) -> tuple[int, int
             return True
 
         if not fits(1):  # it also makes the optimiser's state, which every later try needs
-            return 0, 1
-        return largest(fits, most // UNITS[of])
+            tried(0)
+            return 0
+        return largest(fits, top, tried)

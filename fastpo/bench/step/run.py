@@ -124,9 +124,12 @@ def bench(options: StepOptions, say: Say, keep: Callable[[dict[str, Any]], None]
                 report["left_out"].append({"variant": variant, "fit": of})
                 continue
             job = options.job(variant, options.texts[0], options.lengths[0])
-            found = search(job, of, options.memory_limit, options.most)
-            report["fits"].append(found | ({"texts": str(job.texts)} if options.shared else {}))
-            keep(report)
+            found = {"texts": str(job.texts)} if options.shared else {}
+            try:
+                search(job, of, options.memory_limit, options.most, found)
+            finally:  # interrupted, too
+                report["fits"].append(found)
+                keep(report)
     progress("")
     report["seconds"] = round(time.monotonic() - began, 1)
     keep(report)
