@@ -60,6 +60,7 @@ def _process(
     os.environ |= {name: str(value) for name, value in local.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # as in every test: see conftest.py
     work(rank, *arguments)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -28,6 +28,11 @@ def leaves() -> list[torch.Tensor]:
 LABELS = torch.arange(N) % VOCAB
 
 
+def alone(x, call, **options):
+    """Of a frozen head the forward makes their gradient."""
+    return call(*x[:2], LABELS, bias=x[2], **options).logps
+
+
 def logps(x, call, **options):
     stats = call(*x[:2], LABELS, bias=x[2], outputs=("logps", "entropy"), **options)
     return stats.logps + 0.3 * stats.entropy
@@ -54,6 +59,7 @@ def mixture(x, call, **options):
 
 
 CALLS = {
+    alone: (fastpo.linear_logps, fastpo.vocab_parallel_logps),
     logps: (fastpo.linear_logps, fastpo.vocab_parallel_logps),
     supported: (fastpo.linear_logps, fastpo.vocab_parallel_logps),
     divergence: (fastpo.linear_divergence, fastpo.vocab_parallel_divergence),
@@ -75,7 +81,7 @@ def with_none(rank: int, owner: int) -> None:
         expected = [x.requires_grad_() for x in leaves()]
         given = [x if x.shape[0] == N else x[words].clone() for x in leaves()]
         given = [x.requires_grad_() for x in given]
-        if run is logps:  # a frozen head has the gradient of its hidden states alone
+        if run in (alone, logps):  # a frozen head has the gradient of its hidden states alone
             frozen = [given[0], *(x.detach() for x in given[1:3])]
             hidden = run(frozen, sharded, backend=backend, first=first, vocab=VOCAB)
             (dhidden,) = gradients(hidden, frozen[:1])

@@ -168,8 +168,9 @@ def _frozen_block(head: Head, state: Tensor, direction: Tensor, a: int, b: int) 
         before, anchor = anchor, before
     block = state[:, a:b]
     head.merge(block)
-    # Σ over the others of p_v·dz/dx·W_v
-    total.mul_(torch.exp(before - block[R.MAX] - log_mass_of(block)).unsqueeze(1))
+    if head.plan.vocab:  # else nobody has written `before`
+        # Σ over the others of p_v·dz/dx·W_v
+        total.mul_(torch.exp(before - block[R.MAX] - log_mass_of(block)).unsqueeze(1))
     _write_direction(head, block, total, a, b, direction)
 
 
