@@ -34,7 +34,7 @@ def shifted(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def policy_gradient(tokenizer) -> tuple[nn.Module, Step]:
-    """REINFORCE on fixed answers: +1 for the chosen, -1 for the rejected."""
+    """REINFORCE on fixed completions: +1 for the chosen, -1 for the rejected."""
     model = small_model(tokenizer)
     loss_of = objectives.get("reinforce", reduction="mean")
 

@@ -4,7 +4,7 @@
     python examples/by_name.py kto --data pairs.jsonl --steps 30
 
 The model is a small Qwen2 with random weights and a tokenizer trained on the data, so nothing is
-downloaded; with a checkpoint of your own only `small_model` goes.
+downloaded. With your own checkpoint you do not need `small_model`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def build(key: str, hyperparameters: dict, rows: list, folder: str, steps: int):
     fastpo.patch(objective=key, **hyperparameters)
     single = family == "singles"
     trainer, config = (KTOTrainer, KTOConfig) if single else (DPOTrainer, DPOConfig)
-    # KTOTrainer takes the pairs apart itself.
+    # KTOTrainer splits the pairs itself.
     return trainer(args=config(**settings), train_dataset=Dataset.from_list(rows), **common)
 
 

@@ -3,7 +3,7 @@
     python examples/dpo.py --steps 20
 
 The model is a small Qwen2 with random weights and the pairs ship with fastpo, so nothing is
-downloaded; with a checkpoint and a dataset of your own only `DPOTrainer(...)` stays.
+downloaded. With your own checkpoint and dataset only `DPOTrainer(...)` stays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""DPO as a LightningModule over `model(...).logits`, which nobody computes.
+"""DPO as a LightningModule that reads `model(...).logits`, which are lazy.
 
 python examples/lazy_lightning.py --steps 20
 """

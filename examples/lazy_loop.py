@@ -1,4 +1,4 @@
-"""DPO in a bare loop over `model(...).logits`, which nobody computes; with accelerate, if you like.
+"""DPO in a plain loop that reads `model(...).logits`, which are lazy; optionally with accelerate.
 
 python examples/lazy_loop.py --steps 20
 python examples/lazy_loop.py --steps 20 --accelerate
@@ -23,7 +23,7 @@ from fastpo.demo.tokenizer import texts_of, train_tokenizer
 
 
 def logps(model: Any, batch: dict[str, Tensor]) -> Tensor:  # [2B], the chosen rows first
-    """As any loop has it: log-softmax, the label's column, a sum over the completion."""
+    """As in any loop: log-softmax, the label's column, a sum over the completion."""
     logits = model(batch["ids"], attention_mask=batch["attended"]).logits[:, :-1]
     each = logits.log_softmax(-1).gather(-1, batch["ids"][:, 1:, None]).squeeze(-1)
     return (each * batch["mask"][:, 1:]).sum(-1)

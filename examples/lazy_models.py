@@ -1,10 +1,10 @@
-"""Logits that nobody computes, of other models than a causal one: one line, then each as it is.
+"""Lazy logits of other models than causal ones: one line for all, the steps stay as they are.
 
     python examples/lazy_models.py encoder_decoder
     python examples/lazy_models.py vision --steps 20
 
 A function builds a small model with random weights and returns its step, which takes a batch of
-pairs and returns a loss. No step knows of fastpo.
+pairs and returns a loss. No step uses fastpo.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Step = Callable[[Batch], Tensor]
 
 
 def logps(logits: Tensor, labels: Tensor) -> Tensor:  # [2B] of [2B, T, V], [2B, T]
-    """As every trainer has it: log-softmax, the label's column, a sum over the answer."""
+    """As in every trainer: log-softmax, the label's column, a sum over the answer."""
     scored = labels != -100
     each = logits.log_softmax(-1).gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return (each * scored).sum(-1)
@@ -48,7 +48,7 @@ def dpo(policy: Tensor, reference: Tensor, beta: float = 0.1) -> Tensor:
 
 
 def encoder_decoder(tokenizer) -> tuple[nn.Module, Step]:
-    """DPO of a T5, which scales what its head gets: the prompt is read, the answer written."""
+    """DPO of a T5, which scales the input of its head; the encoder reads the prompt."""
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
     words = {"vocab_size": len(tokenizer), "decoder_start_token_id": tokenizer.pad_token_id}
     model = T5ForConditionalGeneration(T5Config(**sizes, **words, dropout_rate=0.0))
@@ -137,7 +137,7 @@ def chunked(tokenizer) -> tuple[nn.Module, Step]:
 
 
 def rewards(tokenizer) -> tuple[nn.Module, Step]:
-    """A reward model by Bradley and Terry: it has no words, and nothing changes."""
+    """A Bradley-Terry reward model: it has no vocabulary head, and nothing changes."""
     config = small_model(tokenizer).config
     config.num_labels = 1
     model = Qwen2ForSequenceClassification(config)

@@ -1,4 +1,4 @@
-"""SimPO or DPO in a bare loop: hidden states, token log-probabilities, quantities, objective.
+"""SimPO or DPO in a plain loop: hidden states, token log-probabilities, quantities, objective.
 
 python examples/loop.py --steps 20
 python examples/loop.py --objective dpo
@@ -20,7 +20,7 @@ from fastpo.demo.tokenizer import texts_of, train_tokenizer
 
 
 def scored(model: nn.Module, batch: Batch) -> fastpo.TokenStats:
-    """Of every token of an answer, [2B, T - 1], the chosen rows first."""
+    """Statistics of every token of a completion, [2B, T - 1], the chosen rows first."""
     # Position t predicts token t + 1; prompt and padding are not scored.
     labels = batch["ids"][:, 1:].masked_fill(~batch["mask"][:, 1:], -100)
     states = model.model(batch["ids"], attention_mask=batch["attended"]).last_hidden_state

@@ -1,4 +1,4 @@
-"""A TRL script that has never heard of fastpo.
+"""A plain TRL script, without any use of fastpo.
 
 python examples/run_unchanged.py --steps 20        # TRL's own head
 fastpo run examples/run_unchanged.py --steps 20    # fastpo's: the same losses

@@ -1,9 +1,9 @@
-"""SimPO in several processes, none of which trains with the whole model, nor with the whole head.
+"""SimPO in several processes, none of which holds the whole model or the whole head in training.
 
     torchrun --nproc_per_node 2 examples/sharded_head.py --steps 20
     torchrun --nproc_per_node 2 examples/sharded_head.py --data pairs.jsonl
 
-FSDP2 gathers one layer at a time. The head stays in shards: the few hidden states travel instead.
+FSDP2 gathers one layer at a time. The head stays sharded: the few hidden states are sent instead.
 """
 
 from __future__ import annotations

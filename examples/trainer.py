@@ -1,8 +1,8 @@
-"""transformers' own Trainer, without TRL: `fastpo.attach` takes the logits out of the model.
+"""transformers' own Trainer, without TRL: with `fastpo.attach` the model returns no logits.
 
 python examples/trainer.py --steps 20
 
-Where the trainer reads them itself, `fastpo.lazy_logits` keeps them from being computed:
+Where the trainer reads logits itself, `fastpo.lazy_logits` avoids computing them:
 
 python examples/trainer.py --steps 20 --smoothing 0.1
 python examples/trainer.py --steps 20 --loss focal
@@ -25,7 +25,7 @@ from fastpo.demo.tokenizer import texts_of, train_tokenizer
 
 
 def focal(outputs, labels: torch.Tensor, num_items_in_batch: int | None = None) -> torch.Tensor:
-    """What `compute_loss_func` asks for: easy words count less."""
+    """A `compute_loss_func`: easy tokens count less."""
     labels = labels[:, 1:].flatten()
     logits = outputs.logits[:, :-1].flatten(0, 1)
     losses = F.cross_entropy(logits, labels, reduction="none")

@@ -34,19 +34,41 @@ TITLES = {
 }
 _NOTE = "<!-- Written by `python docs/_ext/objective_pages.py` from the docstrings. -->"
 _INTRO = """\
-`fastpo.objectives.get(key, **hyperparameters)` gives the function; `fastpo objectives KEY` prints
+`fastpo.objectives.get(key, **hyperparameters)` returns the function; `fastpo objectives KEY` prints
 an entry in a terminal. Pairs, single responses, policy gradient and groups [train by
 name](training.md) in TRL's trainers and `fastpo.GroupTrainer`; distillation, reward models and
-denoising are plain functions for a loop of your own. Transforms stand before an objective, in
+denoising are plain functions for your own loop. Transforms are applied before an objective, by
 `fastpo.objectives.compose`.
 
 Each objective is a plain function of named [quantities](#quantities). It takes them by keyword (`?`
 marks those that may be absent) and returns losses unreduced, one for each pair, row, group or
-position: the mean is the caller's. Gradient flows into the quantities marked `∂`; the others are
+position; you take the mean. Gradient flows into the quantities marked `∂`; the others are
 constants. Shapes: `B` pairs, `N` rows, `G` groups, `T` positions, `K` models or words, `P`
 positions of `V` words, `M` and `U` rows of other kinds, `C`, `D`, `E` widths.
+
+## Letters
+
 $\\sigma$ is the logistic function, $\\mathrm{sg}(x)$ is $x$ without gradient, $\\exp^{+}(x)$ is
-$e^{\\min(x, 40)}$; $L(z; t)$ is $-t \\cdot \\log \\sigma(z) - (1 - t) \\cdot \\log \\sigma(-z)$."""
+$e^{\\min(x, 40)}$; $L(z; t)$ is $-t \\cdot \\log \\sigma(z) - (1 - t) \\cdot \\log \\sigma(-z)$.
+Other Greek letters are hyperparameters: $\\epsilon$ is `label_smoothing`, and in clipped objectives
+the range of the clip. Each family has letters of its own, and its page says more about them:"""
+_LETTERS = {
+    "pairs": r"$a$, $b$ the log-ratios of chosen and rejected, $\Delta = a - b$; $c$, $r$ their "
+    r"log-probabilities, $c_{0}$, $r_{0}$ those of the reference, $\hat{c}$, $\hat{r}$ averages "
+    r"per token; $n_{c}$, $n_{r}$ numbers of scored tokens; $s_{w}$, $s_{l}$ scores of chosen and "
+    r"rejected; $y$, $y_{0}$ a third sequence under policy and reference",
+    "tokens": r"$l_{t}$ the log-ratio of a token, $\mathrm{kl}_{t}$ the KL(reference‖policy) at "
+    r"its position, $\sum_{m}$ a sum over scored positions",
+    "groups": r"of member $k$: $h_{k} = \beta \cdot \mathrm{logratio}_{k}$, the score $S_{k}$, the "
+    r"log-probability per token $\hat{s}_{k}$",
+    "singles": r"$x$ the log-ratio of the row",
+    "policy_gradient": r"$w$ the ratio of policy to old policy, of a token or of the row; $A$ the "
+    r"advantage; $x_{t} = \mathrm{logp}_{t} - \mathrm{old}_{t}$",
+    "distillation": r"$s$, $t$ the log-softmax of student and teacher, $p_{S}$, $p_{T}$ their "
+    r"probabilities",
+    "rewards": r"$r_{w}$, $r_{l}$ the rewards of chosen and rejected",
+    "denoising": r"$e$ the squared denoising error",
+}
 
 
 def pages() -> dict[str, str]:
@@ -67,13 +89,18 @@ def _overview(shipped: dict[str, list[Entry]]) -> str:
     """One table for each family."""
     known, transforms = count(), len(shipped["transforms"])
     told = f"{known} objectives and {transforms} transforms, by family."
-    blocks = [_NOTE, "# Objectives", told, _INTRO]
+    blocks = [_NOTE, "# Objectives", told, _INTRO, _letters()]
     for family, entries in shipped.items():
         page = f"objectives/{family}.md"
         blocks += [f"## {TITLES[family]}", f"[{_count(entries)}]({page}). {_sentence(family)}"]
         rows = [f"| {_told(entry, page)} | {formula(entry)} |" for entry in entries]
         blocks.append("\n".join(["| key, paper | formula |", "| --- | --- |", *rows]))
     return "\n\n".join([*blocks, *_quantities()]) + "\n"
+
+
+def _letters() -> str:
+    rows = [f"| {TITLES[family].lower()} | {text} |" for family, text in _LETTERS.items()]
+    return "\n".join(["| family | letters |", "| --- | --- |", *rows])
 
 
 def count() -> int:
@@ -90,8 +117,8 @@ def _quantities() -> Iterator[str]:
     yield "## Quantities"
     yield (
         "`fastpo.quantities` derives sums, lengths and log-ratios from token log-probabilities "
-        "([an example](primitives.md#from-statistics-to-a-loss)); any other is a column: "
-        "`q | {name: tensor}`. An objective's entry says where its shape is narrower than here."
+        "([an example](primitives.md#from-statistics-to-a-loss)). Add any other one with "
+        "`q | {name: tensor}`. An objective's entry says if its shape is narrower than here."
     )
     rows = []
     for name, meaning in MEANINGS.items():
@@ -131,7 +158,8 @@ def _page(family: str, entries: list[Entry]) -> str:
 
 
 _PICTURES = (
-    "On the site each objective of a margin or a log-ratio has a picture of loss and gradient."
+    "The site that `make docs` builds plots loss and gradient of each objective of a margin or a "
+    "log-ratio."
 )
 
 

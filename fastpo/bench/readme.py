@@ -347,7 +347,7 @@ def _real_steps(report: Report) -> Iterator[str]:
 
 
 def _plan_errors(report: Report) -> Iterator[str]:
-    """A row for each model; told, and how far that is from what was held."""
+    """A row for each model: the prediction, and how far it is from the measured memory."""
     cells = {
         (row["model"], f"{row['way']}, {row['head']}"): (
             f"{row['told'] / 2**20:,.0f} ({row['told'] / row['held'] - 1:+.0%})"
@@ -362,8 +362,9 @@ def _plan_errors(report: Report) -> Iterator[str]:
     yield ""
     errors = [abs(row["told"] / row["held"] - 1) for row in report["rows"]]
     yield (
-        f"MiB told, and how much more or less than was held, {_machine(report)}: {len(errors)} "
-        f"cases, {sum(errors) / len(errors):.1%} off on average, at most {max(errors):.1%}."
+        f"MiB predicted, and the difference from the measured memory, {_machine(report)}: "
+        f"{len(errors)} cases, {sum(errors) / len(errors):.1%} off on average, at most "
+        f"{max(errors):.1%}."
     )
 
 
