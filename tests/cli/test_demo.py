@@ -269,7 +269,7 @@ def test_objectives_that_cannot():
         objective.choose("simpoo")
     with pytest.raises(DemoError, match=r"close to it: sigmoid,"):
         objective.choose("sigmiod")
-    with pytest.raises(DemoError, match="singles, not pairs"):
+    with pytest.raises(DemoError, match="expected one for pairs, got one of singles"):
         objective.choose("kto")
     with pytest.raises(DemoError, match="--beta: sft has none"):
         objective.choose("sft", beta=0.1)

@@ -104,7 +104,10 @@ def test_without_the_extension(monkeypatch):
     found = info.facts()
     assert found["extension"]["reason"] == found["backends"]["cpu"]["unavailable"]["cpu"] == why
     assert found["backends"]["cpu"]["chosen"] == "torch"
-    assert f"Extension\n  {why}\n  Triton and torch serve without it.\n" in info.text(found)
+    assert (
+        f"Extension\n  {why}\n  Without it CPUs run plain PyTorch, and GPUs Triton's kernels.\n"
+        in info.text(found)
+    )
 
 
 def test_an_issue_asks_for_it():

@@ -46,7 +46,10 @@ def lazy_logits(
     if head is None or head() is None:
         raise ValueError(f"model: expected one with output embeddings, got {type(base).__name__}")
     if attached(base):
-        raise ValueError(f"model: expected one without a fastpo head, got {type(base).__name__}")
+        raise ValueError(
+            f"model: expected one without a fastpo head, got {type(base).__name__}; "
+            "detach() of the handle takes that off"
+        )
     return LazyModel(base, HeadOptions(budget=budget, backend=backend, name="lazy_logits"))
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from . import backend as R
 from . import torch as eager
 from .architecture import too_old
-from .native import REBUILD, backward_tile, compiled, forward_tile
+from .native import backward_tile, compiled, forward_tile
 
 _C, _MISSING = compiled()
 
@@ -19,7 +19,9 @@ def unavailable(device: torch.device) -> str | None:
     if _C is None:
         return _MISSING
     if not _C.has_cuda:
-        return f"fastpo._C was built without CUDA; with nvcc on the PATH, {REBUILD}"
+        return (
+            "fastpo._C was built without CUDA; with nvcc on the PATH `pip install .` builds it with"
+        )
     return too_old(device)
 
 

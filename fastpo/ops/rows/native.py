@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-REBUILD = "build it with `pip install --no-build-isolation -e .` in a checkout of fastpo"
+REBUILD = "`pip install .` in a checkout of fastpo builds it where there is a C++17 compiler"
 
 
 def compiled() -> tuple[ModuleType | None, str]:
@@ -131,7 +131,8 @@ def check_inverse(logit_map: R.LogitMap, n: int) -> None:
 
 
 def check_matrix(x: Tensor, n: int, v: int, dtype: torch.dtype | None = None) -> None:
-    assert x.shape == (n, v) and (v == 1 or x.stride(1) == 1), (x.shape, x.stride())
+    # What has no numbers may have any strides.
+    assert x.shape == (n, v) and (n == 0 or v == 1 or x.stride(1) == 1), (x.shape, x.stride())
     assert x.dtype in DTYPES and dtype in (None, x.dtype), x.dtype
 
 

@@ -61,7 +61,9 @@ class Setting:
             given = [*self.hyperparameters, *self.references]
             if given or self.reference_free or self.score_prompts:
                 got = ", ".join(given) or "an option"
-                raise ValueError(f"objective: expected a key or a function beside {got}, got None")
+                raise ValueError(
+                    f"{got}: expected an option of fastpo.patch, or objective= with it, got neither"
+                )
             return
         unknown = set(self.references) - {"prev", "history"}
         if unknown:

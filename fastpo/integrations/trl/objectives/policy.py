@@ -104,7 +104,7 @@ class PolicyTrainer(ObjectiveTrainer):
         changed = {x: value for x, value in values.items() if value != default_of(config, x)}
         for parameter, option in CONFIGURED.items():
             if option in changed and not (by_key and parameter in known):
-                hint = f", whose {parameter} is given beside it" if parameter in known else ""
+                hint = f" (give {parameter}= to fastpo.patch)" if parameter in known else ""
                 raise ValueError(
                     f"{option}: expected {default_of(config, option)} with {name}{hint}, got "
                     f"{changed[option]}"
