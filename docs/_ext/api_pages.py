@@ -40,7 +40,8 @@ _ARGUMENT = re.compile(r"^([a-z_]\w*(?:, [a-z_]\w*)*): ")
 def text() -> str:
     """Below the page's first lines."""
     named = {name for names in GROUPS.values() for name in names}
-    others = [name for name in fastpo.__all__ if name not in {*named, "objectives", "quantities"}]
+    modules = {name for name in fastpo.__all__ if inspect.ismodule(getattr(fastpo, name))}
+    others = [name for name in fastpo.__all__ if name not in {*named} | modules]
     blocks = []
     for title, names in {**GROUPS, **({"More": others} if others else {})}.items():
         blocks.append(f"## {title}")

@@ -48,11 +48,12 @@ def patch(
     (`fastpo.lazy_logits`) in every model, and the log says so. verl's fused heads, and what
     verl and OpenRLHF read of lazy logits, run on fastpo's head, too.
 
-    Trainers keep their losses and metrics. `loss_type` of DPOConfig, KTOConfig and GRPOConfig also
-    takes the keys of `fastpo.objectives`, with the hyperparameters that the config has where they
-    were changed (`beta`, `label_smoothing`, `epsilon`), and the paper's values otherwise. TRL's own
-    names run TRL's code. Before TRL 1.15 there are no objectives of fastpo's, neither by name nor
-    by `objective`.
+    Trainers keep their losses and metrics, in float32 to rounding. With `objective` or
+    `shared_prompts` call it before they are built. `loss_type` of DPOConfig, KTOConfig and
+    GRPOConfig also takes the keys of `fastpo.objectives`, with the hyperparameters that the config
+    has where they were changed (`beta`, `label_smoothing`, `epsilon`), and the paper's values
+    otherwise. TRL's own names run TRL's code. Before TRL 1.15 there are no objectives of fastpo's,
+    neither by name nor by `objective`.
 
     budget, backend: as in `fastpo.linear_logps`.
     accumulate: as in `fastpo.attach`, for trainers that use TRL's fused head on one device with
