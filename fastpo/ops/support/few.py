@@ -1,13 +1,16 @@
 """Tokens with a few words each: their products alone, and gradients into these words alone.
 
 In bytes: K·H of the weight read in the forward and once more for d hidden, where the walk over the
-vocabulary has V·H for a block of tokens. d weight is summed word by word over its tokens in their
-order, so that it has the same bits each time.
+vocabulary has V·H for a block of tokens. d weight is summed word by word over its tokens in the
+order of the call, so that it has the same bits each time.
+
+Tokens come in blocks of about as many words each: how wide a row is, and so in which order its
+numbers are added up, is its own matter, and one long list makes no others long.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +27,7 @@ from ..walks.derivatives import check_plain, first_derivatives
 from ..walks.forward import finish
 from ..walks.head import Forward, Head, HeadSpec
 from ..walks.logits import to_logits
-from ..walks.picked import sums_by_token, sums_by_word
+from ..walks.picked import sums_by_token
 from ..walks.saving import stays
 
 
@@ -33,30 +36,36 @@ class FewCall:
     """What is not a tensor of autograd in one call.
 
     spec: of the head, its map and its shard; the rows' own temperatures are those of the few.
-    ids: [n, K] words of the whole vocabulary, rising, -1 behind the last one.
-    columns: [n] the label's place among them, -1 where it has none.
+    blocks: ids [m, K] of m tokens, block after block of all n: words of the whole vocabulary,
+        rising, -1 behind the last one.
+    columns: [n] the label's place among its token's ids, -1 where it has none.
     """
 
     name: str
     spec: HeadSpec
     gather: Callable[..., AbstractContextManager[Any]]
-    ids: Tensor
+    blocks: tuple[Tensor, ...]
     columns: Tensor
 
-    def here(self, words: int) -> tuple[Tensor, Tensor]:
-        """ids among the `words` words of this process, and the label's column among them.
-
-        A label of another process stands before all columns or behind them, as its word does.
-        """
+    def here(self, words: int) -> tuple[tuple[Tensor, ...], Tensor]:
+        """Ids among the `words` words of this process, and the label's columns among them."""
         if self.spec.shard is None:
-            return self.ids, self.columns
-        first, k = self.spec.shard.first, self.ids.shape[1]
-        local = self.ids - first
-        ids = torch.where((local >= 0) & (local < words) & (self.ids >= 0), local, -1)
-        own = self.columns.clamp_min(0).unsqueeze(1)
-        label = self.ids.gather(1, own).squeeze(1) if k else self.columns
-        columns = torch.where(label >= first + words, k, self.columns)
-        return ids, torch.where((label < first) & (self.columns >= 0), -1, columns)
+            return self.blocks, self.columns
+        columns = self.columns.split([len(ids) for ids in self.blocks])
+        first = self.spec.shard.first
+        parts = zip(self.blocks, columns, strict=True)
+        found = [_here(ids, own, first, words) for ids, own in parts]
+        return tuple(ids for ids, _ in found), torch.cat([own for _, own in found])
+
+
+def _here(ids: Tensor, columns: Tensor, first: int, words: int) -> tuple[Tensor, Tensor]:
+    """A label of another process stands before all columns or behind them, as its word does."""
+    local = ids - first
+    label = ids.gather(1, columns.clamp_min(0).unsqueeze(1)).squeeze(1)
+    ids = torch.where((local >= 0) & (local < words) & (ids >= 0), local, -1)
+    behind = (label >= first + words) & (columns >= 0)
+    columns = torch.where((label < first) & (columns >= 0), -1, columns)
+    return ids, columns.masked_fill(behind, ids.shape[1])
 
 
 def score_few(
@@ -86,9 +95,9 @@ class _Few(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
             few = _FewWords(call, hidden, weight, bias, down, up)
-            z, saved = few.forward()
+            tiles, saved = few.forward()
         ctx.call = call
-        ctx.save_for_backward(hidden, weight, bias, down, up, z, *saved)
+        ctx.save_for_backward(hidden, weight, bias, down, up, *saved, *tiles)
         outputs = call.spec.outputs
         stats = saved._asdict()
         constant = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -99,15 +108,15 @@ class _Few(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         check_plain(ctx.call.name, grads)
         by_name = dict(zip(OUTPUTS, grads, strict=True))
-        *operands, z = ctx.saved_tensors[:6]
-        saved = Forward(*ctx.saved_tensors[6:])
+        operands, last = ctx.saved_tensors[:5], 5 + len(Forward._fields)
+        saved, tiles = Forward(*ctx.saved_tensors[5:last]), ctx.saved_tensors[last:]
         with (
             ctx.call.gather(*operands[1:3]),
             torch.no_grad(),
-            torch.autocast(z.device.type, enabled=False),
+            torch.autocast(operands[0].device.type, enabled=False),
         ):
             few = _FewWords(ctx.call, *operands)
-            found = few.backward(by_name, z, saved, ctx.needs_input_grad[:5])
+            found = few.backward(by_name, tiles, saved, ctx.needs_input_grad[:5])
         return *first_derivatives(ctx.call.name, found, (*grads, *operands)), None
 
 
@@ -124,12 +133,12 @@ class _FewWords:
         up: Tensor | None,
     ) -> None:
         self.logit_map = call.spec.logit_map
-        self.ids, columns = call.here(len(weight))
+        self.blocks, columns = call.here(len(weight))
         # The row kernels see z, and columns for words: the map is applied, the shard cut out.
         spec = replace(call.spec, logit_map=R.LogitMap())
         self.head = Head(hidden, weight, None, columns, replace(spec, shard=None))
         self.head.spec = spec
-        self.weight, self.counts = unit_columns(weight), (call.ids >= 0).sum(1)
+        self.weight, self.whole = unit_columns(weight), call.blocks
         self.words = registry.word_kernels(spec.backend)
         self.bias, self.up = bias, None if up is None else unit_columns(up)
         # A CPU's kernels take float32 beside words of any dtype.
@@ -137,74 +146,112 @@ class _FewWords:
         self.hidden = unit_columns(hidden.to(gemm))
         self.down = None if down is None else unit_columns(down.to(gemm))
 
-    def forward(self) -> tuple[Tensor, Forward]:
-        head, outputs = self.head, self.head.spec.outputs
-        z = self._logits()
-        state = R.filled_rows(R.INITIAL_STATE, len(z), head.device)
-        stats = head.spec.stats & ~R.STATS["mean_logits"]
-        if z.shape[1]:
-            head.kernels.forward(
-                z, 0, head.labels, None, state, R.LogitMap(), stats, None, None, False
-            )
-        if "mean_logits" in outputs:
-            state[R.SUM] = z.masked_fill(self.ids < 0, 0.0).sum(1)
-        head.merge(state)
-        saved = finish(head, state, len(z))
-        if "mean_logits" in outputs:
-            saved = saved._replace(mean_logits=state[R.SUM] / self.counts)
-        return z, saved
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Tokens of each block, and their ids."""
+        a = 0
+        for ids in self.blocks:
+            yield slice(a, a + len(ids)), ids
+            a += len(ids)
 
-    def _logits(self) -> Tensor:  # [n, K] float32, -inf where there is no word
-        z = self.head.empty(*self.ids.shape, dtype=torch.float32)
-        self.words.products(self.hidden, self.weight, self.ids, z)
+    def forward(self) -> tuple[list[Tensor], Forward]:
+        head = self.head
+        state = R.filled_rows(R.INITIAL_STATE, len(head.hidden), head.device)
+        tiles = [self._folded(part, ids, state[:, part]) for part, ids in self.parts()]
+        head.merge(state)
+        saved = finish(head, state, len(head.hidden))
+        if "mean_logits" in head.spec.outputs:
+            counts = torch.cat([(ids >= 0).sum(1) for ids in self.whole])
+            saved = saved._replace(mean_logits=state[R.SUM] / counts)
+        return tiles, saved
+
+    def _folded(self, part: slice, ids: Tensor, state: Tensor) -> Tensor:
+        """Logits [m, K] of one block, once `state` holds them."""
+        head, z = self.head, self._logits(part, ids)
+        stats = head.spec.stats & ~R.STATS["mean_logits"]
+        labels = head.labels[part]
+        head.kernels.forward(z, 0, labels, None, state, R.LogitMap(), stats, None, None, False)
+        if "mean_logits" in head.spec.outputs:
+            state[R.SUM] = z.masked_fill(ids < 0, 0.0).sum(1)
+        return z
+
+    def _logits(self, part: slice, ids: Tensor) -> Tensor:
+        """[m, K] float32, -inf where there is no word."""
+        z = self.head.empty(*ids.shape, dtype=torch.float32)
+        self.words.products(self.hidden[part], self.weight, ids, z)
         if self.down is not None and self.up is not None:
             low = torch.empty_like(z)
-            self.words.products(self.down, self.up, self.ids, low)
+            self.words.products(self.down[part], self.up, ids, low)
             z += low
-        if self.bias is not None:
-            z += self.bias.float()[self.ids.clamp_min(0)]
+        if self.bias is not None and len(self.bias):
+            z += self.bias.float()[ids.clamp_min(0)]
         # After the soft-cap, which would make a finite number of it.
-        return to_logits(z, 0, None, self.logit_map).masked_fill_(self.ids < 0, float("-inf"))
+        logit_map = self.logit_map.rows(part.start, part.stop)
+        return to_logits(z, 0, None, logit_map).masked_fill_(ids < 0, float("-inf"))
 
     def backward(
         self,
         grads: dict[str, Tensor | None],
-        z: Tensor,
+        tiles: Sequence[Tensor],
         saved: Forward,
         needs: tuple[bool, ...],  # d hidden, d weight, d bias, d down, d up
     ) -> tuple[Tensor | None, ...]:
-        dx = self._dproducts(grads, z, saved)
-        weight, up = self.weight, self.up
+        dx, weight, up = self._dproducts(grads, tiles, saved), self.weight, self.up
+        cells = self._by_word(dx) if needs[1] or needs[2] or needs[4] else None
         dhidden = self._drows(dx, weight, self.head.hidden.dtype) if needs[0] else None
-        dweight = self._dwords(dx, weight, self.hidden) if needs[1] else None
-        dbias = None
-        if needs[2] and self.bias is not None:
+        dweight = dbias = ddown = dup = None
+        if cells is not None and needs[1]:
+            dweight = self._dwords(cells, weight, self.hidden)
+        if cells is not None and needs[2] and self.bias is not None:
             ones = torch.ones_like(self.hidden[:, :1])
-            dbias = self._dwords(dx, self.bias.unsqueeze(1), ones).squeeze(1)
-        ddown = dup = None
+            dbias = self._dwords(cells, self.bias.unsqueeze(1), ones).squeeze(1)
         if self.down is not None and up is not None:
             ddown = self._drows(dx, up, self.down.dtype) if needs[3] else None
-            dup = self._dwords(dx, up, self.down) if needs[4] else None
+            if cells is not None and needs[4]:
+                dup = self._dwords(cells, up, self.down)
         return dhidden, dweight, dbias, ddown, dup
 
-    def _dproducts(self, grads: dict[str, Tensor | None], z: Tensor, saved: Forward) -> Tensor:
-        """d loss / d products [n, K] float32, 0 where there is no word."""
-        head, dx = self.head, torch.zeros_like(z)
-        if not z.numel():
-            return dx
-        entropy = grads["entropy"] is not None
-        rows = row_grads(head, grads, saved)
-        head.kernels.backward(z, None, 0, head.labels, None, rows, R.LogitMap(), entropy, dx)
-        dx *= self.logit_map.cap_slope(z) * self.logit_map.tempered(self.logit_map.factor, z)
-        return dx.masked_fill_(self.ids < 0, 0.0)
+    def _dproducts(
+        self, grads: dict[str, Tensor | None], tiles: Sequence[Tensor], saved: Forward
+    ) -> list[Tensor]:
+        """d loss / d products [m, K] float32 of each block, 0 where there is no word."""
+        head, entropy = self.head, grads["entropy"] is not None
+        rows, found = row_grads(head, grads, saved), []
+        for (part, ids), z in zip(self.parts(), tiles, strict=True):
+            dx, own = torch.zeros_like(z), rows[:, part]
+            labels = head.labels[part]
+            head.kernels.backward(z, None, 0, labels, None, own, R.LogitMap(), entropy, dx)
+            logit_map = self.logit_map.rows(part.start, part.stop)
+            dx *= logit_map.cap_slope(z) * logit_map.tempered(logit_map.factor, z)
+            found.append(dx.masked_fill_(ids < 0, 0.0))
+        return found
 
-    def _drows(self, dx: Tensor, words: Tensor, dtype: torch.dtype) -> Tensor:  # [n, H]
-        sharded = self.head.spec.shard is not None
-        out = self.head.empty(len(dx), words.shape[1], dtype=torch.float32 if sharded else dtype)
-        sums_by_token(self.head.spec.backend, dx, self.ids, words, out)
-        return self.head.sum_over_shards(out).to(dtype)
+    def _drows(self, dx: list[Tensor], words: Tensor, dtype: torch.dtype) -> Tensor:  # [n, H]
+        head, sharded = self.head, self.head.spec.shard is not None
+        width = words.shape[1]
+        out = head.empty(len(head.hidden), width, dtype=torch.float32 if sharded else dtype)
+        for (part, ids), own in zip(self.parts(), dx, strict=True):
+            sums_by_token(head.spec.backend, own, ids, words, out[part])
+        return head.sum_over_shards(out).to(dtype)
 
-    def _dwords(self, dx: Tensor, words: Tensor, rows: Tensor) -> Tensor:  # as `words` [V, H]
+    def _by_word(self, dx: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Cells of all blocks, sorted by word: coefficients, tokens, and where each word starts."""
+        flat = [(part, ids.flatten(), ids.shape[1]) for part, ids in self.parts()]
+        device = self.head.device
+        edges = torch.arange(len(self.weight) + 1, dtype=torch.int64, device=device)
+        words, order = torch.cat([ids for _, ids, _ in flat]).sort(stable=True)
+        tokens = torch.cat(
+            [
+                torch.arange(p.start, p.stop, dtype=torch.int64, device=device).repeat_interleave(k)
+                for p, _, k in flat
+            ]
+        )
+        coefficients = torch.cat([own.flatten() for own in dx])
+        return coefficients[order], tokens[order], torch.searchsorted(words, edges)
+
+    def _dwords(
+        self, cells: tuple[Tensor, Tensor, Tensor], words: Tensor, rows: Tensor
+    ) -> Tensor:  # as `words` [V, H]
         out = self.head.empty(*words.shape, dtype=words.dtype)
-        sums_by_word(self.head.spec.backend, dx, self.ids, rows, out)
+        coefficients, tokens, offsets = cells
+        self.words.sums(coefficients, tokens, offsets, rows, out)
         return out

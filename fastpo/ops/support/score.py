@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,11 @@ class _Problem:
     adapter: tuple[Tensor, Tensor] | None
     inverse: Tensor | None  # [N]
 
-    def rows(self, index: Tensor) -> _Problem:
+    def rows(self, index: Tensor | None) -> _Problem:
+        """Of some tokens, None: of all."""
+
         def own(x: Tensor) -> Tensor:
-            return x if len(index) == len(x) else x.index_select(0, index)
+            return x if index is None else x.index_select(0, index)
 
         adapter = None if self.adapter is None else (own(self.adapter[0]), self.adapter[1])
         inverse = None if self.inverse is None else own(self.inverse)
@@ -78,21 +80,21 @@ def score_over(
     if options.ignore_index is not None:
         scored = labels != options.ignore_index
     scored = scored.nonzero().squeeze(1)
-    own = problem.rows(scored)
+    own = problem.rows(_part(scored, len(labels)))
     with gather(weight, bias):
         check_tensors(hidden, weight, labels, bias, part=options.shard is not None)
         check_labels(labels, problem.vocab, options.ignore_index)
         found = _resolved(support, own, scored)
         groups = list(_groups(own, found, outside, scored))
     if not groups:  # still a result of the operands, for whoever differentiates it
-        nobody = scored[:0]
-        groups = [(nobody, _score(own.rows(nobody), None))]
+        groups = [(scored[:0], _score(own.rows(scored[:0]), None))]
     results = {name: _zeros(labels, name) for name in options.outputs}
     for index, stats in groups:
+        places = scored if index is None else scored[index]
+        whole = index is None and len(scored) == len(labels)
         for name, all_rows in results.items():
             value = getattr(stats, name)
-            whole = len(value) == len(labels)
-            results[name] = value if whole else all_rows.index_copy(0, scored[index], value)
+            results[name] = value if whole else all_rows.index_copy(0, places, value)
     return TokenStats(**results)
 
 
@@ -114,6 +116,11 @@ def kept_words(
         check_labels(labels, problem.vocab, None)
         ids, counts, mass = ruled_words(rule, *_whole(problem), labels)
     return Support(ids, F.pad(counts.cumsum(0), (1, 0))), mass
+
+
+def _part(rising: Tensor, n: int) -> Tensor | None:
+    """None: all of n tokens, of which nothing has to be copied."""
+    return None if len(rising) == n else rising
 
 
 def _zeros(labels: Tensor, name: str) -> Tensor:
@@ -145,16 +152,30 @@ def _whole(own: _Problem) -> tuple[Tensor, Tensor | Adapted, Tensor | None, Head
     return hidden, whole, own.bias, spec
 
 
-def _groups(
-    own: _Problem, found: Resolved, outside: str, scored: Tensor
-) -> Iterator[tuple[Tensor, TokenStats]]:
-    """Places among the scored tokens, and their statistics."""
+class _Block(NamedTuple):
+    """Tokens with a few words: places [m], ids [m, K], the label's column among them or -1 [m]."""
+
+    tokens: Tensor
+    ids: Tensor
+    columns: Tensor
+
+    def where(self, kept: Tensor) -> _Block:  # [m] bool; waits for a device
+        rows = _part(kept.nonzero().squeeze(1), len(kept))
+        return self if rows is None else _Block(*(x[rows] for x in self))
+
+
+# Places among the scored tokens, None: all, and what is found of them.
+_Groups = Iterator[tuple[Tensor | None, TokenStats]]
+
+
+def _groups(own: _Problem, found: Resolved, outside: str, scored: Tensor) -> _Groups:
     device = own.labels.device
-    few, ids = found.few[0].to(device), found.few[1]
+    few = [(tokens.to(device), ids) for tokens, ids in found.few]
+    blocks = [_Block(t, ids, _columns(ids, own.labels[t])) for t, ids in few]
     many, bits, counts = found.many[0].to(device), *found.many[1:]
-    columns = _columns(ids, own.labels[few])
     inside = torch.ones(len(own.labels), dtype=torch.bool, device=device)
-    inside[few] = columns >= 0
+    for block in blocks:
+        inside[block.tokens] = block.columns >= 0
     inside[many] = _has(bits, own.labels[many])
     whole = (found.counts == 0).to(device)
     lost = found.wrong
@@ -163,28 +184,34 @@ def _groups(
         lost = lost | ~inside
     # A label that cannot be: its row is NaN.
     own = replace(own, labels=own.labels.masked_fill(lost, own.vocab))
-    columns, inside = columns.masked_fill(lost[few], -1), inside | lost
+    blocks = [
+        block._replace(columns=block.columns.masked_fill(lost[block.tokens], -1))
+        for block in blocks
+    ]
+    inside = inside | lost
     if outside == "raw":
         whole |= ~inside
-    yield from _few(own, few, ids, columns, inside & ~whole)
+    yield from _few(own, blocks, inside & ~whole)
     yield from _many(own, many, bits, counts, inside & ~whole)
     rest = whole.nonzero().squeeze(1)
     if len(rest):
-        yield rest, _score(own.rows(rest), None)
+        places = _part(rest, len(own.labels))
+        yield places, _score(own.rows(places), None)
 
 
-def _few(
-    own: _Problem, few: Tensor, ids: Tensor, columns: Tensor, kept: Tensor
-) -> Iterator[tuple[Tensor, TokenStats]]:
-    chosen = kept[few].nonzero().squeeze(1)
-    if not len(chosen):
+def _few(own: _Problem, blocks: list[_Block], kept: Tensor) -> _Groups:
+    chosen = [block.where(kept[block.tokens]) for block in blocks]
+    chosen = [block for block in chosen if len(block.tokens)]
+    if not chosen:
         return
-    index = few[chosen]
-    rows = own.rows(index)
-    spec = _spec(rows)
-    call = FewCall(own.options.name, spec, own.gather, ids[chosen], columns[chosen])
-    stats = score_few(call, rows.hidden, rows.weight, rows.bias, rows.adapter)
-    yield index, TokenStats(**stats)
+    # Of several blocks together they do not rise.
+    index = torch.cat([block.tokens for block in chosen])
+    places = _part(index, len(own.labels)) if len(chosen) == 1 else index
+    rows = own.rows(places)
+    ids = tuple(block.ids for block in chosen)
+    columns = torch.cat([block.columns for block in chosen])
+    call = FewCall(own.options.name, _spec(rows), own.gather, ids, columns)
+    yield places, TokenStats(**score_few(call, rows.hidden, rows.weight, rows.bias, rows.adapter))
 
 
 def _spec(rows: _Problem) -> HeadSpec:
@@ -192,14 +219,13 @@ def _spec(rows: _Problem) -> HeadSpec:
     return replace(spec, logit_map=replace(spec.logit_map, inverse=rows.inverse))
 
 
-def _many(
-    own: _Problem, many: Tensor, bits: Tensor, counts: Tensor, kept: Tensor
-) -> Iterator[tuple[Tensor, TokenStats]]:
+def _many(own: _Problem, many: Tensor, bits: Tensor, counts: Tensor, kept: Tensor) -> _Groups:
     chosen = kept[many].nonzero().squeeze(1)
     if len(chosen):
         first = 0 if own.options.shard is None else own.options.shard.first
         mask = WordMask(bits[chosen], counts[chosen], first)
-        yield many[chosen], _score(own.rows(many[chosen]), mask)
+        places = _part(many[chosen], len(own.labels))
+        yield places, _score(own.rows(places), mask)
 
 
 def _score(rows: _Problem, mask: WordMask | None) -> TokenStats:
@@ -209,8 +235,6 @@ def _score(rows: _Problem, mask: WordMask | None) -> TokenStats:
 
 def _columns(ids: Tensor, labels: Tensor) -> Tensor:  # [n]
     """The label's place among rising ids [n, K], -1 where it has none."""
-    if not ids.shape[1]:
-        return labels.new_full(labels.shape, -1)
     # Behind the last word -1 would not rise.
     rising = ids.masked_fill(ids < 0, torch.iinfo(torch.int64).max)
     place = torch.searchsorted(rising, labels.unsqueeze(1)).clamp_max(ids.shape[1] - 1)

@@ -33,8 +33,9 @@ class Support:
     """Words of N tokens, ragged: token i has ids[offsets[i]:offsets[i + 1]], in any order.
 
     ids: [M] int32 or int64.  offsets: [N + 1], from 0 to M and never falling; it is read on the
-    host. A word that is named twice counts once. A token without words has no restriction: its
-    log-probability is over the whole vocabulary, as engines mean an empty mask.
+    host. A word that is named twice counts once, and -1 is no word, as in a padded tensor. A token
+    without words has no restriction: its log-probability is over the whole vocabulary, as engines
+    mean an empty mask.
     Raises ValueError for wrong shapes, dtypes and offsets.
     """
 

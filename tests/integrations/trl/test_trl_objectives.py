@@ -352,7 +352,9 @@ def test_a_list_of_the_wrong_length(tmp_path):
 
 
 def test_options_without_an_objective():
-    with pytest.raises(ValueError, match=r"beta: expected an option of fastpo\.patch, or objective= with it"):
+    with pytest.raises(
+        ValueError, match=r"beta: expected an option of fastpo\.patch, or objective="
+    ):
         fastpo.patch(beta=0.1)
     with pytest.raises(ValueError, match="expected hyperparameters among"):
         fastpo.patch(objective="simpo", delta=0.1)
