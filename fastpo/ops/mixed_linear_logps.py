@@ -30,6 +30,8 @@ from .walks.saving import stays
 if TYPE_CHECKING:
     from .walks.vocab_shard import VocabShard
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def mixed_linear_logps(
     hiddens: Sequence[Tensor],
@@ -53,7 +55,8 @@ def mixed_linear_logps(
     alive at a time; nothing is kept for the backward, which multiplies M times more than once.
 
     hiddens: M of [..., H_i], float32, bfloat16 or float16.  weights, biases: M of [V, H_i] and [V].
-    coefficients: M numbers, or a tensor [M], or [..., M] for each token.
+    coefficients: M numbers, or a tensor [M], or [..., M] for each token, finite in float32; what
+        stands at ignored tokens is not read.
     labels: [...] int64, in [0, V) or ignore_index; labels[i] is scored by hidden[i], unshifted.
     softcaps, logit_scales: M, one for each head.
 
@@ -62,7 +65,8 @@ def mixed_linear_logps(
     mixture where that head's coefficient is > 0, and gives NaN where it is 0.
 
     Raises ValueError for shapes, dtypes, devices, options, coefficients that require gradient
-    and, on a CPU, labels that cannot be; on a GPU such a label makes its row NaN. RuntimeError
+    and, on a CPU, labels and numbers of a tensor of coefficients that cannot be; on a GPU these
+    make their rows NaN. RuntimeError
     when a named backend is missing. A NaN or infinite hidden state gives NaN in its row.
     """
     operands = operands_of(hiddens, weights, biases)
@@ -137,7 +141,7 @@ def mix(
     check_plain(options.name, (*hiddens, *words, *biases, weighing, labels))
     _check_heads(operands, labels, options.shard is not None)
     spec = options.spec(hiddens, labels.device)
-    own = _weights_of_heads(coefficients, len(operands), labels)
+    own = _weights_of_heads(coefficients, len(operands), labels, options.ignore_index)
     rows = (hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens)
     with stays():
         results = _run(labels.reshape(-1), own, spec, *rows, *words, *biases)
@@ -219,7 +223,7 @@ def _check_heads(operands: Sequence[mixture.Operands], labels: Tensor, part: boo
 
 
 def _weights_of_heads(
-    coefficients: Sequence[float] | Tensor, heads: int, labels: Tensor
+    coefficients: Sequence[float] | Tensor, heads: int, labels: Tensor, ignore_index: int | None
 ) -> Tensor:  # [M] or [N, M] float32
     if not isinstance(coefficients, Tensor):
         expected = f"{heads} finite numbers"
@@ -227,6 +231,9 @@ def _weights_of_heads(
             raise ValueError(f"coefficients: expected {expected}, got {tuple(coefficients)}")
         for value in coefficients:
             check_number("coefficients", value, expected)
+            check_number(
+                "coefficients", value, f"{expected} of float32", lambda x: abs(x) <= _LARGEST
+            )
         return R.filled_rows(tuple(map(float, coefficients)), 1, labels.device).squeeze(1)
     allowed = ((heads,), (*labels.shape, heads))
     if tuple(coefficients.shape) not in allowed:
@@ -244,7 +251,24 @@ def _weights_of_heads(
         raise ValueError(
             "coefficients: expected a tensor without gradient, got requires_grad=True; detach it"
         )
-    return coefficients.detach().float().reshape((-1, heads) if coefficients.dim() > 1 else heads)
+    found = coefficients.detach().float()
+    _check_finite(found, labels, ignore_index)
+    return found.reshape((-1, heads) if found.dim() > 1 else heads)
+
+
+def _check_finite(coefficients: Tensor, labels: Tensor, ignore_index: int | None) -> None:
+    """On a CPU, in no graph: elsewhere reading them would wait for the device."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    wrong = ~coefficients.isfinite()
+    if coefficients.dim() > labels.dim() and ignore_index is not None:
+        wrong &= (labels != ignore_index).unsqueeze(-1)
+    if bool(wrong.any()):
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            "coefficients: expected finite numbers of float32, "
+            f"got {coefficients[place].item()} at {place}"
+        )
 
 
 # Its loops would be traced tile by tile.

@@ -98,6 +98,8 @@ def _check(depths: Sequence[Any], labels: Tensor) -> None:
         raise ValueError(
             f"labels: expected shape {shapes[0]} or {shapes[1]}, got {shape_of(labels)}"
         )
+    if labels.dtype != torch.int64:  # in another one ignore_index may be no number
+        raise ValueError(f"labels: expected dtype torch.int64, got {labels.dtype}")
 
 
 def _flags(detach: Any, depths: int) -> list[bool]:

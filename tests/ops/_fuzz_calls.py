@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -325,8 +326,14 @@ def slow(call: Call, leaves: Named, fixed: Named, ids: Tensor | None = None) -> 
             name: torch.where(scored if y.dim() == scored.dim() else scored.unsqueeze(-1), y, 0)
             for name, y in values.items()
         }
-    student, teacher = log_p.gather(-1, x["ids"]), x["listed"].to(z.dtype)
-    s, t = (with_rest(y) if options["tail"] else y.log_softmax(-1) for y in (student, teacher))
+    s, t = log_p.gather(-1, x["ids"]), x["listed"].to(z.dtype)
+    if options["tail"]:
+        # Those that are not listed, 1e-30 of the best that is at least.
+        others = log_p.scatter(-1, x["ids"], float("-inf")).logsumexp(-1, keepdim=True)
+        others = others.maximum(s.detach().amax(-1, keepdim=True) + math.log(1e-30))
+        s, t = torch.cat((s, others), -1), with_rest(t, others.detach())
+    else:
+        s, t = s.log_softmax(-1), t.log_softmax(-1)
     share = {"forward_kl": 0.0, "reverse_kl": 1.0}.get(options["kind"], options["beta"])
     if share in (0.0, 1.0):
         rows = t.exp() * (t - s) if share == 0 else s.exp() * (s - t)
@@ -336,7 +343,9 @@ def slow(call: Call, leaves: Named, fixed: Named, ids: Tensor | None = None) -> 
     return {"divergence": torch.where(scored, rows.sum(-1), 0)}
 
 
-def with_rest(logps: Tensor) -> Tensor:
-    """And log(1 - Σ p), of a list that holds all the mass log(1e-6)."""
-    rest = logps.logsumexp(-1, keepdim=True).clamp_max(-1e-6)
-    return torch.cat((logps, torch.log(-torch.expm1(rest))), -1)
+def with_rest(listed: Tensor, student: Tensor) -> Tensor:
+    """And log(1 - Σ q), of a list that holds all the mass the student's or log(1e-6)."""
+    total = listed.logsumexp(-1, keepdim=True)
+    rest = torch.log(-torch.expm1(total.clamp_max(-1e-6)))
+    rest = torch.where(total > -1e-6, rest.minimum(student), rest)
+    return torch.cat((listed, rest), -1)

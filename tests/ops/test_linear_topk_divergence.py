@@ -66,6 +66,10 @@ def test_no_tokens():
     nobody = torch.zeros(0, 3, dtype=torch.int64), torch.zeros(0, 3)
     found = fastpo.linear_topk_divergence(h[:0], w, *nobody, kind="forward_kl")
     assert found.shape == (0,) and not torch.autograd.grad(found.sum(), w)[0].any()
+    # However they lie: PyTorch copies no number to make them dense.
+    apart = torch.zeros(0, 24, 2)[..., 1].requires_grad_()
+    found = fastpo.linear_topk_divergence(apart, w, *nobody, kind="jsd")
+    assert torch.autograd.grad(found.sum(), apart)[0].shape == (0, 24)
 
 
 def best_words(student, teacher, kind, tail):
@@ -121,28 +125,39 @@ def test_the_words_of_a_list_are_multiplied_in_float32_inside_autocast(backend, 
         assert torch.equal(fastpo.linear_topk_divergence(*given, kind="jsd"), expected)
 
 
-def test_what_a_list_leaves_out_of_a_peaked_student():
-    """p is so near 1 that logits of a hundred, rounded, hide 1 - p."""
-    h, w, b, th, tw, _ = sides()
-    h = (h * 8).detach().requires_grad_()
+def with_all_others(logps, ids):
+    """Log-probabilities of a list, and of all words that are not in it: no 1 - p."""
+    others = logps.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat((logps.gather(-1, ids), others), -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("on_list", [0.0, 8.0, 16.0, 40.0])
+def test_what_a_list_leaves_out_of_a_peaked_student(on_list, frozen, dtype):
+    """Of one word or of all listed ones, p is so near 1 that 1 - p in float32 is anything."""
+    h, w, b, th, tw, _ = (x.detach() for x in sides())
     best = torch.topk((th @ tw.t()).log_softmax(-1), 3, dim=-1)
-    ids, listed = best.indices.clone(), best.values.detach()
-    ids[:, 0] = (h @ w.t() + b).argmax(-1)
+    ids, listed = best.indices.clone(), best.values
+    ids[:, 0] = (5 * h @ w.t() + b).argmax(-1)
+    ids[:] = ids[:1] if on_list else ids
+    h, b = 5 * h, b.index_add(0, ids[0], torch.full((3,), on_list))
     results = []
-    for dtype in (None, torch.float32, torch.float64):
-        hd, wd, bd = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (h, w, b))
-        if dtype is None:
+    for own in (None, torch.float32, torch.float64):
+        # Eager begins with the numbers that the call is given.
+        leaves = [x.to(dtype).to(own or dtype, copy=True) for x in (h, w)] + [b.to(own or b.dtype)]
+        hd, wd, bd = (x.requires_grad_(not frozen or i == 0) for i, x in enumerate(leaves))
+        if own is None:
             found = fastpo.linear_topk_divergence(hd, wd, ids, listed, kind="forward_kl", bias=bd)
         else:
-            student = (hd @ wd.t() + bd).log_softmax(-1).gather(-1, ids)
-            teacher = listed.to(dtype)
-            rest = [x.logsumexp(-1).clamp_max(-1e-6) for x in (student, teacher)]
-            s, t = (torch.log(-torch.expm1(x)) for x in rest)
-            found = (teacher.exp() * (teacher - student)).sum(-1) + t.exp() * (t - s)
-        grads = torch.autograd.grad(found.sum(), [hd, wd, bd])
-        results.append([found, *grads])
+            student = with_all_others((hd @ wd.t() + bd).log_softmax(-1), ids)
+            teacher = listed.double()
+            teacher = torch.cat((teacher, torch.log1p(-teacher.exp().sum(-1, keepdim=True))), -1)
+            found = (teacher.exp() * (teacher - student.double())).sum(-1)
+        grads = torch.autograd.grad(found.sum(), [hd] if frozen else [hd, wd, bd])
+        results.append([found, *(x.to(dtype) if own == torch.float32 else x for x in grads)])
     assert (results[-1][0] > 10).any()
-    for name, fused, eager, truth in zip(("value", "dh", "dw", "db"), *results, strict=True):
+    for name, fused, eager, truth in zip(("value", "dh", "dw", "db"), *results, strict=False):
         assert_as_good_as_eager(name, fused, eager, truth)
 
 
@@ -168,7 +183,7 @@ def test_words_that_a_side_excludes(kind, own, teachers):
             found = fastpo.linear_topk_divergence(*student, ids, listed, kind=kind, bias=bias)
         results.append((found, *torch.autograd.grad(found.sum(), student)))
     for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("tail", [True, False])
@@ -201,6 +216,92 @@ def test_a_list_without_words_is_nothing(tail):
     assert gradient.isfinite().all() and not gradient[3].any() and gradient[2].any()
 
 
+def test_a_token_has_the_same_bits_beside_any_others():
+    h, w, b, th, tw, _ = (x.detach() for x in sides())
+    best = torch.topk((th @ tw.t()).log_softmax(-1), 5, dim=-1)
+
+    def numbers(rows):
+        own = h[rows].clone().requires_grad_()
+        given = own, w, best.indices[rows], best.values[rows]
+        found = fastpo.linear_topk_divergence(*given, kind="jsd", bias=b)
+        gradient = torch.autograd.grad(found.sum(), own)[0]
+        return torch.cat((found.detach().unsqueeze(1), gradient), 1)
+
+    expected = numbers(slice(None))
+    for n in range(1, 13):
+        assert torch.equal(numbers(slice(0, n)), expected[:n])
+        assert torch.equal(numbers(slice(n, None)), expected[n:])
+
+
+EXCLUDED = torch.zeros(211).index_fill(0, torch.tensor([0]), -torch.inf)
+EMPTY = torch.tensor([[-0.5, -2.0], [-torch.inf, -torch.inf]])
+IDS = torch.tensor([[1, 2], [0, 3]])
+# Bias, logps, mask and hidden state of a second row that counts for nothing.
+NOTHING = {
+    "masked, a word excluded": (EXCLUDED, EMPTY[[0, 0]], [True, False], 1.0),
+    "masked, not a number": (None, EMPTY[[0, 0]], [True, False], float("nan")),
+    "empty, a filler excluded": (EXCLUDED, EMPTY, None, 1.0),
+    "empty, fillers far apart": (torch.arange(211) * 100.0, EMPTY, None, 1.0),
+    "empty, not a number": (None, EMPTY, None, float("nan")),
+}
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_row_that_gives_nothing_is_as_if_it_were_not_there(case, kind, tail):
+    bias, logps, mask, scale = NOTHING[case]
+    mask = None if mask is None else torch.tensor(mask)
+    h, w, *_ = (x.detach() for x in sides())
+    results = []
+    for rows in (2, 1):
+        own = h[:rows] * torch.tensor([[1.0], [scale]])[:rows], w.clone()
+        leaves = [x.requires_grad_() for x in own]
+        given = {"kind": kind, "tail": tail, "mask": None if mask is None else mask[:rows]}
+        found = fastpo.linear_topk_divergence(*leaves, IDS[:rows], logps[:rows], bias=bias, **given)
+        dh, dw = torch.autograd.grad(found.sum(), leaves)
+        assert not found[1:].any() and not dh[1:].any()
+        results.append((found[0], dh[0], dw))
+    for both, alone in zip(*results, strict=True):
+        torch.testing.assert_close(both, alone)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_student_that_has_no_word_of_a_list(kind, frozen, tail):
+    """All it has is the rest, or nothing: that is a number, and moves no weight."""
+    h, w, *_ = (x.detach() for x in sides())
+    ids = torch.tensor([[0, 1, 2], [5, 6, 7]]).repeat_interleave(torch.tensor([1, 12]), 0)
+    listed = torch.tensor([-1.0, -1.5, -2.0]).expand(13, 3)
+    bias, results = torch.zeros(211).index_fill(0, ids[0], -torch.inf), []
+    for rows in (slice(None), slice(1, None)):
+        leaves = [x.clone().requires_grad_() for x in (h[rows], w)]
+        head = leaves[1].detach() if frozen else leaves[1]
+        given = {"kind": kind, "bias": bias, "tail": tail}
+        found = fastpo.linear_topk_divergence(leaves[0], head, ids[rows], listed[rows], **given)
+        grads = torch.autograd.grad(found.sum(), leaves[:1] if frozen else leaves)
+        results.append((found[-12:], grads[0][-12:], *grads[1:]))
+        if rows == slice(None):
+            assert not grads[0][0].any()
+            expected = beside_nothing(listed[0].double().exp(), kind, tail)
+            torch.testing.assert_close(found[0].double(), expected, rtol=1e-5, atol=0)
+    for ours, alone in zip(*results, strict=True):
+        torch.testing.assert_close(ours, alone)
+
+
+def beside_nothing(q, kind, tail):
+    """The divergence from q to a student whose words of the list have no probability."""
+    share = q.sum() if tail else torch.ones_like(q.sum())
+    if kind == "forward_kl":
+        return 1e30 * share
+    rest = 1 - share
+    if kind == "reverse_kl":
+        return -rest.log() if tail else rest
+    beside = rest * (rest / (0.5 + 0.5 * rest)).log() - (0.5 + 0.5 * rest).log() if tail else rest
+    return 0.5 * (share * torch.tensor(2.0).log() + beside)
+
+
 def test_a_filled_list_beside_a_mask():
     h, w, *_ = (x.detach() for x in sides())
     ids, logps = torch.arange(5).expand(13, 5), torch.tensor([-0.2, -2.0]).expand(13, 2)
@@ -213,12 +314,30 @@ def test_a_filled_list_beside_a_mask():
     assert fastpo.linear_topk_divergence(h, w, ids, filled, kind="jsd", mask=mask)[5:].all()
 
 
+LOWER = torch.tensor([-1.0, -2.0, 0.5])
+
 LISTS = [
     ({"kind": "tvd"}, r"kind: expected forward_kl, reverse_kl or jsd, got 'tvd'"),
     ({"teacher_ids": torch.zeros(13, 3)}, r"teacher_ids: expected int64 of shape \(13, K\)"),
     ({"teacher_ids": torch.zeros(13, 0).long()}, r"teacher_ids: expected .* got .* \(13, 0\)"),
     ({"teacher_logps": torch.zeros(13, 2)}, r"teacher_logps: expected shape \(13, 3\)"),
     ({"teacher_ids": torch.full((13, 3), 211)}, r"teacher_ids: expected values in \[0, 211\)"),
+    (
+        {"teacher_ids": torch.zeros(13, 3, dtype=torch.int64, device="meta")},
+        "teacher_ids: expected device cpu, got meta",
+    ),
+    *(
+        ({"teacher_logps": logps}, f"teacher_logps: expected {expected}")
+        for logps, expected in (
+            (torch.ones(13, 3, dtype=torch.bool), "a floating dtype, got torch.bool"),
+            (torch.full((13, 3), -1), "a floating dtype, got torch.int64"),
+            (torch.zeros(13, 3, dtype=torch.complex64), "a floating dtype, got torch.complex64"),
+            (torch.zeros(13, 3, device="meta"), "device cpu, got meta"),
+            (LOWER.expand(13, 3), r"logarithms .*, at most 0, got 0.5 at \(0, 2\)"),
+            (LOWER.log().expand(13, 3), r"logarithms .*, at most 0, got nan at \(0, 0\)"),
+        )
+    ),
+    ({"tail": False, "backend": "mps"}, "backend: expected one of cuda, .*, got 'mps'"),
 ]
 
 

@@ -200,6 +200,14 @@ def test_ignored_rows_may_hold_anything(backend):
     assert not grads["dhidden 1"][4].any()
 
 
+def test_an_ignored_token_alone_may_hold_anything():
+    """Of one token [M] coefficients are its own."""
+    given = [STATES[0], STATES[0]], [HEAD, HEAD], torch.full((2,), float("nan"))
+    assert fastpo.mixed_linear_logps(*given, torch.tensor(-100)).logps == 0
+    with pytest.raises(ValueError, match="coefficients: expected finite numbers of float32"):
+        fastpo.mixed_linear_logps(*given, torch.tensor(1))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_rows_ignored(backend):
     heads, labels, coefficients = make_mixture(6, 50, 8, 4)
@@ -320,6 +328,15 @@ ERRORS = [
     ({"outputs": "logps"}, r"outputs: expected a tuple of logps"),
     ({"coefficients": (1.0,)}, r"coefficients: expected 2 finite numbers, got \(1.0,\)"),
     ({"coefficients": (1.0, float("nan"))}, r"coefficients: expected 2 finite numbers, got .*nan"),
+    ({"coefficients": (1e39, 0.5)}, r"expected 2 finite numbers of float32, got 1e\+39"),
+    (
+        {"coefficients": torch.tensor([0.5, float("nan")])},
+        r"coefficients: expected finite numbers of float32, got nan at \(1,\)",
+    ),
+    (
+        {"coefficients": torch.ones(3, 2, dtype=torch.float64).fill_diagonal_(1e39)},
+        r"coefficients: expected finite numbers of float32, got inf at \(0, 0\)",
+    ),
     (
         {"coefficients": torch.ones(4, 2)},
         r"coefficients: expected shape \(2,\) or \(3, 2\), got \(4, 2\)",

@@ -118,6 +118,9 @@ WRONG: dict[str, dict[str, Any]] = {
         "hidden_per_depth": [torch.ones(2, 7, 24), torch.ones(2, 7, 24).bfloat16()]
     },
     r"labels: expected shape \(2, 7\) or \(3, 2, 7\), got \(2, 6\)": {"labels": torch.ones(2, 6)},
+    "labels: expected dtype torch.int64, got torch.uint8": {
+        "labels": torch.ones(2, 7, dtype=torch.uint8)
+    },
     r"detach: expected True, False or 3 of them, got \[True\]": {"detach": [True]},
     "detach: expected True, False or 3 of them, got 1": {"detach": 1},
     "ignore_index: expected an integer, got None": {"ignore_index": None},

@@ -51,7 +51,8 @@ def test_nothing_large_goes_through_hooks(name):
     offloading = Offloading()
     with offloading:
         found = call.gradients(call.leaves())
-    assert max(offloading.bytes, default=0) <= N * LISTED * WORD
+    # Of a list, and of all other words together.
+    assert max(offloading.bytes, default=0) <= N * (LISTED + 1) * WORD
     assert all(torch.equal(*pair) for pair in zip(found, plain, strict=True))
 
 

@@ -257,7 +257,56 @@ def packed(stored: Tensor, **changes: Any) -> fastpo.PackedIntegers:
     return fastpo.PackedIntegers(stored.to(torch.int32), **facts)
 
 
+def scaled(stored: Any = None, scales: Any = None, block: Any = (1, H)) -> fastpo.BlockScaled:
+    stored = torch.zeros(40, H, dtype=torch.int8) if stored is None else stored
+    return fastpo.BlockScaled(stored, torch.ones(40, 1) if scales is None else scales, block)
+
+
+def fours(scales: Tensor | None = None, scale: Any = 1.0) -> fastpo.NVFP4:
+    stored = torch.zeros(40, H // 2, dtype=torch.uint8)
+    return fastpo.NVFP4(stored, torch.ones(40, H // 16) if scales is None else scales, scale)
+
+
+BYTES = torch.ones(40, H // 16, dtype=torch.uint8)
+BLOCK = r"block: expected \(rows, columns\), two integers >= 1, got "
 FORMATS: dict[str, Any] = {
+    "stored: expected dtype int8 or float8, got torch.uint8": lambda: scaled(
+        torch.zeros(40, H, dtype=torch.uint8)
+    ),
+    "stored: expected dtype int8 or float8, got torch.bool": lambda: scaled(torch.ones(40, H) > 0),
+    "stored: expected dtype int8 or float8, got torch.complex64": lambda: scaled(
+        torch.zeros(40, H, dtype=torch.complex64)
+    ),
+    "scales: expected dtype a floating one, got torch.uint8": lambda: scaled(
+        scales=torch.ones(40, 1, dtype=torch.uint8)
+    ),
+    "scales: expected device cpu, got meta": lambda: scaled(scales=torch.ones(40, 1).to("meta")),
+    BLOCK + r"\(0, 48\)": lambda: scaled(block=(0, H)),
+    BLOCK + r"\(1,\)": lambda: scaled(block=(1,)),
+    BLOCK + "128": lambda: scaled(block=128),
+    BLOCK + "None": lambda: scaled(block=None),
+    BLOCK + r"\(1, True\)": lambda: scaled(block=(1, True)),
+    BLOCK + r"\(10.0, 32.0\)": lambda: scaled(block=(10.0, 32.0)),
+    "scales: expected dtype one of float8_e4m3fn, float32, .*, got torch.uint8": lambda: fours(
+        BYTES
+    ),
+    r"scale: expected .* tensor of one, got torch.float32 of shape \(3,\)": lambda: fours(
+        scale=torch.ones(H // 16)
+    ),
+    "scale: expected .* floating-point tensor of one, got torch.int64": lambda: fours(
+        scale=torch.tensor(1)
+    ),
+    "scale: expected device cpu, got meta": lambda: fours(scale=torch.ones(1, device="meta")),
+    "scale: expected a finite number or a tensor of one, got None": lambda: fours(scale=None),
+    r"scales: expected shape \(40, G\), got \(40, 0\)": lambda: packed(
+        torch.zeros(40, 6), scales=torch.ones(40, 0)
+    ),
+    "scales: expected dtype a floating one, got torch.int64": lambda: packed(
+        torch.zeros(40, 6), scales=torch.ones(40, 3).long()
+    ),
+    "zero_points: expected device cpu, got meta": lambda: packed(
+        torch.zeros(40, 6), zero_points=torch.ones(40, 3, device="meta")
+    ),
     r"scales: expected shape \(2, 2\), got \(3, 2\)": lambda: fastpo.BlockScaled(
         torch.zeros(40, H, dtype=torch.int8), torch.ones(3, 2), (32, 32)
     ),
@@ -297,3 +346,22 @@ FORMATS: dict[str, Any] = {
 def test_errors_of_formats(match):
     with pytest.raises(ValueError, match=match):
         FORMATS[match]()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_one_scale_of_any_shape(shape):
+    """As checkpoints have it."""
+    source, weight = SOURCES["nvfp4"](torch.float32)
+    found = fastpo.NVFP4(source.stored, source.scales, source.scale.view(shape), torch.float32)
+    assert torch.equal(tiled(found).whole(), weight)
+
+
+def test_scales_that_are_exponents():
+    """float8_e8m0fnu, as MX formats and later DeepSeek models have them."""
+    source, _ = SOURCES["float8_blocks"](torch.float32)
+    powers = 2.0 ** torch.arange(-20, 20).view(20, 2)
+    made = (
+        fastpo.BlockScaled(source.stored, scales, (128, 32), torch.float32)
+        for scales in (powers, powers.to(torch.float8_e8m0fnu))
+    )
+    assert torch.equal(*(tiled(x).whole() for x in made))

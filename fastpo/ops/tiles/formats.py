@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..walks.checks import DTYPES, check_integer, check_kind, given, shape_of
+from ..walks.checks import DTYPES, check_integer, check_kind, check_number, given, shape_of
 
 _NVFP4_BLOCK = 16
+_EIGHT_BITS = (
+    torch.int8,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+)
 
 
 def _e2m1(codes: Tensor) -> Tensor:
@@ -26,8 +35,9 @@ def _e2m1(codes: Tensor) -> Tensor:
 class BlockScaled:
     """values·scale, one scale for each block of [rows, columns]: float8 or int8 weights.
 
-    stored: [V, H] float8 or int8.  scales: [⌈V/rows⌉, ⌈H/columns⌉], one axis or both may be 1,
-    for all.  block: (rows, columns); DeepSeek's float8 has (128, 128), a scale per word (1, H).
+    stored: [V, H] float8 or int8.  scales: [⌈V/rows⌉, ⌈H/columns⌉] of a floating dtype, which
+    float8 is and its bytes as integers are not; one axis or both may be 1, for all.
+    block: (rows, columns); DeepSeek's float8 has (128, 128), a scale per word (1, H).
     dtype: of the tiles; products and scales are float32 until then.
     """
 
@@ -39,11 +49,25 @@ class BlockScaled:
     def __post_init__(self) -> None:
         check_kind(stored=self.stored, scales=self.scales)
         _check_matrix(self.stored, self.dtype)
+        if self.stored.dtype not in _EIGHT_BITS:
+            raise ValueError(f"stored: expected dtype int8 or float8, got {self.stored.dtype}")
+        self._check_block()
+        _check_scales(self.stored, self.scales)
         sizes = zip(self.stored.shape, self.block, strict=True)
         expected = tuple(-(-size // one) for size, one in sizes)
         allowed = zip(self.scales.shape, expected, strict=False)
         if self.scales.dim() != 2 or not all(have in (1, want) for have, want in allowed):
             raise ValueError(f"scales: expected shape {expected}, got {shape_of(self.scales)}")
+
+    def _check_block(self) -> None:
+        def counts(x: Any) -> bool:
+            return not isinstance(x, bool) and isinstance(x, Integral) and int(x) >= 1
+
+        pair = isinstance(self.block, (tuple, list)) and len(self.block) == 2
+        if not pair or not all(map(counts, self.block)):
+            raise ValueError(
+                f"block: expected (rows, columns), two integers >= 1, got {self.block!r}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,9 +94,10 @@ class BlockScaled:
 class NVFP4:
     """Pairs of E2M1 numbers, a float8 scale for 16 of a word's, and one float32 scale for all.
 
-    stored: [V, H/2] uint8, the lower four bits first.  scales: [V, H/16] float8_e4m3fn, row by row.
-    scale: what multiplies them; where a checkpoint has what they are divided by, as
-    compressed-tensors' `weight_global_scale`, its reciprocal.
+    stored: [V, H/2] uint8, the lower four bits first.  scales: [V, H/16] float8_e4m3fn, row by row,
+    or these numbers in float32, bfloat16 or float16.
+    scale: what multiplies them, a number or a tensor of one; where a checkpoint has what they are
+    divided by, as compressed-tensors' `weight_global_scale`, its reciprocal.
     """
 
     stored: Tensor
@@ -85,10 +110,27 @@ class NVFP4:
         _check_matrix(self.stored, self.dtype)
         if self.stored.dtype != torch.uint8:
             raise ValueError(f"stored: expected dtype torch.uint8, got {self.stored.dtype}")
+        _check_scales(self.stored, self.scales, (torch.float8_e4m3fn, *DTYPES))
+        self._check_scale()
         V, H = self.shape
         if H % _NVFP4_BLOCK or shape_of(self.scales) != (V, H // _NVFP4_BLOCK):
             expected = (V, -(-H // _NVFP4_BLOCK))
             raise ValueError(f"scales: expected shape {expected}, got {shape_of(self.scales)}")
+
+    def _check_scale(self) -> None:
+        scale = self.scale
+        if not isinstance(scale, Tensor):
+            check_number("scale", scale, "a finite number or a tensor of one")
+            return
+        check_kind(scale=scale)
+        if scale.numel() != 1 or not scale.is_floating_point():
+            raise ValueError(
+                "scale: expected a number or a floating-point tensor of one, "
+                f"got {scale.dtype} of shape {shape_of(scale)}"
+            )
+        # PyTorch takes a scalar on a CPU beside any device.
+        if scale.device != self.device and (scale.dim() or scale.device.type != "cpu"):
+            raise ValueError(f"scale: expected device {self.device}, got {scale.device}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -102,7 +144,8 @@ class NVFP4:
         packed = self.stored[v0:v1]
         codes = torch.stack((packed & 15, packed >> 4), -1).flatten(1).int()  # [v1 - v0, H]
         words = _e2m1(codes)
-        scales = self.scales[v0:v1].float() * self.scale
+        scale = self.scale.reshape(()) if isinstance(self.scale, Tensor) else float(self.scale)
+        scales = self.scales[v0:v1].float() * scale
         words = words.view(*scales.shape, _NVFP4_BLOCK) * scales.unsqueeze(-1)
         return words.flatten(1).to(self.dtype)
 
@@ -132,12 +175,15 @@ class PackedIntegers:
         V, columns = self.stored.shape[0], -(-self.hidden * self.bits // 32)
         if self.stored.shape[1] != columns:
             raise ValueError(f"stored: expected shape {(V, columns)}, got {shape_of(self.stored)}")
-        if self.scales.dim() != 2 or len(self.scales) != V or self.scales.shape[1] > self.hidden:
+        _check_scales(self.stored, self.scales)
+        shape = shape_of(self.scales)
+        if len(shape) != 2 or shape[0] != V or not 1 <= shape[1] <= self.hidden:
             raise ValueError(f"scales: expected shape ({V}, G), got {shape_of(self.scales)}")
         points = self.zero_points
         if points is not None and points.shape != self.scales.shape:
-            expected = shape_of(self.scales)
-            raise ValueError(f"zero_points: expected shape {expected}, got {shape_of(points)}")
+            raise ValueError(f"zero_points: expected shape {shape}, got {shape_of(points)}")
+        if points is not None and points.device != self.device:
+            raise ValueError(f"zero_points: expected device {self.device}, got {points.device}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -166,3 +212,15 @@ def _check_matrix(stored: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"stored: expected shape (V, H), got {shape_of(stored)}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {dtype}")
+
+
+def _check_scales(
+    stored: Tensor, scales: Tensor, dtypes: tuple[torch.dtype, ...] | None = None
+) -> None:
+    """dtypes: None: any floating one. Bytes of a float8 read as integers would be other numbers."""
+    if not scales.is_floating_point() or (dtypes is not None and scales.dtype not in dtypes):
+        names = ", ".join(str(x).removeprefix("torch.") for x in dtypes or ())
+        expected = f"one of {names}" if dtypes else "a floating one"
+        raise ValueError(f"scales: expected dtype {expected}, got {scales.dtype}")
+    if scales.device != stored.device:
+        raise ValueError(f"scales: expected device {stored.device}, got {scales.device}")
