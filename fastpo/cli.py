@@ -141,9 +141,9 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         "run",
         help="run a script or module with TRL patched",
         usage=USAGE,
-        description="Runs the script as `python script.py arguments` would, with TRL patched, also "
-        "in processes that it starts. --lazy, --shared-prompts and --padding-free are options of "
-        "fastpo.patch; a script gives others itself. --lazy: every model's logits are computed only "
+        description="Runs the script as `python script.py arguments` would, with TRL patched, in "
+        "processes that it starts, too. --lazy, --shared-prompts and --padding-free are options of "
+        "fastpo.patch; a script gives others itself. --lazy: logits are computed only "
         "when they are read, and TRL is not needed.",
         epilog="example: fastpo run --shared-prompts train.py --learning-rate 1e-6",
     )
