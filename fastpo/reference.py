@@ -58,7 +58,8 @@ def _allowed(z: Tensor, support: Any) -> Tensor:  # [N, V] -> [N, V] bool
     rows, vocab = z.shape
     allowed = torch.zeros(rows, vocab + 1, dtype=torch.bool, device=z.device)
     if isinstance(support, Support):
-        row = torch.arange(rows, device=z.device).repeat_interleave(support.counts)
+        row = torch.arange(rows, dtype=torch.int64, device=z.device)
+        row = row.repeat_interleave(support.counts)
         allowed[row, support.ids] = True
     else:
         ids = support.reshape(rows, support.shape[-1])
