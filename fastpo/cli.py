@@ -29,8 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
-        code = options.command(options)
-        sys.stdout.flush()
+        code: int = options.command(options)
+        if sys.stdout is not None:  # closed by who started it
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         print("fastpo: interrupted", file=sys.stderr)
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the output, `head` say, has seen enough. Python would try to flush once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # as a program that SIGPIPE ended
+    except OSError as error:  # a full disk, say
+        print(f"fastpo: error: {error}", file=sys.stderr)
+        return 1
 
 
 class _Help(argparse.HelpFormatter):

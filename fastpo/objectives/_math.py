@@ -91,18 +91,36 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
 def group_count(groups: Tensor, num_groups: int | None) -> int:
     """G. Without num_groups it is read from the device: the one synchronisation allowed.
 
-    With it nothing may wait: ids that do not fit are an error where they can be read at once. On a
-    GPU and in a compiled function such rows fall out of the loss, or an index faults the device.
+    With it nothing may wait: ids that do not fit, or do not rise from 0 on, are an error where they
+    can be read at once. On a GPU and in a compiled function such rows fall out of the loss, or an
+    index faults the device.
     """
+    if can_be_read(groups):
+        _check_rising(groups)
+        largest = int(groups[-1])
+        if num_groups is not None and largest >= num_groups:
+            raise ValueError(f"groups: expected ids below num_groups = {num_groups}, got {largest}")
     if num_groups is None:
         return int(groups.max()) + 1 if groups.numel() else 0
-    # Subclasses of Tensor, as of torch.compile and of plans, may have no values.
-    at_once = type(groups) is Tensor and groups.device.type == "cpu"
-    if at_once and groups.numel() and not torch.compiler.is_compiling():
-        largest = int(groups.max())
-        if largest >= num_groups:
-            raise ValueError(f"groups: expected ids below num_groups = {num_groups}, got {largest}")
     return num_groups
+
+
+def _check_rising(groups: Tensor) -> None:
+    falls = (groups.diff(prepend=groups.new_zeros(1)) < 0).nonzero()
+    if len(falls):
+        row = int(falls[0])
+        raise ValueError(
+            f"groups: expected ids that rise from 0 on, got {int(groups[row])} in row {row}"
+        )
+
+
+def can_be_read(x: Tensor) -> bool:
+    """Without waiting for a device: is there a value, and has it one?
+
+    Subclasses of Tensor, as of torch.compile and of plans, may have none.
+    """
+    at_once = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return at_once and x.numel() > 0
 
 
 def group_starts(groups: Tensor, num_groups: int) -> Tensor:

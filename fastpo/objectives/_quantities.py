@@ -114,6 +114,10 @@ def check_tensor(name: str, value: object) -> Tensor:
 def _dtype(name: str, value: Tensor) -> Tensor:
     if is_mask(name) or name == "ties":
         return value.bool()
+    if name.endswith("groups"):
+        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f"{name}: expected dtype torch.int64, got {value.dtype}")
+        return value.long()
     if value.is_floating_point() or name == "labels" or name.endswith(_KEEP_INTEGERS):
         return promote(value)
     return value.float()  # scores and advantages that arrive as integers

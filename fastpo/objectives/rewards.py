@@ -11,7 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._math import expm1_cap, group_count, group_starts, group_sum, logistic, plackett_luce
+from ._math import (
+    can_be_read,
+    expm1_cap,
+    group_count,
+    group_starts,
+    group_sum,
+    logistic,
+    plackett_luce,
+)
 from ._registry import Interval, NonNegative, OneOf, Positive, objective
 
 NumGroups = Annotated[int | None, NonNegative]
@@ -222,9 +230,13 @@ def restricted_ce(
 ) -> Tensor:  # [N] nats
     """-Σ_c q_c·log p_c, p = softmax over the C candidates only, q = (1-ε)·one-hot + ε/C.
 
-    An id outside [0, C) has no one-hot part.
+    An id outside [0, C) is an error on a CPU; elsewhere it has no one-hot part.
     """
     words = label_logits.shape[1]
+    if can_be_read(label_ids):
+        low, high = map(int, label_ids.aminmax())
+        if low < 0 or high >= words:
+            raise ValueError(f"label_ids: expected ids in [0, {words}), got {low} to {high}")
     word = torch.arange(words, dtype=torch.int64, device=label_ids.device)
     # Compared, not indexed: a bad id then cannot fault the device.
     hot = label_ids[:, None] == word

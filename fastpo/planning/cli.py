@@ -113,11 +113,13 @@ def _plan(options: argparse.Namespace) -> int:
         from .plan import plan_step
 
         made = plan_step(given.pop("model"), **given)
-        print(made)
         if "plot" in files:
             plot.save(made, files["plot"])
         if "json" in files:
             files["json"].write_text(made.as_json() + "\n", encoding="utf-8")
+        print(made)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return _complain(error)
     return 1 if made.fits is False else 0

@@ -20,6 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from ..integrations.adapter import is_adapter
 from ..integrations.checkpointing import enable
 from .given import foreign
 from .quantised import quantise
@@ -197,9 +198,14 @@ def adapted(model: PreTrainedModel, lora: Lora) -> Any:
         config = LoraConfig(r=lora.rank, target_modules=targets, task_type="CAUSAL_LM")
         with warnings.catch_warnings():  # PEFT asks transformers' models by a name of before 5.23
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-            return get_peft_model(model, config)
+            made = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora: {str(error).splitlines()[0]}") from error
+    if is_adapter(made.get_output_embeddings()):
+        raise ValueError(
+            "lora: expected targets below the head, as TRL's own head needs, got the head too"
+        )
+    return made
 
 
 def _checkpoint(model: PreTrainedModel, offload: bool) -> None:

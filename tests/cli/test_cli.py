@@ -171,3 +171,15 @@ def test_a_reader_that_leaves_early_is_no_error():
         running.stdout.close()
         assert running.wait(timeout=120) == 141
         assert running.stderr.read() == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks a shell, and /dev/full")
+@pytest.mark.parametrize(
+    ("to", "code", "said"),
+    [(">&-", 0, ""), (">/dev/full", 1, "fastpo: error: [Errno 28] No space left on device\n")],
+)
+def test_an_output_that_takes_nothing(to, code, said):
+    command = f"{shlex.quote(sys.executable)} -m fastpo objectives dpo {to}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code
+    assert done.stderr.startswith(said) and "Traceback" not in done.stderr

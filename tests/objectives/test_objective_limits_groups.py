@@ -121,6 +121,23 @@ def test_no_row_falls_out_of_a_number_of_groups(key):
         get(key)(**q, num_groups=2)
 
 
+@pytest.mark.parametrize("num_groups", [None, 3])
+@pytest.mark.parametrize("key", KEYS)
+def test_groups_rise_from_0_on(key, num_groups):
+    """Their rows are found by a search: others would be taken for theirs."""
+    q = problem(key, [2, 0, 3])
+    for groups, got in (([0, 2, 0, 2, 2], "0 in row 2"), ([-1, -1, 2, 2, 2], "-1 in row 0")):
+        with pytest.raises(
+            ValueError, match=f"^groups: expected ids that rise from 0 on, got {got}$"
+        ):
+            get(key)(**q | {"groups": torch.tensor(groups)}, num_groups=num_groups)
+    with pytest.raises(
+        ValueError, match=r"^groups: expected dtype torch.int64, got torch.float32$"
+    ):
+        get(key)(**q | {"groups": q["groups"].float()}, num_groups=num_groups)
+    close(get(key)(**q | {"groups": q["groups"].to(torch.int16)}), get(key)(**q))
+
+
 @pytest.mark.parametrize("key", ["infonca", "swepo", "dpo_plackett_luce"])
 def test_a_number_of_groups_keeps_the_graph_whole(key):
     """The check of the ids would read them in the middle of it."""

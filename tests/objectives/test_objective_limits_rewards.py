@@ -159,8 +159,9 @@ def test_restricted_ce(sides):
         close(get("restricted_ce", label_smoothing=e)(logits, ids), expected)
     chosen, other = (logits.gather(1, i[:, None])[:, 0] for i in (ids, 1 - ids))
     close(get("gram", label_smoothing=0.0)(logits, ids), bt(chosen, other))
-    outside = get("restricted_ce", label_smoothing=0.0)(logits, ids - 100)
-    assert outside.abs().sum() == 0
+    for outside in (ids - 100, ids + 2):
+        with pytest.raises(ValueError, match=r"label_ids: expected ids in \[0, 2\), got"):
+            get("restricted_ce")(logits, outside)
 
 
 def test_shapes_of_heads():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from transformers import AutoConfig, GPT2Config, Llama4TextConfig
 import fastpo
 from fastpo import cli
 from fastpo.bench.process import for_memory, fresh
+from fastpo.planning import cli as planning_cli
 from fastpo.planning import measure, quantised
 from fastpo.planning.fits import Depths
 from fastpo.planning.given import foreign
@@ -80,6 +82,7 @@ WRONG = {
     "prompt": (["--prompt", "1"], "prompt: expected a number in [0, 1), got 1"),
     "lora": (["--lora", "rank=16"], "lora: expected r=16,targets=q_proj+v_proj, got"),
     "targets": (["--lora", "targets=nothing"], "lora: "),
+    "adapted head": (["--lora", "targets=lm_head"], "lora: expected targets below the head"),
     "4 bits": (["--load-in-4bit"], "load_in_4bit: expected an adapter (lora) with it, got none"),
     "adapter": (["--reference", "adapter-off"], "reference: expected an adapter"),
     "data": (["--data", "nowhere.jsonl"], "data: expected a readable file, got nowhere.jsonl"),
@@ -116,6 +119,27 @@ def test_what_is_wrong_is_named(name, folder, refused):
 def test_files_are_asked_for_before_the_plan(given, folder, refused, monkeypatch, capsys):
     monkeypatch.setattr("fastpo.planning.plan.plan_step", lambda *_, **__: pytest.fail("began"))
     refused("--model", folder, *given)
+
+
+class _Plan:
+    fits = True
+
+    def as_json(self):
+        return "{}"
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder, tmp_path, monkeypatch):
+    """And files are there before anybody reads."""
+
+    def leaves(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("fastpo.planning.plan.plan_step", lambda *_, **__: _Plan())
+    monkeypatch.setattr("fastpo.planning.cli.print", leaves, raising=False)
+    options = argparse.Namespace(model=folder, json=tmp_path / "p.json")
+    with pytest.raises(BrokenPipeError):
+        planning_cli._plan(options)
+    assert (tmp_path / "p.json").read_text() == "{}\n"
 
 
 def test_a_config_with_code_of_its_own(tmp_path, refused):
