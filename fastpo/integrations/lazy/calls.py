@@ -39,8 +39,8 @@ LIKE = _names("""
     new_zeros new_ones new_full new_empty new_tensor zeros_like ones_like empty_like full_like
     rand_like randn_like
 """)
-# Changes through these are seen by nobody.
-OPENS = _names("data numpy __array__")
+# Changes through these are seen by nobody; or they want a storage, which only the values have.
+OPENS = _names("data numpy __array__ share_memory_ apply_")
 # In place, and a promise still where it is by a number.
 SCALES = _names("mul_ multiply_ div_ divide_ true_divide_")
 
@@ -75,6 +75,29 @@ def name_of(func: Any) -> str:
     if name in ("__get__", "__set__"):
         name = getattr(func.__self__, "__name__", name)
     return name
+
+
+def of_fsdp(hook: Any) -> bool:
+    """FSDP2 gathers weights for the backward when it comes by what a module gave: it may wait for
+    the hidden states, which every gradient reaches."""
+    return getattr(hook, "__qualname__", "") == "FSDPState._pre_backward"
+
+
+def blank(x: Tensor) -> Tensor:
+    """A number of that dtype and device."""
+    return torch.empty((), dtype=x.dtype, device=x.device)
+
+
+def here(func: Any, device: torch.device) -> Any:
+    """Under the autocast of now, whenever it runs."""
+    kind = device.type
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            return func(*args, **kwargs)
+
+    return run
 
 
 # What stands before `input`, and in its place.

@@ -176,6 +176,20 @@ class Changed(torch.autograd.Function):
         return None, grad
 
 
+class Values(torch.autograd.Function):
+    """Lazy logits' values, as a tensor after their node."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any, name: str) -> Tensor:
+        ctx.set_materialize_grads(False)
+        values: Tensor = logits._cell.full(name).detach()
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return grad, None
+
+
 class Kept(torch.autograd.Function):
     """The node of an alias, which stays when the tensor itself changes in place."""
 

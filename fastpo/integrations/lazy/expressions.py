@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .base import Family
 from .blocks import fits_one_block, reduced
-from .calls import WITH_WORDS, counted, named
+from .calls import WITH_WORDS, counted, here, named
 from .functions import cross_entropy
 from .patterns import known_sum
 from .promise import Promise
@@ -90,7 +90,8 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         if _constant(x, node):
-            return x.clone()  # as it is now, like a number
+            shape = x.shape[-1:]  # of blocks of rows, too, which have one dimension before the words
+            return x.clone().view(shape)  # as it is now, like a number
         numbers.append(_number(x, node))
         return Slot(len(numbers) - 1, number=True)
 
@@ -99,7 +100,7 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
     args, kwargs = tree_map(put, (args, kwargs))
     tensors, nodes = zip(*((x.tensor, x.node) for x in parents), strict=True)
     kept = tuple(x.kept() for x in tensors)
-    run = _here(func, node.device)
+    run = here(func, node.device)
     return _typed(Root(func, run, args, kwargs, tensors, kept, nodes, tuple(numbers)))
 
 
@@ -113,7 +114,9 @@ def _allowed(x: Any, node: Node) -> bool:
 
 
 def _constant(x: Tensor, node: Node) -> bool:
-    return not x.requires_grad and (x.ndim == 0 or (x.shape == node.shape[-1:] and x.shape != (1,)))
+    """[V], or [..., 1, V], as some models' `final_logits_bias` is."""
+    words = x.shape[-1:] == node.shape[-1:] != (1,) and x.numel() == x.shape[-1]
+    return not x.requires_grad and (x.ndim == 0 or (words and x.ndim <= node.ndim))
 
 
 def _of_rows(x: Tensor, node: Node) -> bool:
@@ -127,18 +130,6 @@ def _of_rows(x: Tensor, node: Node) -> bool:
 def _number(x: Tensor, node: Node) -> Tensor:
     """As it is now: nobody changes this copy."""
     return x.expand(*node.rows.shape, 1).clone()
-
-
-def _here(func: Any, device: torch.device) -> Any:
-    """Under the autocast of now, whenever it runs."""
-    kind = device.type
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(kind, dtype=dtype, enabled=enabled):
-            return func(*args, **kwargs)
-
-    return run
 
 
 def _typed(root: Root) -> Any:
@@ -251,7 +242,7 @@ def _unstacked(func: Any, args: Any, kwargs: Any) -> Any:
     if func not in _STACKED or dim != 0 or len(args) + len(kwargs) != 2:
         return NotImplemented
     stack = args[0].node
-    run = _here(lambda *parts: func(torch.stack(parts), 0), stack.device)
+    run = here(lambda *parts: func(torch.stack(parts), 0), stack.device)
     return replace(stack, root=replace(stack.root, op=func, func=run, family=Family()), stacked=0)
 
 
@@ -308,7 +299,7 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
         known = known_sum(node) if func in _SUMS and alone else None
         if known is not None:
             return known
-        run = _here(func, node.device)
+        run = here(func, node.device)
         return reduced(node, [], lambda x, _: run(x, *rest, **more))
     dtype = kwargs.get("dtype")
     if func not in _OF_ALL or len(args) > 1 or set(kwargs) - {"dtype"}:
@@ -373,7 +364,7 @@ def _losses(func: Any, args: Any, kwargs: Any) -> Any:
         if weight.requires_grad or weight.shape != node.shape[-1:]:
             return NotImplemented
         given["weight"] = weight.clone()  # as it is now
-    run = partial(_here(func, node.device), **{**given, "reduction": "none"})
+    run = partial(here(func, node.device), **{**given, "reduction": "none"})
     each = reduced(node, [target], lambda x, numbers: run(x, numbers[0]))
     if how != "mean":
         return each if how == "none" else each.sum()

@@ -248,7 +248,7 @@ def _words(logits: Promise, index: Tensor) -> Tensor:
         raise ValueError(f"index: expected values in [0, {logits.words}), got {got}")
     base, rows = logits.base, logits.rows.flatten().clamp(min=0)
     hidden, adapter = base.select(rows)
-    ids = index.flatten(0, -2)
+    ids = index.reshape(-1, index.shape[-1])
     x = picked_products(hidden, base.weight, ids)
     if adapter is not None:
         x = x + picked_products(*adapter, ids)

@@ -30,14 +30,16 @@ from .calls import (
     OPENS,
     ORDERS,
     SCALES,
+    blank,
     compared,
     fits,
     in_place,
     leading_index,
     name_of,
+    of_fsdp,
     positional,
 )
-from .cell import Cell, Changed, Kept, Scaled, ScaledByRows
+from .cell import Cell, Changed, Kept, Scaled, ScaledByRows, Values
 from .expressions import Operand, express
 from .functions import FUNCTIONS, VIEWS
 from .promise import Promise
@@ -70,25 +72,30 @@ class LazyLogits(Tensor):
     ) -> Any:
         name, args, kwargs = name_of(func), *positional(args, dict(kwargs or {}))
         first: Any = args[0] if args else None
-        if name == "register_hook" and _of_fsdp(*args[1:]):
+        if name == "register_hook" and of_fsdp(*args[1:]):
             return first._cell.graph.promise.base.hidden.register_hook(*args[1:])
+        if name == "grad" and func.__name__ == "__get__":  # as Dynamo reads it of its inputs
+            return _natively(func, args, kwargs)
         if name in GRADIENTS or name == "backward":
             for logits in _lazy((args, kwargs)):
                 logits._expect_whole(name)
                 if name in GRADIENTS:
                     logits._hook(name)
-        traced = name == "untyped_storage" and torch._guards.TracingContext.try_get() is not None
-        if name in LAYOUT and first._cell.promise is not None:
+        tracing = torch._guards.TracingContext.try_get() is not None
+        if name in LAYOUT and first._cell.promise is not None and not tracing:
             return func(first._cell.layout, *args[1:], **kwargs)
-        if name in FACTS or name in LAYOUT or name in GRADIENTS or traced:
+        traced = name in LAYOUT or (name == "untyped_storage" and tracing)
+        if name in FACTS or name in GRADIENTS or traced:
             return _natively(func, args, kwargs)
+        if name == "type_as":  # only the other's dtype and device count
+            more, kwargs = tree_map_only(Tensor, blank, (args[1:], kwargs))
+            args = (*args[:1], *more)
         if name == "__setitem__" and isinstance(first, LazyLogits):
             first._take_back(*args[1:])
         for logits in _lazy((args, kwargs)):
             logits._cell.expect_current()
         if name in LIKE and isinstance(first, LazyLogits) and not _lazy((args[1:], kwargs)):
-            like = torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape)
-            return func(like, *args[1:], **kwargs)
+            return func(blank(first).expand(first.shape), *args[1:], **kwargs)
         func, args = compared(func, args, _standing)
         found = _answer(func, args, kwargs)
         if found is not NotImplemented:
@@ -169,7 +176,7 @@ class LazyLogits(Tensor):
             self._expect_whole(name)
         real, node = self._real, self.grad_fn
         if real is None or (wanted and not real.requires_grad) or self._real_of is not node:
-            real = _Values.apply(self, name)
+            real = Values.apply(self, name)
             self._real, self._real_of = real, node
         return real
 
@@ -178,7 +185,9 @@ class LazyLogits(Tensor):
     @property
     def _inner(self) -> Tensor:
         self._expect_whole("torch.compile")
-        return self._cell.full("torch.compile")
+        values = self._cell.full("torch.compile")
+        self._cell.open = True  # inductor's code counts no version
+        return values
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         return ["_inner"], None
@@ -203,17 +212,6 @@ class _Made(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         found = [None] * len(needs) if grad is None else ctx.graph.gradients(grad, needs)
         return (None, *found)
-
-
-class _Values(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: LazyLogits, name: str) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return logits._cell.full(name).detach()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
-        return grad, None
 
 
 def promised(promise: Node) -> LazyLogits:
@@ -328,7 +326,8 @@ def _change(func: Any, name: str, args: Any, kwargs: Any) -> Any:
         raise RuntimeError(f"{name}: expected to be set on a tensor in memory, got lazy logits")
     if name in OPENS:
         into._cell.open = True
-        return _on_values(func, name, args, kwargs)
+        found = _on_values(func, name, args, kwargs)
+        return into if in_place(name) else found
     shared = into._shared()
     values, own = (into._cell.full(name), into) if shared is None else (shared, shared)
     given = tree_map_only(LazyLogits, lambda x: own if x is into else x._seen(name), (args, kwargs))
@@ -387,12 +386,6 @@ def _on_values(func: Any, name: str, args: Any, kwargs: Any) -> Any:
 def _natively(func: Any, args: Any, kwargs: Any) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         return func(*args, **kwargs)
-
-
-def _of_fsdp(hook: Any) -> bool:
-    """FSDP2 gathers weights for the backward when it comes by what a module gave: it may wait for
-    the hidden states, which every gradient reaches."""
-    return getattr(hook, "__qualname__", "") == "FSDPState._pre_backward"
 
 
 def _lazy(tree: Any) -> list[LazyLogits]:

@@ -66,6 +66,7 @@ class Rowwise:
     stacked: int = 0
     turned: bool = False
     fresh: bool = True  # are these all of the root's rows, as they came?
+    copied: bool = False  # do these rows lie in memory of their own?
     constant: bool = False
 
     @property
@@ -113,7 +114,8 @@ class Rowwise:
         return (self.rows.numel() * self.words,) * bool(self.stacked) + (*rows, 1)
 
     def view(self, rows: Tensor) -> Rowwise:
-        return replace(self, rows=rows, fresh=False)
+        one, other = (x.untyped_storage().data_ptr() for x in (rows, self.rows))
+        return replace(self, rows=rows, fresh=False, copied=self.copied or one != other)
 
     def detach(self) -> Rowwise:
         root = replace(
@@ -139,7 +141,9 @@ class Rowwise:
             return self.root.of(leaves[:count], leaves[count:])
         where = self.rows.flatten()
         found = [x.reshape(-1, x.shape[-1]).index_select(0, where) for x in leaves]
-        return self.root.of(found[:count], found[count:]).view(self.shape)
+        made = self.root.of(found[:count], found[count:]).view(self.shape)
+        # A change in place of a copy must not reach what the backward of `root.op` reads.
+        return made.clone() if self.copied else made
 
 
 Node = Promise | Rowwise

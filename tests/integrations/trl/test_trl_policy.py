@@ -249,7 +249,7 @@ REFUSED = {
     "epsilon": (
         {"objective": "gspo"},
         {"epsilon": 0.1},
-        r"epsilon: expected 0.2 with gspo, whose epsi",
+        r"epsilon: expected 0.2 with gspo \(give epsilon_low= to fastpo.patch\), got 0.1",
     ),
     "beta": ({"objective": "rloo"}, {"beta": 0.1}, r"beta: expected 0.0 with rloo, got 0.1"),
     "adaptive": (
