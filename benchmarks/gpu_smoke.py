@@ -28,6 +28,7 @@ import torch
 import fastpo
 from fastpo import reference
 from fastpo.bench import report
+from fastpo.bench.process import one_interrupt
 from fastpo.ops.rows import anchored_cutlass, registry
 from fastpo.ops.walks.checks import OUTPUTS
 from fastpo.testing import HeadInputs, make_head, max_error, rounding
@@ -283,6 +284,7 @@ def main() -> int:
     if options.worker:
         work(options.worker, options.first)
         return 0
+    one_interrupt()
     backends = options.backends or list(registry.BACKENDS)
     record = Record.of(options.out, backends)
     # Daemons: an interrupt ends the run, and what is done is written.

@@ -27,6 +27,7 @@ from torch import Tensor
 import fastpo
 from fastpo.bench import machine, report
 from fastpo.bench.check import judge
+from fastpo.bench.process import one_interrupt
 from fastpo.bench.variants import Result
 from fastpo.ops.rows import anchored_cutlass, registry
 from fastpo.testing import HeadInputs, make_head
@@ -151,6 +152,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="turns; default: 7")
     parser.add_argument("--processes", type=int, default=12, metavar="N", help="that compile")
     options = parser.parse_args()
+    one_interrupt()
     if DEVICE == "cpu":  # before the first import of triton: its decorator reads it
         os.environ.setdefault("TRITON_INTERPRET", "1")
     made: dict[str, Any] = machine.facts(DEVICE) | {"what": "tune", "rows": []}

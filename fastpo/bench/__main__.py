@@ -3,6 +3,8 @@
 import sys
 
 from ..cli import main
+from .process import one_interrupt
 
 if __name__ == "__main__":
+    one_interrupt()
     sys.exit(main(["bench", *sys.argv[1:]]))

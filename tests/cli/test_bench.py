@@ -122,6 +122,28 @@ def test_a_lost_device_ends_the_run_and_leaves_what_was_measured(monkeypatch, tm
     assert rows["breaks", "frozen"]["status"] == "left out"
 
 
+INTERRUPTED = """
+import os, signal, time
+from fastpo.bench.process import one_interrupt
+one_interrupt()
+for _ in range(2):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        print("written")
+        time.sleep(1.1)
+"""
+
+
+def test_an_interrupt_that_comes_twice_is_one():
+    """As `timeout` sends it; a later one is another."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "written\n" * 2, done.stderr
+
+
 def test_an_interrupted_shape_keeps_its_turns(monkeypatch):
     turns = []
 
