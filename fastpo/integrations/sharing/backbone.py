@@ -273,6 +273,7 @@ def layer_cost(model: nn.Module, device: torch.device | None = None) -> LayerCos
 
 def backbone_of(model: nn.Module) -> PreTrainedModel:
     """What computes hidden states in a causal language model, perhaps one wrapped by PEFT."""
+    model = getattr(model, "_orig_mod", model)  # torch.compile's
     unwrap = getattr(model, "get_base_model", None)  # PEFT's
     inner = model if unwrap is None else unwrap()
     backbone = getattr(inner, "base_model", None)

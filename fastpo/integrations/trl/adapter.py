@@ -15,8 +15,9 @@ from typing import Any
 from ...ops.tiles.known import is_quantised, refusal
 from ..adapter import base_layer, is_adapter, unsupported
 from ..seams.seam import Make, Replacement, Seam
-from .head import adapted, unserved
+from .head import HEAD, adapted, unserved
 
+SHARES = "_fastpo_shares"  # an attribute of a forward of ours
 _VERSIONS = ("1.15", "1.16")
 _MODULES = ("dpo", "kto", "sft", "grpo", "rloo")
 _HEAD = ("model", "temperature", "cast_lm_head_to_fp32", "outputs")
@@ -58,13 +59,19 @@ class _AddHead(Replacement):
         def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
             if not fused_lm_head:
                 return fused(self, *args, **kwargs)
+            patched = isinstance(HEAD.current(), Replacement)
+            if own and not patched:
+                raise RuntimeError(
+                    "lm_head: expected fastpo.patch() while it has an adapter, got none"
+                )
             with ExitStack() as stack:
                 if own:
                     stack.enter_context(adapted(self.get_output_embeddings()))
-                if sharing is not None:
+                if sharing is not None and patched:
                     stack.enter_context(packing(self, sharing))
                 return fused(self, *args, fused_lm_head=True, **kwargs)
 
+        setattr(forward, SHARES, sharing)
         model.forward = MethodType(forward, model)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 from functools import partial
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from ..seams.saying import say_once
 from ..seams.seam import Make, Method, Seam
+from .adapter import SHARES
 from .objectives.base import ObjectiveTrainer
 from .objectives.by_name import TAKING
 
@@ -28,16 +29,20 @@ _TRAIN = Seam(
 )
 
 
+# Trainers that were built under a patch, and whether it had an objective.
+_BUILT: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
 class _Init(Method):
     """`__init__` of what all trainers of TRL are."""
 
-    def __init__(self, original: Any, objective: bool, built: WeakSet[Any]) -> None:
+    def __init__(self, original: Any, objective: bool) -> None:
         super().__init__(original)
-        self.objective, self.built = objective, built
+        self.objective = objective
 
     def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         self.original(trainer, *args, **kwargs)
-        self.built.add(trainer)
+        _BUILT[trainer] = self.objective
         if self.objective and not isinstance(trainer, ObjectiveTrainer):
             why = f"it trains its own loss; those that take patch(objective=...) are {TAKING}"
             say_once(type(trainer).__name__, why)
@@ -46,16 +51,15 @@ class _Init(Method):
 class _Train(Method):
     """`Trainer.train`, of a trainer that was built before the patch, too."""
 
-    def __init__(
-        self, original: Any, objective: bool, sharing: bool | None, built: WeakSet[Any]
-    ) -> None:
+    def __init__(self, original: Any, objective: bool, sharing: bool | None) -> None:
         super().__init__(original)
-        self.objective, self.sharing, self.built = objective, sharing, built
+        self.objective, self.sharing = objective, sharing
 
     def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_of_trl(trainer) and trainer not in self.built:
-            lacks = ["objective"] * self.objective
-            if self.sharing is not None and _has_fused_head(trainer.model):
+        if _is_of_trl(trainer):
+            has = isinstance(trainer, ObjectiveTrainer) or _BUILT.get(trainer, False)
+            lacks = ["objective"] * (self.objective and not has)
+            if self.sharing is not None and _has_own_head(trainer.model):
                 lacks.append("shared_prompts" if self.sharing else "padding_free")
             if lacks:
                 why = f"it was built before fastpo.patch, and trains without {' and '.join(lacks)}"
@@ -70,10 +74,11 @@ def _is_of_trl(trainer: Any) -> bool:
     return any((x.__module__, x.__name__) == _BASE for x in type(trainer).__mro__)
 
 
-def _has_fused_head(model: nn.Module) -> bool:
-    """TRL's forward, put on when a trainer is built; other models are packed when called."""
+def _has_own_head(model: nn.Module) -> bool:
+    """TRL's forward, put on when a trainer is built and not ours around it; other models are packed
+    when they are called."""
     own = (vars(module).get("forward") for module in model.modules())
-    return any(forward is not None and _takes_head(forward) for forward in own)
+    return any(x is not None and _takes_head(x) and not hasattr(x, SHARES) for x in own)
 
 
 def _takes_head(forward: Any) -> bool:
@@ -84,8 +89,7 @@ def _takes_head(forward: Any) -> bool:
 def replacements(objective: bool, sharing: bool | None) -> dict[Seam, Make]:
     if not objective and sharing is None:
         return {}
-    built: WeakSet[Any] = WeakSet()
     return {
-        _INIT: partial(_Init, objective=objective, built=built),
-        _TRAIN: partial(_Train, objective=objective, sharing=sharing, built=built),
+        _INIT: partial(_Init, objective=objective),
+        _TRAIN: partial(_Train, objective=objective, sharing=sharing),
     }

@@ -63,6 +63,7 @@ class Reader(Method):
 def bare(trainer: Any, model: Any) -> Any:
     """The causal language model under DDP's, a compiler's and PEFT's wrappers."""
     inner = trainer.accelerator.unwrap_model(model)
+    inner = getattr(inner, "_orig_mod", inner)  # accelerate keeps a compiler's
     unwrap = getattr(inner, "get_base_model", None)
     return inner if unwrap is None else unwrap()
 

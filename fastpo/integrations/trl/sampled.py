@@ -27,6 +27,7 @@ from ...ops.support.words import Rule, Support
 from ..seams.seam import Make, Method, Replacement, Seam
 
 _VERSIONS = ("1.15", "1.16")
+_LOSS = ("model", "inputs", "return_outputs", "num_items_in_batch")
 _REPORTED = "sampling_mask"
 _COLUMN = "fastpo_support"
 _OLD = "old_per_token_logps"
@@ -169,11 +170,14 @@ class _Samples(Method):
 
 
 class _Loss(Method):
-    """`_compute_loss`: the policy's pass, over what the batch carries."""
+    """`compute_loss`, whosever `_compute_loss` it calls: the policy's pass, over what the batch
+    carries."""
 
-    def __call__(self, trainer: Any, model: Any, inputs: dict[str, Any]) -> Any:
+    def __call__(
+        self, trainer: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         with _of(_Batch(inputs.get(_COLUMN))) as batch:
-            loss = self.original(trainer, model, inputs)
+            loss = self.original(trainer, model, inputs, *args, **kwargs)
         _log_mass(trainer, batch, inputs)
         return loss
 
@@ -284,7 +288,7 @@ def replacements() -> dict[Seam, Make]:
         methods: dict[tuple[str, tuple[str, ...]], Make] = {
             ("_generate_and_score_completions", ("inputs",)): _Generates,
             ("_generate", ("prompts",)): _Samples,
-            ("_compute_loss", ("model", "inputs")): _Loss,
+            ("compute_loss", _LOSS): _Loss,
             ("_get_per_token_logps_and_entropies", SCORES): _Scores,
         }
         module = f"trl.trainer.{name}_trainer"

@@ -289,7 +289,7 @@ def test_an_error_of_one_number_is_its_own():
 @contextmanager
 def stood_in(accelerator):
     trainer = type("Trainer", (), {"__module__": "trl"})()
-    trainer.accelerator = accelerator
+    trainer.accelerator, trainer.is_in_train = accelerator, True
     with deferred(trainer, guarded):
         yield trainer.accelerator
     assert trainer.accelerator is accelerator

@@ -97,6 +97,7 @@ def losses(prefix, folder, rows):
     changes = {"per_device_train_batch_size": rows}
     trainer = build(prefix, folder, changes)
     trainer.model.train()
+    trainer.is_in_train = True
     return trainer, [trainer._prepare_inputs(batch) for batch in trainer.get_train_dataloader()]
 
 
@@ -228,6 +229,36 @@ def test_code_of_a_script_finds_numbers(kind, prefix, tmp_path, monkeypatch):
                 trainer.add_callback(callback)
             trainer.train()
     assert runs["at once"] == runs["one by one"] != []
+
+
+def test_a_loop_of_a_script_finds_numbers(tmp_path):
+    with way("at once"):
+        trainer = build("DPO", tmp_path, {})
+        trainer.model.train()
+        for batch in trainer.get_train_dataloader():
+            trainer.compute_loss(trainer.model, batch)
+        assert numbers(trainer)["tokens"] > 0
+
+
+def one_callback(rank, folder):
+    """The main process alone has a callback of a script's."""
+    runs = {}
+    for prefix, each in itertools.product(SPLITS, ("one by one", "at once")):
+        with way(each):
+            trainer = build(prefix, folder, {"ddp_backend": "gloo"})
+            if rank == 0:
+                trainer.add_callback(type("Mine", (Callback,), {"seen": [], "trainer": trainer}))
+            runs[prefix, each] = _trainers.train(trainer)[0]
+    torch.save(runs, folder / f"{rank}.pt")
+
+
+def test_a_callback_in_one_process_alone(tmp_path):
+    """Collectives are those of all processes."""
+    tiny.model("llama").save_pretrained(tmp_path / "model")
+    _processes.run(one_callback, tmp_path)
+    for ran in _processes.loaded(tmp_path):
+        for prefix in SPLITS:
+            assert ran[prefix, "at once"] == ran[prefix, "one by one"] != []
 
 
 # TRL's prefix, rows, rows of a micro-batch: accelerate fills the last batch of both up.

@@ -130,6 +130,29 @@ def test_a_trainer_built_before_says_what_it_lacks(options, lacks, late, tmp_pat
     assert said == [f"fastpo: DPOTrainer: {why}"] * (late and lacks is not None)
 
 
+@pytest.mark.parametrize("options", [{"objective": "simpo"}, {"shared_prompts": True}])
+def test_a_second_patch_of_the_same_lacks_nothing(options, tmp_path, caplog):
+    """As of a notebook's cell that is run again."""
+    pytest.importorskip("trl", minversion="1.15")
+    path = _trainers.saved(tmp_path)
+    with fastpo.patched(**options), caplog.at_level(logging.WARNING, "fastpo"):
+        trainer = _trainers.build("DPO", tmp_path, path, tiny.preferences(), {})
+        fastpo.patch(**options)
+        _trainers.train(trainer)
+    assert not [record for record in caplog.records if "built" in record.getMessage()]
+
+
+def test_an_adapter_on_the_head_needs_the_patch(tmp_path):
+    """TRL's own head would leave it out."""
+    pytest.importorskip("trl", minversion="1.15")
+    lora = {"peft_config": _trainers.lora(target_modules=["lm_head"])}
+    with fastpo.patched():
+        path = _trainers.saved(tmp_path)
+        trainer = _trainers.build("DPO", tmp_path, path, tiny.preferences(), {}, **lora)
+    with pytest.raises(RuntimeError, match=r"lm_head: expected fastpo\.patch\(\) while it has an"):
+        trainer.train()
+
+
 def test_the_log_names_the_trainers_and_what_they_train(tmp_path, caplog):
     pytest.importorskip("trl", minversion="1.15")
     path, mixed = _trainers.saved(tmp_path), {"loss_type": ["simpo", "ipo"], "loss_weights": [1, 2]}

@@ -315,4 +315,14 @@ def test_without_the_patch_nothing_is_packed(tmp_path, layouts):
     layouts.clear()
     with torch.no_grad():
         trainer.model(**{k: v for k, v in tiny.batch().items() if k != "labels"})
-    assert not layouts
+    logs, _ = _trainers.train(trainer)
+    assert not layouts and not any("fastpo/tokens_saved" in log for log in logs)
+
+
+@pytest.mark.parametrize("name", ["cpo", "orpo", "distillation"])
+def test_a_compiled_model(name, tmp_path, layouts, monkeypatch):
+    """accelerate leaves the compiler's wrapper on, for a trainer that reads logits."""
+    own, compiled = _trainers.config, {"torch_compile": True, "torch_compile_backend": "eager"}
+    monkeypatch.setattr(_trainers, "config", lambda *given: own(*given[:2], given[2] | compiled))
+    home = test_trl_distillation if name in TAUGHT else test_trl_experimental
+    assert_trains_the_same(lambda: home.trainer(name, tmp_path), layouts, shared_prompts=True)

@@ -151,6 +151,20 @@ def test_every_pass_is_over_the_words_of_the_policy_that_sampled(
     assert logged_masses(built) == pytest.approx(built.masses, rel=1e-5)
 
 
+def test_a_subclass_with_a_loss_of_its_own(tmp_path):
+    """As GMPOTrainer is one: its policy's pass is over these words, too."""
+    whole = vars(trl.GRPOTrainer)["_compute_loss"]
+
+    class Own(spying("GRPO")):
+        def _compute_loss(self, model, inputs):
+            return whole(self, model, inputs)
+
+    with fastpo.patched(support=True):
+        built = trainer(Own, "GRPO", tmp_path, {**KEPT, "num_iterations": 2, "learning_rate": 0.5})
+        built.train()
+    assert sum(built.passes) == 3 and len(built.passes) > 3
+
+
 def test_without_a_reference_the_policy_finds_them_itself(tmp_path):
     """Batches whose steps are in time with their generation are scored once, while they train."""
     with fastpo.patched(support=True):

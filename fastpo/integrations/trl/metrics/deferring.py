@@ -3,8 +3,8 @@
 A micro-batch of DPO makes 15 collectives and brings 15 values to the host one after another; the
 device idles meanwhile. While TRL's `_compute_loss` runs, the trainer's accelerator is stood in for
 by one that writes the metrics down (see `ledger.py`): one collective for a step, one transfer when
-`log` averages them. Names and values are TRL's. Where a script has a trainer or a callback of its
-own, which may read them earlier or in one process alone, nothing waits.
+`log` averages them. Names and values are TRL's. Where a script has a trainer, a callback or a loop
+of its own, which may read them earlier or in one process alone, nothing waits in any process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .ledger import Ledger, Site
@@ -55,7 +56,7 @@ class Deferring:
 @contextmanager
 def deferred(trainer: Any, compute_loss: Callable[..., Any]) -> Iterator[None]:
     """For the length of one call of `compute_loss`, a method of the trainer as TRL wrote it."""
-    if _watched(trainer):
+    if not trainer.is_in_train or _watched_somewhere(trainer):
         yield
         return
     accelerator = trainer.accelerator
@@ -66,6 +67,19 @@ def deferred(trainer: Any, compute_loss: Callable[..., Any]) -> Iterator[None]:
             yield
     finally:
         trainer.accelerator = accelerator
+
+
+def _watched_somewhere(trainer: Any) -> bool:
+    """Processes agree at the first loss of a training: their collectives must be the same."""
+    accelerator = trainer.accelerator
+    if not accelerator.use_distributed:
+        return _watched(trainer)
+    state, known = vars(trainer).get("_fastpo_watched", (None, False))
+    if state is not trainer.state:
+        own = torch.tensor(float(_watched(trainer)), dtype=torch.float32, device=accelerator.device)
+        known = bool(accelerator.reduce(own, reduction="sum") > 0)
+        trainer._fastpo_watched = trainer.state, known
+    return known
 
 
 def _watched(trainer: Any) -> bool:
