@@ -20,7 +20,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from ..integrations.adapter import is_adapter
 from ..integrations.checkpointing import enable
 from .given import foreign
 from .quantised import quantise
@@ -191,6 +190,7 @@ def fake(model: nn.Module, device: str) -> None:
 
 def adapted(model: PreTrainedModel, lora: Lora) -> Any:
     from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     targets: Any = list(lora.targets)
     targets = "all-linear" if targets == ["all-linear"] else targets
@@ -201,7 +201,7 @@ def adapted(model: PreTrainedModel, lora: Lora) -> Any:
             made = get_peft_model(model, config)
     except ValueError as error:
         raise ValueError(f"lora: {str(error).splitlines()[0]}") from error
-    if is_adapter(made.get_output_embeddings()):
+    if isinstance(made.get_output_embeddings(), BaseTunerLayer):
         raise ValueError(
             "lora: expected targets below the head, as TRL's own head needs, got the head too"
         )

@@ -43,6 +43,8 @@ LIKE = _names("""
 OPENS = _names("data numpy __array__ share_memory_ apply_")
 # In place, and a promise still where it is by a number.
 SCALES = _names("mul_ multiply_ div_ divide_ true_divide_")
+# The same, where it is by a mask that is made of lazy logits.
+FILLS = _names("__setitem__ masked_fill_")
 
 
 def of_torch(name: str) -> list[Any]:
@@ -83,11 +85,6 @@ def of_fsdp(hook: Any) -> bool:
     return getattr(hook, "__qualname__", "") == "FSDPState._pre_backward"
 
 
-def blank(x: Tensor) -> Tensor:
-    """A number of that dtype and device."""
-    return torch.empty((), dtype=x.dtype, device=x.device)
-
-
 def here(func: Any, device: torch.device) -> Any:
     """Under the autocast of now, whenever it runs."""
     kind = device.type
@@ -108,6 +105,18 @@ def positional(args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The first argument by its place, whatever it is called."""
     first = next((name for name in _FIRST if name in kwargs), None)
     return (args, kwargs) if args or first is None else ((kwargs.pop(first),), kwargs)
+
+
+def over_words(ndim: int, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """The arguments with the last dimension by its name -1; None for another, or for none."""
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if isinstance(dim, tuple | list) and len(dim) == 1:
+        dim = dim[0]
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim not in (-1, ndim - 1):
+        return None
+    if "dim" in kwargs:
+        return args, {**kwargs, "dim": -1}
+    return (args[0], -1, *args[2:]), kwargs
 
 
 def counted(index: Tensor, words: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from types import FrameType
 from typing import Any
@@ -144,8 +145,8 @@ class Scaled(torch.autograd.Function):
         return None if grad is None else grad * ctx.factor, None, None
 
 
-class ScaledByRows(torch.autograd.Function):
-    """The same by a tensor: gradients go to what the scaled ones are made of."""
+class Rewritten(torch.autograd.Function):
+    """The same by a tensor, say: gradients go to what they are made of from now on."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, graph: Graph, *operands: Tensor) -> Tensor:
@@ -201,6 +202,17 @@ class Kept(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Tensor | None:
         return grad
+
+
+def parents(logits: Any) -> list[Any]:
+    """The tensors that an expression reads."""
+    node = logits._cell.promise
+    return list(node.root.parents) if isinstance(node, Rowwise) else []
+
+
+def made_of(logits: Any, found: Callable[[Any], bool]) -> bool:
+    """Is it such a tensor, or made of one?"""
+    return found(logits) or any(made_of(x, found) for x in parents(logits))
 
 
 def _uncounted() -> Any:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .base import Family
 from .blocks import fits_one_block, reduced
-from .calls import WITH_WORDS, counted, here, named
+from .calls import WITH_WORDS, counted, here, named, over_words
 from .functions import cross_entropy
 from .patterns import known_sum
 from .promise import Promise
@@ -90,7 +90,9 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         if _constant(x, node):
-            shape = x.shape[-1:]  # of blocks of rows, too, which have one dimension before the words
+            shape = x.shape[
+                -1:
+            ]  # of blocks of rows, too, which have one dimension before the words
             return x.clone().view(shape)  # as it is now, like a number
         numbers.append(_number(x, node))
         return Slot(len(numbers) - 1, number=True)
@@ -162,20 +164,8 @@ def _cast(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _normalised(func: Any, args: Any, kwargs: Any) -> Any:
     """`softmax`, `log_softmax` over the words."""
-    found = _over_words(args, kwargs)
+    found = over_words(args[0].node.ndim, args, kwargs)
     return NotImplemented if found is None else _recorded(func, *found)
-
-
-def _over_words(args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-    """The arguments with the last dimension by its name -1; None for another, or for none."""
-    node, dim = args[0].node, kwargs.get("dim", args[1] if len(args) > 1 else None)
-    if isinstance(dim, tuple | list) and len(dim) == 1:
-        dim = dim[0]
-    if not isinstance(dim, int) or isinstance(dim, bool) or dim not in (-1, node.ndim - 1):
-        return None
-    if "dim" in kwargs:
-        return args, {**kwargs, "dim": -1}
-    return (args[0], -1, *args[2:]), kwargs
 
 
 def _kl_div(func: Any, args: Any, kwargs: Any) -> Any:
@@ -212,6 +202,19 @@ def _broadcast(func: Any, args: Any, kwargs: Any) -> Any:
     if any(isinstance(x, Operand) and x.node.shape != whole for x in parts):
         return NotImplemented
     return tuple(x.node if isinstance(x, Operand) else x.expand(whole) for x in parts)
+
+
+def _expand(func: Any, args: Any, kwargs: Any) -> Any:
+    """`expand`, `expand_as` to the shape that it has."""
+    if kwargs or not isinstance(args[0], Operand):
+        return NotImplemented
+    node, (to, *more) = args[0].node, args[1:]
+    shape: Any = (to, *more) if isinstance(to, int) else to
+    if isinstance(to, Operand | Tensor):
+        shape = to.node.shape if isinstance(to, Operand) else to.shape
+    sizes = zip(shape, node.shape, strict=False)
+    same = len(shape) == node.ndim and all(n in (-1, own) for n, own in sizes)
+    return node if same else NotImplemented
 
 
 def _stack(func: Any, args: Any, kwargs: Any) -> Any:
@@ -292,7 +295,7 @@ def _loss_of_turned(func: Any, args: Any, kwargs: Any) -> Any:
 def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(args[0], Operand) or not _plain(args[1:], kwargs):
         return NotImplemented
-    node, found = args[0].node, _over_words(args, kwargs)
+    node, found = args[0].node, over_words(args[0].node.ndim, args, kwargs)
     if found is not None:
         (_, *rest), more = found
         alone = len(rest) + len(more) == 1
@@ -381,6 +384,7 @@ ANSWERS: dict[Any, Answer] = {
     **dict.fromkeys(_REDUCED, _reduce),
     **dict.fromkeys(_STACK, _stack),
     **dict.fromkeys(named("broadcast_tensors"), _broadcast),
+    **dict.fromkeys(named("expand expand_as"), _expand),
     **dict.fromkeys(_CAT, _cat),
     **dict.fromkeys(_TOPK, _topk),
     **dict.fromkeys(_PICKED, _pick),

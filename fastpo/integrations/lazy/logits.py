@@ -24,13 +24,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .calls import (
     FACTS,
+    FILLS,
     GRADIENTS,
     LAYOUT,
     LIKE,
     OPENS,
     ORDERS,
     SCALES,
-    blank,
     compared,
     fits,
     in_place,
@@ -39,7 +39,7 @@ from .calls import (
     of_fsdp,
     positional,
 )
-from .cell import Cell, Changed, Kept, Scaled, ScaledByRows, Values
+from .cell import Cell, Changed, Kept, Rewritten, Scaled, Values, made_of, parents
 from .expressions import Operand, express
 from .functions import FUNCTIONS, VIEWS
 from .promise import Promise
@@ -88,14 +88,16 @@ class LazyLogits(Tensor):
         if name in FACTS or name in GRADIENTS or traced:
             return _natively(func, args, kwargs)
         if name == "type_as":  # only the other's dtype and device count
-            more, kwargs = tree_map_only(Tensor, blank, (args[1:], kwargs))
-            args = (*args[:1], *more)
+            other: Any = args[1] if len(args) > 1 else kwargs["other"]
+            kwargs = {"dtype": other.dtype, "device": other.device}
+            func, args = Tensor.to, args[:1]
         if name == "__setitem__" and isinstance(first, LazyLogits):
             first._take_back(*args[1:])
         for logits in _lazy((args, kwargs)):
             logits._cell.expect_current()
         if name in LIKE and isinstance(first, LazyLogits) and not _lazy((args[1:], kwargs)):
-            return func(blank(first).expand(first.shape), *args[1:], **kwargs)
+            like = torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape)
+            return func(like, *args[1:], **kwargs)
         func, args = compared(func, args, _standing)
         found = _answer(func, args, kwargs)
         if found is not NotImplemented:
@@ -103,6 +105,8 @@ class LazyLogits(Tensor):
         if in_place(name) or "out" in kwargs or name in OPENS:
             if name in SCALES and fits(_factor, args[1:], kwargs) and _scale(name, *args):
                 return first
+            if name in FILLS and fits(_fill, args, kwargs) and _fill(*args):
+                return None if name == "__setitem__" else first
             return _change(func, name, args, kwargs)
         return _on_values(func, name, args, kwargs)
 
@@ -266,7 +270,7 @@ def _answer(func: Any, args: Any, kwargs: Any) -> Any:
     nodes = {id(x): _standing(x) for x in lazy}
     if func not in VIEWS:
         nodes = {key: _gathered(node) for key, node in nodes.items()}
-    if not lazy or None in nodes.values() or any(_hooked(x) for x in lazy):
+    if not lazy or None in nodes.values() or any(made_of(x, lambda y: y._hooked) for x in lazy):
         return NotImplemented
     if func in ORDERS and any(x._cell.values is not None for x in lazy):
         return NotImplemented  # words of theirs may have been read, whose last bits are these
@@ -299,20 +303,10 @@ def _gathered(node: Any) -> Any:
     return node.gathered if isinstance(node, Promise) else node
 
 
-def _made_of(logits: LazyLogits) -> list[LazyLogits]:
-    """The tensors that an expression reads."""
-    node = logits._cell.promise
-    return list(node.root.parents) if isinstance(node, Rowwise) else []
-
-
-def _hooked(logits: LazyLogits) -> bool:
-    return logits._hooked or any(map(_hooked, _made_of(logits)))
-
-
 def _pass(logits: LazyLogits) -> None:
     """Gradients of what was read go past this tensor, and past those it is made of."""
     logits._past = True
-    for x in _made_of(logits):
+    for x in parents(logits):
         _pass(x)
 
 
@@ -355,7 +349,7 @@ def _scale(name: str, logits: Any, by: Any) -> bool:
     if node is None or logits._cell.values is not None or logits._past:
         return False
     if isinstance(by, Tensor) or isinstance(node, Rowwise):
-        return _scale_rows(name, logits, node, by)
+        return _rewrite(logits, node, torch.mul if name.startswith("mul") else torch.div, by)
     if not name.startswith("mul"):
         if not isinstance(by, int | float) or not by:
             return False
@@ -368,13 +362,25 @@ def _scale(name: str, logits: Any, by: Any) -> bool:
     return True
 
 
-def _scale_rows(name: str, logits: Any, node: Node, by: Any) -> bool:
-    """By one number a row, say: what is read from now on goes by blocks."""
-    func, node = torch.mul if name.startswith("mul") else torch.div, _gathered(node)
-    scaled = express(func, (Operand(promised(node), node), by), {})
-    if not isinstance(scaled, Rowwise) or scaled.dtype != node.dtype:
+def _fill(logits: Any, mask: Any, value: Any) -> bool:
+    """The same, where a mask made of lazy logits says so."""
+    node, where = _standing(logits), _standing(mask)
+    if node is None or where is None or logits._cell.values is not None or logits._past:
         return False
-    ScaledByRows.apply(logits, logits._cell.scale(scaled), *scaled.operands)
+    if where.dtype != torch.bool or not isinstance(value, int | float):
+        return False
+    if made_of(mask, lambda x: x._cell is logits._cell):  # it would be made of itself
+        return False
+    return _rewrite(logits, node, torch.masked_fill, Operand(mask, where), value)
+
+
+def _rewrite(logits: Any, node: Node, func: Any, *args: Any) -> bool:
+    """What is read from now on goes by blocks."""
+    node = _gathered(node)
+    made = express(func, (Operand(promised(node), node), *args), {})
+    if not isinstance(made, Rowwise) or made.dtype != node.dtype:
+        return False
+    Rewritten.apply(logits, logits._cell.scale(made), *made.operands)
     return True
 
 

@@ -220,7 +220,6 @@ def test_it_is_a_tensor():
     [
         lambda z: z.register_hook(print),
         lambda z: z.retain_grad(),
-        lambda z: z.grad,
         lambda z: torch.autograd.grad(z.sum(), z),
     ],
 )

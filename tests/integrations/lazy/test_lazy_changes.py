@@ -25,8 +25,8 @@ ANOTHER_VIEW = "expected no change in place through another view"
 
 @pytest.fixture(autouse=True, params=["one block", "blocks of two rows"])
 def size(request, monkeypatch):
-    if request.param != "one block":
-        monkeypatch.setattr(blocks, "BYTES", {"cpu": 4 * V * 2})
+    size = 1 << 30 if request.param == "one block" else 4 * V * 2
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": size})
 
 
 def made(lazy, dtype=torch.float32):

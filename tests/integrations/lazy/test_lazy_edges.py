@@ -329,6 +329,27 @@ def test_arguments_by_name(name, block, monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+ONE_ROW = {
+    "max": lambda x: x.max(-1).values,
+    "topk": lambda x: x.topk(3).values,
+    "words": lambda x: x.gather(-1, torch.arange(4)),
+    "logps": lambda x: x.log_softmax(-1).gather(-1, torch.arange(4)),
+    "capped": lambda x: (x.tanh() * 3).take_along_dim(torch.tensor([-1, 2]), -1),
+    "biased": lambda x: (x + torch.arange(V)).logsumexp(-1),
+}
+
+
+@pytest.mark.parametrize("block", [1, 1 << 30])
+@pytest.mark.parametrize("name", ONE_ROW)
+def test_one_row(name, block, monkeypatch):
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": block})
+    lazy, real, leaves = pair()
+    found, expected = (ONE_ROW[name](x[0, -1]) for x in (lazy, real))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    grads = (torch.autograd.grad(x.sum(), leaves) for x in (found, expected))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
 def test_logits_of_before_a_step_are_not_joined():
     head = nn.Linear(H, V)
     before = promised(Promise.of(head, torch.randn(B, T, H)))

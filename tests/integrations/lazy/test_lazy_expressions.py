@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from _probes import Widest
 from _tiny import one_thread  # noqa: F401
 from torch import nn
-from torch.distributions import Categorical
+from torch.distributions import Categorical, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 from fastpo.integrations.lazy import blocks, cell
@@ -83,6 +83,13 @@ def mean_of_two(x, y):
     return 0.5 * F.kl_div(m, p, reduction="batchmean") + 0.5 * F.kl_div(m, q, reduction="sum")
 
 
+def filled(x, y):
+    z = x * 1.5
+    z[y < 0] = 0.25
+    z.masked_fill_((x > 1).expand(B, -1, V), -3.0)
+    return (z.square() * y).sum(-1)
+
+
 def own_weights(x):
     scale = torch.linspace(0.5, 1.5, T, requires_grad=True)
     return (x * scale[:, None]).log_softmax(-1).square().mean(-1)
@@ -142,6 +149,8 @@ ONE = {
     "one_text": lambda x: entropy(x[0]),
     "joined": lambda x: entropy(torch.cat([x[1:], x[:1]])),
     "joined_along": lambda x: torch.cat([x[:, 5:], x[:, :3]], dim=1).logsumexp(-1),
+    "biased": lambda x: (x + WEIGHTS[None]).log_softmax(-1).square().sum(-1),
+    "words_masked": lambda x: x.masked_fill(WEIGHTS.view(1, 1, V) > 1, -9.0).exp().sum(-1),
     "z_loss": lambda x: (x - x.logsumexp(-1, keepdim=True)).square().mean(),
     "checkpointed": lambda x: checkpoint(entropy, x, use_reentrant=False),
 }
@@ -155,6 +164,10 @@ TWO = {
     "jsd": jsd,
     "mean_of_two": mean_of_two,
     "distance": lambda x, y: (x - y).abs().sum(-1),
+    "kl_divergence": lambda x, y: kl_divergence(
+        Categorical(logits=x - 200 * (WEIGHTS > 1.9)), Categorical(logits=y)
+    ),
+    "filled": filled,
 }
 
 
@@ -182,7 +195,7 @@ def results(read, lazy, dtype=torch.float32, seeds=(0,), low=torch.float32):
 # These ask log-probabilities or log-sum-exps, too, whose walk has tiles of its own.
 WALKED = {"entropy", "entropy_by_lse", "entropy_of_chunks", "of_some", "one_text", "joined"}
 WALKED |= {"categorical", "categorical_logps", "counted", "row_by_row", "z_loss", "checkpointed"}
-WALKED |= {"joined_along", "kl", "kl_div", "kl_div_of_some"}
+WALKED |= {"joined_along", "kl", "kl_div", "kl_div_of_some", "kl_divergence"}
 WALKED |= {"turned", "turned_one_by_one", "turned_smoothed"}
 CASES = [(name, read, (0,)) for name, read in ONE.items()]
 CASES += [(name, read, (0, 3)) for name, read in TWO.items()]

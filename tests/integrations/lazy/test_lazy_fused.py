@@ -24,7 +24,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "lazy-logits.md"
 B, T, H, V = 2, 3, 4, 11
 IDS = torch.arange(B * T).view(B, T, 1)
 MASK = torch.tensor([True, False, True])[:, None]
-IN_PLACE = {"mul_", "multiply_", "div_", "divide_", "true_divide_"}
+IN_PLACE = {"mul_", "multiply_", "div_", "divide_", "true_divide_", "masked_fill_"}
 
 
 def listed():
@@ -57,6 +57,7 @@ WITH = {
     **dict.fromkeys(("nansum", "logsumexp", "max", "min", "var", "std", "count_nonzero"), (-1,)),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "argmax", "argmin", "prod"), (-1,)),
     **dict.fromkeys(("any", "all"), (-1,)),
+    "expand": (B, -1, V), "expand_as": (torch.ones(B, T, V),),
     **dict.fromkeys(IN_PLACE, (0.5,)),
 }  # fmt: skip
 TURNS = {"transpose": (1, 2), "swapaxes": (1, -1), "swapdims": (2, 1)}
@@ -65,6 +66,7 @@ LISTS = {"cat", "concat", "concatenate"}
 BOOLEAN = {"logical_and", "logical_or", "bitwise_and", "bitwise_or"}
 CALLS = {
     "where": lambda x: torch.where(MASK, x, 0.0),
+    "masked_fill_": lambda x: (2 * x).masked_fill_(x > 0, 0.5),
     "bitwise_not": lambda x: torch.bitwise_not(x > 0),
     "broadcast_tensors": lambda x: torch.broadcast_tensors(x, torch.ones(()))[0],
     "stack": lambda x: torch.stack([x, 2 * x]).logsumexp(0),

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import fastpo
-from fastpo.integrations.lazy import cell
+from fastpo.integrations.lazy import blocks, cell
 from fastpo.integrations.lazy.logits import LazyLogits
 
 ARCHITECTURES = ["llama", "gemma2", "cohere", "granite", "phi", "qwen2_moe", "falcon_h1"]
@@ -101,6 +101,22 @@ def test_loss_and_gradients_are_the_models(name, lazily):
     assert not isinstance(model(**batch).logits, LazyLogits)
     assert "forward" not in vars(model)
     torch.testing.assert_close(trained(model, batch), expected)
+
+
+def test_a_bias_beside_the_head(lazily, monkeypatch):
+    """`final_logits_bias` [1, V] of BART, which its forward adds to the logits."""
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 1})
+    config = transformers.BartConfig(
+        vocab_size=320, d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=24,
+        decoder_ffn_dim=24, encoder_attention_heads=2, decoder_attention_heads=2,
+    )  # fmt: skip
+    model, batch = transformers.BartForConditionalGeneration(config).eval(), seq2seq_batch()
+    model.final_logits_bias.normal_()
+    expected = trained(model, batch)
+    lazily(model)
+    found = trained(model, batch)
+    assert not cell.told and isinstance(model(**batch).logits, LazyLogits)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_from_outside_and_inside(lazily):

@@ -1,0 +1,132 @@
+"""Lazy logits where it matters in which memory values lie: copies, storages, NumPy arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+from _tiny import one_thread  # noqa: F401
+from torch import nn
+
+from fastpo.integrations.lazy import blocks, cell
+from fastpo.integrations.lazy.logits import promised
+from fastpo.integrations.lazy.promise import Promise
+
+B, T, H, V = 3, 6, 8, 41
+IDS = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
+MASK = IDS > 9
+
+
+@pytest.fixture(autouse=True, params=["one block", "blocks of two rows"])
+def size(request, monkeypatch):
+    size = 1 << 30 if request.param == "one block" else 4 * V * 2
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": size})
+
+
+def pair():
+    """Lazy logits, the real ones of the same head, and the leaves."""
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(H, V), torch.randn(B, T, H, requires_grad=True)
+    return promised(Promise.of(head, hidden)), head(hidden), [hidden, *head.parameters()]
+
+
+def results(read, logits, leaves):
+    found = read(logits)
+    return [found.detach() + 0, *torch.autograd.grad(found.sum(), leaves)]
+
+
+COPIES = {
+    "masked": lambda x: x.softmax(-1)[MASK],
+    "listed": lambda x: x.sigmoid()[[0, 1]],
+    "exp": lambda x: x.exp()[MASK],
+    "contiguous": lambda x: x.softmax(-1)[:, :-1].contiguous(),
+    "reshaped": lambda x: x.softmax(-1)[:, :-1].reshape(-1, V),
+    "view_of_a_copy": lambda x: x.softmax(-1)[MASK][1:],
+    "selected": lambda x: x.log_softmax(-1).exp().index_select(1, torch.tensor([0, 2])),
+    "log_probabilities": lambda x: x.log_softmax(-1)[MASK].neg(),
+}
+
+
+@pytest.mark.parametrize("copy", COPIES)
+def test_a_copy_of_rows_may_change_in_place(copy):
+    """What made the rows has kept its results for the backward."""
+
+    def read(x):
+        rows = COPIES[copy](x)
+        rows.clamp_(min=1e-2)
+        return rows.log().mean()
+
+    lazy, real, leaves = pair()
+    found, expected = results(read, lazy, leaves), results(read, real, leaves)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_view_of_saved_rows_may_not():
+    """As with the model's own: nothing is copied for that."""
+    for x in pair()[:2]:
+        rows = x.softmax(-1).reshape(-1, V)
+        rows.clamp_(min=1e-2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            rows.log().sum().backward()
+
+
+def fill(x, mask):
+    x[mask] = -0.5
+    return x.logsumexp(-1)
+
+
+FILLED = {
+    "by_itself": lambda x: fill(x, x < -0.5),
+    "by_an_alias": lambda x: fill(x, x.detach() < -0.5),
+    "by_a_function_of_it": lambda x: fill(x, x.softmax(-1) < 0.01),
+    "a_function_by_it": lambda x: fill(x * 2, x < -0.5) + x.exp().sum(-1),
+    "a_copy_by_itself": lambda x: fill(y := x[:, 1:].clone(), y < 0) + x[:, 1:].mean(-1),
+    "twice": lambda x: fill((x * 2).masked_fill_(x < -0.5, 1.0), x > 0.5),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_words_filled_in_by_a_mask(name):
+    lazy, real, leaves = pair()
+    found, expected = (results(FILLED[name], x, leaves) for x in (lazy, real))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_shared_memory():
+    lazy, real, _ = pair()
+    constant = lazy.detach()
+    assert constant.share_memory_() is constant and constant.is_shared()
+    torch.testing.assert_close(constant.logsumexp(-1), real.logsumexp(-1).detach())
+    assert lazy.share_memory_().is_shared()
+
+
+def test_a_python_function_in_place():
+    lazy, real, _ = pair()
+    constant = lazy.detach()
+    assert constant.apply_(lambda x: 2 * x) is constant
+    torch.testing.assert_close(constant.logsumexp(-1), (2 * real).logsumexp(-1).detach())
+    with pytest.raises(RuntimeError, match="Variable that requires grad"):
+        pair()[0].apply_(lambda x: x)
+
+
+def test_the_other_of_type_as_gives_no_gradient(monkeypatch):
+    monkeypatch.setattr(cell, "told", set())
+    lazy, real, _ = pair()
+    found, expected = ((x > 0).type_as(x).mean(-1) for x in (lazy, real))
+    assert not found.requires_grad
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-6)
+    doubled = lazy.type_as(torch.ones(2, dtype=torch.float64, requires_grad=True))
+    assert doubled.dtype == torch.float64 and doubled.logsumexp(-1).dtype == torch.float64
+    assert lazy.type_as(real) is lazy
+
+
+def test_a_mask_of_the_type_of_logits_needs_none(monkeypatch):
+    monkeypatch.setattr(cell, "told", set())
+    lazy, real, _ = pair()
+    for found in (MASK.type_as(lazy), MASK.type_as(other=lazy)):
+        assert type(found) is torch.Tensor and torch.equal(found, MASK.type_as(real))
+    assert not cell.told and lazy._cell.values is None
+    assert lazy.register_hook(lambda grad: grad)  # nothing was read
