@@ -156,3 +156,51 @@ def test_lists_of_another_length(tmp_path):
 def test_options_of_pairs(tmp_path):
     with pytest.raises(ValueError, match=r"ld_alpha: expected it unset for groups, got 0\.5"):
         trainer(tmp_path, "infonca", ld_alpha=0.5)
+
+
+REF_LOGPS = [[-30.0, -20.0, -25.0], [-28.0], [-22.0, -31.0]]
+
+
+def test_reference_sums_of_a_column(tmp_path):
+    """No reference is loaded, and the loss is of the column's log-ratios."""
+    data = groups().add_column("ref_logps", REF_LOGPS)
+    built = trainer(tmp_path, "infonca", data=data)
+    assert built.ref_model is None
+    batch = next(iter(built.get_train_dataloader()))
+    assert sorted(batch["ref_logps"].tolist()) == sorted(x for each in REF_LOGPS for x in each)
+    loss = built.compute_loss(built.model, dict(batch))
+    mask, tokens = batch["completion_mask"][:, 1:].bool(), token_logps(built.model.double(), batch)
+    given = {name: batch[name] for name in ("scores", "groups", "ref_logps")}
+    given |= {"mask": mask, "token_logps": tokens}
+    expected = Quantities(given).rows(objectives.get("infonca")).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="ref_logps: expected a column in dataset 'eval', too, as"):
+        built.evaluate(groups())
+    assert built.evaluate(data)["eval_loss"] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_an_evaluation_set_has_columns_of_its_own(tmp_path):
+    """With a reference loaded: the column where there is one, the model elsewhere."""
+    data = groups().add_column("ref_logps", REF_LOGPS)
+    expected = [trainer(tmp_path, "infonca", data=x).evaluate(x) for x in (groups(), data)]
+    built = trainer(tmp_path, "infonca", per_device_eval_batch_size=3)
+    found = [built.evaluate(x) for x in (groups(), data, groups())]
+    losses = [one["eval_loss"] for one in found]
+    assert losses == pytest.approx([expected[i]["eval_loss"] for i in (0, 1, 0)])
+    assert losses[0] != pytest.approx(losses[1])
+
+
+def test_an_iterable_dataset(tmp_path):
+    message = "dataset 'train': expected a map-style datasets.Dataset, got IterableDataset"
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, "infonca", data=groups().to_iterable_dataset())
+
+
+def test_a_hyperparameter_in_the_config(tmp_path):
+    message = (
+        r"beta: expected 0\.1 with infonca \(give beta= to fastpo\.objectives\.get\), got 0\.7"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, "infonca", beta=0.7)
+    same = objectives.get("infonca", beta=0.7)
+    assert trainer(tmp_path, same, beta=0.7).args.beta == 0.7

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,8 +36,9 @@ def standing_in(owner: Any, **attributes: Any) -> Iterator[None]:
 class State:
     """What a trainer of an objective knows, under one name: a script's class has names of its own.
 
-    own_terms: loss types of TRL, with weights. ran: has the objective's loss been asked for?
-    inside: is it computed now?
+    own_terms: loss types of TRL, with weights. dataset_columns: of the training set, other_sets:
+    of each other one, by name. ran: has the objective's loss been asked for? inside: is it
+    computed now?
     """
 
     terms: list[Term]
@@ -45,6 +46,8 @@ class State:
     setting: Setting
     needs: Needs
     dataset_columns: tuple[str, ...]
+    other_sets: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    prepared: bool = False  # the training set, which comes first
     precompute: bool = False
     other_models: dict[str, list[Any]] = field(default_factory=dict)
     kl_logps: Any = None
@@ -106,8 +109,24 @@ class TextTrainer(ObjectiveTrainer):
 
     @property
     def needs_reference(self) -> bool:
-        state = self._fastpo
-        return bool(state.own_terms) or state.needs.reference(state.dataset_columns)
+        """Of the training set."""
+        return self._asks_reference(self._fastpo.dataset_columns)
+
+    def _asks_reference(self, columns: Iterable[str]) -> bool:
+        """Must a reference score rows with these columns?"""
+        return bool(self._fastpo.own_terms or self._fastpo.needs.of_reference(columns))
+
+    def _runs_reference(self, inputs: Mapping[str, Any]) -> bool:
+        """On this batch: an evaluation set may have other columns than the training set."""
+        return not self._fastpo.precompute and self._asks_reference(inputs)
+
+    @property
+    def _has_reference(self) -> bool:
+        """A model of its own, or the policy's without its adapter."""
+        from trl.trainer.dpo_trainer import is_peft_model
+
+        trainer: Any = self
+        return trainer.ref_model is not None or is_peft_model(trainer.model)
 
     @contextmanager
     def configured(self, config: Any) -> Iterator[None]:
@@ -116,18 +135,48 @@ class TextTrainer(ObjectiveTrainer):
         self._fastpo.precompute = precompute and self.needs_reference
         images = {"image", "images"} & set(self._fastpo.dataset_columns)
         none = precompute or not (self.needs_reference or images)
+        self._refuse_reference_options(config, loaded=not none)
         with standing_in(config, precompute_ref_log_probs=none):
             yield
+
+    def _refuse_reference_options(self, config: Any, *, loaded: bool) -> None:
+        """What would fail later, or with a reason that is not the script's."""
+        name = self._fastpo.terms[0].name
+        if self._fastpo.precompute:
+            needs = self._fastpo.needs
+            if beyond := needs.of_reference(self._fastpo.dataset_columns) - needs.sums:
+                raise ValueError(
+                    f"precompute_ref_log_probs: expected False with {name}, which needs "
+                    f"{min(beyond)} of the reference, got True"
+                )
+        elif getattr(config, "sync_ref_model", False) and not loaded:
+            raise ValueError(
+                f"sync_ref_model: expected False with {name}, which needs no reference model for "
+                "the training set, got True"
+            )
 
     def finish_objective(self) -> None:
         """After TRL's constructor."""
         trainer: Any = self
+        for name, columns in self._fastpo.other_sets.items():
+            self._check_reference(name, columns)
         trainer.precompute_ref_logps = self._fastpo.precompute
         trainer.data_collator = self.carrying(trainer.data_collator)
+        setting = self._fastpo.setting
+        models = {name: setting.models(name) for name in setting.references}
+        self._refuse_policy(models)  # before anything is frozen
         self._fastpo.other_models = {
-            name: [self._frozen(one) for one in self._fastpo.setting.models(name)]
-            for name in self._fastpo.setting.references
+            name: [self._frozen(one) for one in each] for name, each in models.items()
         }
+
+    def _refuse_policy(self, models: Mapping[str, list[Any]]) -> None:
+        """Also inside an adapter."""
+        trainer: Any = self
+        for name, each in models.items():
+            if any(part is one for one in each for part in trainer.model.modules()):
+                raise ValueError(
+                    f"references[{name!r}]: expected another model than the policy, got the policy"
+                )
 
     def _frozen(self, model: Any) -> Any:
         """A further reference model, with TRL's fused head, on this process's device."""
@@ -142,9 +191,7 @@ class TextTrainer(ObjectiveTrainer):
         """The collator, and the columns and texts the objective asks for."""
         if isinstance(collator, Carry):
             return collator
-        names = [
-            name for name in self._fastpo.needs.columns() if name in self._fastpo.dataset_columns
-        ]
+        names = self._fastpo.needs.columns()
         texts = [text for text in TEXTS if self._fastpo.needs.text(text)]
         prompts = self._fastpo.setting.score_prompts
         return Carry(collator, names, self.sides, texts=texts, score_prompts=prompts)
@@ -155,9 +202,29 @@ class TextTrainer(ObjectiveTrainer):
             if self._fastpo.needs.text(text):
                 dataset = tokenized_text(text, dataset, prepare, processing_class, args)
         dataset = prepare(dataset, processing_class, args, name)
-        self._fastpo.dataset_columns = tuple(next(iter(dataset)))
-        self._fastpo.needs.check(self._fastpo.dataset_columns)
+        self._note_columns(name, tuple(next(iter(dataset))))
         return dataset
+
+    def _note_columns(self, name: str, columns: tuple[str, ...]) -> None:
+        """Of a dataset that is prepared: what is trained is the training set's to decide."""
+        state = self._fastpo
+        state.needs.check(columns, name)
+        if not state.prepared:
+            state.dataset_columns, state.prepared = columns, True
+            return
+        state.other_sets[name] = columns
+        if hasattr(self, "ref_model"):  # TRL's constructor prepares before it loads one
+            self._check_reference(name, columns)
+
+    def _check_reference(self, name: str, columns: tuple[str, ...]) -> None:
+        """None was loaded if the training set's columns stand for it."""
+        if self._fastpo.precompute or self._has_reference or not self._asks_reference(columns):
+            return
+        missing = min(self._fastpo.needs.of_reference(columns))
+        raise ValueError(
+            f"{missing}: expected a column in dataset {name!r}, too, as the training set needs no "
+            f"reference model and none was loaded, or a ref_model, got columns {sorted(columns)}"
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         trainer: Any = self
@@ -171,7 +238,7 @@ class TextTrainer(ObjectiveTrainer):
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         trainer: Any = self
-        if not self._fastpo.precompute:
+        if not self._fastpo.precompute or not self._asks_reference(dataset.column_names or ()):
             return dataset
         collator = trainer.data_collator
         trainer.data_collator = self.carrying(collator)  # masks count here, too
@@ -196,6 +263,11 @@ class TextTrainer(ObjectiveTrainer):
     def _reference(self, own: Mapping[str, Any], texts: Texts) -> tuple[Pass, Any]:
         """TRL's own reference pass: tokens, and what TRL makes of them."""
         trainer: Any = self
+        if not self._has_reference:
+            raise ValueError(
+                "ref_model: expected a model, as these rows lack columns that stand for it in the "
+                "training set, got None"
+            )
         # Not by its truth: of a compiled model that is an error.
         model = trainer.model if trainer.ref_model is None else trainer.ref_model
         run = Pass(model, list(texts.values()))
@@ -216,7 +288,7 @@ def tokenized_text(text: str, dataset: Any, prepare: Any, processing_class: Any,
         return dataset
     if "prompt" not in present:
         raise ValueError(f"prompt: expected a column beside {text!r}, got {sorted(present)}")
-    if not hasattr(dataset, "__getitem__"):
+    if not hasattr(dataset, "__len__"):  # PyTorch gives iterable ones a __getitem__
         got = type(dataset).__name__
         raise ValueError(f"dataset: expected a map-style one beside {text!r}, got {got}")
 

@@ -18,7 +18,7 @@ from ...seams.seam import fitting
 from . import by_name
 from .base import TextTrainer
 from .columns import SINGLES, Carry
-from .needs import Objective, Setting, Term, of_family, total
+from .needs import Objective, Setting, Term, of_family, refuse_unheard, total
 from .passes import Pass
 
 _TOKENS = ("prompt_ids", "completion_ids")
@@ -74,6 +74,8 @@ class GroupTrainer(TextTrainer, DPOTrainer):
         for name in ("ld_alpha", "precompute_ref_log_probs", "use_weighting"):
             if getattr(args, name):
                 raise ValueError(f"{name}: expected it unset for groups, got {getattr(args, name)}")
+        heard = {"beta": term.beta} | term.parameters
+        refuse_unheard(args, term, heard, "fastpo.objectives.get")
         self.prepare_objective([term], [], setting, train_dataset)
         with self.configured(args):
             super().__init__(model, ref_model, args, train_dataset=train_dataset, **kwargs)
@@ -82,17 +84,18 @@ class GroupTrainer(TextTrainer, DPOTrainer):
     def carrying(self, collator: Any) -> GroupCollator:
         if isinstance(collator, GroupCollator):
             return collator
-        state = self._fastpo
-        names = [name for name in state.needs.columns() if name in state.dataset_columns]
-        return GroupCollator(collator, names)
+        return GroupCollator(collator, self._fastpo.needs.columns())
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
+        # PyTorch gives iterable ones a __getitem__, but no length.
+        if not all(hasattr(dataset, needed) for needed in ("__len__", "column_names")):
+            got = type(dataset).__name__
+            raise ValueError(f"dataset {name!r}: expected a map-style datasets.Dataset, got {got}")
         present = next(iter(dataset))
-        if "completions" not in present or not hasattr(dataset, "column_names"):
+        if "completions" not in present:
             got = ", ".join(present)
             raise ValueError(f"dataset: expected columns prompt and completions, got {got}")
-        self._fastpo.dataset_columns = tuple(present)
-        self._fastpo.needs.check(self._fastpo.dataset_columns)
+        self._note_columns(name, tuple(present))
         whole = copy.copy(args)
         whole.max_length = None  # TRL would drop single completions
         rows = dataset.map(_pairs_of, batched=True, remove_columns=dataset.column_names)
@@ -120,9 +123,9 @@ class GroupTrainer(TextTrainer, DPOTrainer):
         own = {key: inputs[key] for key in ("input_ids", "attention_mask", "completion_mask")}
         given = {name: inputs[name] for name in self._fastpo.needs.columns() if name in inputs}
         given["groups"] = inputs["groups"]
-        if self.needs_reference:
+        if self._runs_reference(inputs):
             run, sums = self._reference(own, {})
-            given |= {"ref_token_logps": run.logps, "ref_logps": torch.cat(sums)}
+            given = {"ref_token_logps": run.logps, "ref_logps": torch.cat(sums)} | given
         policy = Pass(model)
         output = policy(**self._arguments(own))
         free = self._fastpo.setting.reference_free
@@ -196,7 +199,7 @@ class GroupCollator(Carry):
         self.pairs = collator
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        names = [*_TOKENS, *self.columns]
+        names = [*_TOKENS, *(name for name in self.columns if name in examples[0])]
         for example in examples:
             for name in names:
                 _check_column(name, example)

@@ -109,11 +109,16 @@ class Term:
 
     def __str__(self) -> str:
         """With its hyperparameters, as in `0.5·simpo(beta=2.0, gamma=1.0)`."""
-        base, bound = unwrap(self.function)
-        known = inspect.signature(base).parameters.values()
-        given = {x.name: x.default for x in known if x.kind is x.KEYWORD_ONLY} | bound
+        given = self.parameters | unwrap(self.function)[1]
         listed = ", ".join(f"{name}={value!r}" for name, value in given.items())
         return weighted(self.weight, f"{self.name}({listed})")
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Hyperparameter -> what is bound to it, or its default."""
+        base, bound = unwrap(self.function)
+        known = inspect.signature(base).parameters.values()
+        return {x.name: bound.get(x.name, x.default) for x in known if x.kind is x.KEYWORD_ONLY}
 
     @property
     def beta(self) -> float:
@@ -136,7 +141,15 @@ def terms_of(
                 "loss_type: expected the default beside fastpo.patch(objective=...), "
                 f"got {config.loss_type!r}"
             )
-        return [Term(of_family(setting.bound(), families))], []
+        term = Term(of_family(setting.bound(), families))
+        # TRL's β scales the rewards that are logged, also those of an objective that has none.
+        refuse_unheard(config, term, {"beta": term.beta} | term.parameters)
+        if getattr(config, "loss_weights", None) is not None:
+            raise ValueError(
+                "loss_weights: expected None beside fastpo.patch(objective=...), "
+                f"got {config.loss_weights!r}"
+            )
+        return [term], []
     asked = list(zip(names, weights, strict=True))
     theirs = [(name, weight) for name, weight in asked if name in own]
     terms = []
@@ -185,6 +198,23 @@ def _configured(config: Any, key: str) -> dict[str, Any]:
     }
 
 
+def refuse_unheard(
+    config: Any, term: Term, heard: Mapping[str, Any], giver: str = "fastpo.patch"
+) -> None:
+    """ValueError for an option of TRL's own losses that was changed, and changes nothing here.
+
+    heard: hyperparameter -> its value, which the config may say again.
+    """
+    for parameter, option in CONFIGURED.items():
+        default = default_of(config, option)
+        value = getattr(config, option, default)
+        if value == default or (parameter in heard and value == heard[parameter]):
+            continue
+        known = parameter in term.parameters
+        hint = f" (give {parameter}= to {giver})" if known else ""
+        raise ValueError(f"{option}: expected {default} with {term.name}{hint}, got {value}")
+
+
 def default_of(config: Any, name: str) -> Any:
     found = {item.name: item for item in dataclasses.fields(config)}.get(name)
     if found is None:
@@ -216,17 +246,27 @@ class Needs:
     def names(self) -> frozenset[str]:
         return self.required | self.optional | {"pair_weights", "sample_weights"}
 
-    def reference(self, columns: Iterable[str]) -> bool:
-        """Must the reference model run?"""
-        given = set(columns)
-        asked = {name for name in self.required if name.startswith("ref_") and name not in given}
-        ratios = [name for name in self.required if name.endswith("logratios")]
-        if not self.setting.reference_free:
-            stems = (name.removesuffix("logratios") for name in ratios if name != "kl_logratios")
-            asked |= {f"ref_{stem}logps" for stem in stems if f"ref_{stem}logps" not in given}
-        kl = any(name.endswith(("token_kl", "forward_kl")) for name in self.required)
-        mixed = any(name.startswith("mixed_") for name in self.required)
-        return bool(asked) or kl or mixed
+    def of_reference(self, columns: Iterable[str]) -> set[str]:
+        """What the reference model must give, beside these columns."""
+        asked = {name for name in self.required if name.startswith("ref_")}
+        asked |= self._sums_in(self.required)
+        if "kl_logratios" in self.names and not self.setting.reference_free:
+            asked.add(_KL_SUM)
+        walked = {name for name in self.required if name.endswith(("token_kl", "forward_kl"))}
+        mixed = {name for name in self.required if name.startswith("mixed_")}
+        return (asked - set(columns)) | walked | mixed
+
+    def _sums_in(self, names: Iterable[str]) -> set[str]:
+        """The reference's sums in the log-ratios among the names."""
+        if self.setting.reference_free:
+            return set()
+        found = {f"ref_{n.removesuffix('ratios')}ps" for n in names if n.endswith("logratios")}
+        return found & SHAPES.keys()  # kl_logratios are of other rows
+
+    @property
+    def sums(self) -> set[str]:
+        """All that TRL precomputes of a reference."""
+        return {f"ref_{side}_logps" if side else "ref_logps" for side in self.sides} | {_KL_SUM}
 
     def text(self, kind: str) -> bool:
         """Is a third text ("third") or an unlabelled one ("unlabeled") scored?"""
@@ -239,15 +279,16 @@ class Needs:
         """Dataset columns worth carrying: constants of the objective, and masks."""
         masks = [f"{side}_mask" if side else "mask" for side in self.sides]
         own = {f"{side}_{kind}" if side else kind for side in self.sides for kind in _OWN}
-        return tuple(sorted((self.names - own) | set(masks)))
+        return tuple(sorted((self.names - own) | set(masks) | self._sums_in(self.names)))
 
-    def check(self, columns: Iterable[str]) -> None:
+    def check(self, columns: Iterable[str], dataset: str) -> None:
         """ValueError names what neither the model nor the dataset gives, and how to give it."""
         given = set(columns)
         q = self._placeholder(given)
         for name in sorted(self.required):
             if name not in q:
-                raise ValueError(f"{name}: expected {_how(name)}, got columns {sorted(given)}")
+                got = f"columns {sorted(given)} in dataset {dataset!r}"
+                raise ValueError(f"{name}: expected {_how(name)}, got {got}")
 
     def _placeholder(self, columns: set[str]) -> Quantities:
         zeros = torch.zeros(len(self.sides), 1, dtype=torch.float32, device="cpu")
@@ -304,6 +345,7 @@ def _nothing(name: str) -> Tensor:
 # Per side: what the trainer's own passes give. A column could only be stale.
 _OWN = ("logps", "token_logps", "logratios", "lengths", "entropy", "token_kl", "log_sum_sq_probs")
 _MADE = ("token_kl",)
+_KL_SUM = "ref_KL_logps"  # TRL's column: of the mismatched rows that kl_logratios are of
 
 
 def _how(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,11 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ....objectives._registry import entry_of, unwrap
+from ....objectives._registry import entry_of
 from ....quantities import Quantities
 from .base import ObjectiveTrainer, standing_in
 from .columns import SINGLES
-from .needs import CONFIGURED, Objective, Setting, Term, default_of, required_of, total
+from .needs import Objective, Setting, Term, default_of, refuse_unheard, required_of, total
 
 _GIVEN = (
     "token_logps",
@@ -97,18 +96,12 @@ class PolicyTrainer(ObjectiveTrainer):
 
     def _refuse(self, config: Any) -> None:
         """Options of TRL's own losses that the objective would not hear of."""
-        name, known = self._fastpo.terms[0].name, self._parameters()
-        by_key = self._fastpo.setting.objective is None
-        options = {*CONFIGURED.values(), *_WEIGHING, *_OTHERS} & vars(config).keys()
+        term = self._fastpo.terms[0]
+        name = term.name
+        refuse_unheard(config, term, term.parameters)
+        options = {*_WEIGHING, *_OTHERS} & vars(config).keys()
         values = {x: getattr(config, x) for x in options}
         changed = {x: value for x, value in values.items() if value != default_of(config, x)}
-        for parameter, option in CONFIGURED.items():
-            if option in changed and not (by_key and parameter in known):
-                hint = f" (give {parameter}= to fastpo.patch)" if parameter in known else ""
-                raise ValueError(
-                    f"{option}: expected {default_of(config, option)} with {name}{hint}, got "
-                    f"{changed[option]}"
-                )
         for option in _OTHERS:
             if changed.get(option):
                 raise ValueError(f"{option}: expected False with {name}, got True")
@@ -123,14 +116,7 @@ class PolicyTrainer(ObjectiveTrainer):
             )
 
     def _parameters(self) -> Mapping[str, Any]:
-        """Of the objective: hyperparameter -> what is bound to it, or its default."""
-        base, bound = unwrap(self._fastpo.terms[0].function)
-        named = {
-            name: parameter.default
-            for name, parameter in inspect.signature(base).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
-        return named | {name: value for name, value in bound.items() if name in named}
+        return self._fastpo.terms[0].parameters
 
     def _objective_loss(self, model: Any, inputs: Mapping[str, Any]) -> Any:
         trainer: Any = self

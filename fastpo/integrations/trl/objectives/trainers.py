@@ -22,6 +22,9 @@ _TRANSFORMS = {
 }
 
 
+_SUMS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
 class PairTrainer(TextTrainer):
     """Objectives of pairs and of their tokens, in front of DPOTrainer."""
 
@@ -74,14 +77,13 @@ class PairTrainer(TextTrainer):
         pairs = len(own["input_ids"]) // 2
         zeros = torch.zeros(pairs, dtype=torch.float32, device=own["input_ids"].device)
         reference, sums = None, (zeros, zeros)
-        if self.needs_reference and not self._fastpo.precompute:
+        if self._runs_reference(inputs):
             reference, sums = self._reference(own, texts)
             tokens = reference.logps.chunk(len(reference.logps) // pairs)
             given |= {f"ref_{side}_token_logps": x for side, x in zip(PAIRS, tokens, strict=False)}
         elif "ref_chosen_logps" in own:
-            sums = own["ref_chosen_logps"], own["ref_rejected_logps"]
-            given |= {"ref_chosen_logps": sums[0], "ref_rejected_logps": sums[1]}
-        own["ref_chosen_logps"], own["ref_rejected_logps"] = sums
+            given |= {name: own[name] for name in _SUMS if name in own}
+        own = dict(zip(_SUMS, sums, strict=True)) | own
         policy = Pass(model, list(texts.values()))
         with standing_in(self, **self._trl_attributes()):
             result = super()._compute_loss(policy, own, return_outputs)  # type: ignore[misc]
@@ -186,14 +188,16 @@ class SingleTrainer(TextTrainer):
         own, columns, texts = self._split(inputs)
         given: dict[str, Any] = {**columns, "labels": own["label"].bool()}
         reference = None
-        if self.needs_reference and not self._fastpo.precompute:
-            reference, (own["ref_logps"], kl) = self._reference(own, texts)
+        if self._runs_reference(inputs):
+            reference, (sums, kl) = self._reference(own, texts)
             given["ref_token_logps"] = reference.logps
-            if kl is not None:
-                own["ref_KL_logps"] = kl
+            own = {"ref_logps": sums} | ({} if kl is None else {"ref_KL_logps": kl}) | own
         elif "ref_logps" in own:
             given["ref_logps"] = own["ref_logps"]
-        own.setdefault("ref_logps", torch.zeros_like(own["label"], dtype=torch.float32))
+        zeros = torch.zeros_like(own["label"], dtype=torch.float32)
+        own = {"ref_logps": zeros} | own
+        if self._fastpo.setting.reference_free:
+            own["ref_KL_logps"] = zeros
         policy = Pass(model, list(texts.values()))
         zero = {
             "desirable_weight": 0.0,
