@@ -235,7 +235,7 @@ OPTIONS = "--lazy, --shared-prompts, --padding-free before the script"
 def test_nothing_to_run(argv, message, capsys):
     assert run_script(argv) == 2
     said = capsys.readouterr().err
-    assert f"fastpo run: {message}\n" in said
+    assert f"fastpo run: error: {message}\n" in said
     options = "[--lazy] [--shared-prompts] [--padding-free]"
     what = "(script.py | folder | archive | - | -m module) [arguments]"
     assert f"usage: fastpo run {options} {what}" in said

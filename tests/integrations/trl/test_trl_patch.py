@@ -142,17 +142,6 @@ def test_a_second_patch_of_the_same_lacks_nothing(options, tmp_path, caplog):
     assert not [record for record in caplog.records if "built" in record.getMessage()]
 
 
-def test_an_adapter_on_the_head_needs_the_patch(tmp_path):
-    """TRL's own head would leave it out."""
-    pytest.importorskip("trl", minversion="1.15")
-    lora = {"peft_config": _trainers.lora(target_modules=["lm_head"])}
-    with fastpo.patched():
-        path = _trainers.saved(tmp_path)
-        trainer = _trainers.build("DPO", tmp_path, path, tiny.preferences(), {}, **lora)
-    with pytest.raises(RuntimeError, match=r"lm_head: expected fastpo\.patch\(\) while it has an"):
-        trainer.train()
-
-
 def test_the_log_names_the_trainers_and_what_they_train(tmp_path, caplog):
     pytest.importorskip("trl", minversion="1.15")
     path, mixed = _trainers.saved(tmp_path), {"loss_type": ["simpo", "ipo"], "loss_weights": [1, 2]}
