@@ -97,12 +97,12 @@ def group_count(groups: Tensor, num_groups: int | None) -> int:
     """
     if can_be_read(groups):
         _check_rising(groups)
-        largest = int(groups[-1])
-        if num_groups is not None and largest >= num_groups:
-            raise ValueError(f"groups: expected ids below num_groups = {num_groups}, got {largest}")
-    if num_groups is None:
-        return int(groups.max()) + 1 if groups.numel() else 0
-    return num_groups
+    elif num_groups is not None:
+        return num_groups
+    largest = int(groups.max()) if groups.numel() else -1
+    if num_groups is not None and largest >= num_groups:
+        raise ValueError(f"groups: expected ids below num_groups = {num_groups}, got {largest}")
+    return largest + 1 if num_groups is None else num_groups
 
 
 def _check_rising(groups: Tensor) -> None:

@@ -15,15 +15,14 @@ if TYPE_CHECKING:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-REBUILD = "`pip install .` in a checkout of fastpo builds it where there is a C++17 compiler"
-
 
 def compiled() -> tuple[ModuleType | None, str]:
     """fastpo._C, or None and why it did not load."""
     try:
         from ... import _C
     except ImportError as error:
-        return None, f"fastpo._C is not there ({error}); {REBUILD}"
+        how = "`pip install .` in a checkout of fastpo builds it where there is a C++17 compiler"
+        return None, f"fastpo._C is not there ({error}); {how}"
     return _C, ""
 
 

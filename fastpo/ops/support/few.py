@@ -27,7 +27,7 @@ from ..walks.derivatives import check_plain, first_derivatives
 from ..walks.forward import finish
 from ..walks.head import Forward, Head, HeadSpec
 from ..walks.logits import to_logits
-from ..walks.picked import sums_by_token
+from ..walks.picked import sorted_by_word, sums_by_token
 from ..walks.saving import stays
 
 
@@ -237,8 +237,7 @@ class _FewWords:
         """Cells of all blocks, sorted by word: coefficients, tokens, and where each word starts."""
         flat = [(part, ids.flatten(), ids.shape[1]) for part, ids in self.parts()]
         device = self.head.device
-        edges = torch.arange(len(self.weight) + 1, dtype=torch.int64, device=device)
-        words, order = torch.cat([ids for _, ids, _ in flat]).sort(stable=True)
+        words = torch.cat([ids for _, ids, _ in flat])
         tokens = torch.cat(
             [
                 torch.arange(p.start, p.stop, dtype=torch.int64, device=device).repeat_interleave(k)
@@ -246,7 +245,7 @@ class _FewWords:
             ]
         )
         coefficients = torch.cat([own.flatten() for own in dx])
-        return coefficients[order], tokens[order], torch.searchsorted(words, edges)
+        return sorted_by_word(coefficients, words, tokens, len(self.weight))
 
     def _dwords(
         self, cells: tuple[Tensor, Tensor, Tensor], words: Tensor, rows: Tensor

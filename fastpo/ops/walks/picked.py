@@ -39,15 +39,23 @@ def _run(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 def sums_by_word(
     backend: str, coefficients: Tensor, ids: Tensor, rows: Tensor, out: Tensor
 ) -> None:
-    """out_v = Σ coefficients_nk·rows_n over the cells with ids_nk = v; ids [N, K], out [V, H].
+    """out_v = Σ coefficients_nk·rows_n over the cells with ids_nk = v; ids [N, K], out [V, H]."""
+    n, k = ids.shape
+    tokens = torch.arange(n, dtype=torch.int64, device=ids.device).repeat_interleave(k)
+    cells = sorted_by_word(coefficients.flatten(), ids.flatten(), tokens, len(out))
+    registry.word_kernels(backend).sums(*cells, rows, out)
 
-    Sorted by word, tokens in their order, so that the sums have the same bits each time.
+
+def sorted_by_word(
+    coefficients: Tensor, ids: Tensor, tokens: Tensor, vocab: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Coefficients and tokens of all cells, word by word, and where each word begins, [V + 1].
+
+    Tokens of a word stay in their order, so that sums over them have the same bits each time.
     """
-    words, order = ids.flatten().sort(stable=True)
-    edges = torch.arange(len(out) + 1, dtype=torch.int64, device=ids.device)
-    tokens = order // max(1, ids.shape[1])
-    offsets = torch.searchsorted(words, edges)
-    registry.word_kernels(backend).sums(coefficients.flatten()[order], tokens, offsets, rows, out)
+    words, order = ids.sort(stable=True)
+    edges = torch.arange(vocab + 1, dtype=torch.int64, device=ids.device)
+    return coefficients[order], tokens[order], torch.searchsorted(words, edges)
 
 
 def sums_by_token(

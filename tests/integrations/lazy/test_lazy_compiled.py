@@ -7,36 +7,12 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from _pairs import B, T, V, pair, results, size  # noqa: F401
 from _tiny import one_thread  # noqa: F401
-from torch import nn
-
-from fastpo.integrations.lazy import blocks
-from fastpo.integrations.lazy.logits import promised
-from fastpo.integrations.lazy.promise import Promise
-
-B, T, H, V = 3, 7, 8, 53
-
-
-@pytest.fixture(autouse=True, params=["one block", "blocks of two rows"])
-def size(request, monkeypatch):
-    size = 1 << 30 if request.param == "one block" else 4 * V * 2
-    monkeypatch.setattr(blocks, "BYTES", {"cpu": size})
-
-
-def pair():
-    """Lazy logits, the real ones of the same head, and the leaves."""
-    torch.manual_seed(0)
-    head, hidden = nn.Linear(H, V), torch.randn(B, T, H, requires_grad=True)
-    return promised(Promise.of(head, hidden)), head(hidden), [hidden, *head.parameters()]
 
 
 def spread(x):
     return x.logsumexp(-1) - x.mean(-1)
-
-
-def results(read, logits, leaves):
-    found = read(logits)
-    return [found.detach(), *torch.autograd.grad(found.sum(), leaves)]
 
 
 def compiled(function, backend="aot_eager"):

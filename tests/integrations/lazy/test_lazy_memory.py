@@ -8,34 +8,13 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from _pairs import B, T, V, pair, results, size  # noqa: F401
 from _tiny import one_thread  # noqa: F401
-from torch import nn
 
-from fastpo.integrations.lazy import blocks, cell
-from fastpo.integrations.lazy.logits import promised
-from fastpo.integrations.lazy.promise import Promise
+from fastpo.integrations.lazy import cell
 
-B, T, H, V = 3, 6, 8, 41
 IDS = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
 MASK = IDS > 9
-
-
-@pytest.fixture(autouse=True, params=["one block", "blocks of two rows"])
-def size(request, monkeypatch):
-    size = 1 << 30 if request.param == "one block" else 4 * V * 2
-    monkeypatch.setattr(blocks, "BYTES", {"cpu": size})
-
-
-def pair():
-    """Lazy logits, the real ones of the same head, and the leaves."""
-    torch.manual_seed(0)
-    head, hidden = nn.Linear(H, V), torch.randn(B, T, H, requires_grad=True)
-    return promised(Promise.of(head, hidden)), head(hidden), [hidden, *head.parameters()]
-
-
-def results(read, logits, leaves):
-    found = read(logits)
-    return [found.detach() + 0, *torch.autograd.grad(found.sum(), leaves)]
 
 
 COPIES = {

@@ -109,8 +109,7 @@ class Term:
 
     def __str__(self) -> str:
         """With its hyperparameters, as in `0.5·simpo(beta=2.0, gamma=1.0)`."""
-        given = self.parameters | unwrap(self.function)[1]
-        listed = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        listed = ", ".join(f"{name}={value!r}" for name, value in self._given.items())
         return weighted(self.weight, f"{self.name}({listed})")
 
     @property
@@ -121,11 +120,14 @@ class Term:
         return {x.name: bound.get(x.name, x.default) for x in known if x.kind is x.KEYWORD_ONLY}
 
     @property
+    def _given(self) -> dict[str, Any]:
+        """Whatever else is bound, too: quantities of a function of the caller's own."""
+        return self.parameters | unwrap(self.function)[1]
+
+    @property
     def beta(self) -> float:
         """What scales the rewards that are logged."""
-        base, bound = unwrap(self.function)
-        parameter = inspect.signature(base).parameters.get("beta")
-        value = bound.get("beta", 1.0 if parameter is None else parameter.default)
+        value = self._given.get("beta", 1.0)
         return float(value) if isinstance(value, int | float) else 1.0
 
 
