@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 
 import pytest
 
@@ -153,9 +154,19 @@ def test_lists_of_another_length(tmp_path):
         next(iter(built.get_train_dataloader()))
 
 
-def test_options_of_pairs(tmp_path):
-    with pytest.raises(ValueError, match=r"ld_alpha: expected it unset for groups, got 0\.5"):
-        trainer(tmp_path, "infonca", ld_alpha=0.5)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("ld_alpha", 0.5),
+        ("loss_type", ["ipo"]),
+        ("loss_weights", [2.0]),
+        ("f_divergence_type", "forward_kl"),
+    ],
+)
+def test_options_of_pairs(option, value, tmp_path):
+    got = re.escape(f"{option}: expected it unset for groups, got {value!r}")
+    with pytest.raises(ValueError, match=got):
+        trainer(tmp_path, "infonca", **{option: value})
 
 
 REF_LOGPS = [[-30.0, -20.0, -25.0], [-28.0], [-22.0, -31.0]]

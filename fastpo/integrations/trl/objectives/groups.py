@@ -18,9 +18,18 @@ from ...seams.seam import fitting
 from . import by_name
 from .base import TextTrainer
 from .columns import SINGLES, Carry
-from .needs import Objective, Setting, Term, of_family, refuse_unheard, total
+from .needs import Objective, Setting, Term, default_of, of_family, refuse_unheard, total
 from .passes import Pass
 
+# Options of DPOConfig that groups have no use for.
+_OF_PAIRS = (
+    "loss_type",
+    "loss_weights",
+    "ld_alpha",
+    "use_weighting",
+    "f_divergence_type",
+    "precompute_ref_log_probs",
+)
 _TOKENS = ("prompt_ids", "completion_ids")
 # TRL's collator takes pairs: a completion stands on both sides, and one is thrown away.
 _PAIR_KEYS = {
@@ -71,9 +80,9 @@ class GroupTrainer(TextTrainer, DPOTrainer):
         term = Term(of_family(setting.bound(), self.families))
         if args is None:
             raise ValueError("args: expected a DPOConfig, got None")
-        for name in ("ld_alpha", "precompute_ref_log_probs", "use_weighting"):
-            if getattr(args, name):
-                raise ValueError(f"{name}: expected it unset for groups, got {getattr(args, name)}")
+        for name in _OF_PAIRS:
+            if (got := getattr(args, name)) != default_of(args, name):
+                raise ValueError(f"{name}: expected it unset for groups, got {got!r}")
         heard = {"beta": term.beta} | term.parameters
         refuse_unheard(args, term, heard, "fastpo.objectives.get")
         self.prepare_objective([term], [], setting, train_dataset)

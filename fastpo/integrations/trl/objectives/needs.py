@@ -36,6 +36,7 @@ CONFIGURED = {
     "lambda_pos": "vespo_lambda_pos",
     "k_neg": "vespo_k_neg",
     "lambda_neg": "vespo_lambda_neg",
+    "discopop_tau": "discopop_tau",  # for TRL's discopop alone: "tau" means more than one thing
 }
 
 
@@ -159,6 +160,9 @@ def terms_of(
         if name not in own:
             function = objectives.get(name, **_configured(config, name))
             terms.append(Term(of_family(function, families), weight))
+    if terms and not theirs:
+        heard = {name: value for term in terms for name, value in term.parameters.items()}
+        refuse_unheard(config, terms[0], heard)
     return terms, theirs
 
 
