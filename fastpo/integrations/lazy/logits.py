@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ...ops.walks.derivatives import outside_transforms, transforming
 from .calls import (
     FACTS,
     FILLS,
@@ -99,7 +100,7 @@ class LazyLogits(Tensor):
             like = torch.empty((), dtype=first.dtype, device=first.device).expand(first.shape)
             return func(like, *args[1:], **kwargs)
         func, args = compared(func, args, _standing)
-        found = _answer(func, args, kwargs)
+        found = NotImplemented if transforming() else _answer(func, args, kwargs)
         if found is not NotImplemented:
             return found
         if in_place(name) or "out" in kwargs or name in OPENS:
@@ -251,10 +252,7 @@ def _standing(logits: Any) -> Node | None:
 
 def promises(student: Any, teacher: Any) -> tuple[Promise, Promise] | None:
     """`promise_of` both, in shards where their heads are; None, and neither counts as read, where
-    one has real logits.
-
-    Nor where one is of an adapter on a quantised head, which are not one weight.
-    """
+    one has real logits, or is of an adapter on a quantised head, which are not one weight."""
     one, other = _standing(student), _standing(teacher)
     if not (isinstance(one, Promise) and isinstance(other, Promise)):
         return None
@@ -385,7 +383,8 @@ def _rewrite(logits: Any, node: Node, func: Any, *args: Any) -> bool:
 
 
 def _on_values(func: Any, name: str, args: Any, kwargs: Any) -> Any:
-    args, kwargs = tree_map_only(LazyLogits, lambda x: x._seen(name), (args, kwargs))
+    with outside_transforms():
+        args, kwargs = tree_map_only(LazyLogits, lambda x: x._seen(name), (args, kwargs))
     return func(*args, **kwargs)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 
@@ -35,6 +37,18 @@ def transform(x: Tensor) -> str | None:
         if functorch.is_gradtrackingtensor(x):
             return "torch.func.grad, vjp or jvp"
     return None if forward_ad.unpack_dual(x).tangent is None else "forward-mode AD"
+
+
+def transforming() -> bool:
+    """Is torch.func or forward-mode AD at work, with whatever tensors?"""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def outside_transforms() -> AbstractContextManager[Any]:
+    """Where tensors that were there before torch.func began are computed further."""
+    return temporarily_clear_interpreter_stack() if transforming() else nullcontext()
 
 
 def first_derivatives(
