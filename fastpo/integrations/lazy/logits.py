@@ -62,6 +62,8 @@ class LazyLogits(Tensor):
             cls, like.shape, dtype=like.dtype, device=like.device
         )
         made._cell, made._real, made._past, made._hooked = cell, None, False, False
+        # C functions that ask no subclass, as `to_dlpack`, would hand out memory that is not there.
+        torch._C._set_throw_on_mutable_data_ptr(made)
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]

@@ -50,6 +50,14 @@ def test_answers_without_logits(name, pair):
     assert not cell.told
 
 
+def test_no_pointer_without_memory(pair):
+    """Read through it, the capsule would end the process."""
+    promise, real = pair
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(promise)
+    torch.testing.assert_close(torch.from_dlpack(promise), real)
+
+
 def test_facts_cost_nothing(pair):
     promise, real = pair
     for fact in ("shape", "ndim", "dtype", "device", "layout", "requires_grad", "is_nested"):
