@@ -48,6 +48,9 @@ def check_model(model: Any) -> None:
         raise Refused("attention that is looked up in a registry of its own")
     if getattr(config, "is_causal", True) is False:
         raise Refused("attention that is not causal")
+    if getattr(config, "attn_temperature_tuning", False):
+        # Llama 4's, by the place in the tensor that it is called with: no probe is as long.
+        raise Refused("queries that are scaled by their place in the tensor")
     if _splits_rows():
         raise Refused("rows that are split between processes")
     if any(getattr(config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):

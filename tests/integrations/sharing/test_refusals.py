@@ -44,6 +44,13 @@ def test_a_model_without_a_backbone_of_its_own(caplog):
     assert_as_before(make, plain, "its head is not on a backbone of its own", caplog)
 
 
+def test_queries_scaled_by_their_place(caplog):
+    """Of Llama 4's backbone: behind so many tokens that the probe would not tell."""
+    changes = {"intermediate_size_mlp": 48, "no_rope_layers": [1, 0], "floor_scale": 32}
+    make = lambda: _architectures.model("Llama4Text", _architectures.MOE | changes).model  # noqa: E731
+    assert_as_before(make, plain, "scaled by their place in the tensor", caplog)
+
+
 def cached():
     """A cache that holds what came before."""
     cache = DynamicCache(config=llama().config)
