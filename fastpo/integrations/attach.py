@@ -23,7 +23,7 @@ from ..ops.stats import TokenStats
 from ..ops.vocab_parallel_logps import score_sharded
 from . import predictions
 from .adapter import operands, rounded
-from .heads import linear_head, logit_map, stored_weight, tensor_parallel
+from .heads import linear_head, logit_map, stored_weight, tensor_parallel, words_of
 from .seams import hooks
 from .seams.calls import standing_in, unhidden
 from .seams.handle import Handle, attached
@@ -177,7 +177,7 @@ class _Call:
     def probe(self) -> Tensor:  # [1, 3, V]
         """Three positions: what is done to the first or last alone shows, too."""
         device = stored_weight(self.head).device
-        words = self.head.out_features
+        words = words_of(self.head)
         row = torch.linspace(-50, 50, words, dtype=torch.float32, device=device)
         return row.expand(1, 3, -1)
 
@@ -238,7 +238,7 @@ class _Call:
         expected = probe * options.logit_scale
         if options.softcap is not None:
             expected = options.softcap * torch.tanh(expected / options.softcap)
-        if vocab_size not in (None, self.head.out_features) or logits.shape != expected.shape:
+        if vocab_size not in (None, probe.shape[-1]) or logits.shape != expected.shape:
             raise self.unknown(f"its loss sees logits of shape {(*logits.shape[:-1], vocab_size)}")
         eps = torch.finfo(logits.dtype).eps
         same = torch.isclose(logits.float(), expected, rtol=8 * eps, atol=8 * eps).all()

@@ -81,6 +81,15 @@ def stored_weight(head: Any) -> Tensor:
     return weight
 
 
+def words_of(head: Any) -> int:
+    """How many the weight has: what a layer says of itself stays as it was where another weight has
+    been put into it, and of PEFT's copy of tied embeddings it is the width."""
+    layer = base_layer(head)
+    weight = layer._parameters.get("weight")  # not of a parametrized one; of ZeRO-3 without shape
+    own = weight is not None and weight.dim() == 2 and not is_quantised(layer)
+    return int(len(weight) if own else layer.out_features)
+
+
 def tensor_parallel(head: Any) -> bool:
     """Whether transformers shares the words out to processes that all have the same tokens."""
     own = getattr(beneath(head, "forward"), "__module__", "")

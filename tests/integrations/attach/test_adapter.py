@@ -89,6 +89,19 @@ def test_several_disabled_and_merged_adapters():
         torch.testing.assert_close(products, head(hidden), rtol=1e-5, atol=1e-5)
 
 
+def test_a_trained_copy_of_tied_embeddings():
+    """PEFT makes the head a layer whose two numbers of features are the wrong way round."""
+    pytest.importorskip("peft", minversion="0.18")
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = peft.get_peft_model(
+        tiny.model("llama_tied"), peft.LoraConfig(**settings, ensure_weight_tying=True)
+    )
+    inputs = tiny.batch()
+    loss = model(**inputs).loss
+    fastpo.attach(model)
+    torch.testing.assert_close(model(**inputs).loss, loss)
+
+
 def test_what_fastpo_cannot_score_through():
     def reason(**settings):
         return unsupported(adapted_model(**settings).get_base_model().get_output_embeddings())

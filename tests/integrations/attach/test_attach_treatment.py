@@ -88,6 +88,13 @@ def older_weight_norm(model):
     model.lm_head.weight_g.data *= 1.5
 
 
+def padded_words(model):
+    """The layer still says how many it was made with."""
+    head = model.lm_head
+    head.weight = nn.Parameter(nn.functional.pad(head.weight.detach(), (0, 0, 0, 5)))
+    model.config.vocab_size += 5
+
+
 def outer_hook(model):
     def doubled(module, inputs, output):
         output.loss = output.loss * 2
@@ -107,6 +114,7 @@ HONOURED = {
     "another soft-cap": ("gemma2", setting(final_logit_softcapping=1.5)),
     "no soft-cap": ("gemma2", setting(final_logit_softcapping=None)),
     "more words": ("llama_tied", lambda m: m.resize_token_embeddings(340, mean_resizing=False)),
+    "padded words": ("llama", padded_words),
 }
 
 
