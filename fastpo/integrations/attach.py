@@ -164,8 +164,10 @@ class _Call:
             raise ValueError(f"return_dict: expected True, got a {type(output).__name__}")
         return self.result(output)
 
-    def project(self, hidden: Tensor) -> Tensor:
+    def project(self, hidden: Tensor, **options: Any) -> Tensor:
         """In place of the head: remembers its input, answers with the probe."""
+        if options:  # PEFT's adapter_names
+            raise self.unknown(f"its forward gives the head {', '.join(options)}")
         if self.hidden is not None:
             raise self.unknown("its forward calls the head twice")
         self.hidden = hidden

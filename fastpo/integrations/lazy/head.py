@@ -45,12 +45,14 @@ def lazy_head(
     own, sharded = unhidden(head.forward), isinstance(parts[0], DTensor)
     outside = saving_hooks()
 
-    def forward(hidden: Tensor) -> Tensor:
+    def forward(hidden: Tensor, **given: Any) -> Tensor:
         # A checkpoint that began in here computes again when nothing stands in any more.
         again = checkpointed() and saving_hooks() != outside
         unread = hidden.dtype not in DTYPES or any(map(_watched, (hidden, *head.parameters())))
-        if again or unread:
-            made: Tensor = own(hidden)
+        if given:  # PEFT's adapter_names: rows of several heads
+            say_once(f"{who} keeps its full logits", f"its head is given {', '.join(given)}")
+        if again or unread or given:
+            made: Tensor = own(hidden, **given)
             return made
         if not sharded:
             return promised(Promise.of(head, hidden, options))

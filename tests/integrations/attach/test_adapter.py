@@ -102,6 +102,20 @@ def test_a_trained_copy_of_tied_embeddings():
     torch.testing.assert_close(model(**inputs).loss, loss)
 
 
+def test_rows_of_several_adapters():
+    """`adapter_names` reach the head: its logits, where they can be, and else an error."""
+    model, inputs = adapted_model().eval(), tiny.batch()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
+    randomize(model)
+    inputs["adapter_names"] = ["default", "second", "__base__"]
+    logits = model(**inputs).logits
+    with fastpo.lazy_logits(model):
+        assert torch.equal(model(**inputs).logits, logits)
+    fastpo.attach(model)
+    with pytest.raises(RuntimeError, match="its forward gives the head adapter_names"):
+        model(**inputs)
+
+
 def test_what_fastpo_cannot_score_through():
     def reason(**settings):
         return unsupported(adapted_model(**settings).get_base_model().get_output_embeddings())
