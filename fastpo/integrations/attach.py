@@ -74,7 +74,9 @@ def attach(
 
     A forward hook on the head is given three positions of made-up logits. What it, the config or
     the forward does to them is looked at in each call; on a GPU it waits for that after a change
-    only, and else answers NaN. A Trainer that asks for predictions gets a ValueError.
+    only, and else answers NaN. After the loss function they are NaN: a loss to which the forward
+    adds something made of them is an error, on a GPU NaN. A Trainer that asks for predictions gets
+    a ValueError.
 
     Raises ValueError for a model, RuntimeError for a head, a forward or hooks, that fastpo does not
     know.
@@ -143,6 +145,8 @@ class _Call:
         self.own_tokens = not tensor_parallel(self.head)
         self.hidden: Tensor | None = None
         self.lost = False
+        self.looked_at: Tensor | None = None  # the logits, once their treatment is known
+        self.total: Tensor | None = None  # the loss without what a forward adds to it
         self.stats: TokenStats | None = None
 
     def run(self, own: Callable[..., Any], inputs: dict[str, Any]) -> ModelOutput:
@@ -162,6 +166,7 @@ class _Call:
             raise self.unknown("its forward does not go through get_output_embeddings and loss")
         if not isinstance(output, ModelOutput):
             raise ValueError(f"return_dict: expected True, got a {type(output).__name__}")
+        self.check_unread(output.get("loss"))
         return self.result(output)
 
     def project(self, hidden: Tensor, **options: Any) -> Tensor:
@@ -198,7 +203,10 @@ class _Call:
         self.lost = True
         if self.hidden is None:
             raise self.unknown("its loss comes before get_output_embeddings() is called")
-        known = self.check(logits, vocab_size)
+        if logits is not self.looked_at:
+            self.known, self.looked_at = self.check(logits, vocab_size), logits
+            # Whoever reads them from here on shall see that they are none; autograd saw no change.
+            logits.data.fill_(float("nan"))
         if shift_labels is None:
             targets = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         else:
@@ -208,15 +216,16 @@ class _Call:
                 f"labels: expected shape {tuple(self.hidden.shape[:-1])}, got {tuple(labels.shape)}"
             )
         rows, stats = self.score(self.hidden, targets, ignore_index)
-        stats = TokenStats(*(None if x is None else _where(known, x) for x in stats))
+        stats = TokenStats(*(None if x is None else _where(self.known, x) for x in stats))
         self.stats = _spread(stats, rows, targets.shape, shifted=shift_labels is None)
         assert stats.logps is not None
         total = -stats.logps.sum() + logits.flatten()[:0].sum()
         if num_items_in_batch is None:
-            return total / len(rows)
-        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = len(rows)
+        elif isinstance(num_items_in_batch, Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+        self.total = total / num_items_in_batch
+        return self.total
 
     def score(
         self, hidden: Tensor, targets: Tensor, ignore_index: int
@@ -254,6 +263,14 @@ class _Call:
                 f"logit_scale={options.logit_scale}, softcap={options.softcap}"
             )
         return same
+
+    @torch.compiler.disable
+    def check_unread(self, loss: Any) -> None:
+        """An error where logits went into the loss by another way; on a GPU it is NaN, unread."""
+        if not isinstance(loss, Tensor) or _waits(loss) or self.total is None:
+            return
+        if loss.isnan().any() and not self.total.isnan():
+            raise self.unknown("what it adds to its loss is made of its logits, or NaN by itself")
 
     def result(self, output: ModelOutput) -> ModelOutput:
         values = {f.name: getattr(output, f.name) for f in fields(output)}  # type: ignore[arg-type]

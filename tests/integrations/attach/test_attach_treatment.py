@@ -298,7 +298,7 @@ def test_where_looking_waits_for_a_device(monkeypatch):
     fastpo.attach(model, outputs=("logps", "lse"))
     for _ in range(2):
         assert model(**tiny.batch()).loss.isfinite()
-    assert len(waited) == 1  # the first call has looked and waited
+    assert [x.dtype for x in waited].count(torch.bool) == 1  # the first call has looked and waited
     hook.factor = 1.1
     output = model(**tiny.batch())
     scored = tiny.batch()["labels"][:, 1:] != -100
@@ -351,3 +351,45 @@ def test_second_derivatives_are_refused():
     norm = sum(grad.square().sum() for grad in grads)
     with pytest.raises(RuntimeError, match="attach: expected first derivatives only"):
         norm.backward()
+
+
+class _Regularised(transformers.LlamaForCausalLM):
+    """A z-loss beside the model's own."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, labels=labels, **kwargs)
+        if labels is not None:
+            output.loss = output.loss + output.logits.logsumexp(-1).square().mean()
+        return output
+
+
+class _Smoothed(transformers.LlamaForCausalLM):
+    """The loss of further labels beside the model's own."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        output = super().forward(*args, labels=labels, **kwargs)
+        words = self.config.vocab_size
+        more = self.loss_function(logits=output.logits, labels=labels % 7, vocab_size=words)
+        output.loss = output.loss + more
+        return output
+
+
+def test_logits_that_a_forward_adds_to_its_loss(monkeypatch):
+    model = tiny.model("llama")
+    model.__class__ = _Regularised
+    fastpo.attach(model)
+    with pytest.raises(RuntimeError, match="what it adds to its loss is made of its logits"):
+        model(**tiny.batch())
+    nothing = tiny.batch() | {"labels": torch.full((3, 12), -100)}
+    assert model(**nothing).loss.isnan()  # as without fastpo
+    monkeypatch.setattr(attach, "_waits", lambda x: True)
+    output = model(**tiny.batch())
+    assert output.loss.isnan() and output.logps.isfinite().all()
+
+
+def test_a_loss_of_other_labels_beside_the_model_s():
+    model = tiny.model("llama")
+    model.__class__ = _Smoothed
+    own = steps(model)
+    fastpo.attach(model)
+    torch.testing.assert_close(steps(model), own, rtol=1e-4, atol=1e-5)
