@@ -262,6 +262,13 @@ def test_wrong_arguments(case, mesh):
         fastpo.vocab_parallel_logps(hidden, inputs.weight, labels, **given)
 
 
+def test_a_mesh_is_no_group(mesh):
+    inputs = problem(torch.float32)
+    given = {"first": 0, "vocab": VOCAB, "group": mesh}
+    with pytest.raises(ValueError, match="group: expected a ProcessGroup or None, got DeviceMesh"):
+        fastpo.vocab_parallel_logps(inputs.hidden, inputs.weight, inputs.labels, **given)
+
+
 def test_wrong_dtensors(mesh):
     inputs = problem(torch.float32)
     given = inputs.hidden, distribute_tensor(inputs.weight.detach(), mesh, [Shard(0)])
@@ -270,6 +277,9 @@ def test_wrong_dtensors(mesh):
         call(*given, inputs.labels, first=0)
     with pytest.raises(ValueError, match=r"bias: expected a DTensor in \(Shard\(dim=0\),\), got a"):
         call(*given, inputs.labels, bias=inputs.bias)
+    more = distribute_tensor(torch.zeros(VOCAB + 1), mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"bias: expected 1003 words on .* as in weight, got 1004"):
+        call(*given, inputs.labels, bias=more)
     wrong = distribute_tensor(inputs.weight.detach(), mesh, [Replicate()])
     with pytest.raises(ValueError, match=r"weight: expected a DTensor in .*, got \(Replicate\(\),"):
         call(inputs.hidden, wrong, inputs.labels)

@@ -330,6 +330,9 @@ def test_wrong_shards_of_a_teacher(mesh):
     fewer = distribute_tensor(tw[:9], mesh, [Shard(0)])
     with pytest.raises(ValueError, match=r"teacher_weight: expected 211 words on .*, got 9 on"):
         call(h, own, th, fewer, kind="jsd")
+    fewer = distribute_tensor(tb[:9], mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"teacher_bias: expected 211 words on .*, got 9 on"):
+        call(h, own, th, other, teacher_bias=fewer, kind="jsd")
     with pytest.raises(ValueError, match="own_tokens: expected True or False, got 1"):
         call(h, w, th, tw, own_tokens=1, **given)
     with pytest.raises(ValueError, match="hidden: expected a whole tensor, got DTensor"):

@@ -7,6 +7,7 @@ from typing import TypeGuard
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from ..walks.checks import check_integer, check_kind, given, shape_of
@@ -31,6 +32,8 @@ def part_of(
     check_kind(weight=weight, **given(bias=bias))
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed: expected an initialised process group, got none")
+    if isinstance(group, str | DeviceMesh):
+        raise ValueError(f"group: expected a ProcessGroup or None, got {group!r}")
     if dist.get_rank(group) < 0:
         raise ValueError("group: expected one that this process is in, got another")
     if isinstance(weight, DTensor):
@@ -59,6 +62,7 @@ def in_shards(weight: Tensor) -> TypeGuard[DTensor]:
 def of_dtensor(weight: DTensor, bias: Tensor | None) -> Part:
     """Words are the rows of the local tensor, in order of the mesh's processes."""
     local = _local("weight", weight), None if bias is None else _local("bias", bias)
+    _check_alike(weight, bias=bias)
     mesh, vocab = weight.device_mesh, weight.shape[0]
     first = min(mesh.get_local_rank() * -(-vocab // mesh.size()), vocab)  # as torch.chunk cuts
     shard = VocabShard(first, vocab, mesh.get_group())
@@ -82,14 +86,21 @@ def beside(
         return other, other_bias
     local = _local(f"{of}weight", other)
     bias = None if other_bias is None else _local(f"{of}bias", other_bias)
-    assert isinstance(other, DTensor)
-    # Compared as a whole: where only some processes found a difference, the others would wait.
-    if (other.device_mesh, len(other)) != (weight.device_mesh, len(weight)):
-        raise ValueError(
-            f"{of}weight: expected {len(weight)} words on {weight.device_mesh} as in weight, "
-            f"got {len(other)} on {other.device_mesh}"
-        )
+    _check_alike(weight, **{f"{of}weight": other, f"{of}bias": other_bias})
     return local, bias
+
+
+def _check_alike(weight: DTensor, **others: Tensor | None) -> None:
+    """Compared as a whole: where only some processes found a difference, the others would wait."""
+    for name, x in others.items():
+        if x is None:
+            continue
+        assert isinstance(x, DTensor)
+        if (x.device_mesh, len(x)) != (weight.device_mesh, len(weight)):
+            raise ValueError(
+                f"{name}: expected {len(weight)} words on {weight.device_mesh} as in weight, "
+                f"got {len(x)} on {x.device_mesh}"
+            )
 
 
 def _local(name: str, x: Tensor) -> Tensor:
