@@ -35,6 +35,7 @@ class Handle:
         by then it has ours, as the handle comes before them among its attributes."""
         vars(self).update(state)
         if self.active:
+            vars(self.model)[STATE] = self  # before ours, so that this may be pickled in its turn
             self._stand_in()
             self.begin()
 

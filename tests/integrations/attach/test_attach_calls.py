@@ -47,3 +47,25 @@ def test_what_it_returns_is_pickled_and_copied(name):
     for twin in (pickle.loads(pickle.dumps(output)), copy.deepcopy(output)):
         assert type(twin) is type(output) and list(twin) == list(output)
         torch.testing.assert_close(dict(twin), dict(output))
+
+
+def _pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    "ways", [(copy.deepcopy, _pickled), (_pickled, _pickled), (_pickled, copy.deepcopy, _pickled)]
+)
+def test_copies_of_copies_have_the_head(ways, shared):
+    """A deep copy, of a policy before it is sent to another process for one."""
+    model, inputs = tiny.model("llama"), tiny.batch()
+    expected = model(**inputs).loss
+    fastpo.attach(model, shared_prompts=shared)
+    for way in ways:
+        model = way(model)
+    output = model(**inputs)
+    assert output.logits is None
+    torch.testing.assert_close(output.loss, expected)
+    model._fastpo.detach()
+    assert model(**inputs).logits is not None and "forward" not in vars(model)
