@@ -65,6 +65,8 @@ def fsdp(rank, folder):
             found[name, kind] = gradients(built, batches(rank, rows))
     if find_spec("peft") is not None:
         found["adapter"] = gradients(sharded_head(adapted()), batches(rank))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1), mesh_dim_names=("copies", "shards"))
+    found["copies"] = gradients(sharded_head(tiny.model("llama"), mesh=mesh), batches(rank))
     model = sharded_head(tiny.model("llama"))
     model.lm_head.set_gradient_divide_factor(1.0)
     with pytest.raises(RuntimeError, match=r"set_gradient_divide_factor: expected none .* got 1.0"):
@@ -72,10 +74,10 @@ def fsdp(rank, folder):
     torch.save(found, folder / f"{rank}.pt")
 
 
-def sharded_head(model):
+def sharded_head(model, **options):
     base = getattr(model, "get_base_model", lambda: model)()
-    fully_shard([base.model.norm, base.lm_head], reshard_after_forward=True)
-    fully_shard(model)
+    fully_shard([base.model.norm, base.lm_head], reshard_after_forward=True, **options)
+    fully_shard(model, **options)
     fastpo.attach(model)
     return model
 
@@ -106,11 +108,15 @@ def test_attached_model_under_fsdp2(name, kind, sharded):
     torch.testing.assert_close(sharded[name, kind], own, rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_on_the_head_under_fsdp2(sharded):
-    own = gradients(adapted(), [*batches(0), *batches(1)])
-    assert {name for name in own if "lora" in name} and own.keys() == sharded["adapter"].keys()
+@pytest.mark.parametrize("name", ["adapter", "copies"])
+def test_a_head_that_is_gathered_under_fsdp2(name, sharded):
+    """With an adapter, and on a mesh of copies and shards."""
+    own = gradients(
+        tiny.model("llama") if name == "copies" else adapted(), [*batches(0), *batches(1)]
+    )
+    assert any("lora" in key for key in own) == (name == "adapter")
     own = {n: grad / _processes.PROCESSES for n, grad in own.items()}
-    torch.testing.assert_close(sharded["adapter"], own, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(sharded[name], own, rtol=1e-4, atol=1e-5)
 
 
 def tensor_parallel(rank, folder):
