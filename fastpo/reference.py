@@ -251,9 +251,11 @@ def linear_divergence(
     other = _logits(
         teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale
     )
-    s = torch.log_softmax(z, -1)
     tempered = temperature if teacher_temperature is None else teacher_temperature
-    t = torch.log_softmax(other / _per_row(tempered), -1)
+    # Of a word that a side excludes, 0·(-inf) would be NaN.
+    lowest = max(-1e30, torch.finfo(z.dtype).min)
+    s = torch.log_softmax(z, -1).clamp_min(lowest)
+    t = torch.log_softmax(other / _per_row(tempered), -1).clamp_min(lowest)
     p, q = s.exp(), t.exp()
     limits = {("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl"}
     limits |= {("alpha", 1.0): "forward_kl", ("alpha", 0.0): "reverse_kl"}
@@ -263,7 +265,7 @@ def linear_divergence(
     elif kind == "reverse_kl":
         rows = p * (s - t)
     elif kind == "jsd":
-        m = (beta * q + (1 - beta) * p).log()
+        m = (beta * q + (1 - beta) * p).log().clamp_min(lowest)
         rows = beta * q * (t - m) + (1 - beta) * p * (s - m)
     elif kind == "alpha":
         rows = (torch.exp(alpha * t + (1 - alpha) * s) - p) / (alpha * (alpha - 1))

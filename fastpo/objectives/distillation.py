@@ -3,7 +3,8 @@
 `s, t` are the log-softmax of student and teacher logits over temperature, `p_S, p_T` their
 probabilities, `KL(P‖Q) = Σ_v P·(log P - log Q)` in nats; no temperature² factor. The first eight
 return [P], one value per position: the fused engine computes them tile by tile, these functions
-are their definition. Gradient goes into the student only.
+are their definition. Gradient goes into the student only. A logit of -inf is a word of probability
+0, whose logarithm counts as -1e30.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 from ._math import EXP_CAP, cut, log1mexp, masked_sum
 from ._registry import NonNegative, OneOf, Positive, Unit, objective
 
-_LOWEST = -1e30  # a word that both exclude: -inf - -inf is NaN
+_LOWEST = -1e30  # of a word that a side excludes: -inf - -inf and 0·inf are NaN
 _NEAR = 1e-6  # an alpha this close to 0 or 1 is that limit: the formula divides 0 by 0 there
 
 
@@ -25,7 +26,11 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    return torch.log_softmax(logits / temperature, -1)
+    return _finite(torch.log_softmax(logits / temperature, -1))
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.clamp(min=_LOWEST)
 
 
 @objective("forward_kl", paper="arXiv:1503.02531", family="distillation")
@@ -88,7 +93,6 @@ def alpha_divergence(
     if abs(alpha) < _NEAR:
         return reverse_kl(student_logits, teacher_logits, temperature=temperature)
     s, t = _log_softmax(student_logits, temperature), _log_softmax(teacher_logits, temperature)
-    s, t = s.clamp(min=_LOWEST), t.clamp(min=_LOWEST)
     e = (alpha * t + (1 - alpha) * s).clamp(max=EXP_CAP).exp()
     # (p_S - e)/α + (p_T - e)/(1-α), as products: near α = 0 and 1 the differences are rounding.
     gap = 0.5 * (t - s)
@@ -135,10 +139,8 @@ def topk_kl(
     forward: KL(teacher‖student), reverse: KL(student‖teacher). Context distillation: the teacher
     is the model with the context in its prompt.
     """
-    if tail:
-        student, teacher = _with_tail(student_topk_logps), _with_tail(teacher_topk_logps)
-    else:
-        student, teacher = _log_softmax(student_topk_logps), _log_softmax(teacher_topk_logps)
+    lists = _finite(student_topk_logps), _finite(teacher_topk_logps)
+    student, teacher = map(_with_tail if tail else _log_softmax, lists)
     return _kl(teacher, student) if direction == "forward" else _kl(student, teacher)
 
 
@@ -166,7 +168,7 @@ def aligndistil(
 
     c is 10 off-policy and 15 on-policy in the paper.
     """
-    z, reverse = teacher_logits, reverse_teacher_logits
+    z, reverse = _finite(teacher_logits), _finite(reverse_teacher_logits)
     gap = (z.softmax(-1) - reverse.softmax(-1)).abs().sum(-1)
     w = c * gap + 1e-3
     target = _log_softmax(z + w[:, None] * (z - reverse))

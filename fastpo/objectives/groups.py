@@ -27,13 +27,13 @@ from ._registry import NonNegative, OneOf, Positive, objective
 
 NumGroups = Annotated[int | None, NonNegative]
 
-_FAR = 1e30  # within float32, and with room for sums
+_FAR = 1e30  # within float32, and with room for sums; 0 times its negative is 0, not NaN
 
 
 def _log_target(scores: Tensor, groups: Tensor, count: int, alpha: float) -> Tensor:
     """[N] log softmax(S/α) in the group. Differences first: α may be 1e-4, S/α loses digits."""
     below = scores - group_max(scores, groups, count)[groups]
-    return group_log_softmax(below / alpha, groups, count)
+    return group_log_softmax(below / alpha, groups, count).clamp(min=-_FAR)
 
 
 @objective("infonca", paper="arXiv:2402.05369")
@@ -153,6 +153,7 @@ def brain(
     in the group; α is constant. One row: 0.
     """
     count = group_count(groups, num_groups)
-    posterior = group_log_softmax(scores / temperature + ref_logps - sampler_logps, groups, count)
+    strengths = scores / temperature + ref_logps - sampler_logps
+    posterior = group_log_softmax(strengths, groups, count).clamp(min=-_FAR)
     policy = group_log_softmax(logps - sampler_logps, groups, count)
     return group_sum(posterior.exp() * (posterior - policy), groups, count)

@@ -84,13 +84,35 @@ def test_alpha_divergence_of_close_distributions(alpha):
         assert (ours.double() - exact).norm() < 1e-5 * exact.norm()
 
 
-def test_words_that_both_exclude():
-    student, teacher = (x.index_fill(-1, torch.tensor([3]), -torch.inf) for x in logits(1))
-    found = get("alpha_divergence")(student.requires_grad_(), teacher, alpha=0.3)
+@pytest.mark.parametrize("key", [*DIVERGENCES, "adpa", "aligndistil"])
+def test_words_that_all_exclude(key):
+    excluded = torch.tensor([3])
+    few = logits(1, 3 if key in ("adpa", "aligndistil") else 2)
+    student, *others = (x.index_fill(-1, excluded, -torch.inf) for x in few)
+    found = get(key)(student.requires_grad_(), *others)
     (grad,) = torch.autograd.grad(found.sum(), student)
-    few = [x[:, [0, 1, 2, 4, 5, 6]] for x in (student, teacher)]
-    close(found, get("alpha_divergence")(*few, alpha=0.3))
+    close(found, get(key)(*(x[:, [0, 1, 2, 4, 5, 6]] for x in few)))
     assert not grad[:, 3].any() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+def test_words_that_the_teacher_excludes(tail, beta):
+    """They have probability 0 there: the KL of a sampler's distribution, cut to its best words."""
+    student, teacher = logits(1)
+    teacher = teacher.index_fill(-1, torch.tensor([3]), -torch.inf)
+    s, t = student.softmax(-1), teacher.softmax(-1)
+    close(get("tvd")(student, teacher), (s - t).abs().sum(-1) / 2)
+    middle = beta * t + (1 - beta) * s
+    kept = (t * (t / middle).log()).nan_to_num().sum(-1)
+    expected = beta * kept + (1 - beta) * (s * (s / middle).log()).sum(-1) if beta else kept
+    student.requires_grad_()
+    found = get("jsd", beta=beta)(student, teacher)
+    close(found, expected)
+    assert torch.autograd.grad(found.sum(), student)[0].isfinite().all()
+    listed = student.log_softmax(-1)[:, 2:5], teacher.log_softmax(-1)[:, 2:5]
+    few = get("topk_kl", tail=tail)(*listed)
+    assert torch.autograd.grad(few.sum(), student)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("beta", [1e-4, 1 - 1e-4])

@@ -268,6 +268,16 @@ def test_divergences_vanish_at_their_targets(sizes, seed):
     close(brain(**reached), torch.zeros(len(sizes), dtype=torch.float64))
 
 
+def test_a_score_of_minus_infinity_leaves_a_row_out_of_the_target():
+    """As ADPO's log q of a teacher that excludes a response: q·log q is 0 there."""
+    x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
+    groups, scores = grouping([3]), torch.tensor([0.3, -math.inf, -0.2]).double()
+    q, p = scores.softmax(0)[[0, 2]], x.log_softmax(0)[[0, 2]]
+    expected = (q * (q.log() - p)).sum()[None]
+    close(get("infonca", alpha=1.0, subtract_entropy=True)(x, scores, groups, beta=1.0), expected)
+    close(get("brain")(x, 0 * x, 0 * x, scores, groups), expected)
+
+
 def test_infonca_one_hot_splits_ties():
     x = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     groups, scores = grouping([3]), torch.tensor([1000.1, 0.0, 1000.1])

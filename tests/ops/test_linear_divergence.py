@@ -195,6 +195,22 @@ def test_words_both_exclude_and_far_apart_heads(name):
     assert torch.autograd.grad(found.sum(), h)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_the_twin_leaves_out_words_both_exclude(name):
+    h, w, b, th, tw, tb = (x.detach().double() for x in sides())
+    b[:70], tb[:70] = float("-inf"), float("-inf")
+    options = {"kind": name.removesuffix("_beyond"), **KINDS[name]}
+    whole, few = (
+        reference.linear_divergence(
+            h.requires_grad_(), w[k:], th, tw[k:], bias=b[k:], teacher_bias=tb[k:], **options
+        )
+        for k in (0, 70)
+    )
+    torch.testing.assert_close(whole, few)
+    gradients = [torch.autograd.grad(x.divergence.sum(), h)[0] for x in (whole, few)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_no_tensor_is_as_wide_as_the_logits():
     h, w, b, th, tw, tb = sides(tokens=200, vocab=1000)
     with Widest() as widest:
