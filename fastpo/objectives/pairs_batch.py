@@ -27,8 +27,10 @@ def rpo_relative(
 
     W_ij = softmax_j((cos(e_i, e_j) - 1)/τ), norms at least 1e-8, inside the logistic.
     """
-    directions = F.normalize(prompt_embeddings, dim=-1, eps=1e-8)
-    weights = torch.softmax((directions @ directions.T - 1) / tau, -1)
+    # In float64, which autocast leaves alone: trainers compute their loss under it.
+    directions = F.normalize(prompt_embeddings, dim=-1, eps=1e-8).double()
+    cosines = (directions @ directions.T).to(prompt_embeddings.dtype)
+    weights = torch.softmax((cosines - 1) / tau, -1)
     gaps = chosen_logratios[:, None] - rejected_logratios[None, :]
     return -F.logsigmoid(beta * weights * gaps).mean(-1)
 

@@ -1,9 +1,10 @@
-"""PyTorch's default dtype and default device have no part in an objective or a quantity."""
+"""PyTorch's defaults and autocast have no part in an objective or a quantity."""
 
 import pytest
 import torch
-from test_objectives import CASES, evaluate, problem
+from test_objectives import CASES, KEYS, evaluate, problem
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastpo import TokenStats, quantities
 
@@ -41,6 +42,16 @@ def test_the_same_bits_under_any_default(key, case, defaults):
         assert all(map(same, found, plain))
         assert dfound.keys() == dplain.keys()
         assert all(same(dfound[name], dplain[name]) for name in dplain)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_same_bits_under_autocast(key):
+    """Trainers compute their loss under it; an objective's precision is its inputs'."""
+    function, row, inputs, hyper = problem(key)
+    plain = tree_leaves(evaluate(function, row, inputs, hyper, torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = tree_leaves(evaluate(function, row, inputs, hyper, torch.float32))
+    assert all(map(same, found, plain))
 
 
 def test_quantities_have_the_same_bits_under_any_default(defaults):
