@@ -43,7 +43,7 @@ def either(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 def token_mean(x: Tensor, mask: Tensor, num_tokens: float | Tensor | None = None) -> Tensor:
     """[N] rows whose mean is Σ of everything / max(D, 1); D = num_tokens or all scored tokens."""
     if isinstance(num_tokens, Tensor):
-        tokens: float | Tensor = num_tokens.detach().clamp(min=1)
+        tokens: float | Tensor = num_tokens.clamp(min=1)
     elif num_tokens is None:
         tokens = mask.sum().clamp(min=1)
     else:

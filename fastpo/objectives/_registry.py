@@ -15,7 +15,7 @@ An entry is a function and a decorator:
 Positional parameters are quantities of `_quantities.SHAPES`. Inside the function they have been
 checked, promoted to float32, detached unless they carry a gradient, and zeroed where unscored.
 Keyword-only parameters are hyperparameters; the annotation is their range (a bare float may be any
-finite number, or a 0-d tensor). The range is checked when bound and when called.
+finite number, or a 0-d tensor, a constant). The range is checked when bound and when called.
 """
 
 import difflib
@@ -267,6 +267,8 @@ def _guarded(
         hyperparameters = {name: given.pop(name) for name in parameters if name in given}
         for name, value in hyperparameters.items():
             parameters[name].check(value)
+            if isinstance(value, Tensor) and parameters[name].range is Finite:
+                hyperparameters[name] = value.detach()
         return function(**prepare(given, gradient_into, shapes), **hyperparameters)
 
     return call

@@ -367,3 +367,15 @@ def test_running_means_may_be_tensors():
     assert torch.equal(bco(a, a, delta=delta), bco(a, a, delta=delta.item()))
     with pytest.raises(ValueError, match=r"^beta: expected a number"):
         bco(a, a, beta=delta)
+
+
+def test_running_means_are_constants():
+    """A mean of this batch's own rewards, too: the gradient is that of a number."""
+    x, labels = torch.tensor([1.0, 2.0], requires_grad=True), torch.ones(2)
+    mean = (0.1 * x).mean()
+    found = [objectives.get("bco")(x, labels, delta=m).sum() for m in (mean, mean.item())]
+    assert torch.equal(*(torch.autograd.grad(rows, x)[0] for rows in found))
+    tokens, mask = torch.zeros(1, 2, requires_grad=True), torch.ones(1, 2)
+    count = mask.sum().requires_grad_()
+    objectives.get("dapo", num_tokens=count)(tokens, mask, x[:1]).sum().backward()
+    assert count.grad is None
