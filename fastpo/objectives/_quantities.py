@@ -67,7 +67,7 @@ SHAPES = {
 DIFFERENTIABLE = frozenset(
     name.rstrip("*") for names in _TABLE.values() for name in names.split() if name.endswith("*")
 )
-_KEEP_INTEGERS = ("lengths", "segments", "groups", "steps", "label_ids")  # by how they end
+_KEEP_INTEGERS = ("lengths", "steps", "label_ids")  # by how they end
 
 
 def is_mask(name: str) -> bool:
@@ -118,6 +118,8 @@ def _dtype(name: str, value: Tensor) -> Tensor:
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise ValueError(f"{name}: expected dtype torch.int64, got {value.dtype}")
         return value.long()
+    if name.endswith("segments"):
+        return value.long()  # -1 is none, which an unsigned id cannot be
     if value.is_floating_point() or name == "labels" or name.endswith(_KEEP_INTEGERS):
         return promote(value)
     return value.float()  # scores and advantages that arrive as integers

@@ -293,6 +293,16 @@ def test_steps_of_direct_advantage(seed):
     assert all((x == 0).all() for x in evaluate("direct_advantage", none))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float32])
+def test_steps_in_any_dtype(dtype):
+    """An unscored position has the step -1, which is 255 among unsigned numbers."""
+    q = inputs("direct_advantage", 0)
+    q["segments"] = q["segments"].clamp(min=0)
+    assert not q["mask"].all()
+    narrow = {**q, "segments": q["segments"].to(dtype)}
+    agree(evaluate("direct_advantage", narrow), evaluate("direct_advantage", q))
+
+
 @given(seed=seeds)
 @few
 def test_one_step_of_direct_advantage_is_ipo(seed):
