@@ -218,6 +218,9 @@ def objective(
     narrowed = {**SHAPES, **{name: parse_shapes(text) for name, text in (shapes or {}).items()}}
 
     def register(function: F) -> F:
+        for option, names in (("gradient_into", gradient_into), ("shapes", shapes or ())):
+            if stray := [name for name in names if name not in quantities_of(function)]:
+                raise ValueError(f"{option}: expected quantities of {key}, got {', '.join(stray)}")
         parameters = parameters_of(function)
         call = _guarded(function, parameters, tuple(gradient_into), narrowed)
         home = family or function.__module__.rpartition(".")[2]

@@ -30,6 +30,21 @@ def test_registering():
         objectives.objective("other", family="pairs")(other)
 
 
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [("gradient_into", ("chosen_token_weight",)), ("shapes", {"chosen_reward": "B D"})],
+)
+def test_options_name_the_functions_quantities(option, names):
+    """A name that is none of them would be a gradient, or a shape, that nobody hears of."""
+
+    def mine(chosen_token_weights: Tensor):
+        return chosen_token_weights
+
+    message = rf"^{option}: expected quantities of mine, got {'.*'.join(names)}$"
+    with pytest.raises(ValueError, match=message):
+        objectives.objective("mine", family="pairs", **{option: names})(mine)
+
+
 def test_a_key_that_is_none():
     """What is near it, in one line."""
     for key, near in (("dpoo", "; close to it: dpo, "), ([], "$"), ("zzzzzzzz", "$")):
