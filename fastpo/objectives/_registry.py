@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from torch import Tensor
@@ -142,12 +142,20 @@ class Parameter:
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
-    """The keyword-only parameters of a function, with their ranges."""
-    hints = get_type_hints(function, include_extras=True)
-    return {
-        name: Parameter.of(parameter, hints.get(name, Any))
+    """The keyword-only parameters of a function, with their ranges.
+
+    Hints of the others are not evaluated: `Tensor` may be imported for a type checker alone.
+    """
+    given = {
+        name: parameter
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    written = {n: p.annotation for n, p in given.items() if p.annotation is not p.empty}
+    module = getattr(inspect.unwrap(function), "__globals__", {})
+    hints = get_type_hints(SimpleNamespace(__annotations__=written), module, include_extras=True)
+    return {
+        name: Parameter.of(parameter, hints.get(name, Any)) for name, parameter in given.items()
     }
 
 

@@ -45,6 +45,12 @@ def test_options_name_the_functions_quantities(option, names):
         objectives.objective("mine", family="pairs", **{option: names})(mine)
 
 
+def test_hints_that_only_a_type_checker_imports():
+    def mine(chosen_logps: "Imported", *, beta: "Annotated[float, NonNegative]" = 0.1): ...  # noqa: F821
+
+    assert parameters_of(mine)["beta"].range is NonNegative
+
+
 def test_a_key_that_is_none():
     """What is near it, in one line."""
     for key, near in (("dpoo", "; close to it: dpo, "), ([], "$"), ("zzzzzzzz", "$")):
