@@ -26,7 +26,7 @@ _LOGPS_OF = {
     "rejected_logratios": "rejected_logps",
     "logratios": "logps",
 }
-_FACTORS = ("pair_weights", "is_weights")  # given by two transforms, they multiply
+_FACTORS = ("pair_weights", "is_weights")  # what a transform does not read, it multiplies
 
 Function = Callable[..., Any]
 
@@ -39,13 +39,13 @@ class _Step:
     sources: dict[str, str]
     targets: dict[str, str]  # empty: every result keeps its name
 
-    def run(self, scope: dict[str, Tensor], made: set[str]) -> None:
+    def run(self, scope: dict[str, Tensor]) -> None:
         arguments = {p: scope[name] for p, name in self.sources.items() if name in scope}
         for result, value in self.function(**arguments).items():
             name = self.targets.get(result, result)
-            twice = name in _FACTORS and name in made
-            scope[name] = scope[name] * value if twice else value
-            made.add(name)
+            if name in _FACTORS and name in scope and name not in self.sources.values():
+                value = _product(name, scope[name], value)
+            scope[name] = value
 
 
 class _Plan:
@@ -83,6 +83,8 @@ class _Plan:
         entry = entry_of(transform)
         for name, required in quantities_of(transform).items():
             self.want(name, required)
+        if entry is not None and "is_weights" in entry.outputs and "is_weights" not in self.made:
+            self.want("is_weights", required=False)  # of the batch; rows have its pair_weights
         same = {name: name for name in quantities_of(transform)}
         self.steps.append(_Step(transform, same, {}))
         self.opaque |= entry is None
@@ -117,6 +119,13 @@ class _Plan:
         self.made.update(dict.fromkeys(targets.values(), (entry.key,)))
 
 
+def _product(name: str, before: Tensor, value: Tensor) -> Tensor:
+    if before.ndim != value.ndim or len(before) != len(value):
+        expected, got = tuple(value.shape), tuple(before.shape)
+        raise ValueError(f"{name}: expected shape {expected}, got {got}")
+    return before * value
+
+
 def _log_ratio(reference: str, a: Tensor, b: Tensor) -> Tensor:
     check_like(reference, b, a)
     return a - b.detach()
@@ -135,7 +144,8 @@ def compose(
     Transforms run from left to right, each on what the one before it left. The result is a plain
     function of the union of the quantities needed; hyperparameters of the objective that were not
     bound stay keyword-only parameters. Log-ratios are derived again when a transform makes new
-    log-probabilities; `reference_free` makes them the log-probabilities.
+    log-probabilities; `reference_free` makes them the log-probabilities. Weights that a transform
+    makes multiply those of the batch and of other transforms, unless it reads them.
 
         rows_i + sft_weight·NLL(chosen_logps, chosen_lengths; sft_reduction)_i
                - third_weight·third_logps_i
@@ -223,9 +233,8 @@ def _assembled(
         present = [n for n in plan.inputs if given.get(n) is not None]
         scope = {n: promote(check_tensor(n, given.pop(n))) for n in present}
         options = {name: value for name, value in given.items() if name not in plan.inputs}
-        made: set[str] = set()
         for step in plan.steps:
-            step.run(scope, made)
+            step.run(scope)
         rows = target(**{name: scope[name] for name in wanted if name in scope}, **options)
         if weigh:
             check_like("pair_weights", scope["pair_weights"], rows)

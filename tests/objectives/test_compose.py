@@ -118,6 +118,34 @@ def test_two_transforms_that_give_weights_multiply():
         objectives._registry._TABLE.pop("weights_of_a_test")
 
 
+def rollout(**more):
+    """Two tokens of a policy that is e times the sampler."""
+    x = torch.tensor([[-1.0, -2.0]])
+    given = {"token_logps": x, "old_token_logps": x, "sampler_token_logps": x - 1}
+    given |= {"mask": torch.ones(1, 2), "advantages": torch.ones(1), "entropy": -x}
+    return quantities.Quantities({**given, **more})
+
+
+def test_weights_of_the_batch_and_of_a_transform_multiply():
+    """A sampler's weights, beside a mask by entropy: neither is dropped."""
+    masked = compose("reinforce", get("high_entropy_mask", top=0.0))
+    for weights in (torch.tensor([[0.5]]), torch.tensor([[7.0, 0.5]])):
+        assert rollout(is_weights=weights).rows(masked).tolist() == [1.0]
+    assert rollout().rows(masked).tolist() == [2.0]
+    with pytest.raises(ValueError, match=r"^is_weights: expected shape \(1, 2\), got \(2,\)"):
+        rollout(is_weights=torch.ones(2)).rows(masked)
+
+
+def test_weights_that_a_transform_reads_are_replaced():
+    def bounded(is_weights):
+        return {"is_weights": is_weights.clamp(max=2.0)}
+
+    ratios = get("sampler_is_weights", mode="token_truncate", cap=None)
+    assert rollout().rows(compose("reinforce", ratios, bounded)).tolist() == [6.0]
+    given = rollout(is_weights=torch.full((1, 2), 5.0))
+    assert given.rows(compose("reinforce", bounded)).tolist() == [6.0]
+
+
 def test_transforms_run_from_left_to_right():
     def halve(chosen_logratios, rejected_logratios):
         return {"chosen_logratios": chosen_logratios / 2, "rejected_logratios": rejected_logratios}
