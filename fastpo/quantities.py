@@ -33,7 +33,7 @@ _STATISTICS = {  # field of TokenStats -> what the catalogue calls it
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq_probs",
 }
-_UNDER = ("ref_", "old_", "prev_", "mixed_", "sampler_")  # models of one policy each
+_UNDER = ("ref_", "old_", "prev_", "mixed_", "sampler_", "teacher_")  # one policy each
 _ROW_WEIGHTS = ("pair_weights", "sample_weights")
 Lazy = Tensor | Callable[[], Tensor]
 
@@ -167,8 +167,8 @@ def padded(
     stats: a TokenStats of [R, T], or its logps alone.
     mask: [R, T] bool, scored tokens.
     sides: ("",) for single responses and groups.
-    under: the same tokens under other models, by name: ref=..., old=..., sampler=..., each like
-        `stats`.
+    under: the same tokens under other models, each like `stats`, by name: ref, old, prev, mixed,
+        sampler or teacher.
     """
     _check_tensors(mask=mask)
     rows = _Rows(mask.shape[0], sides)
@@ -276,6 +276,9 @@ def _statistics(stats: Any, under: Mapping[str, Any]) -> list[tuple[str, str, Te
         if values is not None:
             found.append(("", kind, values))
     for model, other in under.items():
+        if f"{model}_" not in (*_UNDER, "history_"):  # of several policies
+            known = ", ".join(name[:-1] for name in _UNDER)
+            raise ValueError(f"under: expected models among {known}, got {model}")
         if other is not None:
             found.append((f"{model}_", "token_logps", getattr(other, "logps", other)))
     if not found or found[0][1] != "token_logps":

@@ -57,6 +57,8 @@ def test_singles_and_triples():
     assert q["logratios"].abs().sum() == 0
     assert q["old_token_logps"].shape == (3 * B, T)
     assert q["lengths"].shape == (3 * B,)
+    taught = quantities.padded(policy, scored, sides=SINGLES, teacher=policy)
+    assert taught.rows(get("opd")).abs().sum() == 0
     triple = quantities.padded(policy, scored, sides=("chosen", "rejected", "third"))
     total = (policy.logps * scored).sum(-1)
     torch.testing.assert_close(triple["third_logps"], total[2 * B :])
@@ -267,6 +269,10 @@ def test_shapes():
         ValueError, match=r"^stats: expected log-probabilities in stats.logps, got None"
     ):
         quantities.padded(SimpleNamespace(logps=None), scored)
+    for misspelt in ("old_logps", "reference"):  # or grpo would take the policy for on-policy
+        message = rf"^under: expected models among ref, old, .*, got {misspelt}$"
+        with pytest.raises(ValueError, match=message):
+            quantities.padded(stats(2 * B, T), scored, **{misspelt: None})
     with pytest.raises(ValueError, match=r"^sides: expected at least one, got \(\)"):
         quantities.padded(stats(2 * B, T), scored, sides=())
     with pytest.raises(ValueError, match=r"^width: expected at least 0, got -1"):
