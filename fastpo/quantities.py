@@ -337,9 +337,15 @@ def _positional(objective: Callable[..., Any]) -> tuple[dict[str, bool], Callabl
     wanted = {
         name: parameter.default is parameter.empty
         for name, parameter in inspect.signature(objective).parameters.items()
-        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in bound
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     }
-    return wanted, objective
+    if not wanted:
+        raise ValueError(
+            "objective: expected a function of parameters named after quantities, as a module's "
+            f"forward is, got {getattr(objective, '__name__', type(objective).__name__)}"
+            f"{inspect.signature(objective)}"
+        )
+    return {name: needed for name, needed in wanted.items() if name not in bound}, objective
 
 
 def _promote(x: Tensor) -> Tensor:

@@ -240,6 +240,18 @@ def test_losses_that_are_no_rows():
             q.rows(lambda chosen_token_logps, reduce=reduce: reduce(chosen_token_logps))
 
 
+def test_losses_whose_parameters_have_no_names():
+    class Loss(torch.nn.Module):
+        def forward(self, chosen_logps):
+            return -chosen_logps
+
+    q = Quantities({"chosen_logps": torch.zeros(B)})
+    assert q.rows(Loss().forward).shape == (B,)
+    for objective, got in ((Loss(), r"Loss\(\*args"), (lambda **given: given, r"<lambda>\(\*\*")):
+        with pytest.raises(ValueError, match=rf"^objective: expected .*named .*, got {got}"):
+            q.rows(objective)
+
+
 def test_weights_of_rows():
     a, w = torch.randn(B), torch.tensor([0.0, 1.0, 3.0])
     q = Quantities({"chosen_logratios": a, "rejected_logratios": -a, "pair_weights": w})
