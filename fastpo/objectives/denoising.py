@@ -1,7 +1,8 @@
 """Denoising: diffusion and flow, squared errors in place of log-probabilities.
 
-`e` is the squared denoising error. Every objective of log-ratios serves after the transform
-`denoising_logratios`; sums of Gaussian transition log-ratios enter as log-ratios directly.
+`e` is the squared denoising error. Every objective of a pair's log-ratios serves after the
+transform `denoising_logratios`; for others the log-ratio is -(error - ref_error). Sums of Gaussian
+transition log-ratios enter as log-ratios directly.
 """
 
 from typing import Annotated
