@@ -138,6 +138,9 @@ def prepare(
             continue
         check_tensor(name, value)
         _check_shape(name, value, shapes[name], sizes)
+        place = next(iter(ready.values()), value).device
+        if value.device != place:  # torch's own error names no quantity
+            raise ValueError(f"{name}: expected device {place}, got {value.device}")
         constant = name not in DIFFERENTIABLE and name not in gradient_into
         ready[name] = _dtype(name, value.detach() if constant else value)
     for name, value in ready.items():

@@ -274,6 +274,9 @@ def test_shapes_are_checked(key):
             function(**{**inputs, name: x[None, None]})
         with pytest.raises(ValueError, match=f"^{name}: expected a tensor, got float"):
             function(**{**inputs, name: 0.5})
+    for name, x in list(inputs.items())[1:]:
+        with pytest.raises(ValueError, match=f"^{name}: expected device cpu, got meta$"):
+            function(**{**inputs, name: x.to("meta")})
 
 
 def signature_of(code: str) -> inspect.Signature:
