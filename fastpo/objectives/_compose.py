@@ -76,7 +76,11 @@ class _Plan:
         elif name in self.mirrors:
             self._mirror(self.mirrors[name])
         else:
-            self.inputs[name] = self.inputs.get(name, False) or (required and not self.opaque)
+            self.ask(name, required)
+
+    def ask(self, name: str, required: bool = True) -> None:
+        """Of the caller, whatever transforms make of it."""
+        self.inputs[name] = self.inputs.get(name, False) or (required and not self.opaque)
 
     def add(self, transform: Function) -> None:
         """Call a transform; what it makes replaces the quantities of that name from here on."""
@@ -149,6 +153,8 @@ def compose(
 
         rows_i + sft_weight·NLL(chosen_logps, chosen_lengths; sft_reduction)_i
                - third_weight·third_logps_i
+
+    These terms are of the batch's log-probabilities, also where a transform makes others.
     """
     _PARAMETERS["sft_weight"].check(sft_weight)
     _PARAMETERS["sft_reduction"].check(sft_reduction)
@@ -161,7 +167,7 @@ def compose(
     added = ["chosen_logps", "chosen_lengths"] if sft_weight else []
     added += ["third_logps"] if third_weight else []
     for name in added:
-        plan.want(name)
+        plan.ask(name)
 
     def terms(rows: Tensor, scope: dict[str, Tensor]) -> Tensor:
         for name in added:
@@ -231,7 +237,8 @@ def _assembled(
     def composed(*args: Tensor, **kwargs: Any) -> Tensor:
         given = signature.bind(*args, **kwargs).arguments
         present = [n for n in plan.inputs if given.get(n) is not None]
-        scope = {n: promote(check_tensor(n, given.pop(n))) for n in present}
+        asked = {n: promote(check_tensor(n, given.pop(n))) for n in present}
+        scope = dict(asked)
         options = {name: value for name, value in given.items() if name not in plan.inputs}
         for step in plan.steps:
             step.run(scope)
@@ -239,7 +246,7 @@ def _assembled(
         if weigh:
             check_like("pair_weights", scope["pair_weights"], rows)
             rows = rows * scope["pair_weights"]
-        return terms(rows, scope)
+        return terms(rows, scope | asked)
 
     base = unwrap(target)[0]
     composed.__name__ = getattr(base, "__name__", "composed")

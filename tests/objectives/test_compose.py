@@ -269,3 +269,17 @@ def test_weights_of_the_batch_are_refused_through_compose():
     for function in (get("aot_unpaired"), compose("aot_unpaired")):
         with pytest.raises(ValueError, match=r"^pair_weights: expected none"):
             quantities.Quantities(columns).rows(function)
+
+
+def test_added_terms_are_of_the_batch_whatever_transforms_make():
+    """The NLL of what `ld_logps` leaves of a completion would be divided by the whole length."""
+    g = torch.Generator().manual_seed(0)
+    tokens = {name: -torch.rand(2, 4, generator=g) for name in TOKENS[:2]}
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    inputs = {**tokens, **{f"ref_{name}": x / 2 for name, x in tokens.items()}}
+    inputs |= {"chosen_mask": mask, "rejected_mask": mask & mask[1]}
+    cut = partial(objectives.transforms.ld_logps, ld_alpha=0.0)
+    logps, lengths = (tokens["chosen_token_logps"] * mask).sum(1), mask.sum(1)
+    more = compose("dpo", cut, sft_weight=0.5)
+    rows = more(**inputs, chosen_logps=logps, chosen_lengths=lengths)
+    torch.testing.assert_close(rows - compose("dpo", cut)(**inputs), -0.5 * logps / lengths)

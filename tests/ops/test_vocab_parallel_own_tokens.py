@@ -145,11 +145,29 @@ def test_the_lighter_of_tokens_and_heads_travels(name, found):
         assert_as_good_as_eager(*one, factor=4.0)
 
 
+def score_half(call, rows: slice, **options) -> torch.Tensor:
+    """float16 under autocast in bfloat16, which refuses to concatenate it."""
+    h, w, b, *_ = sides(torch.float16)
+    labels = torch.arange(TOKENS) % VOCAB
+    if options:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (_processes.PROCESSES,))
+        w, b = (distribute_tensor(x.detach(), mesh, [Shard(0)]) for x in (w, b))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        return call(h[rows], w, labels[rows], bias=b, **options).logps
+
+
+def test_own_tokens_under_autocast(found):
+    values = torch.cat([each["half"] for each in found])
+    whole = score_half(fastpo.linear_logps, slice(own_rows(0, 1).stop))
+    torch.testing.assert_close(values, whole)
+
+
 def everything(rank: int, folder) -> None:
     """In one start of the processes, which takes longer than all they do."""
     dist.init_process_group("gloo")
     planner.tile_shape = lambda tokens, vocab, kind: planner.Tiles(5, 64)
     found = {"own_tokens": own_tokens(rank), "travelling": travelling(rank)}
+    found["half"] = score_half(fastpo.vocab_parallel_logps, own_rows(0, rank), own_tokens=True)
     torch.save(found, folder / f"{rank}.pt")
 
 

@@ -35,13 +35,15 @@ class Tokens:
 
     def gather(self, x: Tensor) -> Tensor:
         """Rows of all processes, in their order; `x` holds those of this one."""
-        most = max(self.counts)
-        if len(x) < most:
-            x = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
-        found = all_gather(x, self.group)
-        if len(set(self.counts)) == 1:
-            return found.flatten(0, 1)
-        return torch.cat([rows[:n] for rows, n in zip(found, self.counts, strict=True)])
+        # Autocast refuses to concatenate 16 bits of the other kind, here or elsewhere alone.
+        with torch.autocast(x.device.type, enabled=False):
+            most = max(self.counts)
+            if len(x) < most:
+                x = torch.cat((x, x.new_zeros(most - len(x), *x.shape[1:])))
+            found = all_gather(x, self.group)
+            if len(set(self.counts)) == 1:
+                return found.flatten(0, 1)
+            return torch.cat([rows[:n] for rows, n in zip(found, self.counts, strict=True)])
 
     def gather_hidden(self, x: Tensor, head: int = 0) -> Tensor:
         if self.grads[head] and not x.requires_grad:
