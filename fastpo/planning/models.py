@@ -22,6 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..integrations.checkpointing import enable
 from .given import foreign
+from .names import DROPOUT
 from .quantised import quantise
 from .setting import Lora, Setting
 
@@ -58,6 +59,8 @@ class Models:
 def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
     """On the device that torch makes tensors on."""
     policy = made(setting, config)
+    if setting.trainer not in DROPOUT:
+        _without_dropout(policy)
     if setting.load_in_4bit:
         quantise(policy)
     if setting.checkpointing != "none":
@@ -68,6 +71,13 @@ def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
     if setting.lora is not None:
         policy = adapted(policy, setting.lora)
     return Models(policy.train(), copied, setting)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """As `disable_dropout` of TRL's configs has it: what a config says of attention stays."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0
 
 
 def made(setting: Setting, config: Any, name: str = "model") -> Any:
@@ -122,6 +132,7 @@ def _mask(
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
+    kwargs["dropout"] = 0.0  # FlashAttention draws it anew in the backward, and keeps nothing of it
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 

@@ -26,6 +26,7 @@ PROMPT_ROWS = {"dpo": 2, "cpo": 2, "orpo": 2, **GENERATIONS}
 DTYPES = ("bf16", "bf16-mixed", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 REFERENCES = ("model", "adapter-off", "precomputed", "none")
+DROPOUT = ("sft", "grpo", "rloo", "distillation")  # the configs of others disable it
 PRECOMPUTES = ("dpo", "kto")
 ALONE = ("sft", "cpo", "orpo")  # no setting of theirs has a reference
 ATTENTION = ("sdpa", "flash")

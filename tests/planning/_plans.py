@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 from transformers import LlamaConfig
 
 SIZES = {
@@ -16,3 +18,9 @@ LLAMA = LlamaConfig(**SIZES, num_hidden_layers=5)
 THREE = LlamaConfig(**SIZES, num_hidden_layers=3)
 TWO = LlamaConfig(**SIZES, num_hidden_layers=2)
 SHALLOW = LlamaConfig(**SIZES, num_hidden_layers=1)
+
+
+def module_of(trainer):
+    """Where TRL has it."""
+    place = f"experimental.{trainer}" if trainer in ("cpo", "orpo", "gkd") else "trainer"
+    return importlib.import_module(f"trl.{place}")

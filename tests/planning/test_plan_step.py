@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib
 import json
 from collections import Counter
 
@@ -16,8 +15,7 @@ pytest.importorskip("peft")
 import _tiny as tiny
 import torch
 import transformers
-import trl
-from _plans import LLAMA, SHALLOW, SIZES, THREE, TWO
+from _plans import LLAMA, SHALLOW, SIZES, THREE, TWO, module_of
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -176,7 +174,7 @@ def test_what_to_paste_is_what_the_trainer_takes(name, tmp_path):
     other = {"teacher": SHALLOW} if TRAINERS[trainer][1] == "teacher" else {}
     common = {"dtype": "fp32", "context": 32, "search": False}
     plan = fastpo.plan_step(SHALLOW, trainer=trainer, **common, **options, **other)
-    config = getattr(_module(trainer), str(plan).splitlines()[-1].partition("(")[0])
+    config = getattr(module_of(trainer), str(plan).splitlines()[-1].partition("(")[0])
     made = config(output_dir=str(tmp_path), use_cpu=True, report_to="none", **plan.settings)
     assert made.model_init_kwargs == {"dtype": "float32"}
     if other:
@@ -185,12 +183,6 @@ def test_what_to_paste_is_what_the_trainer_takes(name, tmp_path):
         own = {x.name: x.default for x in dataclasses.fields(config)}["num_generations"]
         assert made.num_generations == (7 if "4:1,7" in options.values() else own)
         assert own == GENERATIONS[trainer]
-
-
-def _module(trainer):
-    if trainer in ("cpo", "orpo", "gkd"):
-        return importlib.import_module(f"trl.experimental.{trainer}")
-    return trl
 
 
 def _parts(config, **options):

@@ -1,0 +1,41 @@
+"""What TRL's trainers do to a model before they train it, a plan does as well."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("peft")
+
+import torch
+from _plans import module_of
+from transformers import GPT2Config
+
+import fastpo
+from fastpo.planning.models import build
+from fastpo.planning.names import TRAINERS
+from fastpo.planning.setting import Setting
+
+GPT2 = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2)
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_dropout_is_where_the_trainer_leaves_it(trainer):
+    name = "Distillation" if trainer == "distillation" else trainer.upper()
+    config = getattr(module_of(trainer), f"{name}Config")
+    disabled = {x.name: x.default for x in dataclasses.fields(config)}.get("disable_dropout", False)
+    with torch.device("meta"):
+        policy = build(Setting("gpt2", trainer=trainer), GPT2).policy
+    rates = {x.p for x in policy.modules() if isinstance(x, torch.nn.Dropout)}
+    assert rates == ({0} if disabled else {0.1})
+
+
+def test_a_flash_kernel_keeps_no_dropout():
+    def peak(rate):
+        config = GPT2Config(**GPT2.to_dict() | {"attn_pdrop": rate})
+        options = {"trainer": "sft", "attention": "flash", "context": 256, "search": False}
+        return fastpo.plan_step(config, **options).heads["fastpo"].estimate.peak
+
+    assert peak(0.1) == peak(0.0)
