@@ -22,7 +22,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..integrations.checkpointing import enable
 from .given import foreign
-from .names import DROPOUT
+from .names import DROPOUT, KBIT
 from .quantised import quantise
 from .setting import Lora, Setting
 
@@ -70,6 +70,9 @@ def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
         copied = made(setting, config if teacher is None else teacher).requires_grad_(False).eval()
     if setting.lora is not None:
         policy = adapted(policy, setting.lora)
+        if setting.load_in_4bit and setting.trainer not in KBIT:
+            for parameter in (x for x in policy.parameters() if x.requires_grad):
+                parameter.data = parameter.data.to(torch.bfloat16)
     return Models(policy.train(), copied, setting)
 
 

@@ -27,6 +27,7 @@ DTYPES = ("bf16", "bf16-mixed", "fp16", "fp32")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor", "sgd")
 REFERENCES = ("model", "adapter-off", "precomputed", "none")
 DROPOUT = ("sft", "grpo", "rloo", "distillation")  # the configs of others disable it
+KBIT = ("cpo", "orpo")  # of 4 bits, others have the adapter in bfloat16
 PRECOMPUTES = ("dpo", "kto")
 ALONE = ("sft", "cpo", "orpo")  # no setting of theirs has a reference
 ATTENTION = ("sdpa", "flash")

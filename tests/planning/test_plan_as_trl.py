@@ -10,13 +10,13 @@ pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("peft")
 
 import torch
-from _plans import module_of
+from _plans import SHALLOW, module_of
 from transformers import GPT2Config
 
 import fastpo
 from fastpo.planning.models import build
 from fastpo.planning.names import TRAINERS
-from fastpo.planning.setting import Setting
+from fastpo.planning.setting import Lora, Setting
 
 GPT2 = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2)
 
@@ -39,3 +39,12 @@ def test_a_flash_kernel_keeps_no_dropout():
         return fastpo.plan_step(config, **options).heads["fastpo"].estimate.peak
 
     assert peak(0.1) == peak(0.0)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_an_adapter_of_four_bits_is_bfloat16(bits, dtype):
+    """PEFT makes it in float32, and with it a float32 copy of each layer's input."""
+    setting = Setting("llama", lora=Lora(8), load_in_4bit=bits)
+    with torch.device("meta"):
+        policy = build(setting, SHALLOW).policy
+    assert {x.dtype for x in policy.parameters() if x.requires_grad} == {dtype}

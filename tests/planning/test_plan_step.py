@@ -227,15 +227,18 @@ def test_less_where_less_is_kept():
 
 
 def test_four_bits():
-    """Half a byte a number, a byte for 64, four for 256 of those, two tables; the head stays."""
+    """Half a byte a number, a byte for 64, four for 256 of those, two tables; the head stays, and
+    the adapter has two bytes instead of four."""
     common = {"lora": "r=8", "dtype": "bf16", "context": 32, "search": False}
     plain = fastpo.plan_step(SHALLOW, **common)
     packed = fastpo.plan_step(SHALLOW, load_in_4bit=True, **common)
     assert "on 4 bits" in str(packed) and "bnb_4bit_quant_type='nf4'" in str(packed)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(SHALLOW)
-    cells = [x.weight.numel() for x in model.model.modules() if isinstance(x, torch.nn.Linear)]
+    shapes = [x.weight.shape for x in model.model.modules() if isinstance(x, torch.nn.Linear)]
+    cells = [shape.numel() for shape in shapes]
     saved = sum(2 * n - (n // 2 + n // 64 + 4 * (-(-n // 64 // 256) + 273)) for n in cells)
+    saved += sum(2 * 8 * sum(shape) for shape in shapes)
     parts = [plan.heads["fastpo"].estimate.parts["weights"] for plan in (plain, packed)]
     assert parts[0] - parts[1] == saved
 
