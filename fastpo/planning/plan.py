@@ -235,7 +235,8 @@ def _notes(setting: Setting) -> tuple[str, ...]:
     if setting.load_in_4bit:
         notes.append(
             "in 4 bits by BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', "
-            "bnb_4bit_use_double_quant=True) as quantization_config"
+            "bnb_4bit_use_double_quant=True, "
+            f"bnb_4bit_compute_dtype={_loaded(setting)['dtype']!r}) as quantization_config"
         )
     if setting.prompt_rows > 1:
         notes.append("prompts are computed once by fastpo.patch(shared_prompts=True)")

@@ -233,6 +233,7 @@ def test_four_bits():
     plain = fastpo.plan_step(SHALLOW, **common)
     packed = fastpo.plan_step(SHALLOW, load_in_4bit=True, **common)
     assert "on 4 bits" in str(packed) and "bnb_4bit_quant_type='nf4'" in str(packed)
+    assert "bnb_4bit_compute_dtype='bfloat16'" in str(packed)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(SHALLOW)
     shapes = [x.weight.shape for x in model.model.modules() if isinstance(x, torch.nn.Linear)]
