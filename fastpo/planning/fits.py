@@ -99,15 +99,20 @@ class Depths:
         return round(first + (last - first) * self.beyond)
 
     def largest(self, what: str, memory: int) -> Estimate | None:
-        """The step of the largest context or batch that fits; None if not even the least does."""
+        """The step of the largest context or batch that fits; None if not even the least does.
+
+        What is given may be larger than what is found, between two steps of the search.
+        """
         most = self._most(what)
         granule = min(_GRANULE[what], most)
 
         def peak(count: int) -> int:
             return self.estimate(**{what: count * granule}).peak
 
-        start = max(getattr(self.setting, what) // granule, 1)
-        count = _search(peak, memory, start, most // granule)
+        given = getattr(self.setting, what)
+        count = _search(peak, memory, max(given // granule, 1), most // granule)
+        if given > count * granule and self.estimate().peak <= memory:
+            return self.estimate()
         return self.estimate(**{what: count * granule}) if count else None
 
     def _most(self, what: str) -> int:
