@@ -6,8 +6,8 @@ The same code runs on fake tensors, where only bytes are counted, and on real on
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any
@@ -85,8 +85,9 @@ def _packed(model: Any, inputs: dict[str, Any], layout: Layout) -> Any:
 class Step:
     """enter: marks what is under way: "reference", "forward", "backward", "optimizer".
 
-    mark: what goes on inside of it: the head after the layers, and before them in the backward. A
-    model of more layers has its peak in another one of these, never in the middle of one.
+    mark: what goes on inside of it: the head after the layers, before them in the backward, and
+    after them the embeddings. A model of more layers has its peak in another one of these, never in
+    the middle of one.
     """
 
     setting: Setting
@@ -101,7 +102,7 @@ class Step:
         with self.enter("reference"), self._autocast(), self.models.other() as other:
             unscored = other is None or distils
             known = None if unscored else self._logps(other, batch, self.models.base)
-        with self.enter("forward"), self._autocast():
+        with self.enter("forward"), self._autocast(), self._embedded():
             loss = self._distilled(batch) if distils else self._loss(batch, known)
         with self.enter("backward"):
             loss.backward()
@@ -136,6 +137,20 @@ class Step:
         else:
             self.mark("reference's head")
         return x
+
+    @contextmanager
+    def _embedded(self) -> Iterator[None]:
+        """Marks where the backward comes to the embeddings, whose gradient is of all words."""
+
+        def marked(module: Any, inputs: Any, x: Tensor) -> None:
+            if x.requires_grad:
+                x.register_hook(lambda _: self.mark("embeddings' backward"))
+
+        handle = self.models.base.get_input_embeddings().register_forward_hook(marked)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def _distilled(self, batch: Batch) -> Tensor:
         """The student's pass, then the teacher's, as both trainers have it."""

@@ -43,11 +43,13 @@ def _gemma4(layers, shared):
     )  # fmt: skip
 
 
+TIED = LlamaConfig(**SIZES, num_hidden_layers=6, tie_word_embeddings=True)
 CONFIGS = {
     "llama": (LLAMA, {}),
     "lora": (LLAMA, {"lora": Lora()}),
     "checkpointed": (LLAMA, {"checkpointing": "layers", "context": 96}),
     "shared": (LLAMA, {"prompt_rows": 2, "prompt": 0.8}),
+    "tied": (TIED, {"context": 16}),  # a few layers hold less than the embeddings' gradient
 }
 UNLIKE = {
     "windows": Gemma3TextConfig(
