@@ -270,12 +270,16 @@ def _add(trainer: Any, numbers: dict[str, float]) -> None:
 
 def _words(rows: list[Support], sizes: list[int]) -> Support:
     got = [len(row) for row in rows]
-    if got != sizes:
+    # Of a row that is masked whole, as `mask_truncated_completions` masks some, nothing is scored.
+    fits = len(got) == len(sizes) and all(
+        size in (0, n) for size, n in zip(sizes, got, strict=True)
+    )
+    if not fits:
         raise ValueError(
             f"{_REPORTED}: expected a list of word ids for each of {sizes} tokens of the "
             f"completions, got {got}"
         )
-    return Support.cat(rows)
+    return Support.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
 
 def _rule(trainer: Any) -> Rule:

@@ -233,6 +233,39 @@ def test_what_the_sampler_reports_is_replayed(tmp_path):
     assert not logged_masses(built), "a product with all words"
 
 
+def test_a_truncated_completion_is_not_scored(tmp_path):
+    """Its words were reported, too: the one that ends is scored over its own all the same."""
+
+    def mask(row, vocab):
+        return [sorted({*range(0, vocab, 3), word}) for word in row]
+
+    def ending(prompts, trainer):
+        made = rollouts([3, 5] * 8, mask)(prompts, trainer)
+        for row, words in zip(
+            made["completion_ids"][1::2], made["sampling_mask"][1::2], strict=True
+        ):
+            row[-1] = tiny.tokenizer().eos_token_id
+            words[-1] = [row[-1]]
+        return made
+
+    def words_of(z, words):
+        ended = words == tiny.tokenizer().eos_token_id
+        kept = every_third(z, words).masked_fill(ended.unsqueeze(-1), False)
+        return kept.scatter(-1, words.unsqueeze(-1), True)
+
+    with fastpo.patched(support=True):
+        built = trainer(
+            spying("GRPO", words_of),
+            "GRPO",
+            tmp_path,
+            {"mask_truncated_completions": True},
+            rollout_func=ending,
+        )
+        built.train()
+    assert len(built.passes) > 3
+    assert any(log.get("grad_norm", 0) > 0 for log in built.state.log_history)
+
+
 def test_a_report_of_another_length_is_refused(tmp_path):
     with fastpo.patched(support=True):
         built = trainer(
