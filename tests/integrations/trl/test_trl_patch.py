@@ -142,6 +142,14 @@ def test_a_second_patch_of_the_same_lacks_nothing(options, tmp_path, caplog):
     assert not [record for record in caplog.records if "built" in record.getMessage()]
 
 
+@pytest.mark.parametrize("prefix", ["DPO", "KTO", "GRPO"])
+def test_an_argument_that_no_trainer_takes(prefix):
+    """The error is Python's own, which names the trainer."""
+    trainer = getattr(trl, f"{prefix}Trainer")
+    with fastpo.patched(), pytest.raises(TypeError, match=f"{prefix}Trainer.* 'tokenizer'"):
+        trainer(model="none", tokenizer=tiny.tokenizer())
+
+
 def test_the_log_names_the_trainers_and_what_they_train(tmp_path, caplog):
     pytest.importorskip("trl", minversion="1.15")
     path, mixed = _trainers.saved(tmp_path), {"loss_type": ["simpo", "ipo"], "loss_weights": [1, 2]}

@@ -131,7 +131,10 @@ class _Init(Method):
                 seam.read()
 
     def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        arguments = inspect.signature(self.original).bind(trainer, *args, **kwargs).arguments
+        try:
+            arguments = inspect.signature(self.original).bind(trainer, *args, **kwargs).arguments
+        except TypeError:
+            return self.original(trainer, *args, **kwargs)  # whose error names the trainer
         config = arguments.get("args")
         setting, mixin = self.setting, self.mixin
         named = setting.objective is not None
