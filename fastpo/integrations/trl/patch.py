@@ -86,6 +86,9 @@ def patch(
     A second call replaces the first. Raises RuntimeError when TRL is missing or its seams have
     changed, and then changes nothing; ValueError for an unknown objective or option.
     """
+    _check_flags(
+        lazy=lazy, support=support, reference_free=reference_free, score_prompts=score_prompts
+    )
     setting = Setting(
         objective,
         hyperparameters,
@@ -97,10 +100,8 @@ def patch(
     )
     by_name.check(setting)
     own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
-    sharing = True if shared_prompts else (False if padding_free else None)
-    shared.check(sharing, whole_groups)
+    sharing = shared.chosen(shared_prompts, padding_free, whole_groups)
     plain = HeadOptions(budget=budget, backend=backend)
-    check_flag("support", support)
     seams = _all(setting, own, sharing, whole_groups, support)
     dispensable = _without_seams(lazy) and objective is None and sharing is None and not support
     try:
@@ -125,6 +126,11 @@ def patch(
     verl.install(plain)
     readers.install()
     inform("patch", _taken(made, lazy))
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, flag in flags.items():
+        check_flag(name, flag)
 
 
 def _taken(made: Mapping[Seam, Make], lazy: bool) -> str:

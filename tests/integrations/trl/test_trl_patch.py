@@ -142,6 +142,30 @@ def test_a_second_patch_of_the_same_lacks_nothing(options, tmp_path, caplog):
     assert not [record for record in caplog.records if "built" in record.getMessage()]
 
 
+FLAGS = [
+    "lazy",
+    "shared_prompts",
+    "padding_free",
+    "whole_groups",
+    "reference_free",
+    "score_prompts",
+]
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_word_in_place_of_a_flag_changes_nothing(name):
+    own = held()
+    with pytest.raises(ValueError, match=f"{name}: expected True or False, got 'no'"):
+        fastpo.patch(**{name: "no"})
+    assert_held(own)
+
+
+@pytest.mark.parametrize("options", [{"reference_free": True}, {"references": {"prev": None}}])
+def test_an_option_of_an_objective_without_one(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: .* objective= with it"):
+        fastpo.patch(**options)
+
+
 @pytest.mark.parametrize("prefix", ["DPO", "KTO", "GRPO"])
 def test_an_argument_that_no_trainer_takes(prefix):
     """The error is Python's own, which names the trainer."""

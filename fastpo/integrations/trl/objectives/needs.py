@@ -59,9 +59,10 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.objective is None:
-            given = [*self.hyperparameters, *self.references]
-            if given or self.reference_free or self.score_prompts:
-                got = ", ".join(given) or "an option"
+            options = ("references", "reference_free", "score_prompts")
+            given = [*self.hyperparameters, *(name for name in options if getattr(self, name))]
+            if given:
+                got = ", ".join(given)
                 raise ValueError(
                     f"{got}: expected an option of fastpo.patch, or objective= with it, got neither"
                 )
