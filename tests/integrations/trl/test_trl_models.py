@@ -36,9 +36,13 @@ def calls(monkeypatch):
     return tiny.count_calls(monkeypatch)
 
 
+SAMPLED = {"num_generations": 2, "max_completion_length": 5, "beta": 0.1, "num_iterations": 2}
+
+
 def trainer(prefix, folder, model, **arguments):
     data = arguments.pop("data", None) or _trainers.DATA[prefix]()
-    return _trainers.build(prefix, folder, model, data, {"max_steps": 2}, **arguments)
+    changes = {"max_steps": 2, **(SAMPLED if "reward_funcs" in arguments else {})}
+    return _trainers.build(prefix, folder, model, data, changes, **arguments)
 
 
 @pytest.mark.parametrize("prefix", TRAINERS)
@@ -49,7 +53,7 @@ def test_models_train_the_same(name, prefix, tmp_path, calls):
     _trainers.assert_trains_the_same(lambda: trainer(prefix, tmp_path, str(path)), calls)
 
 
-@pytest.mark.parametrize("prefix", TRAINERS)
+@pytest.mark.parametrize("prefix", [*TRAINERS, "GRPO", "RLOO"])
 def test_images(prefix, tmp_path, monkeypatch, calls):
     pytest.importorskip("PIL")
     path, seen = tmp_path / "model", []
@@ -65,6 +69,9 @@ def test_images(prefix, tmp_path, monkeypatch, calls):
         "data": tiny.with_images(_trainers.DATA[prefix]()),
         "processing_class": tiny.processor(),
     }
+    if prefix in ("GRPO", "RLOO"):
+        pytest.importorskip("trl", minversion="1.15")  # before, not tried
+        arguments["reward_funcs"] = _trainers.reward
     _trainers.assert_trains_the_same(
         lambda: trainer(prefix, tmp_path, str(path), **arguments), calls
     )
