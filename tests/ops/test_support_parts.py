@@ -38,6 +38,21 @@ def test_a_nucleus_of_thousands_of_words_beside_one_of_few():
     torch.testing.assert_close(stats.lse.double(), over.logsumexp(1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("ties", "kept", "sorted_words"), [(1, 2, [2, 3]), (4, 5, [2, 3, 40])])
+def test_a_nucleus_of_the_top_k_sorts_no_more_than_those(ties, kept, sorted_words, monkeypatch):
+    """But where what comes behind them ties with the last."""
+    topk, widths = torch.Tensor.topk, []
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, k: widths.append(k) or topk(x, k))
+    z = torch.zeros(1, 40)
+    z[:, 0], z[:, 1 : 1 + ties] = 3.0, 1.0
+    rule = fastpo.Support.rule(top_k=2, top_p=0.999)
+    stats = fastpo.linear_logps(
+        torch.ones(1, 1), z.t(), torch.zeros(1).long(), support=rule, outputs=("lse",)
+    )
+    torch.testing.assert_close(stats.lse, z[:, :kept].logsumexp(1))
+    assert widths == sorted_words
+
+
 def test_parts_of_a_support():
     support = fastpo.Support.of([[1, 2], [3], None])
     assert [len(part) for part in support.split([2, 1])] == [2, 1]

@@ -113,17 +113,20 @@ def _kept(z: Tensor, rule: Rule) -> Tensor:  # [n, V] bool
     if rule.top_k is not None and rule.top_k < z.shape[1]:
         least = z.topk(rule.top_k).values[:, -1]
     if rule.top_p is not None:
-        least = torch.maximum(least, _nucleus(z, least, rule.top_p))
+        least = torch.maximum(least, _nucleus(z, least, rule.top_p, rule.top_k))
     if rule.min_p is not None:
         least = torch.maximum(least, z.amax(1) + math.log(rule.min_p))
     return ~(z < least.unsqueeze(1))
 
 
-def _nucleus(z: Tensor, least: Tensor, top_p: float) -> Tensor:  # [n]
+def _nucleus(z: Tensor, least: Tensor, top_p: float, top_k: int | None) -> Tensor:  # [n]
     """The smallest z that top-p keeps of the words from `least` on."""
+    words = z.shape[1]
+    # One more than top_k: that one closes the row, but where it ties with the last that stays.
+    most = words if top_k is None else min(top_k + 1, words)
     lse = z.masked_fill(z < least.unsqueeze(1), float("-inf")).logsumexp(1).double()
     found, open_rows = z.amax(1), torch.arange(len(z), dtype=torch.int64, device=z.device)
-    for width in (min(_FIRST, z.shape[1]), z.shape[1]):
+    for width in (min(_FIRST, most), words):
         largest = z[open_rows].topk(width).values
         before = (largest.double() - lse[open_rows].unsqueeze(1)).exp()
         before = before.cumsum(1) - before  # of the words with a larger z
