@@ -153,7 +153,11 @@ class Promise:
         return replace(self, base=self.base.on(operands))
 
     def detach(self) -> Promise:
+        """Itself where there is no gradient: what is known of its base, and whose logits two
+        readings are, hang on which base it is."""
         self.base.check()
+        if not self.requires_grad:
+            return self
         return self.on(tuple(None if x is None else x.detach() for x in self.base.operands))
 
     def joined(self, others: Sequence[Any], dim: int) -> Any:

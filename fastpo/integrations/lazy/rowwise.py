@@ -118,6 +118,8 @@ class Rowwise:
         return replace(self, rows=rows, fresh=False, copied=self.copied or one != other)
 
     def detach(self) -> Rowwise:
+        if not any(x.requires_grad for x in self.operands):
+            return self  # one root is computed once in a block, however often it is read
         root = replace(
             self.root,
             nodes=tuple(x.detach() for x in self.root.nodes),

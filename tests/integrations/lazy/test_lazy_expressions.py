@@ -371,13 +371,21 @@ def test_where_it_happens_is_said(caplog):
     assert __file__ in caplog.text and "cumsum" in caplog.text
 
 
-def test_without_gradient_nothing_is_kept():
-    with torch.no_grad():
-        (logits,), _ = made(True)
-        found = entropy(logits)
-    (real,), _ = made(False)
-    assert not found.requires_grad
-    torch.testing.assert_close(found, entropy(real).detach())
+@pytest.mark.parametrize("trained", [None, 0, 1])
+def test_sides_without_gradient_are_walked_too(trained, monkeypatch):
+    """A frozen teacher beside its student, and what is only logged."""
+    monkeypatch.setattr(blocks, "_Blocks", None)
+
+    def read(lazy):
+        with torch.no_grad():
+            frozen, _ = made(lazy, seeds=(0, 3))
+        logits, _ = made(lazy, seeds=(0, 3))
+        x, y = (logits[i] if i == trained else frozen[i] for i in range(2))
+        return entropy(x) + entropy_by_lse(y) + kl(x, y)
+
+    found = read(True)
+    assert found.requires_grad == (trained is not None)
+    torch.testing.assert_close(found, read(False))
 
 
 def test_heads_that_change_before_the_backward_are_an_error():
