@@ -228,6 +228,15 @@ def multi_head_logps(
     return _statistics(own / temperature, labels, ignore_index)
 
 
+def _finite(logs: Tensor) -> Tensor:
+    """Of a word that a side excludes, 0·(-inf) would be NaN."""
+    return logs.clamp_min(max(-1e30, torch.finfo(logs.dtype).min))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return _finite(torch.log_softmax(logits, -1))
+
+
 def linear_divergence(
     hidden: Tensor,  # [..., H]
     weight: Tensor,  # [V, H]
@@ -252,10 +261,7 @@ def linear_divergence(
         teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale
     )
     tempered = temperature if teacher_temperature is None else teacher_temperature
-    # Of a word that a side excludes, 0·(-inf) would be NaN.
-    lowest = max(-1e30, torch.finfo(z.dtype).min)
-    s = torch.log_softmax(z, -1).clamp_min(lowest)
-    t = torch.log_softmax(other / _per_row(tempered), -1).clamp_min(lowest)
+    s, t = _log_softmax(z), _log_softmax(other / _per_row(tempered))
     p, q = s.exp(), t.exp()
     limits = {("jsd", 0.0): "forward_kl", ("jsd", 1.0): "reverse_kl"}
     limits |= {("alpha", 1.0): "forward_kl", ("alpha", 0.0): "reverse_kl"}
@@ -265,7 +271,7 @@ def linear_divergence(
     elif kind == "reverse_kl":
         rows = p * (s - t)
     elif kind == "jsd":
-        m = (beta * q + (1 - beta) * p).log().clamp_min(lowest)
+        m = _finite((beta * q + (1 - beta) * p).log())
         rows = beta * q * (t - m) + (1 - beta) * p * (s - m)
     elif kind == "alpha":
         rows = (torch.exp(alpha * t + (1 - alpha) * s) - p) / (alpha * (alpha - 1))

@@ -37,6 +37,7 @@ def test_as_good(fused, eager):
         ([-INF, 2.0, INF, NAN], [INF, 2.0, INF, NAN]),
         ([NAN, 2.0, INF, NAN], [1.0, 2.0, INF, NAN]),
         ([1.0, 2.0, 3.0, NAN], [1.0, 2.0, INF, NAN]),
+        ([1.0, 2.0, 3.0, NAN], [1.0, 2.0, 4.0, NAN]),
         ([1.0, 2.0, INF, 0.0], [1.0, 2.0, INF, NAN]),
     ],
 )

@@ -21,8 +21,12 @@ from .base import Base
 from .promise import Promise
 from .rowwise import Node
 
-# Of the products of a block in float32; what is done to them takes as much, a few times over.
+# Of logits in float32 that are simply computed, and of the products of a block at most.
 BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
+# What is done to a block takes as much, up to twenty times over, so it has a quarter of that; but
+# not fewer rows than these, for whose products the weight would be read too often.
+_SHARE = 4
+_ROWS = {"cpu": 64, "cuda": 256}
 
 Reduction = Callable[[Tensor, list[Tensor]], Any]  # of rows [n, V] and their numbers [n, ...]
 
@@ -45,8 +49,17 @@ def fits_one_block(node: Node) -> bool:
     return node.shape.numel() <= _cells(node)
 
 
+def _kind(node: Node) -> str:
+    return "cpu" if node.device.type == "cpu" else "cuda"
+
+
 def _cells(node: Node) -> int:
-    return BYTES["cpu" if node.device.type == "cpu" else "cuda"] // 4
+    return BYTES[_kind(node)] // 4
+
+
+def _rows(node: Node) -> int:
+    most = _cells(node) // max(node.shape[-1], 1)
+    return max(most // _SHARE, min(most, _ROWS[_kind(node)]), 1)
 
 
 @dataclass(eq=False)
@@ -80,9 +93,8 @@ class _Plan:
 
     def blocks(self) -> Iterator[Tensor]:
         """Which rows of the node's; at least one block, perhaps of none."""
-        size = max(1, _cells(self.node) // max(self.node.shape[-1], 1))
         rows = torch.arange(self.node.rows.numel(), dtype=torch.int64, device=self.node.device)
-        yield from rows.split(size)
+        yield from rows.split(_rows(self.node))
 
 
 class _Block:

@@ -56,6 +56,10 @@ def scaled_inputs(module, inputs):
     return (inputs[0] * 1.1,)
 
 
+def cut_off(module, inputs, output):
+    return output.clamp(-100, 100)
+
+
 def looking(module, inputs, logits):
     assert logits.shape[-1] == module.out_features
 
@@ -207,6 +211,7 @@ ANOTHER_WAY = "or a hook, changes its logits in another way than logit_scale={},
 TREATED = ANOTHER_WAY.format(1.0, None)
 REFUSED = {
     "hook": ("llama", lambda m: m.lm_head.register_forward_hook(scaled), TREATED),
+    "hook that cuts off": ("llama", lambda m: m.lm_head.register_forward_hook(cut_off), TREATED),
     "hook on positions": (
         "llama",
         lambda m: m.lm_head.register_forward_hook(later_positions),
