@@ -1,6 +1,6 @@
 """What reading `model(...).logits` costs, with the model's own logits and with lazy ones.
 
-    python benchmarks/lazy_logits.py --out benchmarks/results/cpu_intel_xeon_lazy_logits.json
+    python benchmarks/lazy_logits.py --out benchmarks/results/cpu_amd_epyc_lazy_logits.json
 
 The head alone, forward and backward, of N tokens; every reading in a process of its own, on one
 thread, timed by the processor. Memory is the growth of the peak over the inputs, less gradients.

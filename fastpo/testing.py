@@ -65,7 +65,7 @@ def assert_as_good_as_eager(
 
 
 def _errors_beside(fused: Tensor, eager: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Of both where eager is finite or like the truth; of fused elsewhere a quarter of its error."""
+    """Of both where eager is finite or like the truth; of fused elsewhere a quarter of it."""
     lost = ~((eager.double() - truth).isfinite() | _alike(eager, truth))
     there = lost & ~_alike(fused, eager)
     error = max(max_error(fused[~lost], truth[~lost]), max_error(fused[there], truth[there]) / 4)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from ...ops.products import mm_
 from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.tiles.tiled import Tiled, dense
 
@@ -93,11 +94,18 @@ class Base:
         return self.hidden.index_select(0, rows), down
 
     def products(self, hidden: Tensor, down: Tensor | None, weight: Tensor | None = None) -> Tensor:
-        """Of rows of the hidden states and of the adapter's: [N, V]; weight: in their dtype."""
-        weight = dense(self.weight).to(hidden.dtype) if weight is None else weight
-        bias = self.bias
+        """Of rows of the hidden states and of the adapter's: [N, V].
+
+        weight: in their dtype, of a block, which nobody differentiates.
+        """
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            x = F.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+            if weight is not None and hidden.dtype == torch.float32:
+                x = mm_(hidden.new_empty(len(hidden), len(weight)), hidden, weight.t())
+                x = x if bias is None else x.add_(bias)
+            else:
+                weight = dense(self.weight).to(hidden.dtype) if weight is None else weight
+                x = F.linear(hidden, weight, bias)
             if down is not None and self.adapter is not None:
                 x = x + down.to(x.dtype) @ self.adapter[1].to(x.dtype).t()
         return x

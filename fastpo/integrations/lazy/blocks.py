@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ...ops.products import mm_
 from ...ops.tiles.tiled import dense
 from .base import Base
 from .promise import Promise
@@ -167,7 +168,9 @@ class _Sums:
         """What d products [n, V] are of hidden states, weight, bias and adapter."""
         base = self.plan.bases[which]
         if self.needs[id(base.hidden)]:
-            self.rows(base.hidden, rows, grad @ self.weights[which])
+            weight = self.weights[which]
+            whole = mm_(grad.new_empty(len(grad), weight.shape[1]), grad, weight)
+            self.rows(base.hidden, rows, whole)
         if self.needs[id(base.weight)]:
             self.product(base.weight, grad.t(), base.hidden.detach().index_select(0, rows))
         if base.bias is not None and self.needs[id(base.bias)]:
