@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +63,8 @@ def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
         _without_dropout(policy)
     if setting.load_in_4bit:
         quantise(policy)
+        if setting.trainer in KBIT:
+            _cast(policy.parameters(), torch.float32)
     if setting.checkpointing != "none":
         _checkpoint(policy, offload=setting.checkpointing == "offload")
     copied = None
@@ -71,9 +73,14 @@ def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
     if setting.lora is not None:
         policy = adapted(policy, setting.lora)
         if setting.load_in_4bit and setting.trainer not in KBIT:
-            for parameter in (x for x in policy.parameters() if x.requires_grad):
-                parameter.data = parameter.data.to(torch.bfloat16)
+            _cast((x for x in policy.parameters() if x.requires_grad), torch.bfloat16)
     return Models(policy.train(), copied, setting)
+
+
+def _cast(parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def _without_dropout(model: nn.Module) -> None:

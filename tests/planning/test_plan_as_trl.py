@@ -15,7 +15,7 @@ from transformers import GPT2Config
 
 import fastpo
 from fastpo.planning.models import build
-from fastpo.planning.names import TRAINERS
+from fastpo.planning.names import KBIT, TRAINERS
 from fastpo.planning.setting import Lora, Setting
 
 GPT2 = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2)
@@ -48,3 +48,11 @@ def test_an_adapter_of_four_bits_is_bfloat16(bits, dtype):
     with torch.device("meta"):
         policy = build(setting, SHALLOW).policy
     assert {x.dtype for x in policy.parameters() if x.requires_grad} == {dtype}
+
+
+@pytest.mark.parametrize("trainer", KBIT)
+def test_what_peft_prepares_for_four_bits_is_float32_beside_them(trainer):
+    setting = Setting("llama", trainer=trainer, lora=Lora(8), load_in_4bit=True)
+    with torch.device("meta"):
+        policy = build(setting, SHALLOW).policy
+    assert {x.dtype for x in policy.parameters()} == {torch.float32, torch.uint8}
