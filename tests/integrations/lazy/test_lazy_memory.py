@@ -11,7 +11,7 @@ import torch
 from _pairs import B, T, V, pair, results, size  # noqa: F401
 from _tiny import one_thread  # noqa: F401
 
-from fastpo.integrations.lazy import cell
+from fastpo.integrations.lazy import blocks, cell
 
 IDS = torch.randint(0, V, (B, T), generator=torch.Generator().manual_seed(1))
 MASK = IDS > 9
@@ -109,3 +109,19 @@ def test_a_mask_of_the_type_of_logits_needs_none(monkeypatch):
         assert type(found) is torch.Tensor and torch.equal(found, MASK.type_as(real))
     assert not cell.told and lazy._cell.values is None
     assert lazy.register_hook(lambda grad: grad)  # nothing was read
+
+
+@pytest.mark.parametrize("by", [0.5, torch.linspace(0.5, 1.5, T)[:, None]])
+def test_few_rows_of_what_waits_are_read_alone(by, monkeypatch):
+    """A text's logits fit a block; all of them, which its temperature was to divide, do not."""
+    monkeypatch.setattr(cell, "told", set())
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 4 * V * T})
+
+    def read(x):
+        scaled = (x / by).clamp(-2, 2)
+        return torch.stack([row.logsumexp(-1) + row.sum(-1) for row in scaled])
+
+    lazy, real, leaves = pair()
+    found, expected = (results(read, x, leaves) for x in (lazy, real))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not cell.told and lazy._cell.values is None
