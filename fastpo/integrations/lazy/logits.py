@@ -378,6 +378,8 @@ def _rewrite(logits: Any, node: Node, func: Any, *args: Any) -> bool:
     """What is read from now on goes by blocks."""
     node = _gathered(node)
     made = express(func, (Operand(promised(node), node), *args), {})
+    if isinstance(made, Rowwise) and torch.can_cast(made.dtype, node.dtype):
+        made = express(Tensor.to, (Operand(promised(made), made), node.dtype), {})
     if not isinstance(made, Rowwise) or made.dtype != node.dtype:
         return False
     Rewritten.apply(logits, logits._cell.scale(made), *made.operands)

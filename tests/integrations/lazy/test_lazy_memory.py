@@ -125,3 +125,15 @@ def test_few_rows_of_what_waits_are_read_alone(by, monkeypatch):
     found, expected = (results(read, x, leaves) for x in (lazy, real))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert not cell.told and lazy._cell.values is None
+
+
+def test_logits_in_16_bits_are_scaled_in_place_by_float32(size, monkeypatch):  # noqa: F811
+    """A temperature of each text: the quotient is rounded to 16 bits, as torch rounds it."""
+    monkeypatch.setattr(cell, "told", set())
+    lazy, real, leaves = pair()
+    by, found = torch.linspace(0.5, 1.5, T)[:, None].requires_grad_(), []
+    for x in (lazy.bfloat16(), real.bfloat16()):
+        assert x.div_(by) is x and x.dtype == torch.bfloat16
+        found.append(results(lambda x: x.float().square().sum(-1), x, [*leaves, by]))
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+    assert not cell.told
