@@ -153,6 +153,25 @@ def _consumes(part: Any) -> int | None:
     return 1 if plain or listed else None
 
 
+def words_of_rows(rows: Tensor, index: Any) -> tuple[Tensor, Tensor, torch.Size] | None:
+    """`logps[torch.arange(n), labels]`, `logits[:, -1, [7, 11]]`: rows, the words of each [..., K],
+    and the shape that they come in; None for anything else, and for what torch would not copy."""
+    *parts, word = index if isinstance(index, tuple) else (index,)
+    leading = leading_index((*parts, slice(None)), rows.ndim + 1)
+    word = torch.tensor(word) if isinstance(word, list) else word
+    listed = isinstance(word, Tensor) and word.ndim and word.dtype in (torch.int64, torch.int32)
+    if leading is None or not listed:
+        return None
+    found, word = rows[leading], word.to(rows.device)
+    if not any(isinstance(x, Tensor | list) for x in leading):
+        words = word.flatten().expand(*found.shape, word.numel())
+        return found, words, torch.Size((*found.shape, *word.shape))
+    if not all(isinstance(x, Tensor | list | int) for x in leading):
+        return None
+    found, word = torch.broadcast_tensors(found, word)
+    return found, word.unsqueeze(-1), found.shape
+
+
 # Words picked of logits, compared with the logits: both from the same products. A walk's numbers
 # have other last bits than a block's, by which a word would exceed itself.
 

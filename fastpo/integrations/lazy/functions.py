@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...ops.walks.picked import picked_products
 from .blocks import reduced
-from .calls import counted, leading_index, of_torch, remember
+from .calls import counted, leading_index, of_torch, remember, words_of_rows
 from .promise import Promise
 
 Answer = Callable[..., Any]
@@ -42,7 +42,17 @@ def _leading(logits: Promise, dim: Any) -> int | None:
 
 def getitem(logits: Promise, index: Any) -> Any:
     leading = leading_index(index, logits.ndim)
-    return NotImplemented if leading is None else logits.view(logits.rows[leading])
+    if leading is not None:
+        return logits.view(logits.rows[leading])
+    found = words_of_rows(logits.rows, index)
+    if found is None:
+        return NotImplemented
+    rows, words, shape = found
+    some: Any = logits.view(rows)
+    words = counted(words, logits.words)
+    if isinstance(some, Promise):
+        return gather(some.gathered, -1, words).view(shape)
+    return reduced(some, [words], lambda x, given: x.gather(-1, given[0])).view(shape)
 
 
 def reshape(logits: Promise, *shape: Any) -> Any:
@@ -248,7 +258,7 @@ def _words(logits: Promise, index: Tensor) -> Tensor:
         raise ValueError(f"index: expected values in [0, {logits.words}), got {got}")
     base, rows = logits.base, logits.rows.flatten().clamp(min=0)
     hidden, adapter = base.select(rows)
-    ids = index.reshape(-1, index.shape[-1])
+    ids = index.reshape(len(rows), index.shape[-1])
     x = picked_products(hidden, base.weight, ids)
     if adapter is not None:
         x = x + picked_products(*adapter, ids)

@@ -52,6 +52,28 @@ def test_a_view_of_saved_rows_may_not():
             rows.log().sum().backward()
 
 
+WORDS = {
+    "labels": lambda x: x.log_softmax(-1).view(-1, V)[torch.arange(B * T), IDS.flatten()],
+    "of_texts": lambda x: x[torch.arange(B)[:, None], torch.arange(T), IDS],
+    "of_a_distribution": lambda x: x.softmax(-1)[torch.arange(B), 2, torch.arange(B) - B],
+    "masked": lambda x: x.log_softmax(-1)[MASK, IDS[MASK]],
+    "of_all": lambda x: x[:, -1, [7, 11]],
+    "of_one_text": lambda x: (x * torch.linspace(0.5, 1.5, V))[0, :, torch.tensor([[-1, 3]])],
+    "of_one_row": lambda x: x[0, 0][[1, 1]],
+    "none": lambda x: x[..., torch.tensor([], dtype=torch.int64)],
+}
+
+
+@pytest.mark.parametrize("name", WORDS)
+def test_words_that_are_indexed(name, monkeypatch):
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 1})
+    monkeypatch.setattr(cell, "told", set())
+    lazy, real, leaves = pair()
+    found, expected = (results(WORDS[name], x, leaves) for x in (lazy, real))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not cell.told and lazy._cell.values is None
+
+
 def fill(x, mask):
     x[mask] = -0.5
     return x.logsumexp(-1)
