@@ -43,8 +43,8 @@ LIKE = _names("""
 OPENS = _names("data numpy __array__ share_memory_ apply_")
 # In place, and a promise still where it is by a number.
 SCALES = _names("mul_ multiply_ div_ divide_ true_divide_")
-# The same, where it is by a mask that is made of lazy logits.
-FILLS = _names("__setitem__ masked_fill_")
+# The same of what is made of logits word by word.
+REWRITES = _names("add_ sub_ subtract_ clamp_ clip_ clamp_min_ clamp_max_ masked_fill_")
 
 
 def of_torch(name: str) -> list[Any]:

@@ -25,12 +25,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ...ops.walks.derivatives import outside_transforms, transforming
 from .calls import (
     FACTS,
-    FILLS,
     GRADIENTS,
     LAYOUT,
     LIKE,
     OPENS,
     ORDERS,
+    REWRITES,
     SCALES,
     compared,
     fits,
@@ -106,10 +106,12 @@ class LazyLogits(Tensor):
         if found is not NotImplemented:
             return found
         if in_place(name) or "out" in kwargs or name in OPENS:
-            if name in SCALES and fits(_factor, args[1:], kwargs) and _scale(name, *args):
+            if name in SCALES and fits(_scale, (name, *args), kwargs) and _scale(name, *args):
                 return first
-            if name in FILLS and fits(_fill, args, kwargs) and _fill(*args):
-                return None if name == "__setitem__" else first
+            if name in REWRITES and _rewrite(name, *args, **kwargs):
+                return first
+            if name == "__setitem__" and _fill(*args):
+                return None
             return _change(func, name, args, kwargs)
         return _on_values(func, name, args, kwargs)
 
@@ -339,49 +341,45 @@ def _change(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     return into if found is own else found
 
 
-def _factor(by: float | Tensor) -> None:
-    """What `_scale` takes."""
+def _fresh(logits: Any) -> Node | None:
+    """What it stands for, where nothing is computed of it yet."""
+    node = _standing(logits)
+    return None if node is None or logits._cell.values is not None or logits._past else node
 
 
 def _scale(name: str, logits: Any, by: Any) -> bool:
     """What nothing is computed of yet stays lazy; False for anything else."""
-    node = _standing(logits)
-    if node is None or logits._cell.values is not None or logits._past:
-        return False
-    if isinstance(by, Tensor) or isinstance(node, Rowwise):
-        return _rewrite(logits, node, torch.mul if name.startswith("mul") else torch.div, by)
-    if not name.startswith("mul"):
-        if not isinstance(by, int | float) or not by:
-            return False
-        by = 1 / by
+    node = _fresh(logits)
+    if isinstance(by, Tensor) or not isinstance(node, Promise):
+        return _rewrite(name, logits, by)
+    if not name.startswith("mul") and isinstance(by, int | float):
+        by = 1 / by if by else None
     scaled = node.scaled(by)
     if scaled is NotImplemented:
         return False
-    scaled = replace(scaled, rows=node.rows)
-    Scaled.apply(logits, logits._cell.scale(scaled), by)
+    Scaled.apply(logits, logits._cell.scale(replace(scaled, rows=node.rows)), by)
     return True
 
 
 def _fill(logits: Any, mask: Any, value: Any) -> bool:
     """The same, where a mask made of lazy logits says so."""
-    node, where = _standing(logits), _standing(mask)
-    if node is None or where is None or logits._cell.values is not None or logits._past:
-        return False
-    if where.dtype != torch.bool or not isinstance(value, int | float):
-        return False
-    if made_of(mask, lambda x: x._cell is logits._cell):  # it would be made of itself
-        return False
-    return _rewrite(logits, node, torch.masked_fill, Operand(mask, where), value)
+    lazy = isinstance(mask, LazyLogits) and mask.dtype == torch.bool
+    return lazy and isinstance(value, int | float) and _rewrite("masked_fill_", logits, mask, value)
 
 
-def _rewrite(logits: Any, node: Node, func: Any, *args: Any) -> bool:
-    """What is read from now on goes by blocks."""
-    node = _gathered(node)
-    made = express(func, (Operand(promised(node), node), *args), {})
-    if isinstance(made, Rowwise) and torch.can_cast(made.dtype, node.dtype):
-        made = express(Tensor.to, (Operand(promised(made), made), node.dtype), {})
-    if not isinstance(made, Rowwise) or made.dtype != node.dtype:
+def _rewrite(name: str, logits: Any, *args: Any, **kwargs: Any) -> bool:
+    """The same, of what is done word by word: it is read by blocks from now on."""
+    node, others = _gathered(_fresh(logits)), _lazy((args, kwargs))
+    nodes = {id(x): _gathered(_standing(x)) for x in others}
+    if node is None or None in nodes.values():
         return False
+    if any(made_of(x, lambda y: y._hooked or y._cell is logits._cell) for x in others):
+        return False
+    args, kwargs = tree_map_only(LazyLogits, lambda x: Operand(x, nodes[id(x)]), (args, kwargs))
+    made = express(getattr(torch, name[:-1]), (Operand(promised(node), node), *args), kwargs)
+    if not isinstance(made, Rowwise) or not torch.can_cast(made.dtype, node.dtype):
+        return False
+    made = express(Tensor.to, (Operand(promised(made), made), node.dtype), {})
     Rewritten.apply(logits, logits._cell.scale(made), *made.operands)
     return True
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastpo.integrations.lazy import blocks, cell
+from fastpo.integrations.lazy.calls import REWRITES, SCALES
 from fastpo.integrations.lazy.expressions import ANSWERS
 from fastpo.integrations.lazy.functions import FUNCTIONS
 from fastpo.integrations.lazy.logits import LazyLogits, promised
@@ -24,7 +25,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "lazy-logits.md"
 B, T, H, V = 2, 3, 4, 11
 IDS = torch.arange(B * T).view(B, T, 1)
 MASK = torch.tensor([True, False, True])[:, None]
-IN_PLACE = {"mul_", "multiply_", "div_", "divide_", "true_divide_", "masked_fill_"}
+IN_PLACE = SCALES | REWRITES
 
 
 def listed():

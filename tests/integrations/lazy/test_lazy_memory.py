@@ -35,7 +35,7 @@ def test_a_copy_of_rows_may_change_in_place(copy):
 
     def read(x):
         rows = COPIES[copy](x)
-        rows.clamp_(min=1e-2)
+        rows.sqrt_()
         return rows.log().mean()
 
     lazy, real, leaves = pair()
@@ -47,7 +47,7 @@ def test_a_view_of_saved_rows_may_not():
     """As with the model's own: nothing is copied for that."""
     for x in pair()[:2]:
         rows = x.softmax(-1).reshape(-1, V)
-        rows.clamp_(min=1e-2)
+        rows.sqrt_()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             rows.log().sum().backward()
 
@@ -94,6 +94,48 @@ def test_words_filled_in_by_a_mask(name):
     lazy, real, leaves = pair()
     found, expected = (results(FILLED[name], x, leaves) for x in (lazy, real))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+CHANGED = {
+    "added": lambda x: x.add_(torch.linspace(-1, 1, V), alpha=2),
+    "subtracted": lambda x: (2 * x).sub_(0.1).masked_fill_(~MASK[..., None], 1.0),
+    "clamped": lambda x: x.clamp_(-0.5, 0.5).clamp_(max=0.4),
+    "by_a_function_of_others": lambda x: (2 * x).sub_(x.softmax(-1)).mul_(x.exp()),
+    "by_itself": lambda x: x.sub_(x.exp()),
+    "of_another_dtype": lambda x: x.bfloat16().sub_(x),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_word_by_word_in_place(name, size, monkeypatch):  # noqa: F811
+    """By blocks, if it is not of itself."""
+    monkeypatch.setattr(cell, "told", set())
+    lazy, real, leaves = pair()
+    found, expected = (
+        results(lambda x: CHANGED[name](x).float().square().sum(-1), x, leaves)
+        for x in (lazy, real)
+    )
+    close = 0.05 if name == "of_another_dtype" else 1e-4
+    torch.testing.assert_close(found, expected, rtol=close, atol=close)
+    assert not cell.told or name == "by_itself"
+
+
+INTO = {
+    "add_": lambda real, x: real.add_(x),
+    "mul_": lambda real, x: real.mul_(x),
+    "masked_fill_": lambda real, x: real.masked_fill_(x > 0, 0.5),
+    "__setitem__": lambda real, x: real.__setitem__(x > 0, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", INTO)
+def test_a_real_tensor_changes_by_lazy_logits(name):
+    lazy, real, _ = pair()
+    found, expected = torch.ones(B, T, V), torch.ones(B, T, V)
+    with torch.no_grad():
+        INTO[name](found, lazy)
+        INTO[name](expected, real)
+    torch.testing.assert_close(found, expected)
 
 
 def test_shared_memory():
