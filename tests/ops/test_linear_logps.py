@@ -327,10 +327,10 @@ def test_entropy_that_is_only_logged_costs_a_frozen_head_no_recomputation(monkey
     assert inputs.hidden.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("turned", "dynamic"), [(False, None), (True, None), (False, True)])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in INTERPRETED])
-def test_compiles_into_one_graph(backend, turned):
-    """Columns of hidden and weight may be far apart."""
+def test_compiles_into_one_graph(backend, turned, dynamic):
+    """Columns of hidden and weight may be far apart, and all sizes unknown."""
 
     def loss(hidden, weight, labels):
         stats = fastpo.linear_logps(
@@ -340,7 +340,8 @@ def test_compiles_into_one_graph(backend, turned):
 
     inputs = make_head(16, 300, 8, device=DEVICE, ignored=0.2)
     results = []
-    for function in (loss, torch.compile(loss, fullgraph=True, backend=COMPARING)):
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend=COMPARING)
+    for function in (loss, compiled):
         leaves = [x.detach().t() if turned else x.detach() for x in (inputs.hidden, inputs.weight)]
         leaves = [x.contiguous().requires_grad_() for x in leaves]
         value = function(*(x.t() if turned else x for x in leaves), inputs.labels)

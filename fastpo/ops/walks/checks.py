@@ -70,7 +70,9 @@ def check_head(
     check_whole(**tensors)
     check_hidden(hidden, of)
     width, words = hidden.shape[-1], weight.shape[:1]
-    if weight.dim() != 2 or weight.shape[0] < (not part) or weight.shape[1] != width:
+    # Not `< (not part)`: of a size that a compiler does not know, only numbers may be asked.
+    fewest = 0 if part else 1
+    if weight.dim() != 2 or weight.shape[0] < fewest or weight.shape[1] != width:
         raise ValueError(f"{of}weight: expected shape (V, {width}), got {shape_of(weight)}")
     if bias is not None and bias.shape != words:
         raise ValueError(f"{of}bias: expected shape {tuple(words)}, got {shape_of(bias)}")
