@@ -182,8 +182,11 @@ def diverge(
     maps, rows = options.maps(labels, left_out)
     rows = [labels.flatten(), *rows]
     tensors = [x for hidden, *head in pair for x in (hidden.reshape(-1, hidden.shape[-1]), *head)]
-    if not options.teacher_grad:
-        tensors[3:] = [x if x is None else x.detach() for x in tensors[3:]]
+    # Never the student's own tensor: a compiler takes none as two inputs of one operator.
+    tensors[3:] = [
+        x if x is None else x.view_as(x) if options.teacher_grad and x.requires_grad else x.detach()
+        for x in tensors[3:]
+    ]
     hiddens = [x for x in tensors[::3] if x is not None]
     tokens = None if count is None else count(labels.numel(), hiddens)
     if tokens is not None:

@@ -346,6 +346,21 @@ def test_compiles_into_one_graph(kind, masked):
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+def test_one_head_for_both_compiles_into_one_graph():
+    """Both sides train it."""
+
+    def loss(h, th, w):
+        found = fastpo.linear_divergence(h, w, th, w, kind="jsd", teacher_grad=True)
+        return found.divergence.sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=COMPARING)):
+        h, w, *_ = sides()
+        value = function(h, h.detach() * 2, w)
+        results.append((value, *torch.autograd.grad(value, [h, w])))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("budget", [0, 5 * 8 * 211, None])
 def test_as_large_on_tensors_that_hold_nothing(budget):
     """What is kept and what comes out have the sizes of a real call."""
