@@ -16,7 +16,7 @@ from torch import Tensor
 from .rows import backend as R
 from .rows import registry
 from .rows.pair.backend import KINDS, Rule
-from .tiles.tiled import TileSource, tiled
+from .tiles.tiled import TileSource, outside_graphs, tiled
 from .walks import divergence as walk
 from .walks.checks import (
     check_beside,
@@ -203,7 +203,8 @@ def diverge(
     )
     call = _Call(options.name, plain, options.shard)
     with stays():
-        found = _Divergence.apply(*rows, call, *tensors)
+        run = outside_graphs(_Divergence.apply, student.weight, teacher.weight)
+        found = run(*rows, call, *tensors)
     if tokens is not None:
         found = map(tokens.own, found)
     named = dict(zip(_OUTPUTS, found, strict=True))

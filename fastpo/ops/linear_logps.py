@@ -18,7 +18,7 @@ from .rows import fastest
 from .stats import TokenStats, handed_out
 from .support.resolve import check_support
 from .support.words import Rule, Support
-from .tiles.tiled import Tiled, TileSource, tiled
+from .tiles.tiled import Tiled, TileSource, outside_graphs, tiled
 from .walks import forward as driver
 from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype, per_row
 from .walks.derivatives import check_plain, first_derivatives, refused
@@ -100,7 +100,7 @@ def linear_logps(
     grad = torch.is_grad_enabled()
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     with stays():
-        results = _forward_op(
+        results = outside_graphs(_forward_op, weight)(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             bias,

@@ -342,6 +342,32 @@ FORMATS: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("primitive", ["logps", "divergence"])
+def test_no_compiler_traces_a_walk(primitive):
+    """Nor does an operator of a graph get words that are not there."""
+    source, _ = SOURCES["float8_blocks"](torch.float32)
+    traces: list[str] = []
+
+    def watching(graph, _):
+        traces.extend(node.stack_trace or "" for node in graph.graph.nodes)
+        return graph
+
+    def loss(hidden, labels):
+        if primitive == "logps":
+            return fastpo.linear_logps(hidden * 2, source, labels).logps.sum()
+        other = hidden.detach()
+        found = fastpo.linear_divergence(hidden * 2, source, other, source, kind="jsd")
+        return found.divergence.sum()
+
+    results = []
+    for function in (loss, torch.compile(loss, backend=watching)):
+        given = problem()
+        value = function(given["hidden"].requires_grad_(), given["labels"])
+        results.append((value, *torch.autograd.grad(value, given["hidden"])))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert traces and not any("walks/head.py" in trace for trace in traces)
+
+
 @pytest.mark.parametrize("match", FORMATS)
 def test_errors_of_formats(match):
     with pytest.raises(ValueError, match=match):

@@ -134,6 +134,16 @@ def tiled(weight: Any) -> Tensor:
     return weight
 
 
+def outside_graphs(function: Callable[..., Any], *weights: Tensor) -> Callable[..., Any]:
+    """The same; of a source's words, which are no tensors of a graph, called as if none were made.
+
+    A compiler would trace its walk tile by tile.
+    """
+    if torch.compiler.is_compiling() and any(isinstance(x, Tiled) for x in weights):
+        return torch.compiler.disable(function)
+    return function
+
+
 def dense(weight: Tensor) -> Tensor:
     """All words in memory."""
     return weight.whole() if isinstance(weight, Tiled) else weight
