@@ -108,8 +108,8 @@ class _Few(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         check_plain(ctx.call.name, grads)
         by_name = dict(zip(OUTPUTS, grads, strict=True))
-        operands, last = ctx.saved_tensors[:5], 5 + len(Forward._fields)
-        saved, tiles = Forward(*ctx.saved_tensors[5:last]), ctx.saved_tensors[last:]
+        held, last = ctx.saved_tensors, 5 + len(Forward._fields)  # a checkpoint hands them out once
+        operands, saved, tiles = held[:5], Forward(*held[5:last]), held[last:]
         with (
             ctx.call.gather(*operands[1:3]),
             torch.no_grad(),
