@@ -100,7 +100,8 @@ def linear_divergence(
 
     log-softmax and sums are computed from float32 products whatever the inputs are; gradients are
     summed in float32 and rounded once. Raises ValueError for shapes, dtypes, devices and options.
-    A NaN or infinite hidden state gives NaN in its row.
+    A NaN or infinite hidden state gives NaN in its row. What is infinite, since one side alone
+    excludes a word by a logit of -inf, comes out as a large finite number.
     """
     student = Operands(hidden, tiled(weight), bias)
     teacher = Operands(teacher_hidden, tiled(teacher_weight), teacher_bias)
