@@ -106,12 +106,8 @@ class LazyLogits(Tensor):
         if found is not NotImplemented:
             return found
         if in_place(name) or "out" in kwargs or name in OPENS:
-            if name in SCALES and fits(_scale, (name, *args), kwargs) and _scale(name, *args):
-                return first
-            if name in REWRITES and _rewrite(name, *args, **kwargs):
-                return first
-            if name == "__setitem__" and _fill(*args):
-                return None
+            if _stays_lazy(name, args, kwargs):
+                return None if name == "__setitem__" else first
             return _change(func, name, args, kwargs)
         return _on_values(func, name, args, kwargs)
 
@@ -347,6 +343,17 @@ def _fresh(logits: Any) -> Node | None:
     return None if node is None or logits._cell.values is not None or logits._past else node
 
 
+def _stays_lazy(name: str, args: Any, kwargs: Any) -> bool:
+    """Is what a change in place makes read lazily, too?"""
+    if name == "__setitem__":
+        _, mask, value = args
+        lazy = isinstance(mask, LazyLogits) and mask.dtype == torch.bool
+        return lazy and isinstance(value, int | float) and _rewrite("masked_fill_", *args)
+    if name in SCALES and fits(_scale, (name, *args), kwargs) and _scale(name, *args):
+        return True
+    return name in REWRITES and _rewrite(name, *args, **kwargs)
+
+
 def _scale(name: str, logits: Any, by: Any) -> bool:
     """What nothing is computed of yet stays lazy; False for anything else."""
     node = _fresh(logits)
@@ -359,12 +366,6 @@ def _scale(name: str, logits: Any, by: Any) -> bool:
         return False
     Scaled.apply(logits, logits._cell.scale(replace(scaled, rows=node.rows)), by)
     return True
-
-
-def _fill(logits: Any, mask: Any, value: Any) -> bool:
-    """The same, where a mask made of lazy logits says so."""
-    lazy = isinstance(mask, LazyLogits) and mask.dtype == torch.bool
-    return lazy and isinstance(value, int | float) and _rewrite("masked_fill_", logits, mask, value)
 
 
 def _rewrite(name: str, logits: Any, *args: Any, **kwargs: Any) -> bool:
