@@ -185,6 +185,7 @@ def dpo_trainer(folder, **lora):
 
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_dpo_trains_an_adapter_on_the_head(use_dora, tmp_path):
+    pytest.importorskip("trl", minversion="1.13")  # and not a folder of tests of that name
     with fastpo.patched():
         trainer = dpo_trainer(tmp_path, use_dora=use_dora)
         randomize(trainer.model)

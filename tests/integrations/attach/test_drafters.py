@@ -44,6 +44,8 @@ def test_a_drafter_is_refused():
 
 def test_its_depths_by_multi_token_logps():
     main, drafter = models()
+    if not hasattr(drafter, "forward_layer"):
+        pytest.skip("transformers: expected an MtpModel that runs one depth, got an older one")
     batch = tiny.batch()
     ids, labels = batch["input_ids"], F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     depths = [main.model(ids).last_hidden_state]
