@@ -158,7 +158,8 @@ def words_of_rows(rows: Tensor, index: Any) -> tuple[Tensor, Tensor, torch.Size]
     and the shape that they come in; None for anything else, and for what torch would not copy."""
     *parts, word = index if isinstance(index, tuple) else (index,)
     leading = leading_index((*parts, slice(None)), rows.ndim + 1)
-    word = torch.tensor(word) if isinstance(word, list) else word
+    if isinstance(word, list) and all(type(x) is int for x in word):
+        word = torch.tensor(word, dtype=torch.int64, device=rows.device)
     listed = isinstance(word, Tensor) and word.ndim and word.dtype in (torch.int64, torch.int32)
     if leading is None or not listed:
         return None
