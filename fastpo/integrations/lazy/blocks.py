@@ -47,8 +47,7 @@ def reduced(node: Node, numbers: list[Tensor], reduction: Reduction) -> Any:
 
 
 def fits_one_block(node: Node) -> bool:
-    """Never what waits already: of a few rows of it all logits would be computed."""
-    return isinstance(node, Promise) and node.shape.numel() <= _cells(node)
+    return node.shape.numel() <= _cells(node)
 
 
 def _kind(node: Node) -> str:

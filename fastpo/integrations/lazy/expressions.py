@@ -65,8 +65,9 @@ def express(func: Any, args: Any, kwargs: Any) -> Any:
     if found is None or "out" in kwargs or kwargs.get("inplace"):
         return NotImplemented
     operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Operand)]
-    if all(fits_one_block(x.node) for x in operands):
-        return NotImplemented  # nothing is saved by waiting
+    # Nothing is saved by waiting; but of a few rows of what waits already all logits would be made.
+    if all(isinstance(x.node, Promise) and fits_one_block(x.node) for x in operands):
+        return NotImplemented
     if any(getattr(x.node, "stacked", 0) for x in operands):
         return _unstacked(func, args, kwargs)
     if any(getattr(x.node, "turned", False) for x in operands):

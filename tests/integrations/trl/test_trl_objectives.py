@@ -299,20 +299,6 @@ def test_what_is_missing_is_named(key, tmp_path):
         trainer("DPO", tmp_path, loss_type=key, **changes)
 
 
-def test_an_option_that_the_named_objective_has_not(tmp_path):
-    """Beside a loss of TRL's own, which may have it, TRL decides."""
-    both = {"loss_type": ["orpo", "sigmoid"], "loss_weights": [1.0, 1.0], "label_smoothing": 0.1}
-    unheard = {"label_smoothing": 0.1, "discopop_tau": 0.2}
-    with fastpo.patched():
-        for option, value in unheard.items():
-            message = rf"{option}: expected 0\.0\d* with orpo, got {value}"
-            with pytest.raises(ValueError, match=message):
-                trainer("DPO", tmp_path, loss_type="orpo", **{option: value})
-        built = trainer("DPO", tmp_path, loss_type="orpo", beta=0.3)
-        assert "beta=0.3" in str(built._fastpo.terms[0])
-        trainer("DPO", tmp_path, **both)
-
-
 NOT_QUANTITIES = r"objective: expected parameters named as quantities are, got "
 WRONG_FUNCTIONS = {
     "unknown": (lambda difficulty: difficulty, NOT_QUANTITIES + "difficulty"),

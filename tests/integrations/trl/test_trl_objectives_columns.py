@@ -233,3 +233,17 @@ def test_kto_without_a_reference(tmp_path):
         built = trainer(tmp_path, prefix="KTO")
         assert built.ref_model is None
         assert all(torch.isfinite(torch.tensor(losses(built))))
+
+
+def test_an_option_that_the_named_objective_has_not(tmp_path):
+    """Beside a loss of TRL's own, which may have it, TRL decides."""
+    both = {"loss_type": ["orpo", "sigmoid"], "loss_weights": [1.0, 1.0], "label_smoothing": 0.1}
+    unheard = {"label_smoothing": 0.1, "discopop_tau": 0.2}
+    with fastpo.patched():
+        for option, value in unheard.items():
+            message = rf"{option}: expected 0\.0\d* with orpo, got {value}"
+            with pytest.raises(ValueError, match=message):
+                trainer(tmp_path, loss_type="orpo", **{option: value})
+        built = trainer(tmp_path, loss_type="orpo", beta=0.3)
+        assert "beta=0.3" in str(built._fastpo.terms[0])
+        trainer(tmp_path, **both)
