@@ -7,12 +7,12 @@ tiles.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .operators import Call, Operators, apart, or_empty
 from .rows import backend as R
 from .rows import registry
 from .rows.pair.backend import KINDS, Rule
@@ -183,9 +183,8 @@ def diverge(
     maps, rows = options.maps(labels, left_out)
     rows = [labels.flatten(), *rows]
     tensors = [x for hidden, *head in pair for x in (hidden.reshape(-1, hidden.shape[-1]), *head)]
-    # Never the student's own tensor: a compiler takes none as two inputs of one operator.
     tensors[3:] = [
-        x if x is None else x.view_as(x) if options.teacher_grad and x.requires_grad else x.detach()
+        x if x is None or (options.teacher_grad and x.requires_grad) else x.detach()
         for x in tensors[3:]
     ]
     hiddens = [x for x in tensors[::3] if x is not None]
@@ -202,10 +201,10 @@ def diverge(
         registry.choose(options.backend, student.hidden.device),
         options.budget if trained else 0,
     )
-    call = _Call(options.name, plain, options.shard)
+    call = Call(options.name, plain, options.shard)
     with stays():
         run = outside_graphs(_Divergence.apply, student.weight, teacher.weight)
-        found = run(*rows, call, *tensors)
+        found = run(*rows, call, *apart(tensors))
     if tokens is not None:
         found = map(tokens.own, found)
     named = dict(zip(_OUTPUTS, found, strict=True))
@@ -219,21 +218,6 @@ _SCHEMA = (
     "int? ignore_index, str outputs, ScalarType dtype, ScalarType teacher_dtype, str backend, "
     "int? budget"
 )
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What is not a tensor in one call."""
-
-    name: str
-    options: tuple  # as the schema has them
-    shard: VocabShard | None
-
-    def runs(self, whole: Any, labels: Tensor, op: Any) -> Any:
-        """`whole`, or the operator of it, which knows no shard, in a graph."""
-        if self.shard is not None:
-            return partial(whole, shard=self.shard)
-        return op if _traced(labels) else whole
 
 
 def _spec(
@@ -263,66 +247,40 @@ def _spec(
 
 
 def _forward(
-    labels: Tensor, inverses: Any, tensors: Any, *options: Any, shard: VocabShard | None = None
-) -> tuple[Tensor, ...]:
-    return tuple(walk.forward(_operands(tensors), labels, _spec(inverses, *options, shard=shard)))
+    rows: Any, tensors: Any, *options: Any, shard: VocabShard | None = None
+) -> list[Tensor]:
+    labels, *inverses = rows
+    return list(walk.forward(_operands(tensors), labels, _spec(inverses, *options, shard=shard)))
 
 
-_forward_op = torch.library.custom_op(
-    "fastpo::linear_divergence",
-    _forward,
-    mutates_args=(),
-    schema=f"(Tensor labels, Tensor?[] inverses, Tensor?[] tensors, {_SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-
-
-@_forward_op.register_fake
-def _(labels: Tensor, inverses: Any, tensors: Any, *options: Any) -> tuple[Tensor, ...]:
-    return tuple(walk.fake_forward(_operands(tensors), labels, _spec(inverses, *options)))
+def _fake_forward(rows: Any, tensors: Any, *options: Any) -> list[Tensor]:
+    labels, *inverses = rows
+    return list(walk.fake_forward(_operands(tensors), labels, _spec(inverses, *options)))
 
 
 def _backward(
-    grad: Tensor,
-    labels: Tensor,
-    inverses: Any,
-    saved: Any,
+    grads: Any,
+    rows: Any,
     tensors: Any,
+    saved: Any,
     needs: Any,
     *options: Any,
     shard: VocabShard | None = None,
 ) -> list[Tensor]:
-    """Of each tensor, empty where it needs none."""
-    operands, (constants, totals, kept) = _operands(tensors), saved
+    labels, *inverses = rows
+    (grad,), operands, (constants, totals, kept) = grads, _operands(tensors), saved
     sides, spec = (needs[:3], needs[3:]), _spec(inverses, *options, shard=shard)
     found = walk.backward(grad, operands, labels, constants, totals, kept, spec, sides)
-    grads: list[Tensor] = []
+    each: list[Tensor | None] = []
     for side, own in zip(found, operands, strict=True):
         bias = side.bias if side.bias is None or own.bias is None else side.bias.to(own.bias.dtype)
-        grads += [grad.new_empty(0) if x is None else x for x in (side.hidden, side.weight, bias)]
-    return grads
+        each += [side.hidden, side.weight, bias]
+    return or_empty(each, saved[0])
 
 
-_backward_op = torch.library.custom_op(
-    "fastpo::linear_divergence_backward",
-    _backward,
-    mutates_args=(),
-    schema="(Tensor grad, Tensor labels, Tensor?[] inverses, Tensor[] saved, Tensor?[] tensors, "
-    f"bool[] needs, {_SCHEMA}) -> Tensor[]",
+_OPERATORS = Operators(
+    "linear_divergence", _SCHEMA, forward=_forward, backward=_backward, fake=_fake_forward
 )
-
-
-@_backward_op.register_fake
-def _(
-    grad: Tensor, labels: Any, inverses: Any, saved: Any, tensors: Any, needs: Any, *_: Any
-) -> list[Tensor]:
-    pairs = zip(tensors, needs, strict=True)
-    return [x.new_empty(x.shape) if need else grad.new_empty(0) for x, need in pairs]
-
-
-def _traced(labels: Tensor) -> bool:
-    """Then it is one operator of the graph, or of tensors that hold nothing."""
-    return torch.compiler.is_compiling() or type(labels) is not Tensor or labels.is_meta
 
 
 class _Divergence(torch.autograd.Function):
@@ -334,12 +292,12 @@ class _Divergence(torch.autograd.Function):
         labels: Tensor,
         inverse: Tensor | None,
         teacher_inverse: Tensor | None,
-        call: _Call,
+        call: Call,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        run, inverses = call.runs(_forward, labels, _forward_op), (inverse, teacher_inverse)
-        divergence, entropy, *saved = run(labels, inverses, tensors, *call.options)
-        ctx.save_for_backward(labels, *inverses, *saved, *tensors)
+        rows = labels, inverse, teacher_inverse
+        divergence, entropy, *saved = _OPERATORS.forward(call, rows, tensors)
+        ctx.save_for_backward(*rows, *saved, *tensors)
         ctx.call = call
         ctx.mark_non_differentiable(entropy)
         return divergence, entropy
@@ -347,13 +305,11 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         check_plain(ctx.call.name, (grad,))
-        labels, *saved = ctx.saved_tensors
-        inverses, saved, tensors = saved[:2], saved[2:5], saved[5:]
+        kept = ctx.saved_tensors
+        rows, saved, tensors = kept[:3], kept[3:6], kept[6:]
         needs = ctx.needs_input_grad[4:]
-        run = ctx.call.runs(_backward, labels, _backward_op)
-        found = run(grad, labels, inverses, saved, tensors, needs, *ctx.call.options)
-        grads = tuple(x if need else None for x, need in zip(found, needs, strict=True))
-        found = first_derivatives(ctx.call.name, grads, (grad, *tensors))
+        found = _OPERATORS.backward(ctx.call, (grad,), rows, tensors, saved, needs)
+        found = first_derivatives(ctx.call.name, found, (grad, *tensors))
         return *(None,) * 4, *found
 
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .operators import Call, Operators, or_empty
 from .rows import backend as R
 from .rows import registry
-from .tiles.tiled import TileSource, tiled
+from .tiles.tiled import TileSource, outside_graphs, tiled
 from .walks import topk as walk
 from .walks.checks import (
     check_integer,
@@ -126,19 +127,19 @@ class TopKOptions:
     shard: VocabShard | None = None
     name: str = "linear_topk"
 
-    def spec(self, hidden: Tensor, head_grad: bool, ignore_index: int | None) -> HeadSpec:
-        any_grad = head_grad or (torch.is_grad_enabled() and hidden.requires_grad)
-        return HeadSpec(
-            logit_map=R.LogitMap.of(self.temperature, self.softcap, self.logit_scale),
-            ignore_index=ignore_index,
-            outputs=("logps",),
-            compute_dtype=compute_dtype(hidden),
-            backend=registry.choose(self.backend, hidden.device),
-            hidden_grad=any_grad,
-            head_grad=any_grad,  # what a frozen head keeps is the same
-            budget=0 if self.budget is None and not head_grad else self.budget,
-            shard=self.shard,
+    def call(self, hidden: Tensor, head_grad: bool, ignore_index: int | None, k: int) -> Call:
+        plain = (
+            k,
+            float(self.temperature),
+            None if self.softcap is None else float(self.softcap),
+            float(self.logit_scale),
+            ignore_index,
+            compute_dtype(hidden),
+            registry.choose(self.backend, hidden.device),
+            head_grad or (torch.is_grad_enabled() and hidden.requires_grad),
+            0 if self.budget is None and not head_grad else self.budget,
         )
+        return Call(self.name, plain, self.shard)
 
 
 def best_words(
@@ -162,55 +163,101 @@ def best_words(
     _check_lists(labels, vocab, k, exclude, mask)
     if exclude is not None:
         # What is left out may hold anything.
-        exclude = exclude if mask is None else torch.where(mask, exclude, -1)
-        _check_excluded(exclude, vocab)
+        exclude = (exclude if mask is None else torch.where(mask, exclude, -1)).reshape(-1)
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     head_grad = torch.is_grad_enabled() and head_grad
-    head = options.spec(hidden, head_grad, None if mask is None else _LEFT_OUT)
+    labels = labels.view(-1) if mask is None else torch.where(mask.reshape(-1), 0, _LEFT_OUT)
+    call = options.call(hidden, head_grad, None if mask is None else _LEFT_OUT, k)
     with stays():
-        values, ids, lse = _run(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weight,
-            bias,
-            labels.view(-1) if mask is None else torch.where(mask.reshape(-1), 0, _LEFT_OUT),
-            None if exclude is None else exclude.reshape(-1),
-            walk.TopKSpec(k, head, options.name),
-        )
+        run = outside_graphs(_LinearTopK.apply, weight)
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        values, ids, lse = run(labels, exclude, call, rows, weight, bias)
     if values.requires_grad:  # the caller may write into what the backward reads
         ids, lse = ids.clone(), lse.clone()
     return TopK(values.view(*tokens, k), ids.view(*tokens, k), lse.view(tokens))
 
 
+# What `TopKOptions.call` gives.
+_SCHEMA = (
+    "int k, float temperature, float? softcap, float logit_scale, int? ignore_index, "
+    "ScalarType dtype, str backend, bool grad, int? budget"
+)
+
+
+def _spec(*options: Any, shard: VocabShard | None = None) -> walk.TopKSpec:
+    k, temperature, softcap, logit_scale, ignore_index, dtype, backend, grad, budget = options
+    head = HeadSpec(
+        logit_map=R.LogitMap(temperature, softcap, logit_scale),
+        ignore_index=ignore_index,
+        outputs=("logps",),
+        compute_dtype=dtype,
+        backend=backend,
+        hidden_grad=grad,
+        head_grad=grad,  # what a frozen head keeps is the same
+        budget=budget,
+        shard=shard,
+    )
+    return walk.TopKSpec(k, head)
+
+
+def _forward(
+    rows: Any, tensors: Any, *options: Any, shard: VocabShard | None = None
+) -> list[Tensor]:
+    (hidden, weight, bias), (labels, exclude) = tensors, rows
+    found = walk.forward(hidden, weight, bias, labels, exclude, _spec(*options, shard=shard))
+    return [found.values, found.z, found.ids, *found.stats]
+
+
+def _fake_forward(rows: Any, tensors: Any, *options: Any) -> list[Tensor]:
+    hidden, weight, _ = tensors
+    found = walk.fake_forward(hidden, weight, _spec(*options))
+    return [torch.empty_like(found.z), found.z, found.ids, *found.stats]
+
+
+def _backward(
+    grads: Any,
+    rows: Any,
+    tensors: Any,
+    saved: Any,
+    needs: Any,
+    *options: Any,
+    shard: VocabShard | None = None,
+) -> list[Tensor]:
+    z, ids, *stats = saved
+    found = walk.Found(z, ids, Forward(*stats))
+    (hidden, weight, bias), spec = tensors, _spec(*options, shard=shard)
+    operands = grads, hidden, weight, bias, rows[0]
+    dhidden, dweight, dbias = walk.backward(*operands, found, spec, needs)
+    dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
+    return or_empty((dhidden, dweight, dbias), z)
+
+
+_OPERATORS = Operators(
+    "linear_topk", _SCHEMA, forward=_forward, backward=_backward, fake=_fake_forward
+)
+
+
 class _LinearTopK(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        labels: Tensor,
-        exclude: Tensor | None,
-        spec: walk.TopKSpec,
+        ctx: Any, labels: Tensor, exclude: Tensor | None, call: Call, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        found = walk.forward(hidden, weight, bias, labels, exclude, spec)
-        ctx.spec = spec
-        ctx.save_for_backward(hidden, weight, bias, labels, found.z, found.ids, *found.stats)
-        ctx.mark_non_differentiable(found.ids)
+        values, *saved = _OPERATORS.forward(call, (labels, exclude), tensors)
+        _, ids, *stats = saved
+        ctx.call = call
+        ctx.save_for_backward(labels, exclude, *tensors, *saved)
+        ctx.mark_non_differentiable(ids)
         ctx.set_materialize_grads(False)
-        return found.values, found.ids, found.stats.lse
+        return values, ids, Forward(*stats).lse
 
     @staticmethod
     def backward(ctx: Any, values: Tensor | None, _: Any, lse: Tensor | None) -> tuple:
-        check_plain(ctx.spec.name, (values, lse))
-        hidden, weight, bias, labels, z, ids, *stats = ctx.saved_tensors
-        found = walk.Found(z, ids, Forward(*stats))
-        needs = ctx.needs_input_grad[:3]
-        grads, operands = (values, lse), (hidden, weight, bias)
-        dhidden, dweight, dbias = walk.backward(grads, *operands, labels, found, ctx.spec, needs)
-        dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
-        leaves = (dhidden, dweight, dbias)
-        first = first_derivatives(ctx.spec.name, leaves, (*grads, *operands))
-        return *first, None, None, None
+        check_plain(ctx.call.name, (values, lse))
+        kept = ctx.saved_tensors
+        rows, tensors, saved = kept[:2], kept[2:5], kept[5:]
+        needs, grads = ctx.needs_input_grad[3:], (values, lse)
+        found = _OPERATORS.backward(ctx.call, grads, rows, tensors, saved, needs)
+        return *(None,) * 3, *first_derivatives(ctx.call.name, found, (*grads, *tensors))
 
 
 def _check_lists(
@@ -228,12 +275,3 @@ def _check_lists(
             raise ValueError(f"{name}: expected dtype {dtype}, got {tensor.dtype}")
         if tensor.device != labels.device:
             raise ValueError(f"{name}: expected device {labels.device}, got {tensor.device}")
-
-
-def _check_excluded(exclude: Tensor, vocab: int) -> None:
-    if exclude.device.type == "cpu" and bool((exclude >= vocab).any()):
-        raise ValueError(f"exclude: expected values below {vocab}, got {int(exclude.max())}")
-
-
-# Its loops would be traced tile by tile.
-_run = torch.compiler.disable(_LinearTopK.apply)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .operators import Call, Operators, apart, or_empty
 from .rows import backend as R
 from .rows import registry
 from .stats import TokenStats, handed_out
-from .tiles.tiled import TileSource, tiled
+from .tiles.tiled import TileSource, outside_graphs, tiled
 from .walks import mixture
 from .walks.checks import (
     OUTPUTS,
@@ -24,6 +25,7 @@ from .walks.checks import (
     shape_of,
 )
 from .walks.derivatives import check_plain, first_derivatives
+from .walks.forward import fake_finish
 from .walks.head import Forward, HeadSpec
 from .walks.saving import stays
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from .walks.vocab_shard import VocabShard
 
 _LARGEST = torch.finfo(torch.float32).max
+_NO_CAP = 0.0  # a list of an operator's numbers holds no None
 
 
 def mixed_linear_logps(
@@ -87,29 +90,21 @@ class MixtureOptions:
     shard: VocabShard | None = None
     name: str = "mixed_linear_logps"
 
-    def spec(self, hiddens: Sequence[Tensor], device: torch.device) -> mixture.MixtureSpec:
+    def call(self, hiddens: Sequence[Tensor], device: torch.device) -> Call:
         softcaps = _one_per_head("softcaps", self.softcaps, len(hiddens), None)
         scales = _one_per_head("logit_scales", self.logit_scales, len(hiddens), 1.0)
         for own in zip(softcaps, scales, strict=True):
             check_options(self.temperature, *own, self.outputs, None, self.ignore_index)
-        return mixture.MixtureSpec(
-            head=HeadSpec(
-                logit_map=R.LogitMap(float(self.temperature)),
-                ignore_index=self.ignore_index,
-                outputs=tuple(x for x in OUTPUTS if x in self.outputs or x == "logps"),
-                compute_dtype=torch.float32,
-                backend=registry.choose(self.backend, device),
-                hidden_grad=False,
-                head_grad=False,
-                budget=0,
-                shard=self.shard,
-            ),
-            maps=tuple(
-                R.LogitMap.of(1.0, cap, scale) for cap, scale in zip(softcaps, scales, strict=True)
-            ),
-            dtypes=tuple(map(compute_dtype, hiddens)),
-            name=self.name,
+        plain = (
+            float(self.temperature),
+            [_NO_CAP if cap is None else float(cap) for cap in softcaps],
+            [float(scale) for scale in scales],
+            self.ignore_index,
+            ",".join(x for x in OUTPUTS if x in self.outputs or x == "logps"),
+            ",".join(str(compute_dtype(x)).removeprefix("torch.") for x in hiddens),
+            registry.choose(self.backend, device),
         )
+        return Call(self.name, plain, self.shard)
 
 
 def operands_of(
@@ -140,29 +135,95 @@ def mix(
     weighing = coefficients if isinstance(coefficients, Tensor) else None
     check_plain(options.name, (*hiddens, *words, *biases, weighing, labels))
     _check_heads(operands, labels, options.shard is not None)
-    spec = options.spec(hiddens, labels.device)
-    own = _weights_of_heads(coefficients, len(operands), labels, options.ignore_index)
+    call = options.call(hiddens, labels.device)
+    own = _weights_of_heads(coefficients, len(operands), labels)
     rows = (hidden.reshape(-1, hidden.shape[-1]) for hidden in hiddens)
     with stays():
-        results = _run(labels.reshape(-1), own, spec, *rows, *words, *biases)
+        run = outside_graphs(_MixedLinearLogps.apply, *words)
+        results = run(labels.reshape(-1), own, call, *apart((*rows, *words, *biases)))
     fields = dict(zip(OUTPUTS, results, strict=True))
     return handed_out({name: fields[name] for name in options.outputs}, labels.shape)
 
 
+# What `MixtureOptions.call` gives; lists have an entry for each head.
+_SCHEMA = (
+    "float temperature, float[] softcaps, float[] logit_scales, int? ignore_index, str outputs, "
+    "str dtypes, str backend"
+)
+
+
+def _spec(*options: Any, shard: VocabShard | None = None) -> mixture.MixtureSpec:
+    temperature, softcaps, scales, ignore_index, outputs, dtypes, backend = options
+    head = HeadSpec(
+        logit_map=R.LogitMap(temperature),
+        ignore_index=ignore_index,
+        outputs=tuple(outputs.split(",")),
+        compute_dtype=torch.float32,
+        backend=backend,
+        hidden_grad=False,
+        head_grad=False,
+        budget=0,
+        shard=shard,
+    )
+    maps = (
+        R.LogitMap.of(1.0, None if cap == _NO_CAP else cap, scale)
+        for cap, scale in zip(softcaps, scales, strict=True)
+    )
+    each = (getattr(torch, dtype) for dtype in dtypes.split(","))
+    return mixture.MixtureSpec(head, tuple(maps), tuple(each))
+
+
+def _forward(
+    rows: Any, tensors: Any, *options: Any, shard: VocabShard | None = None
+) -> list[Tensor]:
+    labels, coefficients = rows
+    spec = _spec(*options, shard=shard)
+    return list(mixture.forward(_operands(tensors), coefficients, labels, spec))
+
+
+def _fake_forward(rows: Any, tensors: Any, *options: Any) -> list[Tensor]:
+    return list(fake_finish(tensors[0], _spec(*options).head))
+
+
+def _backward(
+    grads: Any,
+    rows: Any,
+    tensors: Any,
+    saved: Any,
+    needs: Any,
+    *options: Any,
+    shard: VocabShard | None = None,
+) -> list[Tensor]:
+    (labels, coefficients), operands = rows, _operands(tensors)
+    spec = _spec(*options, shard=shard)
+    given = dict(zip(("logps", "entropy", "lse"), grads, strict=True))
+    if "entropy" not in spec.head.outputs:  # in a graph its gradient is an empty tensor
+        given["entropy"] = None
+    call = operands, coefficients, labels, Forward(*saved), spec
+    found = mixture.backward(given, *call, _per_head(needs))
+    dbiases = (
+        None if x.bias is None or g.bias is None else g.bias.to(x.bias.dtype)
+        for x, g in zip(operands, found, strict=True)
+    )
+    each = (*(g.hidden for g in found), *(g.weight for g in found), *dbiases)
+    return or_empty(each, saved[0])
+
+
+_OPERATORS = Operators(
+    "mixed_linear_logps", _SCHEMA, forward=_forward, backward=_backward, fake=_fake_forward
+)
+
+
 class _MixedLinearLogps(torch.autograd.Function):
-    """Of labels, coefficients, spec, then M hidden states, M weights and M biases."""
+    """Of labels, coefficients, the call, then M hidden states, M weights and M biases."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        labels: Tensor,
-        coefficients: Tensor,
-        spec: mixture.MixtureSpec,
-        *tensors: Tensor | None,
+        ctx: Any, labels: Tensor, coefficients: Tensor, call: Call, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
-        stats = mixture.forward(_operands(tensors), coefficients, labels, spec)
-        ctx.spec = spec
-        ctx.save_for_backward(labels, coefficients, *tensors, *stats)
+        stats = Forward(*_OPERATORS.forward(call, (labels, coefficients), tensors))
+        ctx.call = call
+        ctx.save_for_backward(labels, coefficients, *stats, *tensors)
         ctx.mark_non_differentiable(stats.log_sum_sq_probs, stats.mean_logits, stats.is_top1)
         # Statistics are often only logged: their absent gradients shall not arrive as zeros.
         ctx.set_materialize_grads(False)
@@ -170,21 +231,15 @@ class _MixedLinearLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        check_plain(ctx.spec.name, grads)
-        labels, coefficients, *rest = ctx.saved_tensors
-        count = 3 * len(ctx.spec.maps)
-        operands, stats = _operands(rest[:count]), Forward(*rest[count:])
-        needs = _per_head(ctx.needs_input_grad[3:])
+        check_plain(ctx.call.name, grads)
+        labels, coefficients, *kept = ctx.saved_tensors
+        count = len(Forward._fields)
+        (stats, tensors), rows = (kept[:count], kept[count:]), (labels, coefficients)
         by_name = dict(zip(OUTPUTS, grads, strict=True))
-        given = {name: by_name[name] for name in ("logps", "entropy", "lse")}
-        found = mixture.backward(given, operands, coefficients, labels, stats, ctx.spec, needs)
-        dbiases = (
-            None if x.bias is None or g.bias is None else g.bias.to(x.bias.dtype)
-            for x, g in zip(operands, found, strict=True)
-        )
-        leaves = (*(g.hidden for g in found), *(g.weight for g in found), *dbiases)
-        sources = (*grads, *rest[:count])
-        return None, None, None, *first_derivatives(ctx.spec.name, leaves, sources)
+        given = [by_name[name] for name in ("logps", "entropy", "lse")]
+        needs = ctx.needs_input_grad[3:]
+        found = _OPERATORS.backward(ctx.call, given, rows, tensors, stats, needs)
+        return None, None, None, *first_derivatives(ctx.call.name, found, (*grads, *tensors))
 
 
 def _per_head(flat: Sequence[Any]) -> list[tuple[Any, Any, Any]]:
@@ -223,7 +278,7 @@ def _check_heads(operands: Sequence[mixture.Operands], labels: Tensor, part: boo
 
 
 def _weights_of_heads(
-    coefficients: Sequence[float] | Tensor, heads: int, labels: Tensor, ignore_index: int | None
+    coefficients: Sequence[float] | Tensor, heads: int, labels: Tensor
 ) -> Tensor:  # [M] or [N, M] float32
     if not isinstance(coefficients, Tensor):
         expected = f"{heads} finite numbers"
@@ -252,24 +307,4 @@ def _weights_of_heads(
             "coefficients: expected a tensor without gradient, got requires_grad=True; detach it"
         )
     found = coefficients.detach().float()
-    _check_finite(found, labels, ignore_index)
-    return found.reshape((-1, heads) if found.dim() > 1 else heads)
-
-
-def _check_finite(coefficients: Tensor, labels: Tensor, ignore_index: int | None) -> None:
-    """On a CPU, in no graph: elsewhere reading them would wait for the device."""
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    wrong = ~coefficients.isfinite()
-    if coefficients.dim() > labels.dim() and ignore_index is not None:
-        wrong &= (labels != ignore_index).unsqueeze(-1)
-    if bool(wrong.any()):
-        place = tuple(wrong.nonzero()[0].tolist())
-        raise ValueError(
-            "coefficients: expected finite numbers of float32, "
-            f"got {coefficients[place].item()} at {place}"
-        )
-
-
-# Its loops would be traced tile by tile.
-_run = torch.compiler.disable(_MixedLinearLogps.apply)
+    return found.reshape((-1, heads) if found.dim() > labels.dim() else heads)

@@ -179,6 +179,15 @@ def _multi_head(x: Leaves, **options: Any) -> fastpo.TokenStats:
     return fastpo.multi_head_logps(x["hidden"], x["weights"], x["labels"], x["heads"], **given)
 
 
+# Of a graph, where the weight is a tensor: the shapes of their results are known without a walk.
+OPERATORS = (
+    "linear_logps",
+    "linear_divergence",
+    "linear_topk",
+    "sample_topk",
+    "mixed_linear_logps",
+    "multi_token_logps",
+)
 HEAD = ("hidden", "weight", "bias")
 PAIR = (*HEAD, "other_hidden", "other_weight")
 # One call of each.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _primitives import CALLS
+from _primitives import CALLS, OPERATORS
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import fastpo
@@ -104,9 +104,6 @@ def on_meta(call):
     return call.gradients(
         {k: x.detach().to("meta").requires_grad_(k in trained) for k, x in leaves}
     )
-
-
-OPERATORS = ("linear_logps", "linear_divergence", "multi_token_logps")
 
 
 @pytest.mark.parametrize("way", [faked, in_a_mode, on_meta])

@@ -63,21 +63,24 @@ def _fresh(head: Head) -> Tensor:
 
 def fake_forward(hidden: Tensor, weight: Tensor, spec: HeadSpec) -> Forward:
     """The shapes of `forward`, for tracing."""
-    n = hidden.shape[:1]
-    row = hidden.new_empty(n, dtype=torch.float32)
-    fields = {name: hidden.new_empty(0, dtype=torch.float32) for name in Forward._fields}
-    for name in ("target", "maximum", "log_mass", *spec.outputs):
-        fields[name] = torch.empty_like(row, dtype=torch.bool if name == "is_top1" else None)
-    fields["logps"], fields["lse"] = torch.empty_like(row), torch.empty_like(row)
     size, anchors = kept_shapes(spec, hidden, weight)
     frozen = spec.hidden_grad and not spec.head_grad
-    return Forward(**fields)._replace(
+    return fake_finish(hidden, spec)._replace(
         kept=hidden.new_empty(size, dtype=spec.compute_dtype),
         anchors=hidden.new_empty(anchors, dtype=torch.float32),
         direction=hidden.new_empty(
             hidden.shape if frozen else (0, 0), dtype=_direction_dtype(hidden)
         ),
     )
+
+
+def fake_finish(hidden: Tensor, spec: HeadSpec) -> Forward:
+    """The shapes of `finish`."""
+    fields = {name: hidden.new_empty(0, dtype=torch.float32) for name in Forward._fields}
+    for name in ("target", "maximum", "log_mass", "logps", "lse", *spec.outputs):
+        dtype = torch.bool if name == "is_top1" else torch.float32
+        fields[name] = hidden.new_empty(len(hidden), dtype=dtype)
+    return Forward(**fields)
 
 
 def _direction_dtype(hidden: Tensor) -> torch.dtype:

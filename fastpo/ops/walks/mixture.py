@@ -34,13 +34,11 @@ class MixtureSpec:
     """All that is not a tensor in one call.
 
     head: of the mixture; its map is the temperature.  maps, dtypes: of the products of each head.
-    name: who errors are of.
     """
 
     head: HeadSpec
     maps: tuple[R.LogitMap, ...]
     dtypes: tuple[torch.dtype, ...]
-    name: str
 
 
 class Mixture:
@@ -99,6 +97,7 @@ def forward(
 ) -> Forward:
     weight = operands[0].weight
     check_labels(labels, spec.head.vocab(weight), spec.head.ignore_index)
+    _check_finite(coefficients, labels, spec.head.ignore_index)
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         mixture = Mixture(operands, coefficients, labels, spec)
         head, stats = mixture.heads[0], spec.head.stats
@@ -112,6 +111,21 @@ def forward(
                 )
             head.merge(block)
         return finish(head, state, len(labels))
+
+
+def _check_finite(coefficients: Tensor, labels: Tensor, ignore_index: int | None) -> None:
+    """On a CPU; elsewhere reading them would wait for the device."""
+    if labels.device.type != "cpu":
+        return
+    wrong = ~coefficients.isfinite()
+    if coefficients.dim() > 1 and ignore_index is not None:
+        wrong &= (labels != ignore_index).unsqueeze(-1)
+    if bool(wrong.any()):
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(
+            "coefficients: expected finite numbers of float32, "
+            f"got {coefficients[place].item()} at {place}"
+        )
 
 
 def backward(

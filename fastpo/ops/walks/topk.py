@@ -16,18 +16,17 @@ from ..rows import backend as R
 from .backward import BackwardWalk, row_grads
 from .best_words import NEVER, merge, unpack
 from .checks import check_memory
-from .forward import finish, folded_tiles
+from .forward import fake_finish, finish, folded_tiles
 from .head import Forward, Head, HeadSpec, kept_shapes
 from .logits import to_logits
 
 
 @dataclass(frozen=True)
 class TopKSpec:
-    """All that is not a tensor in one call.  name: who errors are of."""
+    """All that is not a tensor in one call."""
 
     k: int
     head: HeadSpec
-    name: str
 
     @property
     def first(self) -> int:
@@ -49,6 +48,17 @@ class Found(NamedTuple):
         return (self.z - shift.unsqueeze(1)) - log_mass.unsqueeze(1)
 
 
+def fake_forward(hidden: Tensor, weight: Tensor, spec: TopKSpec) -> Found:
+    """The shapes of `forward`, for tracing."""
+    n, (size, anchors) = len(hidden), kept_shapes(spec.head, hidden, weight)
+    stats = fake_finish(hidden, spec.head)._replace(
+        kept=hidden.new_empty(size, dtype=spec.head.compute_dtype),
+        anchors=hidden.new_empty(anchors, dtype=torch.float32),
+    )
+    z, ids = (hidden.new_empty(n, spec.k, dtype=x) for x in (torch.float32, torch.int64))
+    return Found(z, ids, stats)
+
+
 def forward(
     hidden: Tensor,  # [N, H]
     weight: Tensor,  # [V, H]
@@ -58,6 +68,7 @@ def forward(
     spec: TopKSpec,
 ) -> Found:
     check_memory(hidden=hidden)
+    _check_excluded(exclude, spec.head.vocab(weight))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, labels, spec.head)
         n = len(head.hidden)
@@ -79,6 +90,11 @@ def forward(
         z, ids = (_spread(head, x, len(hidden)) for x in unpack(best))
         stats = finish(head, state, len(hidden))._replace(kept=kept, anchors=anchors)
         return Found(z, ids, stats)
+
+
+def _check_excluded(exclude: Tensor | None, vocab: int) -> None:
+    if exclude is not None and exclude.device.type == "cpu" and bool((exclude >= vocab).any()):
+        raise ValueError(f"exclude: expected values below {vocab}, got {int(exclude.max())}")
 
 
 def _spread(head: Head, value: Tensor, tokens: int) -> Tensor:

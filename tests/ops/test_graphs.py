@@ -1,0 +1,71 @@
+"""Under a compiler every primitive gives what it gives without, most of them as one graph."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _primitives import CALLS, OPERATORS, Call, loss
+from _probes import COMPARING
+
+import fastpo
+from fastpo.testing import make_head
+
+NOT_WHOLE = ("logps of tiles",)  # no tensor of a graph
+SEEDS = ("sample_topk",)  # by its call here, which a graph has not
+
+
+def one_graph(case: str) -> bool:
+    return CALLS[case].name in OPERATORS and case not in (*NOT_WHOLE, *SEEDS)
+
+
+def compiled(call: Call, backend: str = COMPARING, **options: bool) -> list[torch.Tensor]:
+    """`call.gradients`, its forward compiled; COMPARING holds shapes to those it was told of."""
+    torch.compiler.reset()
+    leaves = call.leaves()
+    outputs = torch.compile(call.outputs, backend=backend, **options)(leaves)
+    found = [x.detach() for x in outputs]
+    if not call.trained:
+        return found
+    return [*found, *torch.autograd.grad(loss(outputs), [leaves[x] for x in call.trained])]
+
+
+@pytest.mark.parametrize("case", filter(one_graph, CALLS))
+def test_one_graph_has_the_same_bits(case):
+    call = CALLS[case]
+    found = compiled(call, fullgraph=True)
+    for ours, plain in zip(found, call.gradients(call.leaves()), strict=True):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("case", sorted({x for x in CALLS if not one_graph(x)}.difference(SEEDS)))
+def test_others_break_the_graph_and_agree(case, mesh):
+    call = CALLS[case]
+    found = compiled(call, "aot_eager")
+    for ours, plain in zip(found, call.gradients(call.leaves()), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("case", ["linear_topk", "topk of a frozen head", "mixed_linear_logps"])
+def test_the_same_for_any_number_of_tokens(case):
+    call = CALLS[case]
+    found = compiled(call, fullgraph=True, dynamic=True)
+    for ours, plain in zip(found, call.gradients(call.leaves()), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("outputs", [("logps",), ("logps", "entropy", "lse")])
+def test_a_head_that_serves_twice_in_a_mixture(outputs):
+    """A policy and its reference with one frozen head, and one text under both."""
+
+    def loss(hidden, weight):
+        heads = [hidden, hidden], [weight, weight]
+        found = fastpo.mixed_linear_logps(*heads, (0.7, 0.4), labels, outputs=outputs)
+        return sum((x * torch.arange(len(x))).sum() for x in found if x is not None)
+
+    labels = torch.arange(5) * 3
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend=COMPARING)):
+        inputs = make_head(5, 31, 8).like(torch.float32)
+        value = function(inputs.hidden, inputs.weight)
+        results.append((value, *torch.autograd.grad(value, [inputs.hidden, inputs.weight])))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
