@@ -201,3 +201,31 @@ def test_logits_in_16_bits_are_scaled_in_place_by_float32(size, monkeypatch):  #
         found.append(results(lambda x: x.float().square().sum(-1), x, [*leaves, by]))
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
     assert not cell.told
+
+
+def scaled(x):
+    return (x / torch.linspace(0.5, 1.5, T)[:, None]).softmax(-1)
+
+
+UNTOLD = {
+    "all_by_a_number": (B, lambda x: (x / 0.7).softmax(-1).cumsum(-1)),
+    "all_by_rows": (B, lambda x: scaled(x).cumsum(-1)),
+    "all_in_place": (B, lambda x: x.div_(torch.ones(T, 1)).softmax(-1).sum()),
+    "a_text_compared": (1, lambda x: (scaled(x) > 0.02)[0].cumsum(-1)),
+    "a_text_of_what_is_there": (1, lambda x: x.there[0].cumsum(-1)),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_logits_of_a_block_are_computed_without_a_word(name, monkeypatch):
+    """All of them, or one text, which no other has to be computed for."""
+    texts, read = UNTOLD[name]
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 4 * V * T * texts})
+    lazy, real, _ = pair()
+    for x in (lazy, real):
+        x.there = scaled(x)
+        if name == "a_text_of_what_is_there":
+            x.there.cumsum(-1)
+    monkeypatch.setattr(cell, "told", told := set())
+    torch.testing.assert_close(read(lazy), read(real))
+    assert not told
