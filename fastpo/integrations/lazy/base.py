@@ -34,6 +34,7 @@ class Base:
     known: Known
     own_tokens: bool = True
     marks: tuple[Mark, ...] = field(init=False)
+    cuts: dict[int, Base] = field(init=False, default_factory=dict)  # with its first words
 
     def __post_init__(self) -> None:
         self.marks = tuple(map(_mark, self.operands))
@@ -71,6 +72,19 @@ class Base:
             weight: Tensor = whole(self.weight)
             bias = None if self.bias is None else whole(self.bias)
         return Base(self.hidden, weight, bias, None, self.own, self.known)
+
+    def cut(self, words: int) -> Base:
+        """The head of the first words, whose weight is a view; one, however often it is asked."""
+        if words not in self.cuts:
+            self.cuts[words] = self.chosen(slice(words))
+        return self.cuts[words]
+
+    def chosen(self, words: slice | Tensor) -> Base:
+        """The head of some words."""
+        with torch.inference_mode(False), torch.enable_grad():  # whoever asks first
+            weight, bias = self.weight[words], None if self.bias is None else self.bias[words]
+            adapter = self.adapter and (self.adapter[0], self.adapter[1][words])
+        return Base(self.hidden, weight, bias, adapter, self.own, Known.of(self.hidden))
 
     def check(self) -> None:
         """Logits that a model had made would not change with its weights, nor go with them."""
@@ -221,8 +235,7 @@ class Watch:
         """Views of the same logits have views of the same row numbers."""
         if self.rows is None or other.rows is None:
             return False
-        one, two = (x.untyped_storage().data_ptr() for x in (self.rows, other.rows))
-        return one == two
+        return same_storage(self.rows, other.rows)
 
 
 @dataclass(eq=False)
@@ -252,6 +265,10 @@ class Family:
                 "logits: expected no change in place through another view of them, got one; "
                 "fastpo keeps views apart: read the changed one, or change a copy"
             )
+
+
+def same_storage(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def same_memory(one: Tensor | None, other: Tensor | None) -> bool:

@@ -46,8 +46,10 @@ def reduced(node: Node, numbers: list[Tensor], reduction: Reduction) -> Any:
     return tree_unflatten(whole, plan.spec)
 
 
-def fits_one_block(node: Node) -> bool:
-    return node.shape.numel() <= _cells(node)
+def fits_one_block(node: Node, words: int | None = None) -> bool:
+    """words: of each row, where they are not all."""
+    count = node.shape.numel() if words is None else node.rows.numel() * words
+    return count <= _cells(node)
 
 
 def _kind(node: Node) -> str:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -142,6 +143,17 @@ def leading_index(index: Any, ndim: int) -> Any:
     return tuple(parts)
 
 
+def first_words(index: Any, ndim: int, words: int) -> tuple[Any, int]:
+    """`logits[:, 1:, :n]`: the index without its part for the vocabulary, and n; else None."""
+    leading = leading_index(index, ndim)
+    *parts, last = index if isinstance(index, tuple) else (index,)
+    if leading is None and isinstance(last, slice):
+        start, stop, step = last.indices(words)
+        if (start, step) == (0, 1):  # what begins later is changed in place more often than read
+            return leading_index((*parts, slice(None)), ndim), stop
+    return leading, words
+
+
 def _consumes(part: Any) -> int | None:
     """How many dimensions; None for what only a tensor can tell."""
     if part is None or part is Ellipsis:
@@ -153,20 +165,33 @@ def _consumes(part: Any) -> int | None:
     return 1 if plain or listed else None
 
 
-def words_of_rows(rows: Tensor, index: Any) -> tuple[Tensor, Tensor, torch.Size] | None:
-    """`logps[torch.arange(n), labels]`, `logits[:, -1, [7, 11]]`: rows, the words of each [..., K],
-    and the shape that they come in; None for anything else, and for what torch would not copy."""
+def leading_sizes(own: torch.Size, shape: tuple[Any, ...]) -> tuple[int, ...] | None:
+    """Sizes before the vocabulary's; None for another dtype, or words in another shape."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    if not sizes or not all(isinstance(size, int) for size in sizes):
+        return None
+    *leading, last = sizes
+    if last == -1 and prod(leading) == own[:-1].numel() > 0:
+        last = own[-1]
+    return tuple(leading) if last == own[-1] else None
+
+
+def words_of_rows(rows: Tensor, index: Any, vocab: int) -> tuple[Tensor, Tensor, torch.Size] | None:
+    """`logps[torch.arange(n), labels]`, `logits[:, -1, [7, 11]]`: rows, the words of each [..., K]
+    or of all of them [K], and the shape that they come in; None for anything else, and for what
+    torch would not copy."""
     *parts, word = index if isinstance(index, tuple) else (index,)
     leading = leading_index((*parts, slice(None)), rows.ndim + 1)
     if isinstance(word, list) and all(type(x) is int for x in word):
         word = torch.tensor(word, dtype=torch.int64, device=rows.device)
+    if isinstance(word, Tensor) and word.dtype == torch.bool and word.shape == (vocab,):
+        word = word.nonzero().squeeze(1)
     listed = isinstance(word, Tensor) and word.ndim and word.dtype in (torch.int64, torch.int32)
     if leading is None or not listed:
         return None
-    found, word = rows[leading], word.to(rows.device)
+    found, word = rows[leading], counted(word.to(rows.device), vocab)
     if not any(isinstance(x, Tensor | list) for x in leading):
-        words = word.flatten().expand(*found.shape, word.numel())
-        return found, words, torch.Size((*found.shape, *word.shape))
+        return found, word.flatten(), torch.Size((*found.shape, *word.shape))
     if not all(isinstance(x, Tensor | list | int) for x in leading):
         return None
     found, word = torch.broadcast_tensors(found, word)
@@ -235,7 +260,8 @@ def _owner(x: Tensor) -> Tensor:
 def _call(logits: Promise) -> tuple[Any, ...]:
     reading = logits.inner, logits.capped, logits.outer, logits.normalized, logits.sign
     # Other hidden states may come to lie in the same place.
-    return StorageWeakRef(logits.base.hidden.untyped_storage()), logits.base.marks, reading
+    head = logits.base.marks, logits.words
+    return StorageWeakRef(logits.base.hidden.untyped_storage()), head, reading
 
 
 def _with(func: Any, logits: Tensor, index: Tensor) -> Any:

@@ -84,7 +84,7 @@ class Cell:
         """A tensor without values that lies in memory as the model's own would."""
         assert self.promise is not None
         shape, rows = self.promise.shape, self.promise.memory.rows
-        strides, first = self.promise.strides, rows.storage_offset() * self.promise.words
+        strides, first = self.promise.strides, rows.storage_offset() * self.promise.pitch
         room = first + sum(n * step for n, step in zip(shape, strides, strict=True)) + 1
         return torch.empty(room, dtype=torch.uint8, device="meta").as_strided(shape, strides, first)
 

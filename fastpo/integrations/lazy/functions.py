@@ -7,7 +7,6 @@ NotImplemented where only the logits will do.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.walks.picked import picked_products
-from .blocks import reduced
-from .calls import counted, leading_index, of_torch, remember, words_of_rows
+from .blocks import fits_one_block, reduced
+from .calls import counted, first_words, leading_sizes, of_torch, remember, words_of_rows
 from .promise import Promise
 
 Answer = Callable[..., Any]
@@ -41,39 +40,35 @@ def _leading(logits: Promise, dim: Any) -> int | None:
 
 
 def getitem(logits: Promise, index: Any) -> Any:
-    leading = leading_index(index, logits.ndim)
+    leading, count = first_words(index, logits.ndim, logits.words)
     if leading is not None:
-        return logits.view(logits.rows[leading])
-    found = words_of_rows(logits.rows, index)
+        whole: Any = logits.view(logits.rows[leading])
+        if count == logits.words:
+            return whole
+        return whole.cut(count) if isinstance(whole, Promise) else NotImplemented
+    found = words_of_rows(logits.rows, index, logits.words)
     if found is None:
         return NotImplemented
     rows, words, shape = found
     some: Any = logits.view(rows)
-    words = counted(words, logits.words)
+    if words.ndim == 1:
+        many = isinstance(some, Promise) and shape[len(rows.shape) :] == words.shape
+        if many and not fits_one_block(some, len(words)):
+            return some.chosen(words)
+        words = words.expand(*rows.shape, -1)
     if isinstance(some, Promise):
         return gather(some.gathered, -1, words).view(shape)
     return reduced(some, [words], lambda x, given: x.gather(-1, given[0])).view(shape)
 
 
 def reshape(logits: Promise, *shape: Any) -> Any:
-    leading = _leading_sizes(logits, shape)
+    leading = leading_sizes(logits.shape, shape)
     return NotImplemented if leading is None else logits.view(logits.rows.reshape(leading))
 
 
 def view(logits: Promise, *shape: Any) -> Any:
-    leading = _leading_sizes(logits, shape)
+    leading = leading_sizes(logits.shape, shape)
     return NotImplemented if leading is None else logits.view(logits.rows.view(leading))
-
-
-def _leading_sizes(logits: Promise, shape: tuple[Any, ...]) -> tuple[int, ...] | None:
-    """Sizes before the vocabulary's; None for another dtype, or words in another shape."""
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-    if not sizes or not all(isinstance(size, int) for size in sizes):
-        return None
-    *leading, last = sizes
-    if last == -1 and prod(leading) == logits.rows.numel() > 0:
-        last = logits.shape[-1]
-    return tuple(leading) if last == logits.shape[-1] else None
 
 
 def flatten(logits: Promise, start_dim: int = 0, end_dim: int = -1) -> Any:
@@ -116,6 +111,8 @@ def squeeze(logits: Promise, dim: int) -> Any:
 
 def index_select(logits: Promise, dim: int, index: Tensor) -> Any:
     leading = _leading(logits, dim)
+    if _last(logits, dim):  # counted from the start only
+        return NotImplemented if bool((index < 0).any()) else getitem(logits, (..., index))
     if leading is None:
         return NotImplemented
     return logits.view(logits.rows.index_select(leading, index))
@@ -124,8 +121,10 @@ def index_select(logits: Promise, dim: int, index: Tensor) -> Any:
 def contiguous(logits: Promise, memory_format: Any = torch.contiguous_format) -> Any:
     if memory_format is not torch.contiguous_format:
         return NotImplemented
-    rows = logits.rows.contiguous()
-    return logits if rows is logits.rows else logits.view(rows)
+    rows, packed = logits.rows.contiguous(), logits.pitch == logits.words
+    if rows is logits.rows and packed:
+        return logits
+    return logits.view(rows if packed else logits.rows.clone(memory_format=memory_format))
 
 
 def clone(logits: Promise, *, memory_format: Any = torch.preserve_format) -> Any:

@@ -33,9 +33,9 @@ from .calls import (
     REWRITES,
     SCALES,
     compared,
+    first_words,
     fits,
     in_place,
-    leading_index,
     name_of,
     of_fsdp,
     positional,
@@ -146,7 +146,7 @@ class LazyLogits(Tensor):
 
     def _take_back(self, index: Any, value: Any) -> None:
         """`logits[0] += 1`: Python sets rows that were changed as a view, and are these rows'."""
-        node, leading = self._cell.promise, leading_index(index, self.ndim)
+        node, (leading, _) = self._cell.promise, first_words(index, self.ndim, self.shape[-1])
         if leading is None or node is None or getattr(node, "rearranged", False):
             return
         lazy = isinstance(value, LazyLogits) and value is not self
@@ -364,7 +364,7 @@ def _scale(name: str, logits: Any, by: Any) -> bool:
     scaled = node.scaled(by)
     if scaled is NotImplemented:
         return False
-    Scaled.apply(logits, logits._cell.scale(replace(scaled, rows=node.rows)), by)
+    Scaled.apply(logits, logits._cell.scale(replace(scaled, rows=node.rows, apart=node.apart)), by)
     return True
 
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from ...ops.shards.gathered import HeadOptions, score
 from ...ops.stats import TokenStats
 from ...ops.tiles.known import keeps_dtype
+from ...ops.tiles.tiled import Tiled
 from ...ops.walks.saving import checkpointed
 from ..adapter import base_layer, operands, rounded
 from ..heads import stored_weight
-from .base import Base, Family, Known, same_memory
+from .base import Base, Family, Known, same_memory, same_storage
 
 OWN = HeadOptions()
 
@@ -44,6 +45,7 @@ class Promise:
     normalized: bool = False
     sign: float = 1.0
     family: Family = field(default_factory=Family)  # those in the same memory
+    apart: int | None = None  # words of a row in memory, where these are only the first
 
     @classmethod
     def of(
@@ -108,9 +110,14 @@ class Promise:
         return self.base.weight.shape[0]
 
     @property
+    def pitch(self) -> int:
+        """From a row to the next one in memory."""
+        return self.words if self.apart is None else self.apart
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """As in the memory of the logits that these are views of."""
-        return (*(n * self.words for n in self.rows.stride()), 1)
+        return (*(n * self.pitch for n in self.rows.stride()), 1)
 
     def leaves(self, name: str) -> tuple[Tensor | None, ...]:
         """All that `whole` needs, without a graph of their own."""
@@ -134,7 +141,27 @@ class Promise:
         return replace(self, normalized=False, sign=1.0)
 
     def view(self, rows: Tensor) -> Promise:
-        return replace(self, rows=rows)
+        shared = self.apart is not None and same_storage(rows, self.rows)
+        return replace(self, rows=rows, apart=self.apart if shared else None)
+
+    def cut(self, words: int) -> Any:
+        """The first words of each row; NotImplemented where the others count, too, or a head of
+        some words is not there."""
+        if words < 1 or not self._divisible:
+            return NotImplemented
+        whole = self.gathered
+        return replace(whole, base=whole.base.cut(words), apart=self.pitch)
+
+    def chosen(self, words: Tensor) -> Any:
+        """A copy of these words of each row; NotImplemented as above."""
+        if not self._divisible:
+            return NotImplemented
+        whole = self.gathered
+        return replace(whole.copy(), base=whole.base.chosen(words))
+
+    @property
+    def _divisible(self) -> bool:
+        return not self.normalized and not isinstance(self.base.weight, Tiled)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -143,7 +170,7 @@ class Promise:
 
     def copy(self, **reading: Any) -> Promise:
         """Other logits of these rows, in memory of their own."""
-        return replace(self, rows=self.dense, family=Family(), **reading)
+        return replace(self, rows=self.dense, family=Family(), apart=None, **reading)
 
     def only(self, scored: Tensor) -> Promise:
         """Log-probabilities will be asked for, or count, at `scored` positions only."""
@@ -174,7 +201,7 @@ class Promise:
         rows = [torch.where(x.rows < 0, -1, x.rows + n) for x, n in zip(all_of, first, strict=True)]
         adapter = None if down is None or base.adapter is None else (down, base.adapter[1])
         one = Base(hidden, base.weight, base.bias, adapter, base.own, Known.of(hidden))
-        return replace(self, base=one, rows=torch.cat(rows, dim), family=Family())
+        return replace(self, base=one, rows=torch.cat(rows, dim), family=Family(), apart=None)
 
     def alike(self, other: Promise) -> bool:
         """The same reading of the same rows of one call of the head?"""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .base import Family
+from .base import Family, same_storage
 from .promise import Promise
 
 
@@ -106,16 +106,20 @@ class Rowwise:
         return self.root.nodes[0].memory if self.turned else self
 
     @property
+    def pitch(self) -> int:
+        return self.memory.pitch if self.turned else self.words
+
+    @property
     def strides(self) -> tuple[int, ...]:
         """As in the memory of what these are views of."""
-        rows = tuple(n * self.words for n in self.rows.stride())
+        rows = tuple(n * self.pitch for n in self.rows.stride())
         if self.turned:
             return rows[0], 1, *rows[1:]
         return (self.rows.numel() * self.words,) * bool(self.stacked) + (*rows, 1)
 
     def view(self, rows: Tensor) -> Rowwise:
-        one, other = (x.untyped_storage().data_ptr() for x in (rows, self.rows))
-        return replace(self, rows=rows, fresh=False, copied=self.copied or one != other)
+        copied = self.copied or not same_storage(rows, self.rows)
+        return replace(self, rows=rows, fresh=False, copied=copied)
 
     def detach(self) -> Rowwise:
         if not any(x.requires_grad for x in self.operands):

@@ -66,7 +66,7 @@ WORDS = {
 
 @pytest.mark.parametrize("name", WORDS)
 def test_words_that_are_indexed(name, monkeypatch):
-    monkeypatch.setattr(blocks, "BYTES", {"cpu": 1})
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 4 * V})
     monkeypatch.setattr(cell, "told", set())
     lazy, real, leaves = pair()
     found, expected = (results(WORDS[name], x, leaves) for x in (lazy, real))
