@@ -46,6 +46,26 @@ def reduced(node: Node, numbers: list[Tensor], reduction: Reduction) -> Any:
     return tree_unflatten(whole, plan.spec)
 
 
+def reduced_loss(
+    loss: Callable[..., Tensor],
+    node: Node,  # [N, V]
+    target: Tensor,  # [N]
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    **options: Any,
+) -> Tensor:
+    """`cross_entropy`, `nll_loss`, with class weights as they are now."""
+    weight = None if weight is None else weight.clone()
+    options.update(weight=weight, ignore_index=ignore_index, reduction="none")
+    each: Tensor = reduced(node, [target], lambda x, given: loss(x, given[0], **options))
+    if reduction != "mean":
+        return each if reduction == "none" else each.sum()
+    kept = target != ignore_index
+    weights = kept if weight is None else weight[target.masked_fill(~kept, 0)] * kept
+    return each.sum() / weights.sum()
+
+
 def fits_one_block(node: Node, words: int | None = None) -> bool:
     """words: of each row, where they are not all."""
     count = node.shape.numel() if words is None else node.rows.numel() * words

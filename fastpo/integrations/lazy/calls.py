@@ -49,8 +49,9 @@ REWRITES = _names("add_ sub_ subtract_ clamp_ clip_ clamp_min_ clamp_max_ masked
 
 
 def of_torch(name: str) -> list[Any]:
-    """What torch, torch.Tensor and torch.nn.functional call so."""
-    return [getattr(owner, name) for owner in (torch, Tensor, F) if hasattr(owner, name)]
+    """What torch, torch.Tensor, torch.nn.functional and torch.special call so."""
+    owners = (torch, Tensor, F, torch.special)
+    return [getattr(owner, name) for owner in owners if hasattr(owner, name)]
 
 
 def named(names: str) -> set[Any]:
@@ -196,6 +197,21 @@ def words_of_rows(rows: Tensor, index: Any, vocab: int) -> tuple[Tensor, Tensor,
         return None
     found, word = torch.broadcast_tensors(found, word)
     return found, word.unsqueeze(-1), found.shape
+
+
+def word_mask(index: Any, logits: Tensor) -> Tensor | None:
+    """`logits[..., words] = -inf`: which words of every row [V]; None where not of every row."""
+    *parts, words = index if isinstance(index, tuple) else (index,)
+    rows = [x for x in parts if x is not Ellipsis]
+    every = all(isinstance(x, slice) and x == slice(None) for x in rows)
+    listed = isinstance(words, Tensor) and words.dtype in (torch.int64, torch.int32, torch.bool)
+    plain = isinstance(words, int | slice | list) and not isinstance(words, bool)
+    room = logits.ndim - 1 - len(rows)
+    if not every or not (listed or plain) or room < 0 or (room and len(rows) == len(parts)):
+        return None
+    mask = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    mask[words] = True
+    return mask
 
 
 # Words picked of logits, compared with the logits: both from the same products. A walk's numbers

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from .base import Family
-from .blocks import fits_one_block, reduced
+from .blocks import fits_one_block, reduced, reduced_loss
 from .calls import WITH_WORDS, counted, here, named, over_words
 from .functions import cross_entropy
 from .patterns import known_sum
@@ -39,12 +38,13 @@ _WORD_BY_WORD = named("""
     clip clamp_min clamp_max where masked_fill xlogy logaddexp sigmoid logsigmoid softplus relu tanh
     nan_to_num isnan isinf isfinite eq ne lt le gt ge __eq__ __ne__ __lt__ __le__ __gt__ __ge__
     logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__
-    clone
+    clone lerp entr expit
 """)
 _CASTS = named("float double half bfloat16 to type_as")
 _OVER_WORDS = named("softmax log_softmax")
 _REDUCED = named("""
     sum nansum mean logsumexp amax amin max min argmax argmin prod var std any all count_nonzero
+    var_mean std_mean
 """)
 _OF_ALL = named("sum nansum mean max min amax amin any all")
 _TWO_STEPS = named("sum nansum mean")
@@ -71,7 +71,7 @@ def express(func: Any, args: Any, kwargs: Any) -> Any:
     if any(getattr(x.node, "stacked", 0) for x in operands):
         return _unstacked(func, args, kwargs)
     if any(getattr(x.node, "turned", False) for x in operands):
-        return _loss_of_turned(func, args, kwargs)
+        return _of_turned(func, args, kwargs)
     return found(func, args, kwargs)
 
 
@@ -91,10 +91,8 @@ def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
         if not isinstance(x, Tensor):
             return x
         if _constant(x, node):
-            shape = x.shape[
-                -1:
-            ]  # of blocks of rows, too, which have one dimension before the words
-            return x.clone().view(shape)  # as it is now, like a number
+            # As it is now, and for blocks, which have one dimension before the words.
+            return x.clone().view(x.shape[-1:])
         numbers.append(_number(x, node))
         return Slot(len(numbers) - 1, number=True)
 
@@ -272,6 +270,20 @@ def _turned(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
+def _of_turned(func: Any, args: Any, kwargs: Any) -> Any:
+    """A loss; or what gives [B, V, T] again: another dtype, a softmax over the words."""
+    dims = [kwargs.get("dim"), *args[1:]]
+    words = func in _OVER_WORDS and dims in ([1], [-2], [None, 1], [None, -2])
+    if words and kwargs.get("dtype") is not None:
+        return NotImplemented
+    if not words and (func not in _CASTS or not _plain(args[1:], kwargs)):
+        return _loss_of_turned(func, args, kwargs)
+    node = args[0].node
+    own = node.root.parents[0].detach() if node.constant else node.root.parents[0]
+    made = func(own, -1) if words else func(own, *args[1:], **kwargs)
+    return node if made is own else made.transpose(1, 2)
+
+
 def _loss_of_turned(func: Any, args: Any, kwargs: Any) -> Any:
     """Of [B, V, T] and targets [B, T]."""
     given = {**dict(zip(_LOSS_ARGUMENTS, args, strict=False)), **kwargs}
@@ -357,24 +369,16 @@ _LOSS_ARGUMENTS = (
 def _losses(func: Any, args: Any, kwargs: Any) -> Any:
     """`cross_entropy` with class weights, `nll_loss`: of rows [N, V] and targets [N]."""
     given = {**dict(zip(_LOSS_ARGUMENTS, args, strict=False)), **kwargs}
-    node, target, how = given.pop("input").node, given.pop("target"), given.get("reduction", "mean")
-    weight, ignored = given.get("weight"), given.get("ignore_index", -100)
+    node, target = given.pop("input").node, given.pop("target")
     old = given.get("size_average") is not None or given.get("reduce") is not None
     fits = isinstance(target, Tensor) and target.dtype == torch.int64
-    fits = fits and not old and how in ("none", "sum", "mean")
+    fits = fits and not old and given.get("reduction", "mean") in ("none", "sum", "mean")
     if not fits or node.ndim != 2 or target.shape != node.rows.shape:
         return NotImplemented
-    if weight is not None:
-        if weight.requires_grad or weight.shape != node.shape[-1:]:
-            return NotImplemented
-        given["weight"] = weight.clone()  # as it is now
-    run = partial(here(func, node.device), **{**given, "reduction": "none"})
-    each = reduced(node, [target], lambda x, numbers: run(x, numbers[0]))
-    if how != "mean":
-        return each if how == "none" else each.sum()
-    kept = target != ignored
-    weights = kept if weight is None else weight[target.masked_fill(~kept, 0)] * kept
-    return each.sum() / weights.sum()
+    weight = given.get("weight")
+    if weight is not None and (weight.requires_grad or weight.shape != node.shape[-1:]):
+        return NotImplemented
+    return reduced_loss(here(func, node.device), node, target, **given)
 
 
 ANSWERS: dict[Any, Answer] = {

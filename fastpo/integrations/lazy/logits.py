@@ -39,6 +39,7 @@ from .calls import (
     name_of,
     of_fsdp,
     positional,
+    word_mask,
 )
 from .cell import Cell, Changed, Kept, Rewritten, Scaled, Values, made_of, parents
 from .expressions import Operand, express
@@ -159,9 +160,7 @@ class LazyLogits(Tensor):
         real, self._real = self._real, None
         if real is None or self._real_of is not self.grad_fn:
             return None
-        found = weakref.ref(real)
-        if not self._cell.watch.elsewhere:
-            real = None
+        found, real = weakref.ref(real), real if self._cell.watch.elsewhere else None
         self._real = found()
         return self._real
 
@@ -346,9 +345,10 @@ def _fresh(logits: Any) -> Node | None:
 def _stays_lazy(name: str, args: Any, kwargs: Any) -> bool:
     """Is what a change in place makes read lazily, too?"""
     if name == "__setitem__":
-        _, mask, value = args
-        lazy = isinstance(mask, LazyLogits) and mask.dtype == torch.bool
-        return lazy and isinstance(value, int | float) and _rewrite("masked_fill_", *args)
+        logits, index, value = args
+        mask = index if isinstance(index, LazyLogits) else word_mask(index, logits)
+        known = isinstance(value, int | float) and mask is not None and mask.dtype == torch.bool
+        return known and _rewrite("masked_fill_", logits, mask, value)
     if name in SCALES and fits(_scale, (name, *args), kwargs) and _scale(name, *args):
         return True
     return name in REWRITES and _rewrite(name, *args, **kwargs)

@@ -37,6 +37,7 @@ def known():
     """Names in the code; an operator counts as the function it is."""
     named = {getattr(func, "__name__", "") for func in (*FUNCTIONS, *ANSWERS)}
     named = {"logsigmoid" if name == "log_sigmoid" else name for name in named}
+    named = {name.removeprefix("special_") for name in named}
     return {name for name in named if name and not name.startswith("__")} | IN_PLACE
 
 
@@ -57,7 +58,7 @@ WITH = {
     **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge"), (0.0,)),
     **dict.fromkeys(("nansum", "logsumexp", "max", "min", "var", "std", "count_nonzero"), (-1,)),
     **dict.fromkeys(("sum", "mean", "amax", "amin", "argmax", "argmin", "prod"), (-1,)),
-    **dict.fromkeys(("any", "all"), (-1,)),
+    **dict.fromkeys(("any", "all", "var_mean", "std_mean"), (-1,)), "lerp": (torch.ones(V), 0.3),
     "expand": (B, -1, V), "expand_as": (torch.ones(B, T, V),),
     **dict.fromkeys(IN_PLACE, (0.5,)),
 }  # fmt: skip
@@ -69,6 +70,8 @@ CALLS = {
     "where": lambda x: torch.where(MASK, x, 0.0),
     "masked_fill_": lambda x: (2 * x).masked_fill_(x > 0, 0.5),
     "bitwise_not": lambda x: torch.bitwise_not(x > 0),
+    "entr": lambda x: torch.special.entr(x.softmax(-1)),
+    "expit": torch.special.expit,
     "broadcast_tensors": lambda x: torch.broadcast_tensors(x, torch.ones(()))[0],
     "stack": lambda x: torch.stack([x, 2 * x]).logsumexp(0),
     "kl_div": lambda x: F.kl_div(x.log_softmax(-1), x.softmax(-1), reduction="sum"),

@@ -133,3 +133,67 @@ def test_a_word_below_zero_is_none_to_index_select():
     for x in pair()[:2]:
         with pytest.raises((IndexError, RuntimeError), match="out of range"):
             x.index_select(-1, IDS)
+
+
+def filled(x, index, value=float("-inf")):
+    x[index] = value
+    return x.float().logsumexp(-1)
+
+
+FILLED = {
+    "listed": lambda x: filled(x, (..., [3, -1])),
+    "by_ids": lambda x: filled(x, (slice(None), slice(None), IDS)),
+    "by_a_mask": lambda x: filled(x * 2, (..., KEPT), 0.5),
+    "last": lambda x: filled(x, (..., slice(N, None))) + x.softmax(-1).square().sum(-1),
+    "one": lambda x: filled(x[:, 1:].contiguous().clone(), (..., 7), -2),
+    "twice": lambda x: filled(x, (..., 7), 0) + filled(-x, (..., 8), 0),
+    "of_one_row": lambda x: filled(x[0, 1].clone() + x.sum(), (IDS,), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", FILLED)
+def test_words_of_every_row_are_filled(name):
+    lazy, real, leaves = pair()
+    found, expected = (results(FILLED[name], x, leaves) for x in (lazy, real))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not cell.told
+
+
+def test_words_of_some_rows_are_filled_too():
+    for index in ((0, ..., 3), (slice(1, None), slice(None), IDS), IDS[:2] % B, (None, ..., 3)):
+        lazy, real, leaves = pair()
+        found, expected = (
+            results(lambda x, i=index: filled(x, i, 1), x, leaves) for x in (lazy, real)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_words_that_are_not_there_are_not_filled():
+    for x in pair()[:2]:
+        with pytest.raises(IndexError, match="out of"):
+            x[..., [V]] = 0.0
+
+
+TURNED = {
+    "dtype": lambda x: F.cross_entropy(x.bfloat16().transpose(1, 2).float(), LABELS),
+    "same_dtype": lambda x: F.cross_entropy(x.transpose(1, 2).float(), LABELS),
+    "log_softmax": lambda x: F.nll_loss(F.log_softmax(x.permute(0, 2, 1), dim=1), LABELS),
+    "softmax": lambda x: F.nll_loss(x.transpose(-1, 1).to(torch.float32).softmax(-2), LABELS),
+    "constant": lambda x: F.cross_entropy(constant(x).double(), LABELS).float() + x.mean(),
+    "first": lambda x: F.cross_entropy(x[..., :N].transpose(1, 2).float(), LABELS),
+}
+
+
+def constant(x):
+    with torch.no_grad():
+        return x.transpose(1, 2)
+
+
+@pytest.mark.parametrize("name", TURNED)
+def test_turned(name):
+    """[B, V, T], as PyTorch's losses have it."""
+    lazy, real, leaves = pair()
+    found, expected = (results(TURNED[name], x, leaves) for x in (lazy, real))
+    close = 1e-2 if name == "dtype" else 1e-4
+    torch.testing.assert_close(found, expected, rtol=close, atol=close)
+    assert not cell.told
