@@ -52,8 +52,9 @@ def getitem(logits: Promise, index: Any) -> Any:
     rows, words, shape = found
     some: Any = logits.view(rows)
     if words.ndim == 1:
-        many = isinstance(some, Promise) and shape[len(rows.shape) :] == words.shape
-        if many and not fits_one_block(some, len(words)):
+        if not isinstance(some, Promise):
+            return reduced(some, [], lambda x, _: x.index_select(-1, words)).view(shape)
+        if words.shape == shape[rows.ndim :] and not fits_one_block(some, len(words)):
             return some.chosen(words)
         words = words.expand(*rows.shape, -1)
     if isinstance(some, Promise):
