@@ -81,6 +81,7 @@ class Base:
 
     def chosen(self, words: slice | Tensor) -> Base:
         """The head of some words."""
+        self.check()
         with torch.inference_mode(False), torch.enable_grad():  # whoever asks first
             weight, bias = self.weight[words], None if self.bias is None else self.bias[words]
             adapter = self.adapter and (self.adapter[0], self.adapter[1][words])

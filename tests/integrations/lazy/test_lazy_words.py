@@ -197,3 +197,13 @@ def test_turned(name):
     close = 1e-2 if name == "dtype" else 1e-4
     torch.testing.assert_close(found, expected, rtol=close, atol=close)
     assert not cell.told
+
+
+@pytest.mark.parametrize("index", [slice(N), IDS])
+def test_they_are_taken_before_the_head_changes(index, monkeypatch):
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 1})
+    lazy, _, (_, weight, _) = pair()
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match="expected to be read before"):
+        lazy[..., index].logsumexp(-1)
