@@ -50,6 +50,8 @@ def run_script(argv: Sequence[str]) -> int:
     arguments = list(argv)
     given = [*itertools.takewhile(_OPTIONS.__contains__, arguments)]
     options, argv = {_OPTIONS[name]: True for name in given}, arguments[len(given) :]
+    if {"shared_prompts", "padding_free"} <= options.keys():
+        return _refuse("--padding-free: expected without --shared-prompts, got both")
     match argv:
         case ["-m", module, *rest]:
             # Until the module is found, -m stands where its file will.

@@ -230,6 +230,10 @@ OPTIONS = "--lazy, --shared-prompts, --padding-free before the script"
         (["-m"], "expected a script or -m and a module, got ['-m']"),
         (["--shared", "x.py"], f"option: expected one of {OPTIONS}, got --shared"),
         (["--lazy", "--fast", "-m", "x"], f"option: expected one of {OPTIONS}, got --fast"),
+        (
+            ["--shared-prompts", "--padding-free", "x.py"],
+            "--padding-free: expected without --shared-prompts, got both",
+        ),
     ],
 )
 def test_nothing_to_run(argv, message, capsys):
@@ -299,7 +303,7 @@ if __name__ == "__main__":
     ("options", "target", "shared"),
     [
         (["--padding-free"], ["script.py"], "False"),
-        (["--padding-free", "--shared-prompts"], ["-m", "script"], "True"),
+        (["--lazy", "--shared-prompts"], ["-m", "script"], "True"),
     ],
 )
 def test_options_of_the_patch(options, target, shared, tmp_path):

@@ -61,8 +61,8 @@ def patch(
     lazy: in every causal language model of transformers `model(...).logits` is a promise, as with
         `fastpo.lazy_logits`, whoever calls it; then TRL need not be there.
     shared_prompts: the backbone computes every distinct token of a batch once, and no padding
-        (`fastpo.shared_prompts`). padding_free: no padding, but every row whole. How much was
-        saved is in the trainers' log as "fastpo/tokens_saved".
+        (`fastpo.shared_prompts`). padding_free, in its place: no padding, but every row whole. How
+        much was saved is in the trainers' log as "fastpo/tokens_saved".
     whole_groups: GRPOTrainer and RLOOTrainer shuffle prompts, each with all its completions, and
         not completions one by one, so that those in a batch have a prompt to share.
     support: GRPOTrainer and RLOOTrainer score old, reference and policy log-probabilities over the
@@ -81,26 +81,27 @@ def patch(
     reference_free: log-ratios are log-probabilities; no reference model is loaded.
     score_prompts: prompt tokens count as completion tokens do.
     mixing: `mixed_*` quantities are those of softmax(mixing·policy + (1 - mixing)·reference).
-    alternatives: `rejected_alternative_token_logps` draws among that many best tokens.
+        Any finite number: beyond 1 it leads away from the reference.
+    alternatives: `rejected_alternative_token_logps` draws among that many best tokens, 1 or more.
 
     A second call replaces the first. Raises RuntimeError when TRL is missing or its seams have
     changed, and then changes nothing; ValueError for an unknown objective or option.
     """
     _check_flags(
-        lazy=lazy, support=support, reference_free=reference_free, score_prompts=score_prompts
+        lazy=lazy,
+        shared_prompts=shared_prompts,
+        padding_free=padding_free,
+        whole_groups=whole_groups,
+        support=support,
+        reference_free=reference_free,
+        score_prompts=score_prompts,
     )
-    setting = Setting(
-        objective,
-        hyperparameters,
-        references or {},
-        reference_free,
-        score_prompts,
-        mixing,
-        alternatives,
-    )
+    models = references or {}
+    scoring = reference_free, score_prompts, mixing, alternatives
+    setting = Setting(objective, hyperparameters, models, *scoring)
     by_name.check(setting)
     own = HeadOptions(budget=budget, backend=backend, accumulate=accumulate)
-    sharing = shared.chosen(shared_prompts, padding_free, whole_groups)
+    sharing = True if shared_prompts else (False if padding_free else None)
     plain = HeadOptions(budget=budget, backend=backend)
     seams = _all(setting, own, sharing, whole_groups, support)
     dispensable = _without_seams(lazy) and objective is None and sharing is None and not support
@@ -128,9 +129,13 @@ def patch(
     inform("patch", _taken(made, lazy))
 
 
-def _check_flags(**flags: Any) -> None:
+def _check_flags(**flags: bool) -> None:
     for name, flag in flags.items():
         check_flag(name, flag)
+    if flags["shared_prompts"] and flags["padding_free"]:
+        raise ValueError("padding_free: expected False with shared_prompts=True, got True")
+    if flags["whole_groups"] and not flags["shared_prompts"]:
+        raise ValueError("whole_groups: expected shared_prompts=True with it, got False")
 
 
 def _taken(made: Mapping[Seam, Make], lazy: bool) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.walks.checks import check_flag
 from ..seams.seam import Make, Method, Replacement, Seam
 
 _METRIC = "fastpo/tokens_saved"
@@ -111,13 +110,3 @@ def replacements(sharing: bool | None, whole_groups: bool) -> dict[Seam, Make]:
     if sharing is not None:
         made |= {_LOG: _Log, _HIDDEN: partial(_Hidden, sharing=sharing)}
     return {**made, **(dict.fromkeys(_SHUFFLES, _Shuffle) if whole_groups else {})}
-
-
-def chosen(shared_prompts: bool, padding_free: bool, whole_groups: bool) -> bool | None:
-    """Whether prompts are computed once, or only no padding; None: neither."""
-    check_flag("shared_prompts", shared_prompts)
-    check_flag("padding_free", padding_free)
-    check_flag("whole_groups", whole_groups)
-    if whole_groups and not shared_prompts:
-        raise ValueError("whole_groups: expected shared_prompts=True with it, got False")
-    return True if shared_prompts else (False if padding_free else None)

@@ -28,7 +28,7 @@ OPTIONS = st.fixed_dictionaries(
         "padding_free": st.booleans(),
         "objective": st.sampled_from([None, "ipo", "simpo"]),
     },
-)
+).filter(lambda options: not (options.get("shared_prompts") and options.get("padding_free")))
 WRONG = st.sampled_from(
     [
         {"objective": "no such objective"},

@@ -147,6 +147,7 @@ FLAGS = [
     "shared_prompts",
     "padding_free",
     "whole_groups",
+    "support",
     "reference_free",
     "score_prompts",
 ]
@@ -157,6 +158,28 @@ def test_a_word_in_place_of_a_flag_changes_nothing(name):
     own = held()
     with pytest.raises(ValueError, match=f"{name}: expected True or False, got 'no'"):
         fastpo.patch(**{name: "no"})
+    assert_held(own)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mixing": float("nan")}, "mixing: expected a finite number or None, got nan"),
+        ({"mixing": True}, "mixing: expected a finite number or None, got True"),
+        ({"mixing": "half"}, "mixing: expected a finite number or None, got 'half'"),
+        ({"alternatives": 0}, "alternatives: expected an integer >= 1, got 0"),
+        ({"alternatives": 2.0}, "alternatives: expected an integer >= 1, got 2.0"),
+        (
+            {"shared_prompts": True, "padding_free": True},
+            "padding_free: expected False with shared_prompts=True, got True",
+        ),
+        ({"whole_groups": True}, "whole_groups: expected shared_prompts=True with it, got False"),
+    ],
+)
+def test_an_option_that_cannot_be_changes_nothing(options, message):
+    own = held()
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        fastpo.patch(**options)
     assert_held(own)
 
 

@@ -15,6 +15,7 @@ from .... import objectives
 from ....objectives._quantities import SHAPES, is_mask
 from ....objectives._registry import entry_of, lookup, of_table, quantities_of, unwrap
 from ....ops.stats import TokenStats
+from ....ops.walks.checks import check_integer, check_number
 from ....quantities import Quantities, padded
 
 Objective = Callable[..., Tensor]
@@ -58,6 +59,9 @@ class Setting:
     alternatives: int = 5
 
     def __post_init__(self) -> None:
+        if self.mixing is not None:
+            check_number("mixing", self.mixing, "a finite number or None")
+        check_integer("alternatives", self.alternatives, "an integer >= 1", lambda k: k >= 1)
         if self.objective is None:
             options = ("references", "reference_free", "score_prompts")
             given = [*self.hyperparameters, *(name for name in options if getattr(self, name))]
