@@ -22,11 +22,12 @@ import difflib
 import functools
 import inspect
 import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from types import SimpleNamespace, UnionType
-from typing import Annotated, Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from torch import Tensor
 
@@ -43,12 +44,13 @@ FAMILIES = (
     "rewards",
     "denoising",
 )
-_NUMBERS: dict[Any, Any] = {float: Real, int: Integral, Sequence: Real}
-_WORDS: dict[Any, str] = {
-    float: "a number in ",
-    int: "an integer in ",
-    Sequence: "a list of numbers in ",
-    bool: "True or False",
+_NUMBERS: dict[Any, Any] = {float: Real, int: Integral}
+# One of a kind, and many.
+_WORDS: dict[Any, tuple[str, str]] = {
+    float: ("a number in ", "numbers in "),
+    int: ("an integer in ", "integers in "),
+    bool: ("True or False", "True or False"),
+    str: ("a string", "strings"),
 }
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -91,41 +93,49 @@ class Parameter:
     """One hyperparameter: what it may be, and the sentence that says so."""
 
     name: str
-    kind: type | None  # float, int, bool, str, Sequence (of numbers); None: anything
+    kind: type | None  # float, int, bool, str; None: anything
     range: Interval | OneOf | None
     optional: bool
+    listed: bool = False  # a list of that kind
 
     @classmethod
     def of(cls, parameter: inspect.Parameter, hint: Any) -> "Parameter":
-        range_: Interval | OneOf | None = None
-        # Python 3.10 writes `| None` around the whole hint of what defaults to None.
-        for inner in (hint, *get_args(hint)):
-            if get_origin(inner) is Annotated:
-                hint, range_ = get_args(inner)[:2]
-        union = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        options = [option for option in union if option is not type(None)]
-        if options == [Any] and parameter.default is not None:
-            options = [type(parameter.default)]
-        kind = get_origin(options[0]) or options[0]
-        kind = kind if kind in (*_WORDS, str) else None
+        members = _members(hint)
+        optional = (type(None), None) in members
+        options = [x for x in members if x[0] is not type(None)]
+        option, range_ = options[0]
+        if option is Any and type(parameter.default) in _WORDS:
+            option = type(parameter.default)
+        if len(options) > 1 and (_each(option) or isinstance(range_, OneOf)):
+            option, range_ = Any, None  # the others may be anything
+        each = _each(option)
+        if each is not None:
+            option, own = each
+            range_ = own or range_
+        if isinstance(range_, OneOf) and None in range_:
+            optional, range_ = True, OneOf(*(x for x in range_ if x is not None))
+        kind = option if option in _WORDS else None
         if range_ is None and kind in _NUMBERS:
             range_ = Finite
-        return cls(parameter.name, kind, range_, type(None) in union)
+        return cls(parameter.name, kind, range_, optional, each is not None)
 
     @property
     def expected(self) -> str:
         if isinstance(self.range, OneOf):
             text = f"one of {self.range}"
+        elif self.kind is None:
+            text = "values" if self.listed else "any value"
         else:
-            text = (_WORDS.get(self.kind) or "any value") + str(self.range or "")
-        return text + (" or None" if self.optional else "")
+            text = _WORDS[self.kind][self.listed] + str(self.range or "")
+        return "a list of " * self.listed + text + (" or None" if self.optional else "")
 
     def admits(self, value: Any) -> bool:
+        free = self.kind is None and self.range is None and not self.listed
         if value is None:
-            return self.optional or self.kind is None
+            return self.optional or free
         if isinstance(value, Tensor):  # its value stays on the device: only where all are good
-            return self.kind is None or (self.range is Finite and value.ndim == 0)
-        if self.kind is Sequence:
+            return free or (self.range is Finite and value.ndim == 0 and not self.listed)
+        if self.listed:
             return isinstance(value, (list, tuple)) and all(map(self._admits_one, value))
         return self._admits_one(value)
 
@@ -141,6 +151,33 @@ class Parameter:
             raise ValueError(f"{self.name}: expected {self.expected}, got {value!r}")
 
 
+def _members(hint: Any) -> list[tuple[Any, Any]]:
+    """The types of a union, each with its range, of which there may be none.
+
+    `Annotated` stands around a union or in it: Python 3.10 writes `| None` around the whole hint of
+    what defaults to None.
+    """
+    inner, origin = get_args(hint), get_origin(hint)
+    if origin is Annotated:
+        members = _members(inner[0])
+        return [(x, None if x is type(None) else own or inner[1]) for x, own in members]
+    if origin in (Union, UnionType):
+        return [member for x in inner for member in _members(x)]
+    if origin is Literal:
+        kinds = {type(x) for x in inner if x is not None}
+        return [(kinds.pop() if len(kinds) == 1 else Any, OneOf(*inner))]
+    return [(hint, None)]
+
+
+def _each(option: Any) -> tuple[Any, Any] | None:
+    """Type and range of what a list holds; None for what is no list."""
+    inner, origin = get_args(option), get_origin(option) or option
+    if origin not in (Sequence, list) and (origin is not tuple or inner[1:] != (...,)):
+        return None
+    members = _members(inner[0]) if inner else []
+    return members[0] if len(members) == 1 else (Any, None)
+
+
 def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
     """The keyword-only parameters of a function, with their ranges.
 
@@ -153,7 +190,8 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
     }
     written = {n: p.annotation for n, p in given.items() if p.annotation is not p.empty}
     module = getattr(inspect.unwrap(function), "__globals__", {})
-    hints = get_type_hints(SimpleNamespace(__annotations__=written), module, include_extras=True)
+    asked = SimpleNamespace(__annotations__=written)
+    hints = typing.get_type_hints(asked, module, include_extras=True)
     return {
         name: Parameter.of(parameter, hints.get(name, Any)) for name, parameter in given.items()
     }

@@ -1,13 +1,13 @@
 """How an objective and its hyperparameters are registered, and what is refused."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 from torch import Tensor
 
 from fastpo import objectives
-from fastpo.objectives import Interval, NonNegative
+from fastpo.objectives import Interval, NonNegative, Positive
 from fastpo.objectives._registry import parameters_of
 
 
@@ -83,3 +83,32 @@ def test_kinds_of_hyperparameters():
         ValueError, match=r"^count: expected an integer in \[1, 9\) or None, got 9$"
     ):
         known["count"].check(9)
+
+
+def test_choices_and_lists_by_their_types():
+    def mine(
+        *,
+        kind: Literal["hard", "soft"] = "hard",
+        order: Literal[1, 2] | None = None,
+        halves: list[Annotated[float, Positive]] = (),
+        steps: Sequence[int] | None = None,
+        sides: tuple[Literal["left", "right"], ...] = (),
+        pair: tuple[float, str] = (0.5, "x"),
+        either: Literal["auto"] | float = "auto",
+    ): ...
+
+    known = parameters_of(mine)
+    good = {"kind": ("soft",), "order": (2, None), "halves": ([0.5], ()), "steps": ([1], None)}
+    good |= {"sides": (["left"],), "pair": ((1.0, "y"),), "either": ("auto", 0.5)}
+    assert all(known[name].admits(value) for name, values in good.items() for value in values)
+    wrong = {
+        "kind": ("sotf", "one of hard, soft, got 'sotf'"),
+        "order": (True, "one of 1, 2 or None, got True"),
+        "halves": ([0.0], r"a list of numbers in \(0, inf\), got \[0.0\]"),
+        "steps": ([1.5], r"a list of integers in \(-inf, inf\) or None, got \[1.5\]"),
+        "sides": ("left", "a list of one of left, right, got 'left'"),
+    }
+    for name, (value, text) in wrong.items():
+        with pytest.raises(ValueError, match=f"^{name}: expected {text}$"):
+            known[name].check(value)
+    assert not known["steps"].admits(Tensor(1)[0]), "no list of one"
