@@ -51,6 +51,7 @@ _WORDS: dict[Any, tuple[str, str]] = {
     int: ("an integer in ", "integers in "),
     bool: ("True or False", "True or False"),
     str: ("a string", "strings"),
+    None: ("any value", "values"),
 }
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -102,12 +103,11 @@ class Parameter:
     def of(cls, parameter: inspect.Parameter, hint: Any) -> "Parameter":
         members = _members(hint)
         optional = (type(None), None) in members
-        options = [x for x in members if x[0] is not type(None)]
-        option, range_ = options[0]
+        (option, range_), *others = [x for x in members if x[0] is not type(None)]
         if option is Any and type(parameter.default) in _WORDS:
             option = type(parameter.default)
-        if len(options) > 1 and (_each(option) or isinstance(range_, OneOf)):
-            option, range_ = Any, None  # the others may be anything
+        if others and (_each(option) or isinstance(range_, OneOf)):
+            option, range_ = Any, None  # they may be anything
         each = _each(option)
         if each is not None:
             option, own = each
@@ -123,20 +123,18 @@ class Parameter:
     def expected(self) -> str:
         if isinstance(self.range, OneOf):
             text = f"one of {self.range}"
-        elif self.kind is None:
-            text = "values" if self.listed else "any value"
         else:
             text = _WORDS[self.kind][self.listed] + str(self.range or "")
         return "a list of " * self.listed + text + (" or None" if self.optional else "")
 
     def admits(self, value: Any) -> bool:
+        if self.listed and value is not None:
+            return isinstance(value, (list, tuple)) and all(map(self._admits_one, value))
         free = self.kind is None and self.range is None and not self.listed
         if value is None:
             return self.optional or free
         if isinstance(value, Tensor):  # its value stays on the device: only where all are good
-            return free or (self.range is Finite and value.ndim == 0 and not self.listed)
-        if self.listed:
-            return isinstance(value, (list, tuple)) and all(map(self._admits_one, value))
+            return free or (self.range is Finite and value.ndim == 0)
         return self._admits_one(value)
 
     def _admits_one(self, value: Any) -> bool:
@@ -190,8 +188,7 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
     }
     written = {n: p.annotation for n, p in given.items() if p.annotation is not p.empty}
     module = getattr(inspect.unwrap(function), "__globals__", {})
-    asked = SimpleNamespace(__annotations__=written)
-    hints = typing.get_type_hints(asked, module, include_extras=True)
+    hints = typing.get_type_hints(SimpleNamespace(__annotations__=written), module, None, True)
     return {
         name: Parameter.of(parameter, hints.get(name, Any)) for name, parameter in given.items()
     }
@@ -326,17 +323,24 @@ def _guarded(
 def _enter(entry: Entry) -> None:
     if entry.family not in FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {entry.family!r}")
-    unknown = [name for name in quantities_of(entry.function) if name not in SHAPES]
-    if unknown:
+    if unknown := [name for name in quantities_of(entry.function) if name not in SHAPES]:
         raise ValueError(f"{entry.key}: expected quantities of the catalogue, got {unknown}")
-    for name in (entry.key, *entry.aliases):
-        if name in _TABLE or name in _ALIASES:
-            raise ValueError(f"{entry.key}: expected a name that is free, got {name!r}")
+    taken = {*_TABLE, *_ALIASES}.difference(old := _redefined(entry))
+    if clash := [name for name in (entry.key, *entry.aliases) if name in taken]:
+        raise ValueError(f"{entry.key}: expected a name that is free, got {clash[0]!r}")
+    for name in old:
+        _ALIASES.pop(name, None)
     _TABLE[entry.key] = entry
     _ALIASES.update(dict.fromkeys(entry.aliases, entry.key))
     entry.function.__doc__ = _document(entry)
-    vars(entry.function)["entry"] = entry
-    vars(entry.function)["refuses_weights"] = entry.refuses_weights
+    vars(entry.function).update(entry=entry, refuses_weights=entry.refuses_weights)
+
+
+def _redefined(entry: Entry) -> tuple[str, ...]:
+    """The names that the same function had before, as when a notebook's cell is run again."""
+    old = _TABLE.get(entry.key)
+    homes = {(x.function.__module__, x.function.__qualname__) for x in (old, entry) if x}
+    return (old.key, *old.aliases) if old and len(homes) == 1 else ()
 
 
 def _document(entry: Entry) -> str:

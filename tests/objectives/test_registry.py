@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import pytest
-from torch import Tensor
+from torch import Tensor, ones
 
 from fastpo import objectives
-from fastpo.objectives import Interval, NonNegative, Positive
+from fastpo.objectives import Interval, NonNegative, Positive, _registry
 from fastpo.objectives._registry import parameters_of
 
 
@@ -28,6 +28,37 @@ def test_registering():
         ValueError, match=r"^other: expected quantities of the catalogue, got .*logprobs"
     ):
         objectives.objective("other", family="pairs")(other)
+
+
+def test_a_cell_of_a_notebook_that_is_run_again():
+    """The row is that of the last run, aliases too; another function's name stays taken."""
+
+    def run(scale, aliases):
+        @objectives.objective("cell_of_a_test", family="pairs", aliases=aliases)
+        def mine(chosen_logps: Tensor):
+            return scale * chosen_logps
+
+    def other(chosen_logps: Tensor):
+        return chosen_logps
+
+    order = objectives.available()
+    run(2.0, ("first_name", "kept_name"))
+    try:
+        run(3.0, ("kept_name",))
+        assert objectives.available("pairs").count("cell_of_a_test") == 1
+        assert objectives.get("kept_name")(ones(2)).tolist() == [3.0, 3.0]
+        with pytest.raises(ValueError, match="got 'first_name'"):
+            objectives.get("first_name")
+        with pytest.raises(ValueError, match="expected a name that is free, got 'dpo'"):
+            run(4.0, ("dpo",))
+        with pytest.raises(ValueError, match="expected a name that is free, got 'cell_of_a_test'"):
+            objectives.objective("cell_of_a_test", family="pairs")(other)
+        assert objectives.get("kept_name")(ones(2)).tolist() == [3.0, 3.0]
+    finally:
+        for name in ("cell_of_a_test", "kept_name"):
+            _registry._TABLE.pop(name, None)
+            _registry._ALIASES.pop(name, None)
+    assert objectives.available() == order
 
 
 @pytest.mark.parametrize(
