@@ -168,16 +168,17 @@ def compose(
     added += ["third_logps"] if third_weight else []
     for name in added:
         plan.ask(name)
-
-    def terms(rows: Tensor, scope: dict[str, Tensor]) -> Tensor:
-        for name in added:
-            check_like(name, scope[name], rows)
-        if sft_weight:
-            nll = nll_term(scope["chosen_logps"], scope["chosen_lengths"], sft_reduction)
-            rows = rows + sft_weight * nll
-        return rows - third_weight * scope["third_logps"] if third_weight else rows
-
-    return _assembled(target, plan, terms)
+    again = functools.partial(
+        compose,
+        objective,
+        *transforms,
+        sft_weight=sft_weight,
+        sft_reduction=sft_reduction,
+        third_weight=third_weight,
+        reference_free=reference_free,
+    )
+    terms = _Terms(tuple(added), sft_weight, sft_reduction, third_weight)
+    return _Composed(target, plan, terms, again)
 
 
 _PARAMETERS = parameters_of(compose)
@@ -227,34 +228,57 @@ def _planned(target: Function, stages: list[Function], reference_free: bool) -> 
     return plan
 
 
-def _assembled(
-    target: Function, plan: _Plan, terms: Callable[[Tensor, dict[str, Tensor]], Tensor]
-) -> Function:
-    wanted = list(quantities_of(target))
-    weigh = "pair_weights" in plan.made and "pair_weights" not in wanted
-    signature = _signature(target, plan)
+@dataclass(frozen=True)
+class _Terms:
+    """What `compose` adds to the rows."""
 
-    def composed(*args: Tensor, **kwargs: Any) -> Tensor:
-        given = signature.bind(*args, **kwargs).arguments
+    added: tuple[str, ...]  # quantities, one for each row
+    sft_weight: float
+    sft_reduction: str
+    third_weight: float
+
+    def __call__(self, rows: Tensor, scope: dict[str, Tensor]) -> Tensor:
+        for name in self.added:
+            check_like(name, scope[name], rows)
+        if self.sft_weight:
+            nll = nll_term(scope["chosen_logps"], scope["chosen_lengths"], self.sft_reduction)
+            rows = rows + self.sft_weight * nll
+        return rows - self.third_weight * scope["third_logps"] if self.third_weight else rows
+
+
+class _Composed:
+    """What `compose` makes. A pickle holds what it was made of, and composes it again."""
+
+    def __init__(
+        self, target: Function, plan: _Plan, terms: _Terms, again: Callable[[], Function]
+    ) -> None:
+        self._target, self._plan, self._terms, self._again = target, plan, terms, again
+        self._wanted = list(quantities_of(target))
+        self._weigh = "pair_weights" in plan.made and "pair_weights" not in self._wanted
+        base = unwrap(target)[0]
+        self.__name__ = getattr(base, "__name__", "composed")
+        self.__doc__ = base.__doc__
+        self.__signature__ = _signature(target, plan)
+        self.refuses_weights = getattr(base, "refuses_weights", False)
+        self.of_table = of_table(target) and not plan.opaque
+
+    def __call__(self, *args: Tensor, **kwargs: Any) -> Tensor:
+        plan, wanted = self._plan, self._wanted
+        given = self.__signature__.bind(*args, **kwargs).arguments
         present = [n for n in plan.inputs if given.get(n) is not None]
         asked = {n: promote(check_tensor(n, given.pop(n))) for n in present}
         scope = dict(asked)
         options = {name: value for name, value in given.items() if name not in plan.inputs}
         for step in plan.steps:
             step.run(scope)
-        rows = target(**{name: scope[name] for name in wanted if name in scope}, **options)
-        if weigh:
+        rows = self._target(**{name: scope[name] for name in wanted if name in scope}, **options)
+        if self._weigh:
             check_like("pair_weights", scope["pair_weights"], rows)
             rows = rows * scope["pair_weights"]
-        return terms(rows, scope | asked)
+        return self._terms(rows, scope | asked)
 
-    base = unwrap(target)[0]
-    composed.__name__ = getattr(base, "__name__", "composed")
-    composed.__doc__ = base.__doc__
-    vars(composed)["__signature__"] = signature
-    vars(composed)["refuses_weights"] = getattr(base, "refuses_weights", False)
-    vars(composed)["of_table"] = of_table(target) and not plan.opaque
-    return composed
+    def __reduce__(self) -> tuple[Callable[[], Function], tuple[()]]:
+        return self._again, ()
 
 
 def _signature(target: Function, plan: _Plan) -> inspect.Signature:

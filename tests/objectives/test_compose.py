@@ -1,6 +1,8 @@
 """compose: what it asks for, in which order it runs, what it refuses."""
 
+import copy
 import inspect
+import pickle
 import re
 from functools import partial
 
@@ -283,3 +285,16 @@ def test_added_terms_are_of_the_batch_whatever_transforms_make():
     more = compose("dpo", cut, sft_weight=0.5)
     rows = more(**inputs, chosen_logps=logps, chosen_lengths=lengths)
     torch.testing.assert_close(rows - compose("dpo", cut)(**inputs), -0.5 * logps / lengths)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("options", [{}, {"reference_free": True, "sft_weight": 0.5}])
+def test_a_pickle_composes_again(again, options):
+    """As of a trainer's arguments, and for processes that are not forks."""
+    g = torch.Generator().manual_seed(0)
+    function = compose(compose(get("dpo", beta=0.3), "length_normalize"), "score_labels", **options)
+    other = again(function)
+    given = {name: torch.rand(3, generator=g) for name in names(function)}
+    assert torch.equal(other(**given), function(**given))
+    assert inspect.signature(other) == inspect.signature(function)
+    assert (other.__name__, other.__doc__) == (function.__name__, function.__doc__)
