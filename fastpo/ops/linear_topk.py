@@ -205,13 +205,13 @@ def _forward(
 ) -> list[Tensor]:
     (hidden, weight, bias), (labels, exclude) = tensors, rows
     found = walk.forward(hidden, weight, bias, labels, exclude, _spec(*options, shard=shard))
-    return [found.values, found.z, found.ids, *found.stats]
+    return [found.values, found.z, found.ids, found.top, *found.stats]
 
 
 def _fake_forward(rows: Any, tensors: Any, *options: Any) -> list[Tensor]:
     hidden, weight, _ = tensors
     found = walk.fake_forward(hidden, weight, _spec(*options))
-    return [torch.empty_like(found.z), found.z, found.ids, *found.stats]
+    return [torch.empty_like(found.z), found.z, found.ids, found.top, *found.stats]
 
 
 def _backward(
@@ -223,8 +223,8 @@ def _backward(
     *options: Any,
     shard: VocabShard | None = None,
 ) -> list[Tensor]:
-    z, ids, *stats = saved
-    found = walk.Found(z, ids, Forward(*stats))
+    z, ids, top, *stats = saved
+    found = walk.Found(z, ids, top, Forward(*stats))
     (hidden, weight, bias), spec = tensors, _spec(*options, shard=shard)
     operands = grads, hidden, weight, bias, rows[0]
     dhidden, dweight, dbias = walk.backward(*operands, found, spec, needs)
@@ -243,7 +243,7 @@ class _LinearTopK(torch.autograd.Function):
         ctx: Any, labels: Tensor, exclude: Tensor | None, call: Call, *tensors: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         values, *saved = _OPERATORS.forward(call, (labels, exclude), tensors)
-        _, ids, *stats = saved
+        _, ids, _, *stats = saved
         ctx.call = call
         ctx.save_for_backward(labels, exclude, *tensors, *saved)
         ctx.mark_non_differentiable(ids)

@@ -129,6 +129,21 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("excluded", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_peaked_rows_under_a_softcap(backend, excluded):
+    """The maximum is of the listed logits: another tanh's would be off by their last bit."""
+    weight = torch.randn(2000, 32, generator=torch.Generator().manual_seed(0))
+    z = 50 * torch.tanh(weight[:256].double() @ weight.double().T / 50)
+    log_p = (z / 0.5).log_softmax(-1)
+    best = log_p.argmax(-1) if excluded else None
+    options = {"softcap": 50.0, "temperature": 0.5, "backend": backend, "exclude": best}
+    found = fastpo.linear_topk(weight[:256], weight, 1, **options)
+    expected = log_p.gather(1, found.ids).squeeze(1)
+    error = (found.values.squeeze(1) - expected)[expected > -0.5].abs()
+    assert found.values.max() <= 0 and (excluded or error.max() < 1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_shapes(backend, shape):

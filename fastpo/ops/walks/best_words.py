@@ -33,9 +33,8 @@ def unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
 
 def merge(
     best: Tensor,  # [n, k] int64 keys of the words so far, descending; NEVER where none
-    z: Tensor,  # [n, v] float32 logits of the next words; the excluded ones are overwritten
+    z: Tensor,  # [n, v] float32 logits of the next words
     first: int,  # word of the first column
-    exclude: Tensor | None,  # [n] int64, words that stay out
 ) -> Tensor:  # [n, k]
     """The best of both. A word among the k best is in one of the k groups with the best maxima.
 
@@ -43,26 +42,20 @@ def merge(
     groups with the same maximum hold words in the order of the groups, so ties stay right.
     """
     k, v = best.shape[1], z.shape[1]
-    if exclude is not None:
-        _remove(z, exclude - first)
     # Width and number of the groups: both sorts below then see √(v·k) keys.
     width = max(1, isqrt(v // k))
     columns = _range(0, v, z).expand_as(z)
     if width > 1:
         columns = _candidates(z, k, width)
         z = z.gather(1, columns)
-    keys = pack(z, columns + first)
-    if exclude is not None:
-        keys.masked_fill_(columns == (exclude - first).unsqueeze(1), NEVER)
-    return torch.cat((best, keys), 1).topk(k).values
+    return torch.cat((best, pack(z, columns + first)), 1).topk(k).values
 
 
-def _remove(z: Tensor, column: Tensor) -> None:
-    """-inf in one column per row, where the tile has it."""
-    inside = (column >= 0) & (column < z.shape[1])
-    place = column.clamp(0, z.shape[1] - 1).unsqueeze(1)
-    kept = z.gather(1, place).masked_fill_(inside.unsqueeze(1), float("-inf"))
-    z.scatter_(1, place, kept)
+def without(z: Tensor, ids: Tensor, exclude: Tensor) -> tuple[Tensor, Tensor]:  # [n, k], [n]
+    """[n, k - 1] of each: the list without one word, or, where that is not in it, its last."""
+    passed = (ids == exclude.unsqueeze(1)).cumsum(1)[:, :-1]
+    columns = _range(0, ids.shape[1] - 1, ids) + passed
+    return z.gather(1, columns), ids.gather(1, columns)
 
 
 def _candidates(z: Tensor, k: int, width: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import planner
 from ..rows import backend as R
 from .backward import BackwardWalk, row_grads
-from .best_words import NEVER, merge, unpack
+from .best_words import NEVER, merge, unpack, without
 from .checks import check_memory
 from .forward import fake_finish, finish, folded_tiles
 from .head import Forward, Head, HeadSpec, kept_shapes
@@ -35,17 +35,19 @@ class TopKSpec:
 
 
 class Found(NamedTuple):
-    """z and ids: [N, k], 0 in rows that are not scored.  stats: of word 0; lse is what counts."""
+    """z and ids: [N, k], 0 in rows that are not scored.  top: [N], the largest z of all words.
+    stats: of word 0; lse is what counts."""
 
     z: Tensor
     ids: Tensor
+    top: Tensor
     stats: Forward
 
     @property
     def values(self) -> Tensor:  # [N, k]
         # The maximum and the log-sum beside it apart: their sum rounds at the size of the logits.
-        shift, log_mass = self.stats.maximum, self.stats.log_mass
-        return (self.z - shift.unsqueeze(1)) - log_mass.unsqueeze(1)
+        # Not the row kernels' maximum: the last bit of their tanh may be another than that of z.
+        return (self.z - self.top.unsqueeze(1)) - self.stats.log_mass.unsqueeze(1)
 
 
 def fake_forward(hidden: Tensor, weight: Tensor, spec: TopKSpec) -> Found:
@@ -56,7 +58,7 @@ def fake_forward(hidden: Tensor, weight: Tensor, spec: TopKSpec) -> Found:
         anchors=hidden.new_empty(anchors, dtype=torch.float32),
     )
     z, ids = (hidden.new_empty(n, spec.k, dtype=x) for x in (torch.float32, torch.int64))
-    return Found(z, ids, stats)
+    return Found(z, ids, torch.empty_like(stats.maximum), stats)
 
 
 def forward(
@@ -76,20 +78,22 @@ def forward(
         kept_size, anchors_shape = kept_shapes(spec.head, hidden, weight)
         kept = head.empty(kept_size, dtype=spec.head.compute_dtype)
         anchors = head.empty(*anchors_shape, dtype=torch.float32)
-        best = torch.full((n, spec.k), NEVER, dtype=torch.int64, device=head.device)
-        if exclude is not None and head.rows is not None:
-            exclude = exclude.index_select(0, head.rows)
+        # One more for the word that is left out, which may be the largest.
+        listed = spec.k + (exclude is not None)
+        best = torch.full((n, listed), NEVER, dtype=torch.int64, device=head.device)
         for a, b in head.token_blocks():
-            out = None if exclude is None else exclude[a:b]
             for v0, tile in folded_tiles(head, state, kept, anchors, a, b):
                 z = to_logits(tile, v0, head.bias, head.spec.logit_map)
-                best[a:b] = merge(best[a:b], z, spec.first + v0, out)
+                best[a:b] = merge(best[a:b], z, spec.first + v0)
             if spec.head.shard is not None:
                 best[a:b] = spec.head.shard.best(best[a:b])
             head.merge(state[:, a:b])
         z, ids = (_spread(head, x, len(hidden)) for x in unpack(best))
+        top = z[:, 0].clone()
+        if exclude is not None:
+            z, ids = without(z, ids, exclude)
         stats = finish(head, state, len(hidden))._replace(kept=kept, anchors=anchors)
-        return Found(z, ids, stats)
+        return Found(z, ids, top, stats)
 
 
 def _check_excluded(exclude: Tensor | None, vocab: int) -> None:
