@@ -158,3 +158,28 @@ def test_a_change_in_place_is_seen_through_hooks(name, hooks):
             getattr(x, name).zero_()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             logps.sum().backward()
+
+
+READ_AGAIN = {
+    "divergence": lambda hidden, source, _: fastpo.linear_divergence(
+        hidden, source, hidden.detach() + 1, source, kind="forward_kl"
+    )[0],
+    "topk": lambda hidden, source, _: fastpo.linear_topk(hidden, source, 3).values,
+    "mixture": lambda hidden, source, labels: fastpo.mixed_linear_logps(
+        [hidden] * 2, [source] * 2, (0.5, 0.5), labels
+    )[0],
+}
+
+
+@pytest.mark.parametrize("call", READ_AGAIN)
+def test_a_change_in_place_of_what_tiles_are_made_of(call):
+    x = make_head(TOKENS, V, H).like(torch.float32)
+    stored = (x.weight.detach() * 100).round().to(torch.int8)
+    source = fastpo.BlockScaled(stored, torch.full((V, 1), 0.01), (1, H), torch.float32)
+    loss = READ_AGAIN[call](x.hidden, source, x.labels).sum()
+    stored.add_(1)
+    with pytest.raises(RuntimeError, match="weight: expected a tile source as the call found"):
+        loss.backward()
+    READ_AGAIN[call](
+        x.hidden, source, x.labels
+    ).sum().backward()  # of the next call it is the beginning

@@ -20,6 +20,8 @@ class TileSource(Protocol):
     """Words of a head [V, H], made when they are needed; `fastpo.linear_logps` takes one as weight.
 
     shape: (V, H).  dtype: of the tiles, float32, bfloat16 or float16.  device: of the tiles.
+    stored, where there is one: the tensor that tiles are made of. A backward that reads them again
+    raises where it was changed in place.
     """
 
     @property
@@ -43,6 +45,7 @@ class Tiled(Tensor):
     """
 
     source: TileSource
+    version: int | None  # of what is stored, when the call began
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -50,6 +53,7 @@ class Tiled(Tensor):
         shape, dtype, device = _described(source)
         made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.source = source
+        made.version = _version_of(made.stored)
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -61,6 +65,11 @@ class Tiled(Tensor):
         return getattr(self.source, "stored", None)
 
     def words(self, v0: int, v1: int) -> Tensor:
+        if _version_of(self.stored) != self.version:
+            raise RuntimeError(
+                f"weight: expected a tile source as the call found it (version {self.version}), "
+                f"got one changed in place (version {_version_of(self.stored)})"
+            )
         found: Any = self.source.tile(v0, v1)
         expected = (v1 - v0, self.shape[1])
         name = f"weight.tile({v0}, {v1})"
@@ -99,6 +108,10 @@ class Tiled(Tensor):
                 "a tile source's at once"
             )
         return answer(*args, **(kwargs or {}))
+
+
+def _version_of(stored: Any) -> int | None:
+    return stored._version if isinstance(stored, Tensor) and not stored.is_inference() else None
 
 
 def _described(source: TileSource) -> tuple[torch.Size, torch.dtype, torch.device]:
@@ -150,7 +163,9 @@ def dense(weight: Tensor) -> Tensor:
 
 
 def _detach(weight: Tiled) -> Tiled:
-    return Tiled(weight.source)
+    made = Tiled(weight.source)
+    made.version = weight.version
+    return made
 
 
 def _slice(
