@@ -207,6 +207,17 @@ def extremes(rank: int, folder) -> None:
             fastpo.vocab_parallel_logps(
                 inputs.hidden, words, inputs.labels, first=(0, second)[rank], vocab=VOCAB
             )
+    told = {  # one raises of all of these, and the other with it
+        r"first: .* \[0, 1000\), got words \[0, 400\), \[400, 1003\)": (1000, 1000),
+        r"first: .* \[0, 1003\), got words \[0, 400\), \[900, 1503\)": (VOCAB, VOCAB),
+        "vocab: expected the same in all processes, got 1003, 1009": (VOCAB, 1009),
+    }
+    for got, vocab in told.items():
+        words, first = part(inputs.weight, rank), (0, 900 if "900" in got else CUT)[rank]
+        with pytest.raises(ValueError, match=got):
+            fastpo.vocab_parallel_logps(
+                inputs.hidden, words, inputs.labels.clamp(max=999), first=first, vocab=vocab[rank]
+            )
     wrong = inputs.labels.clone()
     wrong[3] = VOCAB
     with pytest.raises(ValueError, match=r"labels: expected values in \[0, 1003\)"):
@@ -242,8 +253,8 @@ def test_without_processes():
 
 WRONG = {
     "nothing said": ({}, "first: expected an integer, got None"),
-    "first": ({"first": 1, "vocab": VOCAB}, "first: expected 0 <= first <= 1003 - 1003"),
-    "below": ({"first": -1, "vocab": VOCAB + 9}, "first: expected 0 <= first <= 1012 - 1003"),
+    "first": ({"first": 1, "vocab": VOCAB}, r"got words \[1, 1004\)"),
+    "below": ({"first": -1, "vocab": VOCAB + 9}, r"got words \[-1, 1002\)"),
     "hidden": (
         {"first": 0, "vocab": VOCAB, "hidden": (4, 31)},
         r"weight: expected shape \(V, 31\)",

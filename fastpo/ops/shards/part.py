@@ -46,11 +46,7 @@ def part_of(
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (words, H), got {shape_of(weight)}")
     first, vocab = check_integer("first", first), check_integer("vocab", vocab)
-    if not 0 <= first <= vocab - len(weight):
-        raise ValueError(
-            f"first: expected 0 <= first <= {vocab} - {len(weight)}, vocab less the words here, "
-            f"got {first}"
-        )
+    # Whether they fit the others' is seen by all at once, when they tell one another.
     return Part(weight, bias, VocabShard(first, vocab, group))
 
 
