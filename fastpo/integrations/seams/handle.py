@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import MethodType, TracebackType
 from typing import Any
@@ -65,7 +66,8 @@ class Handle:
         """The model's own forward again, also under what was wrapped around it since."""
         self.active = False
         forward = vars(self.model).get("forward")
-        on_top = getattr(forward, "__func__", None) is _wrapped(type(self.model).forward)
+        ours = _wrapped(type(self.model).forward)
+        on_top = getattr(forward, "__func__", None) in (ours, inspect.unwrap(ours))
         if not on_top or vars(self.model).get(STATE) is not self:
             return
         for name in OURS:
@@ -92,7 +94,11 @@ def attached(model: nn.Module) -> bool:
 
 @functools.cache
 def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the signature: `generate` and `Trainer` read their keywords from it."""
+    """Keeps the signature: `generate` and `Trainer` read their keywords from it.
+
+    In two layers: `Accelerator.unwrap_model(model, keep_fp32_wrapper=False)` takes off all that has
+    a `__wrapped__`, and the function that it is left with has to be ours, too.
+    """
 
     @functools.wraps(forward)
     def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -100,7 +106,15 @@ def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         # Detached since this was read from the model, perhaps by another thread.
         return forward(self, *args, **kwargs) if handle is None else handle.run(self, args, kwargs)
 
-    return fused_forward
+    inner: Any = fused_forward
+    inner.__signature__ = inspect.signature(forward)
+    del inner.__wrapped__
+
+    @functools.wraps(inner)
+    def outer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return inner(self, *args, **kwargs)
+
+    return outer
 
 
 # Bound methods are pickled by their names: PyTorch's own.

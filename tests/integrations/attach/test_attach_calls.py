@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import _tiny as tiny
@@ -69,3 +70,30 @@ def test_copies_of_copies_have_the_head(ways, shared):
     torch.testing.assert_close(output.loss, expected)
     model._fastpo.detach()
     assert model(**inputs).logits is not None and "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("wrapped_first", [False, True])
+@pytest.mark.parametrize("detached_first", [False, True])
+def test_what_accelerate_unwraps_keeps_the_head(wrapped_first, detached_first):
+    """Without its own wrapper for mixed precision it takes off everybody's."""
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    model, inputs = tiny.model("llama"), tiny.batch()
+    expected = model(**inputs).loss
+    try:
+        prepared = accelerator.prepare(model) if wrapped_first else model
+        handle = fastpo.attach(model)
+        prepared = prepared if wrapped_first else accelerator.prepare(model)
+        if detached_first:
+            handle.detach()
+        unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert (unwrapped(**inputs).logits is None) == (not detached_first)
+    assert "labels" in inspect.signature(unwrapped.forward).parameters
+    handle.detach()
+    output = unwrapped(**inputs)
+    assert output.logits is not None and "_fastpo" not in vars(model)
+    # Under what was attached after it, accelerate's wrapper stays.
+    torch.testing.assert_close(output.loss, expected, rtol=1e-2 if wrapped_first else 1e-6, atol=0)
