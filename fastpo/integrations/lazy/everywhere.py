@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...ops.shards.gathered import HeadOptions
+from ..seams.handle import presented
 from ..seams.seam import Method, Seam, replace_when_imported, restore
 from . import ddp
 from .models import lazily
@@ -23,10 +24,10 @@ _BUILT = Seam("transformers.modeling_utils", "PreTrainedModel.post_init", (), ("
 
 
 class _Switch:
-    """Options while it is on; the classes whose forward is ours, with their own."""
+    """Options while it is on; the classes whose forward is ours, with their own and ours."""
 
     options: HeadOptions | None = None
-    own: ClassVar[dict[type, Callable[..., Any]]] = {}
+    forwards: ClassVar[dict[type, tuple[Callable[..., Any], Callable[..., Any]]]] = {}
 
 
 class _Built(Method):
@@ -53,10 +54,10 @@ def remove() -> None:
     """Every class has its own forward again."""
     _Switch.options = None
     restore(_BUILT)
-    for kind, own in _Switch.own.items():
-        if getattr(vars(kind)["forward"], "__wrapped__", None) is own:
+    for kind, (own, ours) in _Switch.forwards.items():
+        if vars(kind)["forward"] is ours:
             kind.forward = own  # type: ignore[attr-defined]
-    _Switch.own.clear()
+    _Switch.forwards.clear()
 
 
 def installed() -> HeadOptions | None:
@@ -82,20 +83,20 @@ def _serve(kind: type) -> None:
     if not issubclass(kind, GenerationMixin):
         return
     owner = next(x for x in kind.__mro__ if "forward" in vars(x))
-    if owner not in _Switch.own and owner is not torch.nn.Module:
-        own = _Switch.own[owner] = vars(owner)["forward"]
+    if owner not in _Switch.forwards and owner is not torch.nn.Module:
+        own = vars(owner)["forward"]
         owner.forward = _lazy(own)  # type: ignore[attr-defined]
+        _Switch.forwards[owner] = own, owner.forward  # type: ignore[attr-defined]
 
 
 def _lazy(own: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)  # `generate` and `Trainer` read its keywords
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = functools.partial(own, self)
         if _Switch.options is None or self.get_output_embeddings() is None:
             return bound(*args, **kwargs)
         return lazily(bound, self, _Switch.options, args, kwargs)
 
-    return forward
+    return presented(forward, own)
 
 
 def _descendants(kind: type) -> Iterator[type]:

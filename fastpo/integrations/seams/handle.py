@@ -94,25 +94,27 @@ def attached(model: nn.Module) -> bool:
 
 @functools.cache
 def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the signature: `generate` and `Trainer` read their keywords from it.
-
-    In two layers: `Accelerator.unwrap_model(model, keep_fp32_wrapper=False)` takes off all that has
-    a `__wrapped__`, and the function that it is left with has to be ours, too.
-    """
-
-    @functools.wraps(forward)
     def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         handle = vars(self).get(STATE)
         # Detached since this was read from the model, perhaps by another thread.
         return forward(self, *args, **kwargs) if handle is None else handle.run(self, args, kwargs)
 
-    inner: Any = fused_forward
-    inner.__signature__ = inspect.signature(forward)
-    del inner.__wrapped__
+    return presented(fused_forward, forward)
 
-    @functools.wraps(inner)
+
+def presented(ours: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours` with the signature of `forward`, from which `generate` and `Trainer` read keywords.
+
+    In two layers: `Accelerator.unwrap_model(model, keep_fp32_wrapper=False)` takes off all that has
+    a `__wrapped__`, and the function that it is left with has to be ours, too.
+    """
+    functools.update_wrapper(ours, forward)
+    ours.__signature__ = inspect.signature(forward)
+    del ours.__wrapped__
+
+    @functools.wraps(ours)
     def outer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return inner(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
 
     return outer
 

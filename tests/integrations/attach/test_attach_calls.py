@@ -97,3 +97,18 @@ def test_what_accelerate_unwraps_keeps_the_head(wrapped_first, detached_first):
     assert output.logits is not None and "_fastpo" not in vars(model)
     # Under what was attached after it, accelerate's wrapper stays.
     torch.testing.assert_close(output.loss, expected, rtol=1e-2 if wrapped_first else 1e-6, atol=0)
+
+
+def test_what_accelerate_unwraps_is_lazy_where_all_are():
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    inputs = {"input_ids": tiny.batch()["input_ids"]}
+    try:
+        with fastpo.patched(lazy=True):
+            prepared = accelerator.prepare(tiny.model("llama"))
+            model = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+            assert type(model(**inputs).logits).__name__ == "LazyLogits"
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    assert type(model(**inputs).logits) is torch.Tensor
