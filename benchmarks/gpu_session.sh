@@ -71,9 +71,10 @@ wheels() {
         [[ ! -f $extension || $(sources) != "$(cat "$kept/sources")" ]] || cp "$extension" fastpo/
     done
     [[ -n ${WHEELS:-} ]] || return 0
-    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site" \
+    # dill, by which TRL's data sets are hashed, copies modules of a folder with another name, and fails.
+    "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site-packages" \
         "$WHEELS"/*.whl >>"$log" 2>&1 || say "the wheels of $WHEELS could not be installed"
-    export PYTHONPATH=$root:$work/site${PYTHONPATH#"$root"}
+    export PYTHONPATH=$root:$work/site-packages${PYTHONPATH#"$root"}
 }
 
 # The extension goes into the checkout: Python finds that one first. Without it Triton and plain
