@@ -86,6 +86,28 @@ def test_a_case_that_hangs_ends_its_process(smoke):
     assert time.monotonic() - start < 300
 
 
+@pytest.mark.parametrize(
+    ("words", "gone", "done"),
+    [
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True, 1),
+        ("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling cublasGemmEx", False, 3),
+    ],
+)
+def test_a_worker_ends_where_its_device_is_gone(smoke, words, gone, done):
+    program = f"""
+import gpu_smoke as s
+def fail(*_): raise RuntimeError({words!r})
+s.DEVICE, s.check, s.cases = "cuda", fail, lambda _: range(3)
+s.torch.cuda.synchronize = fail if {gone} else lambda: None
+s.work("torch", 0)"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=SCRIPTS, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == (smoke.LOST if gone else 0)
+    rows = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [(row["index"], row["status"]) for row in rows] == [(i, "error") for i in range(done)]
+
+
 @pytest.mark.parametrize(("quiet", "status"), [(0, "hung"), (1000, "unfinished")])
 def test_an_interrupted_run_says_what_did_not_end(smoke, monkeypatch, tmp_path, quiet, status):
     worker, out = tmp_path / "worker.py", tmp_path / "smoke.json"
