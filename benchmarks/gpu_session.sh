@@ -130,7 +130,18 @@ print(",".join(f"fastpo {name}" for name in json.load(open(sys.argv[1]))["passed
 PY
 }
 
-# A rival that takes the device with it, code 3, takes all later ones: then once more without rivals.
+# others REPORT OWN: of our variants those that did not take the device with them.
+others() {
+    "$python" - "$@" <<'PY'
+import json, sys
+rows, own = json.load(open(sys.argv[1]))["rows"], sys.argv[2].split(",")
+lost = [row["variant"] for row in rows if row.get("lost")]
+print(",".join(name for name in own if not any(each.startswith(name) for each in lost)))
+PY
+}
+
+# A variant that takes the device with it, code 3, takes all later ones, and in its first shape every
+# figure: then once more without it and without rivals.
 heads() {
     local name=$1 limit=$2 own
     shift 2
@@ -141,7 +152,9 @@ heads() {
         return
     fi
     bench "$name" "$limit" head --out "$out/$name.json" --variants "$own,$rivals" "$@"
-    (($? != 3)) || bench "$name alone" "$limit" head --out "$out/${name}_own.json" --variants "$own" "$@"
+    (($? == 3)) || return
+    own=$(others "$out/$name.json" "$own")
+    [[ -z $own ]] || bench "$name alone" "$limit" head --out "$out/${name}_own.json" --variants "$own" "$@"
 }
 
 tests() {

@@ -241,6 +241,7 @@ def _refuse(entry: Entry, error: Exception, device: str) -> None:
         _release(device)
     except RuntimeError as lost:
         # An illegal access, for one: each later call meets the same error.
+        entry.row["lost"] = True
         raise DeviceLost(f"{entry.variant.name}, {entry.variant.case}: {reason}") from lost
 
 

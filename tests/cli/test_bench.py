@@ -119,6 +119,7 @@ def test_a_lost_device_ends_the_run_and_leaves_what_was_measured(monkeypatch, tm
     rows = {(row["variant"], row["case"]): row for row in made["rows"]}
     assert rows["eager", "score"]["status"] == "ok" and rows["eager", "score"]["errors"]
     assert rows["breaks", "score"]["status"] == "refused"
+    assert [key for key, row in rows.items() if row.get("lost")] == [("breaks", "score")]
     assert rows["breaks", "frozen"]["status"] == "left out"
 
 
