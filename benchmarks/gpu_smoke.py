@@ -18,7 +18,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
@@ -86,10 +87,11 @@ EXTRAS: tuple[dict[str, Any], ...] = (
     {"options": (("support", 20),)},  # words of each token, products one by one
     {"options": (("support", 0.1),)},  # of all words, in masked tiles
 )
-APART = ("support", "of each token")  # in the names of cases that no benchmark needs
+APART = ("support", "of each token", "captured")  # in names of cases that no benchmark needs
 # Of "cutlass" alone, whose schedule is the other one where nothing is said.
 COOPERATIVE: dict[str, Any] = {"options": (("pingpong", False),)}
 SCHEDULE = anchored_cutlass.schedule()
+CAPTURED: dict[str, Any] = {"options": (("captured", True),)}  # of a GPU alone
 
 
 def cases(backend: str) -> list[Case]:
@@ -99,6 +101,7 @@ def cases(backend: str) -> list[Case]:
     if backend in INTERPRETED:
         kinds = [(shape, "float32") for shape in SHAPES["cpu"]]
     extras = EXTRAS + (COOPERATIVE,) * (backend == "cutlass")
+    extras += (CAPTURED,) * (DEVICE == "cuda")
     return [
         Case(*shape, dtype, mode, **extra)
         for extra, (shape, dtype), mode in itertools.product(extras, kinds, MODES)
@@ -140,17 +143,42 @@ def run(case: Case, drawn: HeadInputs, backend: str | None) -> dict[str, torch.T
     outputs = options.pop("outputs", ("logps",))
     schedule = SCHEDULE._replace(pingpong=options.pop("pingpong", SCHEDULE.pingpong))
     anchored_cutlass.schedule = lambda: schedule
-    operands = (x.hidden, x.weight, x.labels)
-    if backend is None:
-        stats = reference.linear_logps(*operands, bias=x.bias, **options)
-    else:
+    operands, leaves = (x.hidden, x.weight, x.labels), x.leaves()
+    upstream = torch.linspace(-1, 1, case.tokens, device=DEVICE)
+    graph = options.pop("captured", False) and backend is not None
+    head = partial(reference.linear_logps, *operands, bias=x.bias, **options)
+    if backend is not None:
         options |= {"outputs": outputs, "budget": 0 if case.mode == "lean" else 2**60}
-        stats = fastpo.linear_logps(*operands, bias=x.bias, backend=backend, **options)
-    found = {name: getattr(stats, name) for name in outputs if name != "is_top1"}
-    leaves = x.leaves()
-    upstream = torch.linspace(-1, 1, case.tokens, device=DEVICE).to(found["logps"])
-    grads = torch.autograd.grad(found["logps"], list(leaves.values()), upstream) if leaves else ()
-    return {name: y.detach() for name, y in found.items()} | dict(zip(leaves, grads, strict=True))
+        head = partial(fastpo.linear_logps, *operands, bias=x.bias, backend=backend, **options)
+
+    def call() -> dict[str, torch.Tensor]:
+        stats = head()
+        found = {name: getattr(stats, name) for name in outputs if name != "is_top1"}
+        given = upstream.to(found["logps"])
+        grads = torch.autograd.grad(found["logps"], [*leaves.values()], given) if leaves else ()
+        found |= zip(leaves, grads, strict=True)
+        return {name: y.detach() for name, y in found.items()}
+
+    return captured(call) if graph else call()
+
+
+def captured(call: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What a CUDA graph of it finds, which can hold no wait and nothing of another stream.
+
+    Before, on a stream beside, kernels are compiled and loaded.
+    """
+    own, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(own)
+    with torch.cuda.stream(side):
+        call()
+    own.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = call()
+    for x in found.values():
+        x.fill_(float("nan"))
+    graph.replay()
+    return {name: x.clone() for name, x in found.items()}
 
 
 def check(case: Case, backend: str) -> tuple[dict[str, str], float]:
