@@ -254,6 +254,9 @@ else
 fi
 
 say "part $part, $(date -u +%FT%TZ), ${dry:-for real}, at most $seconds s"
+# The driver, and what would explain a figure, or processes that are refused beside one another.
+state=driver_version,compute_mode,mig.mode.current,clocks.max.sm,clocks.max.mem,power.limit
+! command -v nvidia-smi >/dev/null || say "$(timeout 10 nvidia-smi --query-gpu="$state" --format=csv 2>&1)"
 read -ra backends <<<"${BACKENDS:-triton anchored torch cuda cutlass}"
 wheels
 case $part in
