@@ -256,8 +256,9 @@ void launch(const fastpo::AnchoredTile& t, int device, int multiprocessors, cuda
 
 template <class Schedule, class Block, class... Sums>
 void launch_with(const fastpo::AnchoredTile& t, int device, int multiprocessors, void* stream) {
-  if (cudaSetDevice(device) != cudaSuccess)
-    throw std::runtime_error("anchored_cuda: set device failed");
+  if (const cudaError_t status = cudaSetDevice(device); status != cudaSuccess)
+    throw std::runtime_error(std::string("anchored_cuda: set device failed: ") +
+                             cudaGetErrorString(status));
   const auto on = static_cast<cudaStream_t>(stream);
   if (t.e == nullptr)
     launch<Schedule, Block, void, Sums...>(t, device, multiprocessors, on);
