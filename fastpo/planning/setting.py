@@ -33,9 +33,10 @@ class Lora:
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """`r=16,targets=q_proj+v_proj`, each part optional."""
-        found = re.fullmatch(r"(?:r=)?(\d+)?,?(?:targets=([\w.+-]+))?", text)
-        if found is None or int(found[1] or 16) < 1:
+        """`r=16,targets=q_proj+v_proj`, or one of the two."""
+        targets = r"targets=([\w.-]+(?:\+[\w.-]+)*)"
+        found = re.fullmatch(rf"(?:(?:r=)?(\d+)(?:,(?=.)|$))?(?:{targets})?", text)
+        if not text or found is None or int(found[1] or 16) < 1:
             raise ValueError(f"lora: expected r=16,targets=q_proj+v_proj, got {text!r}")
         return cls(int(found[1] or 16), tuple((found[2] or "all-linear").split("+")))
 
