@@ -165,7 +165,8 @@ def whole_at_once(setting: Setting, model: nn.Module) -> int:
         return sum(p.numel() * width(p) for p in counted)
 
     def width(parameter: Tensor) -> int:
-        return 2 if setting.dtype == "bf16-mixed" else parameter.itemsize
+        # A byte of 4 bits is gathered as it is.
+        return min(2, parameter.itemsize) if setting.dtype == "bf16-mixed" else parameter.itemsize
 
     stack = max((m for m in model.modules() if isinstance(m, nn.ModuleList)), key=size)
     layer = max(stack, key=size)

@@ -14,7 +14,7 @@ from _plans import SHALLOW, module_of
 from transformers import GPT2Config
 
 import fastpo
-from fastpo.planning.models import build
+from fastpo.planning.models import build, whole_at_once
 from fastpo.planning.names import KBIT, TRAINERS
 from fastpo.planning.setting import Lora, Setting
 
@@ -56,3 +56,17 @@ def test_what_peft_prepares_for_four_bits_is_float32_beside_them(trainer):
     with torch.device("meta"):
         policy = build(setting, SHALLOW).policy
     assert {x.dtype for x in policy.parameters()} == {torch.float32, torch.uint8}
+
+
+def test_shards_gather_bytes_of_four_bits_as_they_are():
+    """Beside them a number is gathered in bfloat16; the embeddings, the head, the layer twice, and
+    gradients of its adapter."""
+    setting = Setting("llama", dtype="bf16-mixed", lora=Lora(8), load_in_4bit=True)
+    with torch.device("meta"):
+        policy = build(setting, SHALLOW).policy
+    (layer,) = policy.get_base_model().model.layers
+    packed = sum(x.numel() for x in layer.parameters() if x.dtype == torch.uint8)
+    inside = sum(2 * x.numel() for x in layer.parameters() if x.dtype != torch.uint8)
+    trained = sum(2 * x.numel() for x in layer.parameters() if x.requires_grad)
+    whole = sum(2 * x.numel() for x in policy.parameters() if x.dtype != torch.uint8)
+    assert whole_at_once(setting, policy) == whole + inside + 2 * packed + trained
