@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,16 @@ import torch
 from ..integrations.heads import linear_head
 from ..planner import default_budget, make_plan, pair_workspace
 from .live import Live
-from .models import WEIGHTS, Fake, Models, build, fake, optimizer_of, whole_at_once
+from .models import (
+    WEIGHTS,
+    Fake,
+    Models,
+    Undropped,
+    build,
+    fake,
+    optimizer_of,
+    whole_at_once,
+)
 from .setting import Setting
 from .steps import Batch, Step, batch_of, layout_for
 
@@ -108,7 +117,7 @@ class Session:
         step = Step(setting, models, self.head, self.optimizer, enter, mark)
         known = self._shared(setting) if self.shares else None
         for _ in range(1 if self.ran else 2):  # the optimizer has its state from the first on
-            with self.fake, self.live:
+            with self.fake, self.live, Undropped() if setting.device == "cuda" else nullcontext():
                 step.run(known or batch_of(setting, self.vocab))
         self.ran = True
         del found[""]  # between them nothing is made

@@ -11,9 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -142,8 +144,31 @@ def _mask(
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
-    kwargs["dropout"] = 0.0  # FlashAttention draws it anew in the backward, and keeps nothing of it
+    kwargs["dropout"] = 0.0  # as `Undropped`
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+class Undropped(TorchFunctionMode):
+    """Attention as a GPU's kernels have it: they draw dropout anew in the backward and keep nothing
+    of it. A CPU keeps probabilities."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is F.scaled_dot_product_attention and "dropout_p" in given:
+            given = given | {"dropout_p": 0.0}
+        return func(*args, **given)
+
+
+def draws(model: nn.Module) -> bool:
+    """Does it drop anything, in the mode it is in? Attention has its rate as a number."""
+    for module in model.modules():
+        rates = (x for name, x in vars(module).items() if "dropout" in name and type(x) is float)
+        own = module.p if isinstance(module, nn.Dropout) else 0.0
+        if module.training and max([own, *rates]) > 0:
+            return True
+    return False
 
 
 def _flash() -> str:

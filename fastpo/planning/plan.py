@@ -16,8 +16,9 @@ from . import measure as real
 from .cards import memory_of
 from .data import Lengths, read_lengths
 from .estimate import Estimate
-from .fits import Depths, check_runs
+from .fits import Depths, check_runs, cut
 from .given import check_sizes, read_config
+from .models import build, draws
 from .names import GENERATIONS, LOGITS, SAMPLES
 from .setting import HEADS, Lora, Setting, of_ratio
 
@@ -195,7 +196,7 @@ def plan_step(
     if measure:
         real.check(setting)  # before a search
     heads = {head: _head(setting, (config, taught), head, search, measure) for head in HEADS}
-    notes = (*_notes(setting), *_notes_of(config, "model", setting, heads))
+    notes = (*_notes(setting, config), *_notes_of(config, "model", setting, heads))
     if taught is not None:
         notes += (*_notes_of(taught, "teacher", setting, heads),)
     return StepPlan(setting, heads, lengths, notes)
@@ -228,7 +229,7 @@ def _head(
     return Head(depths.estimate(), **found, measured=measured)
 
 
-def _notes(setting: Setting) -> tuple[str, ...]:
+def _notes(setting: Setting, config: Any) -> tuple[str, ...]:
     notes = []
     if setting.trainer in LOGITS:
         notes.append(f"TRL's {setting.trainer.upper()} trainer builds the logits of all positions")
@@ -240,6 +241,9 @@ def _notes(setting: Setting) -> tuple[str, ...]:
         )
     if setting.prompt_rows > 1:
         notes.append("prompts are computed once by fastpo.patch(shared_prompts=True)")
+        with torch.device("meta"):
+            if draws(build(setting, cut(config, [0])).policy):
+                notes[-1] += ", but for the policy: its dropout is drawn for every row"
     if setting.checkpointing == "offload":
         notes.append("what layers keep lies in host memory, which is not counted here")
     if setting.trainer == "grpo" and setting.other != "none":

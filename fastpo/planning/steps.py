@@ -24,7 +24,7 @@ from ..layout.cost import is_worth
 from ..layout.tree import Layout, layout_of
 from ..ops.linear_divergence import linear_divergence
 from ..ops.linear_logps import linear_logps
-from .models import Models, backbone
+from .models import Models, backbone, draws
 from .names import LOGITS
 from .setting import Setting
 
@@ -169,7 +169,7 @@ class Step:
 
 def _scored(model: Any, batch: Batch) -> Tensor:  # [N, H]
     inputs = {"input_ids": batch.ids, "attention_mask": batch.mask}
-    if batch.layout is None:
+    if batch.layout is None or draws(model):  # rows of one length: nothing is left
         hidden: Tensor = backbone(model)(**inputs)[0]
     else:
         hidden = _packed(model, inputs, batch.layout)[0]

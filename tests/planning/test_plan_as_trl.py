@@ -32,13 +32,43 @@ def test_dropout_is_where_the_trainer_leaves_it(trainer):
     assert rates == ({0} if disabled else {0.1})
 
 
-def test_a_flash_kernel_keeps_no_dropout():
-    def peak(rate):
-        config = GPT2Config(**GPT2.to_dict() | {"attn_pdrop": rate})
-        options = {"trainer": "sft", "attention": "flash", "context": 256, "search": False}
-        return fastpo.plan_step(config, **options).heads["fastpo"].estimate.peak
+def _peak(rate, layers=0.0, **options):
+    rates = {"attn_pdrop": rate, "resid_pdrop": layers, "embd_pdrop": layers}
+    config = GPT2Config(**GPT2.to_dict() | rates)
+    plan = fastpo.plan_step(config, context=256, search=False, **options)
+    return plan.heads["fastpo"].estimate.peak
 
-    assert peak(0.1) == peak(0.0)
+
+@pytest.mark.parametrize("attention", ["flash", "sdpa"])
+def test_a_kernel_of_a_gpu_keeps_no_dropout(attention):
+    options = {"trainer": "sft", "attention": attention}
+    assert _peak(0.1, **options) == _peak(0.0, **options)
+
+
+def test_a_cpu_keeps_probabilities_that_are_dropped():
+    def on_cpu(rate):
+        return _peak(rate, trainer="sft", batch=4, device="cpu")
+
+    assert on_cpu(0.1) - on_cpu(0.0) > 4 * 2 * 256**2 * 2  # rows, heads, bfloat16
+
+
+@pytest.mark.parametrize("rates", [(0.1, 0.0), (0.0, 0.1)])
+def test_what_is_dropped_is_not_shared(rates):
+    """As `shared_prompts` has it."""
+    common = {"trainer": "grpo", "prompt": 0.75, "device": "cpu"}
+    unshared = pytest.approx(_peak(*rates, **common), rel=0.01)  # words are not counted
+    assert _peak(*rates, prompt_rows=8, **common) == unshared
+    assert _peak(0.0, prompt_rows=8, **common) < 0.9 * _peak(0.0, **common)
+
+
+def test_notes_say_what_is_not_shared():
+    def note(trainer):
+        options = {"trainer": trainer, "shared_prompts": "4:1", "context": 32, "search": False}
+        (found,) = (x for x in fastpo.plan_step(GPT2, **options).notes if "once" in x)
+        return found
+
+    assert note("rloo").endswith("but for the policy: its dropout is drawn for every row")
+    assert note("dpo").endswith("fastpo.patch(shared_prompts=True)")  # which disables it
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
