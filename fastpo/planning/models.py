@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
@@ -99,7 +99,19 @@ def made(setting: Setting, config: Any, name: str = "model") -> Any:
     if setting.attention == "flash":
         options["attn_implementation"] = _flash()
     with foreign(f"{name}: expected a causal language model"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False, **options)
+        return _auto(config).from_config(config, trust_remote_code=False, **options)
+
+
+def _auto(config: Any) -> Any:
+    """With towers for pictures where transformers has no model of text alone."""
+    text, seeing = AutoModelForCausalLM, AutoModelForImageTextToText
+    alone = type(config) in text._model_mapping or getattr(config, "is_encoder_decoder", False)
+    return seeing if type(config) in seeing._model_mapping and not alone else text
+
+
+def towers(config: Any) -> bool:
+    """Has it parts that no text reaches? They are weights here, and trained if the rest is."""
+    return config.get_text_config() is not config
 
 
 def size_of(setting: Setting, config: Any) -> int:

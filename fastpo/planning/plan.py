@@ -16,9 +16,9 @@ from . import measure as real
 from .cards import memory_of
 from .data import Lengths, read_lengths
 from .estimate import Estimate
-from .fits import Depths, check_runs, cut
+from .fits import Depths, check_runs, cut, depths
 from .given import check_sizes, read_config
-from .models import build, draws
+from .models import build, draws, towers
 from .names import GENERATIONS, LOGITS, SAMPLES
 from .setting import HEADS, Lora, Setting, of_ratio
 
@@ -231,6 +231,13 @@ def _head(
 
 def _notes(setting: Setting, config: Any) -> tuple[str, ...]:
     notes = []
+    with torch.device("meta"):
+        models = build(setting, cut(config, depths(setting, config)[0]))
+    if towers(models.base.config):
+        notes.append(
+            "planned on text: of towers for pictures or sounds the weights are counted, trained as "
+            "the rest, but not what they compute"
+        )
     if setting.trainer in LOGITS:
         notes.append(f"TRL's {setting.trainer.upper()} trainer builds the logits of all positions")
     if setting.load_in_4bit:
@@ -241,9 +248,8 @@ def _notes(setting: Setting, config: Any) -> tuple[str, ...]:
         )
     if setting.prompt_rows > 1:
         notes.append("prompts are computed once by fastpo.patch(shared_prompts=True)")
-        with torch.device("meta"):
-            if draws(build(setting, cut(config, [0])).policy):
-                notes[-1] += ", but for the policy: its dropout is drawn for every row"
+        if draws(models.policy):
+            notes[-1] += ", but for the policy: its dropout is drawn for every row"
     if setting.checkpointing == "offload":
         notes.append("what layers keep lies in host memory, which is not counted here")
     if setting.trainer == "grpo" and setting.other != "none":

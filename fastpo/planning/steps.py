@@ -24,7 +24,7 @@ from ..layout.cost import is_worth
 from ..layout.tree import Layout, layout_of
 from ..ops.linear_divergence import linear_divergence
 from ..ops.linear_logps import linear_logps
-from .models import Models, backbone, draws
+from .models import Models, backbone, draws, towers
 from .names import LOGITS
 from .setting import Setting
 
@@ -106,10 +106,18 @@ class Step:
             loss = self._distilled(batch) if distils else self._loss(batch, known)
         with self.enter("backward"):
             loss.backward()
+            self._reach_towers()
         del loss, known
         with self.enter("optimizer"):
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+    def _reach_towers(self) -> None:
+        """Gradients as pictures would give them."""
+        if towers(self.models.base.config):
+            for parameter in self.models.policy.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.sum().backward()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         mixed = self.setting.dtype == "bf16-mixed"

@@ -13,15 +13,19 @@ import torch
 import transformers
 from _plans import LLAMA, SIZES
 from transformers import (
+    AutoModelForImageTextToText,
     DeepseekV3Config,
+    Gemma3Config,
     Gemma3TextConfig,
     Gemma4TextConfig,
     LlamaConfig,
     LongcatFlashConfig,
     Qwen2MoeConfig,
+    Qwen2VLConfig,
     Qwen3MoeConfig,
 )
 
+import fastpo
 from fastpo.planning.estimate import Session
 from fastpo.planning.fits import Depths, cut, depths
 from fastpo.planning.models import size_of
@@ -138,3 +142,37 @@ def test_a_teacher_of_many_layers_from_a_few(trainer, head):
         own = transformers.AutoModelForCausalLM.from_config(teacher, dtype=torch.bfloat16)
     expected = sum(x.numel() * x.itemsize for x in (*own.parameters(), *own.buffers()))
     assert found.parts["reference"] == expected
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+SEEING = {
+    "qwen2 vl": Qwen2VLConfig(
+        text_config={**SIZES, "num_hidden_layers": 5, "rope_parameters": ROPE},
+        vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+    ),
+    "gemma3": Gemma3Config(
+        text_config={**SIZES, "num_hidden_layers": 5},
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_towers_are_weights_and_trained_as_the_rest(name):
+    """The step runs on text: what that does not reach has gradients and states all the same."""
+    config = SEEING[name]
+    options = {"trainer": "sft", "context": 32, "dtype": "fp32", "device": "cpu"}
+    plan = fastpo.plan_step(config, search=False, **options)
+    assert plan.notes[0].startswith("planned on text: ")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    weights = sum(4 * x.numel() for x in model.parameters())
+    found = plan.heads["fastpo"].estimate
+    assert found.parts["weights"] >= weights
+    assert found.phases["optimizer"] >= 4 * weights  # with gradients and two states
+    whole = Session(Setting(name, **options), config, "fastpo").phases(Setting(name, **options))
+    assert found.phases == {phase: held.total() for phase, held in whole.items()}
