@@ -94,7 +94,11 @@ def is_judged(key: str) -> bool:
 
 
 def curve(key: str, *, good: bool = True, **hyperparameters: Any) -> Curve:
-    """`good`: what a single answer is, for an objective that is told."""
+    """161 margins, the objective's values there and d value / d margin, as lists of numbers.
+
+    good: what a single answer is, for an objective that is told. hyperparameters: of the objective.
+    Raises ValueError for an unknown key or hyperparameter, and an objective without a margin.
+    """
     function, axis, entry = objectives.get(key, **hyperparameters), axis_of(key), lookup(key)
     known = quantities_of(entry.function)
     names = [name for name, needed in known.items() if needed or _ALSO.get(name) in known]
@@ -137,7 +141,10 @@ def _still(name: str, tokens: int) -> float | None:
 
 
 def plot(key: str, path: Path, **hyperparameters: Any) -> None:
-    """Both drawn; ValueError where matplotlib is missing or does not know the kind of file."""
+    """Draws both into a file; the objective's hyperparameters may follow.
+
+    Raises ValueError as `curve` does, where matplotlib is missing, and for a path it cannot write.
+    """
     axis, judged = axis_of(key), is_judged(key)
     check_file("plot", path)  # matplotlib would write a picture beside a folder
     try:

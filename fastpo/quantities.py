@@ -41,7 +41,10 @@ Lazy = Tensor | Callable[[], Tensor]
 class Quantities:
     """Tensors by name: given, or derived when asked. A given value may be a function, called once.
 
-    `q[name]` derives, `name in q` says whether it can, `q | columns` adds columns.
+    `q[name]` derives, `name in q` says whether it can, `q | columns` adds columns. `q.rows` gives
+    an objective's losses, [B]. Sums and log-ratios are [B] in nats, in float32 or the dtype of a
+    float64 input; quantities of tokens [B, T]. Raises ValueError for what is neither given nor can
+    be derived, and says what it could be derived from.
     """
 
     def __init__(self, given: Mapping[str, Lazy | None], *, reference_free: bool = False) -> None:
@@ -167,8 +170,11 @@ def padded(
     stats: a TokenStats of [R, T], or its logps alone.
     mask: [R, T] bool, scored tokens.
     sides: ("",) for single responses and groups.
+    reference_free: log-ratios are log-probabilities.
     under: the same tokens under other models, each like `stats`, by name: ref, old, prev, mixed,
         sampler or teacher.
+
+    Raises ValueError for shapes that differ, R that is no multiple of the sides, unknown models.
     """
     _check_tensors(mask=mask)
     rows = _Rows(mask.shape[0], sides)
@@ -194,6 +200,7 @@ def packed(
     stats: a TokenStats of [S], or its logps alone.
     offsets: [R + 1] int64, ascending, offsets[R] <= S; else a ValueError, and NaN on a GPU.
     mask: [S] bool, scored tokens; None: all.
+    sides, reference_free, under, errors: as in `padded`.
 
     Sums need no padding. Token-level quantities do: they are there when `width`, at least the
     longest row, is given.

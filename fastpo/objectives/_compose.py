@@ -155,6 +155,8 @@ def compose(
                - third_weight·third_logps_i
 
     These terms are of the batch's log-probabilities, also where a transform makes others.
+    Raises ValueError for an unknown key, a weight outside its range, a transform that does not go
+    before this objective or whose result nothing reads, and terms for an objective of groups.
     """
     _PARAMETERS["sft_weight"].check(sft_weight)
     _PARAMETERS["sft_reduction"].check(sft_reduction)

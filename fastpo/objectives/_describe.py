@@ -20,7 +20,10 @@ _LEGEND = "? may be absent"
 
 
 def describe(key: str | None = None, *, family: str | None = None) -> str:
-    """The table, or the whole entry of a key or alias. `family`: only that part of the table."""
+    """The table as text, or the whole entry of a key or alias.
+
+    family: only that part of the table. Raises ValueError for an unknown key or family, and both.
+    """
     known = families()
     if family is not None and family not in known:
         raise ValueError(f"family: expected one of {', '.join(known)}, got {family!r}")

@@ -254,9 +254,9 @@ def objective(
 ) -> Callable[[F], F]:
     """Enter a function into the table.
 
-    `family`: that of the module's name when left out. `gradient_into`: quantities that are
-    constants elsewhere and carry a gradient here. `shapes`: for quantities whose shape here is
-    narrower than in `_quantities`, or has other letters: {"chosen_rewards": "B D"}.
+    `family`: None is the module's name. `gradient_into`: quantities that are constants elsewhere
+    and carry a gradient here. `shapes`: of quantities whose shape here is narrower, or has other
+    letters: {"chosen_rewards": "B D"}. ValueError for a name that is taken or no quantity.
     """
     narrowed = {**SHAPES, **{name: parse_shapes(text) for name, text in (shapes or {}).items()}}
 
@@ -353,7 +353,7 @@ def _document(entry: Entry) -> str:
 
 
 def available(family: str | None = None) -> tuple[str, ...]:
-    """The keys of the table, or of one family."""
+    """The keys of the table, or of one family; ValueError for a family that is none."""
     if family is None:
         return tuple(key for home in FAMILIES for key in available(home))
     if family not in FAMILIES:
@@ -362,7 +362,7 @@ def available(family: str | None = None) -> tuple[str, ...]:
 
 
 def families() -> dict[str, tuple[str, ...]]:
-    """Family -> its keys."""
+    """Every family and its keys, in the order of the table."""
     return {family: available(family) for family in FAMILIES}
 
 
@@ -389,7 +389,7 @@ def of_table(function: Callable[..., Any]) -> bool:
 
 
 def get(key: str, /, **hyperparameters: Any) -> Callable[..., Any]:
-    """The objective or transform of that key or alias, bound when hyperparameters are given."""
+    """The objective or transform of a key or alias, bound; ValueError for a bad key or value."""
     entry = lookup(key)
     if not hyperparameters:
         return entry.function

@@ -95,7 +95,7 @@ def linear_divergence(
     teacher_grad: gradient into the teacher's tensors, too, where they require it.
     outputs: of divergence and entropy.
     budget: bytes of products, float32 and of both heads, that may be kept for the backward; tokens
-        above it are multiplied again. None: 4·V·H.
+        above it are multiplied again. None: as in `linear_logps`.
     backend: as in `linear_logps`; "cuda" has PyTorch's row kernels here.
 
     log-softmax and sums are computed from float32 products whatever the inputs are; gradients are

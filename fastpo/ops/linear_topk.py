@@ -104,7 +104,8 @@ def linear_topk(
         negative: none. The alternatives of arXiv:2312.16682 are drawn from such a list.
     mask: [...] bool, False leaves a token out: zeros, no gradient. None: all are scored.
     budget: bytes of probabilities that may be kept for the backward; tokens above it are
-        recomputed, one product more. None: 4·V·H for a trainable head, 0 for a frozen one.
+        recomputed, one product more. None: for a trainable head as in `linear_logps`, 0 for a
+        frozen one.
     backend: "triton", "cuda", "cpu" or "torch"; None: the best that is there.
 
     Raises ValueError for shapes, dtypes, devices and options, for k outside [1, V] (V - 1 with

@@ -97,7 +97,12 @@ def _add_head(commands: Any) -> None:
     option("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
     option("--frozen-head", action="store_true", help="the head is not trained (LoRA)")
     option("--no-grad", action="store_true", help="only score")
-    option("--budget", type=int, metavar="BYTES", help="kept for the backward (default: 4·V·H)")
+    option(
+        "--budget",
+        type=int,
+        metavar="BYTES",
+        help="kept for the backward; default: 4·V·H, or a 16th of the GPU here if more",
+    )
 
 
 def _plan(options: argparse.Namespace) -> int:

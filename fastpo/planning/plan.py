@@ -38,7 +38,12 @@ class Head:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """`print` it for a table; `settings` is what to paste into a script."""
+    """`print` it for a table; `settings` is what to paste into a script.
+
+    heads: "trl" and "fastpo"; of each `estimate.peak` in bytes, `estimate.parts`, and with a card
+        `context` and `batch`, the largest steps that fit, or None.
+    lengths: of the rows of `data`.  fits: of fastpo's step; None without a card.
+    """
 
     setting: Setting
     heads: dict[str, Head]
@@ -51,6 +56,7 @@ class StepPlan:
         return None if memory is None else self.heads["fastpo"].estimate.peak <= memory
 
     def as_json(self) -> str:
+        """What `fastpo plan --json` writes; sizes in bytes."""
         heads = {name: _of_head(head) for name, head in self.heads.items()}
         lengths = None if self.lengths is None else asdict(self.lengths)
         found: dict[str, Any] = {
