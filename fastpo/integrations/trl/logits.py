@@ -69,14 +69,14 @@ def bare(trainer: Any, model: Any) -> Any:
 
 
 def real_outputs(result: Any) -> Any:
-    """Outputs that a trainer hands out hold tensors; in evaluation perhaps nobody reads them."""
+    """Outputs that a trainer hands out outlive a call; in evaluation perhaps nobody reads them."""
     if not isinstance(result, tuple) or len(result) != 2:
         return result
     outputs = result[1]
     logits = getattr(outputs, "logits", None)
     if isinstance(logits, LazyLogits) and torch.is_grad_enabled():
-        # The weights will have changed when logits of a training step are read after it. Their
-        # graph stays: a script may add a loss of its own.
+        # With their graph: a script may add a loss of its own. Few enough to be computed, they may
+        # be read after the step, too, which of others is an error, as the weights have changed.
         outputs.logits = logits + 0
     elif (promise := promise_of(logits)) is not None:
         # Of a head in shards, gathered here: perhaps one process alone reads them.
