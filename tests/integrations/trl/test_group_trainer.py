@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import re
 
 import pytest
@@ -37,7 +38,9 @@ def groups(**columns):
     return Dataset.from_list([{**row, **columns} for row in rows])
 
 
-def trainer(folder, objective, *, data=None, ref_model=None, reference_free=False, **changes):
+def trainer(
+    folder, objective, *, data=None, ref_model=None, reference_free=False, words=None, **changes
+):
     return fastpo.GroupTrainer(
         _trainers.saved(folder),
         ref_model,
@@ -45,7 +48,7 @@ def trainer(folder, objective, *, data=None, ref_model=None, reference_free=Fals
         objective=objective,
         reference_free=reference_free,
         train_dataset=groups() if data is None else data,
-        processing_class=tiny.tokenizer(),
+        processing_class=words or tiny.tokenizer(),
     )
 
 
@@ -134,6 +137,19 @@ def test_long_groups_are_dropped_and_completions_truncated(tmp_path):
     kept = built.train_dataset["prompt_ids"]
     assert 0 < len(kept) < len(groups())
     assert next(iter(built.get_train_dataloader()))["input_ids"].shape[1] == longest
+
+
+def test_the_chat_template_is_given_its_columns(tmp_path):
+    """As TRL's trainers give it."""
+    words = copy.deepcopy(tiny.tokenizer())
+    words.chat_template = "{% if tools %}cat {% endif %}{% if loud %}bird {% endif %}" + (
+        words.chat_template
+    )
+    data = groups(tools="[{}]", chat_template_kwargs={"loud": True})
+    built = trainer(tmp_path, "infonca", data=data, words=words)
+    for prompt_ids in built.train_dataset["prompt_ids"]:
+        for ids in prompt_ids:
+            assert words.decode(ids).startswith("cat bird <|user|>")
 
 
 ERRORS = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 pytest.importorskip("trl", minversion="1.15")  # the first with a fused head
@@ -181,6 +183,18 @@ def test_the_policy_is_no_other_model(wrapped, tmp_path):
     ):
         _trainers.build("DPO", tmp_path, model, rows(), {}, **given)
     assert any(x.requires_grad for x in model.parameters()), "it has not been frozen"
+
+
+def test_third_texts_in_the_chat_template_of_their_row(tmp_path):
+    words = copy.deepcopy(tiny.tokenizer())
+    words.chat_template = "{% if loud %}bird {% endif %}" + words.chat_template
+    data = third(rows()).add_column("chat_template_kwargs", [{"loud": True}] * 6)
+    with fastpo.patched(objective="tpo_triple"):
+        path = _trainers.saved(tmp_path)
+        built = _trainers.build("DPO", tmp_path, path, data, {}, processing_class=words)
+    row = built.train_dataset[0]
+    assert row["third_prompt_ids"] == row["prompt_ids"]
+    assert words.decode(row["third_prompt_ids"]).startswith("bird <|user|>")
 
 
 def test_third_texts_of_an_iterable_dataset(tmp_path):

@@ -15,6 +15,9 @@ from .columns import ROWS, TEXTS, Carry
 from .needs import Needs, Objective, Setting, Term, total
 from .passes import Pass
 
+# Columns that TRL's tokenization hands to the chat template.
+TEMPLATE = ("tools", "chat_template_kwargs")
+
 Texts = dict[str, dict[str, Tensor]]  # "third" -> the rows of the batch's third texts
 
 
@@ -297,7 +300,8 @@ def tokenized_text(text: str, dataset: Any, prepare: Any, processing_class: Any,
         expected, got = (type(row.get(name, row[text])).__name__ for name in ("chosen", text))
         if got != expected:  # a string, or messages
             raise ValueError(f"{text}: expected a {expected} as chosen is, got a {got}")
-        return {"prompt": prompt, "chosen": row[text], "rejected": row[text]}
+        given = {name: row[name] for name in TEMPLATE if name in row}
+        return given | {"prompt": prompt, "chosen": row[text], "rejected": row[text]}
 
     whole = copy.copy(args)
     whole.max_length = None  # TRL would drop rows; the collator truncates

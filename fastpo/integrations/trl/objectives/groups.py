@@ -16,7 +16,7 @@ from ....objectives._math import group_max, group_sum
 from ....quantities import Quantities, padded
 from ...seams.seam import fitting
 from . import by_name
-from .base import TextTrainer
+from .base import TEMPLATE, TextTrainer
 from .columns import SINGLES, Carry
 from .needs import Objective, Setting, Term, default_of, of_family, refuse_unheard, total
 from .passes import Pass
@@ -191,13 +191,17 @@ def _ranking(
 
 def _pairs_of(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """TRL tokenizes pairs: each completion stands on both sides."""
-    prompts = [
-        prompt
-        for prompt, completions in zip(batch["prompt"], batch["completions"], strict=True)
-        for _ in completions
-    ]
     texts = [text for completions in batch["completions"] for text in completions]
-    return {"prompt": prompts, "chosen": texts, "rejected": list(texts)}
+    shared = {
+        name: [
+            value
+            for value, completions in zip(batch[name], batch["completions"], strict=True)
+            for _ in completions
+        ]
+        for name in ("prompt", *TEMPLATE)
+        if name in batch
+    }
+    return shared | {"chosen": texts, "rejected": list(texts)}
 
 
 class GroupCollator(Carry):
