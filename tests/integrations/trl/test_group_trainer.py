@@ -164,6 +164,21 @@ def test_what_cannot_be_is_named(key, tmp_path):
         trainer(tmp_path, key)
 
 
+def test_groups_of_no_completions(tmp_path):
+    for wrong in ([], None, "no"):
+        data = Dataset.from_list([row | {"completions": wrong} for row in groups().to_list()])
+        got = f"completions: expected a list of one or more texts in row 0, got {wrong!r}"
+        with pytest.raises(ValueError, match=re.escape(got)):
+            trainer(tmp_path, "infonca", data=data)
+
+
+@pytest.mark.parametrize("name", ["prompt", "completions"])
+def test_a_missing_text(name, tmp_path):
+    message = "dataset 'train': expected columns prompt and completions, got "
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, "infonca", data=groups().remove_columns(name))
+
+
 def test_lists_of_another_length(tmp_path):
     built = trainer(tmp_path, "infonca", data=groups(scores=[1.0]))
     with pytest.raises(ValueError, match="scores: expected 3 values, one per completion, got 1"):

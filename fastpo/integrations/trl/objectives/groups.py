@@ -100,14 +100,16 @@ class GroupTrainer(TextTrainer, DPOTrainer):
         if not all(hasattr(dataset, needed) for needed in ("__len__", "column_names")):
             got = type(dataset).__name__
             raise ValueError(f"dataset {name!r}: expected a map-style datasets.Dataset, got {got}")
-        present = next(iter(dataset))
-        if "completions" not in present:
-            got = ", ".join(present)
-            raise ValueError(f"dataset: expected columns prompt and completions, got {got}")
-        self._note_columns(name, tuple(present))
+        columns = dataset.column_names
+        if not {"prompt", "completions"} <= set(columns):
+            got = ", ".join(columns)
+            raise ValueError(
+                f"dataset {name!r}: expected columns prompt and completions, got {got}"
+            )
+        self._note_columns(name, tuple(columns))
         whole = copy.copy(args)
         whole.max_length = None  # TRL would drop single completions
-        rows = dataset.map(_pairs_of, batched=True, remove_columns=dataset.column_names)
+        rows = dataset.map(_pairs_of, batched=True, with_indices=True, remove_columns=columns)
         tokens = DPOTrainer._prepare_dataset(self, rows, processing_class, whole, name)
         ends = list(itertools.accumulate(map(len, dataset["completions"])))
 
@@ -189,8 +191,14 @@ def _ranking(
     return {"rewards/accuracies": hits.float().mean(), "rewards/margins": (mean - rest).mean()}
 
 
-def _pairs_of(batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+def _pairs_of(batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
     """TRL tokenizes pairs: each completion stands on both sides."""
+    for row, completions in zip(rows, batch["completions"], strict=True):
+        if not isinstance(completions, list) or not completions:
+            raise ValueError(
+                f"completions: expected a list of one or more texts in row {row}, "
+                f"got {completions!r:.60}"
+            )
     texts = [text for completions in batch["completions"] for text in completions]
     shared = {
         name: [
