@@ -179,6 +179,16 @@ def test_a_missing_text(name, tmp_path):
         trainer(tmp_path, "infonca", data=groups().remove_columns(name))
 
 
+def test_a_column_called_groups(tmp_path):
+    """Which completions are a group's is known without it."""
+    losses = []
+    for given in ({}, {"groups": "colours"}):
+        built = trainer(tmp_path, "infonca", data=groups(**given))
+        batch = next(iter(built.get_train_dataloader()))
+        losses.append(built.compute_loss(built.model, dict(batch)).item())
+    assert losses[0] == losses[1]
+
+
 def test_lists_of_another_length(tmp_path):
     built = trainer(tmp_path, "infonca", data=groups(scores=[1.0]))
     with pytest.raises(ValueError, match="scores: expected 3 values, one per completion, got 1"):

@@ -93,7 +93,9 @@ class GroupTrainer(TextTrainer, DPOTrainer):
     def carrying(self, collator: Any) -> GroupCollator:
         if isinstance(collator, GroupCollator):
             return collator
-        return GroupCollator(collator, self._fastpo.needs.columns())
+        # Which completions are a group's is known: a column of that name is of something else.
+        names = [name for name in self._fastpo.needs.columns() if name != "groups"]
+        return GroupCollator(collator, names)
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, name: str) -> Any:
         # PyTorch gives iterable ones a __getitem__, but no length.
