@@ -123,7 +123,30 @@ def test_groups_train_and_log(tmp_path):
     names = {"rewards/accuracies", "rewards/margins", "rewards/mean", "logps/mean", "entropy"}
     assert names <= set(log)
     assert log["rewards/mean"] == 0.0, "the policy starts as its reference"
+    assert log["rewards/accuracies"] == 0.0, "nothing is above what equals it"
     assert built.state.log_history[-2]["rewards/margins"] > 0
+
+
+SCORES = [[0.0, 2.0, 2.0], [7.0], [1.0, 1.0]]  # one group of three has a best and a worse one
+
+
+@pytest.mark.parametrize("ranked", [True, False])
+def test_what_ranks_nothing_is_no_hit(ranked, tmp_path):
+    """Nor do its rewards count as a margin."""
+    scores = SCORES if ranked else [[1.0] * len(each) for each in SCORES]
+    data = groups().remove_columns("scores").add_column("scores", scores)
+    data = data.add_column("ref_logps", [[-30.0, -20.0, -25.0], [-28.0], [-22.0, -31.0]])
+    built = trainer(tmp_path, "infonca", data=data, per_device_eval_batch_size=3)
+    found = built.evaluate(data)
+    assert ("eval_rewards/margins" in found) == ("eval_rewards/accuracies" in found) == ranked
+    if ranked:
+        batch = built.data_collator(list(built.train_dataset))
+        with torch.no_grad():
+            logps = token_logps(built.model.double().eval(), batch).sum(1)
+        worse, one, other = 0.1 * (logps - batch["ref_logps"])[:3]
+        margin = (one + other) / 2 - worse
+        assert found["eval_rewards/margins"] == pytest.approx(margin.item(), rel=1e-4)
+        assert found["eval_rewards/accuracies"] == float(max(one, other) > worse)
 
 
 def test_no_reference_is_loaded_when_none_is_asked_for(tmp_path):

@@ -53,7 +53,8 @@ class GroupTrainer(TextTrainer, DPOTrainer):
     All else is DPOTrainer's; a batch counts groups. The reference model is loaded, and runs, only
     when the objective asks for it. Metrics: rewards are β times the log-ratio; `rewards/margins`
     that of the best scored completion less that of the others, `rewards/accuracies` how often
-    the best scored one has the largest.
+    the best scored one's is above all others'. Both are of the groups whose scores differ, and
+    are not logged where there are none.
 
     Raises ValueError for an objective of another family, a missing column, a list of another
     length than `completions`, and options of DPOConfig that are about pairs.
@@ -163,34 +164,44 @@ class GroupTrainer(TextTrainer, DPOTrainer):
     def _log_groups(self, q: Quantities, inputs: Mapping[str, Any], count: int) -> None:
         policy, mask = q["logps"], q["mask"]
         rewards = self._fastpo.terms[0].beta * q["logratios" if "logratios" in q else "logps"]
+        one = rewards.new_ones(())
+        # Sums, and of how many.
         values = {
-            "entropy": (q["entropy"] * mask).sum() / mask.sum().clamp(min=1),
-            "logps/mean": policy.mean(),
-            "rewards/mean": rewards.mean(),
+            "entropy": ((q["entropy"] * mask).sum() / mask.sum().clamp(min=1), one),
+            "logps/mean": (policy.mean(), one),
+            "rewards/mean": (rewards.mean(), one),
         }
         if "scores" in q:
             groups, sizes = inputs["groups"], inputs["group_sizes"]
             values |= _ranking(rewards, q["scores"].float(), groups, sizes, count)
         # One collective and one transfer for all of them.
-        numbers = torch.stack(list(values.values())).unsqueeze(0)
-        means = self.accelerator.gather(numbers).mean(0).tolist()
+        numbers = torch.stack([torch.stack(value) for value in values.values()])
+        totals = self.accelerator.gather(numbers.unsqueeze(0)).sum(0).tolist()
         trainer: Any = self
         mode = "train" if trainer.model.training else "eval"
-        for name, number in zip(values, means, strict=True):
-            self._metrics[mode][name].append(number)
+        for name, (number, of) in zip(values, totals, strict=True):
+            if of:
+                self._metrics[mode][name].append(number / of)
 
 
 def _ranking(
     rewards: Tensor, scores: Tensor, groups: Tensor, sizes: Tensor, count: int
-) -> dict[str, Tensor]:
-    """How well the rewards know the best scored completion of each group."""
-    best = (scores == group_max(scores, groups, count)[groups]).float()
-    top = (rewards == group_max(rewards, groups, count)[groups]).float()
-    several = group_sum(best, groups, count)
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """How well the rewards know the best scored completion of each group that has worse ones."""
+    best = scores == group_max(scores, groups, count)[groups]
+    several = group_sum(best.float(), groups, count)
+    ranked = (several > 0) & (several < sizes)
     mean = group_sum(rewards * best, groups, count) / several.clamp(min=1)
-    rest = group_sum(rewards * (1 - best), groups, count) / (sizes - several).clamp(min=1)
-    hits = group_sum(best * top, groups, count) > 0
-    return {"rewards/accuracies": hits.float().mean(), "rewards/margins": (mean - rest).mean()}
+    rest = group_sum(rewards * ~best, groups, count) / (sizes - several).clamp(min=1)
+    top, other = (
+        group_max(torch.where(members, rewards, -torch.inf), groups, count)
+        for members in (best, ~best)
+    )
+    number = ranked.sum().float()
+    return {
+        "rewards/accuracies": (((top > other) & ranked).sum().float(), number),
+        "rewards/margins": (torch.where(ranked, mean - rest, 0).sum(), number),
+    }
 
 
 def _pairs_of(batch: Mapping[str, list[Any]], rows: Sequence[int]) -> dict[str, list[Any]]:
