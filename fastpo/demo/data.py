@@ -1,4 +1,4 @@
-"""Preference pairs: the embedded ones, or a file in TRL's format, checked row by row."""
+"""Preference pairs: the embedded ones, or a file in TRL's formats, checked row by row."""
 
 from __future__ import annotations
 
@@ -82,13 +82,11 @@ def _places(numbered: list[tuple[int, Row]], path: Path) -> tuple[list[Row], dic
 
 
 def read_rows(path: Path) -> list[tuple[int, Row]]:
-    """(line number, row) of every line that is not blank; DemoError names the file and the row."""
+    """(number, row) of every row, a line's in JSONL; DemoError names the file and the row."""
     rows: list[tuple[int, Row]] = []
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, found in _objects(path):
         place = f"{path}, row {number}"
-        row = check_row(_parse(line, place), place)
+        row = check_row(found, place)
         if rows and is_conversational(row) != is_conversational(rows[0][1]):
             kinds = ("strings", "lists of messages")
             first = kinds[is_conversational(rows[0][1])]
@@ -99,9 +97,32 @@ def read_rows(path: Path) -> list[tuple[int, Row]]:
     return rows
 
 
+def _objects(path: Path) -> Iterable[tuple[int, Any]]:
+    """What a file of JSON lines, of one JSON array, or of Parquet holds, numbered from 1."""
+    if path.suffix == ".parquet" and path.is_file():
+        return enumerate(_read_parquet(path), start=1)
+    text = _read_text(path)
+    if text.lstrip().startswith("["):
+        return enumerate(_parse(text, str(path), "one JSON array"), start=1)
+    lines = enumerate(text.split("\n"), start=1)
+    each = "one JSON object per line"
+    return ((n, _parse(line, f"{path}, row {n}", each)) for n, line in lines if line.strip())
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    import pyarrow  # of datasets
+    from pyarrow import parquet
+
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DemoError(f"{path}: cannot be read: {error}") from None
+    return rows
+
+
 def _read_text(path: Path) -> str:
     if path.is_dir():
-        raise DemoError(f"{path}: expected a JSONL file, got a folder")
+        raise DemoError(f"{path}: expected a file of pairs, got a folder")
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -114,19 +135,18 @@ def _read_text(path: Path) -> str:
         raise DemoError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _parse(line: str, place: str) -> Any:
+def _parse(text: str, place: str, expected: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DemoError(
-            f"{place}: expected one JSON object per line, got {_short(line)} ({error})"
-        ) from None
+        raise DemoError(f"{place}: expected {expected}, got {_short(text)} ({error})") from None
 
 
 def check_row(row: Any, place: str) -> Row:
     """The row's prompt, chosen and rejected; DemoError says what is wrong with it."""
     if not isinstance(row, dict):
         raise DemoError(f"{place}: expected an object with {', '.join(KEYS)}, got {_kind(row)}")
+    row = _prompted(row, place)
     missing = [key for key in KEYS if key not in row]
     if missing:
         got = ", ".join(key if key.isprintable() else ascii(key) for key in row) or "no keys"
@@ -142,6 +162,22 @@ def check_row(row: Any, place: str) -> Row:
     if checked["chosen"] == checked["rejected"]:
         raise DemoError(f"{place}: chosen and rejected are the same, nothing is preferred")
     return checked
+
+
+def _prompted(row: Row, place: str) -> Row:
+    """With the beginning that chosen and rejected share as its prompt, where it has none."""
+    sides = [row.get(key) for key in ("chosen", "rejected")]
+    alike = all(isinstance(x, str) for x in sides) or all(isinstance(x, list) for x in sides)
+    if row.get("prompt") is not None or not alike:
+        return row
+    from trl.data_utils import extract_prompt
+
+    found = row | extract_prompt(row)
+    if not found["prompt"]:
+        raise DemoError(
+            f"{place}: expected a prompt, or chosen and rejected that begin alike, got neither"
+        )
+    return found
 
 
 def _check_side(value: Any, name: str) -> Any:
@@ -171,7 +207,8 @@ def _check_message(message: Any, name: str) -> dict[str, str]:
         if not isinstance(message.get(key), str):
             got = _kind(message[key]) if key in message else "nothing"
             raise DemoError(f"{name}.{key}: expected a string, got {got}")
-        _check_text(message[key], f"{name}.{key}")
+        if message["role"] != "system" or key == "role":  # which may say nothing
+            _check_text(message[key], f"{name}.{key}")
     return {"role": message["role"], "content": message["content"]}
 
 

@@ -26,7 +26,8 @@ class Shape:
 class Options:
     """One run of the demo. None: chosen by what is given, see the properties.
 
-    data: a JSONL file in TRL's preference format; None: the embedded pairs.
+    data: pairs as TRL has them, with or without a prompt, as JSONL, a JSON array or Parquet; None:
+        the embedded ones.
     model: a folder of `save_pretrained`, or "smollm2"; None: a small model, built and warmed up on
         the data.
     lora: train an adapter and merge it in the end; else all weights.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from _preference_rows import GOOD, chat, write
 
 from fastpo.demo import data, jobs, make_data, objective, plot, prepare, report
 from fastpo.demo.errors import DemoError, DemoFailure
@@ -18,107 +19,6 @@ from fastpo.demo.tokenizer import encode, texts_of, train_tokenizer
 pytest.importorskip("trl")
 pytest.importorskip("matplotlib")
 TINY = Shape(vocab=512, hidden=16, layers=1, heads=2)
-GOOD = {"prompt": "Why is the sky blue?", "chosen": "Blue light scatters.", "rejected": "No idea."}
-
-
-def chat(prompt, chosen, rejected):
-    def say(role, text):
-        return [{"role": role, "content": text}]
-
-    return {
-        "prompt": say("user", prompt),
-        "chosen": say("assistant", chosen),
-        "rejected": say("assistant", rejected),
-    }
-
-
-def write(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-MALFORMED = {
-    "not json": ("{nonsense", "expected one JSON object per line, got '{nonsense'"),
-    "not an object": ("[1, 2]", "expected an object with prompt, chosen, rejected, got a list"),
-    "key of two lines": ({"a\nb": 1}, "got 'a\\nb': prompt is missing"),
-    "number": ("12", "expected an object with prompt, chosen, rejected, got a number"),
-    "no rejected": ({"prompt": "a", "chosen": "b"}, "got prompt, chosen: rejected is missing"),
-    "wrong type": (
-        GOOD | {"chosen": 7},
-        "chosen: expected a string or a list of messages, got a n",
-    ),
-    "null": (
-        GOOD | {"rejected": None},
-        "rejected: expected a string or a list of messages, got nu",
-    ),
-    "empty answer": (GOOD | {"chosen": "  "}, "chosen: expected text, got an empty string"),
-    "empty list": (chat("a", "b", "c") | {"chosen": []}, "chosen: expected at least one message"),
-    "empty message": (chat("a", "b", " "), "rejected[0].content: expected text, got an empty"),
-    "no role": (
-        chat("a", "b", "c") | {"prompt": [{"content": "x"}]},
-        "prompt[0].role: expected a s",
-    ),
-    "no message": (
-        chat("a", "b", "c") | {"prompt": ["x"]},
-        "prompt[0]: expected a message with ro",
-    ),
-    "same": (GOOD | {"rejected": GOOD["chosen"]}, "chosen and rejected are the same"),
-    "two kinds": (
-        GOOD | {"prompt": chat("a", "b", "c")["prompt"]},
-        "expected three strings or thr",
-    ),
-    "other format": (chat("a", "b", "c"), "expected strings as in the first row"),
-    "images": (GOOD | {"images": ["x.png"]}, "images: not supported, the demo trains on text only"),
-    "surrogate": (
-        '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
-        "prompt: expected valid",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", MALFORMED)
-def test_malformed_rows_are_named(name, tmp_path):
-    row, message = MALFORMED[name]
-    path = tmp_path / "pairs.jsonl"
-    line = row if isinstance(row, str) else json.dumps(row)
-    path.write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
-    with pytest.raises(DemoError) as error:
-        data.load_pairs(path, seed=0)
-    assert str(error.value).startswith(f"{path}, row 3: ")
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "expected at least 2 rows (one is held out), got 0"),
-        (json.dumps(GOOD).encode(), "expected at least 2 rows (one is held out), got 1"),
-        (b"\xff\xfe\x00", "expected UTF-8 text, got byte 0"),
-        (None, "no such file"),
-    ],
-)
-def test_unusable_files_are_named(content, message, tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DemoError, match=r"pairs\.jsonl: ") as error:
-        data.load_pairs(path, seed=0)
-    assert message in str(error.value)
-    with pytest.raises(DemoError, match="expected a JSONL file, got a folder"):
-        data.load_pairs(tmp_path, seed=0)
-
-
-def test_rows_are_split_by_seed(tmp_path):
-    rows = [GOOD | {"prompt": f"Question {i}?", "margin": i} for i in range(60)]
-    path = write(tmp_path / "pairs.jsonl", *rows)
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    pairs = data.load_pairs(path, seed=1)
-    assert (len(pairs.train), len(pairs.held_out)) == (52, 8)
-    assert {row["prompt"] for row in pairs.rows} == {row["prompt"] for row in rows}
-    assert pairs.held_out == data.load_pairs(path, seed=1).held_out
-    assert pairs.held_out != data.load_pairs(path, seed=2).held_out
-    assert not pairs.conversational
-    assert tuple(pairs.train[0]) == data.KEYS
 
 
 def test_embedded_pairs_are_what_the_generator_writes():
