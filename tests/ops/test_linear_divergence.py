@@ -105,6 +105,16 @@ def test_of_itself_is_nothing(name):
     assert all(g.abs().max() < 1e-4 for g in grads)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_neither_is_negative(name):
+    """As the rounding of nearly nothing would be."""
+    h, w, *_ = (x.detach() for x in sides(tokens=64))
+    kind, outputs = name.removesuffix("_beyond"), ("divergence", "entropy")
+    near = (20 * h, w, 20.0001 * h, w)
+    found = fastpo.linear_divergence(*near, kind=kind, outputs=outputs, **KINDS[name])
+    assert all(x.min() >= 0 for x in found)
+
+
 @pytest.mark.parametrize("alpha", [0.01, -1e-4, 2e-6, 0.99, 1.0001, 1 - 2e-6])
 @pytest.mark.parametrize("backend", [None, "torch"])
 def test_an_alpha_near_its_limits(backend, alpha):

@@ -153,13 +153,15 @@ def test_shapes(backend, mode, shape):
     check(inputs, backend, mode, torch.float32)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=list(OPTIONS))
+@pytest.mark.parametrize(
+    ("options", "output"), [*((x, "logps") for x in OPTIONS), ("all", "entropy"), ("all", "lse")]
+)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_frozen_head_of_log_probabilities_alone(backend, options, monkeypatch):
-    """Whose gradient is made in the forward, of the scored rows."""
+def test_a_frozen_head_of_one_output_alone(backend, options, output, monkeypatch):
+    """The gradient of log-probabilities is made in the forward, of the scored rows."""
     monkeypatch.setattr("fastpo.planner.tile_shape", lambda *_: fastpo.planner.Tiles(16, 64))
     inputs = make_head(36, 150, 24, bias=True, ignored=0.3, seed=1, device=DEVICE)
-    check(inputs, backend, "frozen", torch.float32, **OPTIONS[options])
+    check(inputs, backend, "frozen", torch.float32, (output,), **OPTIONS[options])
 
 
 @pytest.mark.parametrize("mode", ["frozen", "keep", "mixed"])

@@ -36,14 +36,13 @@ def backward(
         if frozen and grads["entropy"] is None and grads["lse"] is None:
             g = grads["logps"]
             g = torch.zeros_like(saved.logps) if g is None else g
-            return (saved.direction * g.float().unsqueeze(1)).to(hidden.dtype), None, None
-        overwrites = needs[1] and into is None and not frozen and spec.lends
+            return (saved.direction * g.unsqueeze(1)).to(hidden.dtype), None, None
+        overwrites = needs[1] and spec.lends
         overwrites = overwrites and spec.plan(hidden, weight).shared_bytes > 0
         with (loan or Loan()).claim(overwrites) as (reads, overwrites):
             spec = replace(spec, lends=overwrites)
-            if frozen or not reads:
-                # Nothing is kept for these terms: recompute all logits.
-                spec = replace(spec, budget=0)
+            if not reads:
+                spec = replace(spec, budget=0)  # recompute all logits
             head = Head(hidden, weight, bias, labels, spec)
             rows = row_grads(head, grads, saved)
             entropy_grad = grads["entropy"] is not None
@@ -60,7 +59,7 @@ def row_grads(head: Head, grads: dict[str, Tensor | None], saved: Forward) -> Te
     """The numbers per row that the row kernel needs, [GRADS, n]."""
 
     def compact(x: Tensor | None) -> Tensor | None:
-        return None if x is None else head.compact(x.float()).contiguous()
+        return None if x is None else head.compact(x).contiguous()
 
     logps, maximum, log_mass, target = map(
         head.compact, (saved.logps, saved.maximum, saved.log_mass, saved.target)

@@ -210,7 +210,7 @@ def _finish(
         mean = state[P.CROSS] / state[P.MASS + 2 * over]
         divergence = mean - log_mass[over] + log_mass[1 - over]
         # The head that is averaged over, then the other one.
-        totals = torch.stack((divergence.clamp_max(-P.LOWEST) + 1, torch.full_like(divergence, -1)))
+        totals = torch.stack((divergence + 1, torch.full_like(divergence, -1)))
         totals = totals.roll(over, 0)
     entropy = log_mass[0] - state[P.MOMENT] / state[P.MASS]
     # Neither is negative; what is, is rounding. NaN stays.
@@ -243,7 +243,7 @@ def backward(
     with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
         heads = _Heads(operands, labels, spec)
         first = heads.first
-        grad = first.compact(grad.float())
+        grad = first.compact(grad)
         constants, totals = (x[:, : len(grad)] for x in (constants, totals))
         silent = totals.isinf().any(0)
         silent = silent if first.ignored is None else silent | first.ignored

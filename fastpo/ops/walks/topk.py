@@ -123,9 +123,9 @@ def backward(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, labels, spec.head)
         g, g_lse = grads
-        g = torch.zeros_like(found.z) if g is None else g.float()
+        g = torch.zeros_like(found.z) if g is None else g
         # d value_j / d z_v = 1[v = word j] - p_v: dense is the sum of all, sparse the words' own.
-        dense = -g.sum(1) if g_lse is None else g_lse.float() - g.sum(1)
+        dense = -g.sum(1) if g_lse is None else g_lse - g.sum(1)
         rows = row_grads(head, {"logps": None, "entropy": None, "lse": dense}, found.stats)
         ids, own = found.ids - spec.first, _own_words(g, dense, found, spec.head.logit_map)
         if head.ignored is not None:
