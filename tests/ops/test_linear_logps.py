@@ -165,11 +165,15 @@ def test_a_frozen_head_of_one_output_alone(backend, options, output, monkeypatch
 
 
 @pytest.mark.parametrize("mode", ["frozen", "keep", "mixed"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_several_token_blocks_and_vocabulary_tiles(backend, mode, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(b, d) for b in BACKENDS for d in (torch.float32, *dtypes_of(b))],
+    ids=str,
+)
+def test_several_token_blocks_and_vocabulary_tiles(backend, dtype, mode, monkeypatch):
     monkeypatch.setattr("fastpo.planner.tile_shape", lambda *_: fastpo.planner.Tiles(16, 64))
     inputs = make_head(36, 150, 24, bias=True, ignored=0.2, device=DEVICE)
-    check(inputs, backend, mode, torch.float32, DIFFERENTIABLE, softcap=12.0)
+    check(inputs, backend, mode, dtype, DIFFERENTIABLE, softcap=12.0)
 
 
 @pytest.mark.parametrize("mode", ["frozen", "keep", "lean"])
