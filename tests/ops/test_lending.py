@@ -81,7 +81,7 @@ def test_a_weight_of_another_dtype(tiles, monkeypatch, hidden, tokens):
 
 
 @pytest.mark.parametrize("head", [primitive, trainers])
-def test_a_second_backward_computes_again(head):
+def test_a_second_backward_computes_again(tiles, head):
     x, exact = make_head(N, V, H).like(torch.float32), make_head(N, V, H).like(torch.float64)
     logps = head(x, 2**40)
     first = torch.autograd.grad(logps.sum(), x.weight, retain_graph=True)[0]
