@@ -85,10 +85,10 @@ class _Picked(torch.autograd.Function):
         backend = registry.choose(None, hidden.device)
         dhidden = dweight = None
         if ctx.needs_input_grad[0]:
-            dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            dhidden = torch.empty_like(hidden)
             sums_by_token(backend, grad, ids, weight, dhidden)
         if ctx.needs_input_grad[1]:
-            dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            dweight = torch.empty_like(weight)
             sums_by_word(backend, grad, ids, hidden, dweight)
         sources = (grad, hidden, weight)
         return *first_derivatives("linear_topk_divergence", (dhidden, dweight), sources), None
