@@ -213,16 +213,16 @@ class _FewWords:
     def _dproducts(
         self, grads: dict[str, Tensor | None], tiles: Sequence[Tensor], saved: Forward
     ) -> list[Tensor]:
-        """d loss / d products [m, K] float32 of each block, 0 where there is no word."""
+        """d loss / d products [m, K] float32 of each block, any number where there is no word."""
         head, entropy = self.head, grads["entropy"] is not None
         rows, found = row_grads(head, grads, saved), []
-        for (part, ids), z in zip(self.parts(), tiles, strict=True):
-            dx, own = torch.zeros_like(z), rows[:, part]
+        for (part, _), z in zip(self.parts(), tiles, strict=True):
+            dx, own = torch.empty_like(z), rows[:, part]
             labels = head.labels[part]
             head.kernels.backward(z, None, 0, labels, None, own, R.LogitMap(), entropy, dx)
             logit_map = self.logit_map.rows(part.start, part.stop)
             dx *= logit_map.cap_slope(z) * logit_map.tempered(logit_map.factor, z)
-            found.append(dx.masked_fill_(ids < 0, 0.0))
+            found.append(dx)
         return found
 
     def _drows(self, dx: list[Tensor], words: Tensor, dtype: torch.dtype) -> Tensor:  # [n, H]
