@@ -101,3 +101,13 @@ def test_nothing_of_nothing(kernels):
     out = torch.full((2, 4), 7.0)
     kernels.sums(torch.zeros(0), none, torch.zeros(3, dtype=torch.int64), torch.ones(5, 4), out)
     assert (out == 0).all()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_word_is_read_where_none_is_meant(kernels, width):
+    """-1 is not word 0, which may hold what no product takes away."""
+    rows, index = torch.full((2, width), float("nan")), torch.full((3,), -1)
+    sums, products = torch.full((1, width), 7.0), torch.full((1, 3), 7.0)
+    kernels.sums(torch.ones(3), index, torch.tensor([0, 3]), rows, sums)
+    kernels.products(torch.ones(1, width), rows, index.view(1, 3), products)
+    assert (sums == 0).all() and (products == 0).all()
