@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastpo
+from fastpo import planner
 from fastpo.ops import products
 from fastpo.ops.rows.native import DTYPES, compiled
 from fastpo.testing import assert_as_good_as_eager
@@ -183,3 +184,13 @@ def test_which_processors_take_our_own(text, expected, monkeypatch, tmp_path):
         path.write_text("processor\t: 0\n" + text)
     monkeypatch.setattr(products, "CPU_INFO", path)
     assert products.own_dtypes.__wrapped__() == (OWN if expected else frozenset())
+
+
+def test_no_operand_is_rounded_to_be_multiplied_on_a_cpu(monkeypatch):
+    """Inside autocast of bfloat16, that is; on a GPU it is."""
+    take(monkeypatch, {torch.bfloat16, torch.float32})
+    wide, narrow = torch.float32, torch.bfloat16
+    assert planner.gemm_dtype(narrow, "cpu", narrow, narrow) == narrow
+    assert planner.gemm_dtype(narrow, "cpu", narrow, wide) == wide
+    assert planner.gemm_dtype(narrow, "cpu", wide, wide) == wide
+    assert planner.gemm_dtype(narrow, "cuda", wide, wide) == narrow
