@@ -73,7 +73,7 @@ class VocabShard:
             a, b = over, 1 - over
             moved = found[:, P.CROSS, :n] + (shifts[a] - shifts[b]) * masses[a]
             state[P.CROSS] = (shifts[a].exp() * moved).sum(0)
-        moved = found[:, P.MOMENT, :n] + shifts[0].clamp_min(R.LOG_FLOOR) * masses[0]
+        moved = found[:, P.MOMENT, :n] + shifts[0] * masses[0]
         state[P.MOMENT] = (shifts[0].exp() * moved).sum(0)
         self._check(found[:, :3, n], state[P.MASS])
 

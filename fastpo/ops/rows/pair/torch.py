@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import LOG_FLOOR
 from ..torch import logits
 from . import backend as P
 
@@ -30,9 +29,8 @@ def softmaxes(sides: P.Sides, first: int, state: Tensor, over: int | None, entro
         moved = state[P.CROSS] + (shifts[a] - shifts[b]) * masses[a]
         state[P.CROSS] = shifts[a].exp() * moved + (exps[a] * (gaps[a] - gaps[b])).sum(1)
     if entropy:
-        moved = state[P.MOMENT] + shifts[0].clamp_min(LOG_FLOOR) * masses[0]
-        terms = exps[0] * gaps[0].clamp_min(LOG_FLOOR)
-        state[P.MOMENT] = shifts[0].exp() * moved + terms.sum(1)
+        moved = state[P.MOMENT] + shifts[0] * masses[0]
+        state[P.MOMENT] = shifts[0].exp() * moved + (exps[0] * gaps[0]).sum(1)
 
 
 def _logps(sides: P.Sides, first: int, constants: Tensor) -> list[Tensor]:
