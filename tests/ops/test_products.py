@@ -109,7 +109,7 @@ def test_what_memory_does_not_show(way):
     pairs = torch.randn(6, 5, dtype=torch.complex64)
     row = torch.randn(1, 5)
     repeated = [row.expand(6, 5), row.t().expand(5, 6).t(), row[:, :1].expand(6, 5)]
-    for a in (pairs.conj().imag, *repeated):
+    for a in (pairs.conj().imag, torch._neg_view(torch.randn(6, 5)), *repeated):
         b = torch.randn(5, 4)
         expected = a.double() @ b.double()
         found = products.mm_(torch.empty(6, 4), a, b)
