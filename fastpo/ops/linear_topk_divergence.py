@@ -147,7 +147,7 @@ def _students(
     )
     # Of the rest beside the best word: log((1 - p)/p).
     share = logps.unsqueeze(-1).masked_fill(absent, -1.0).double().clamp_max(-_STUDENTS_REST)
-    rest = (torch.log(-torch.expm1(share)) - share).masked_fill(absent, 0.0)
+    rest = torch.log(-torch.expm1(share)) - share
     return torch.cat((beside.double(), rest), -1).log_softmax(-1)
 
 

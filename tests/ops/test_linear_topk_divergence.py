@@ -243,6 +243,7 @@ NOTHING = {
     "empty, a filler excluded": (EXCLUDED, EMPTY, None, 1.0),
     "empty, fillers far apart": (torch.arange(211) * 100.0, EMPTY, None, 1.0),
     "empty, not a number": (None, EMPTY, None, float("nan")),
+    "empty, not masked": (None, EMPTY, [True, True], float("nan")),
 }
 
 
@@ -300,6 +301,16 @@ def beside_nothing(q, kind, tail):
         return -rest.log() if tail else rest
     beside = rest * (rest / (0.5 + 0.5 * rest)).log() - (0.5 + 0.5 * rest).log() if tail else rest
     return 0.5 * (share * torch.tensor(2.0).log() + beside)
+
+
+def test_a_list_of_all_the_mass_says_nothing_of_the_rest():
+    """A student with less than what rounding leaves of it pays nothing, and is not moved."""
+    h, w = torch.ones(1, 1, requires_grad=True), torch.tensor([[15.2], [0.0], [0.0]])
+    logps = torch.zeros(1, 1, requires_grad=True)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    found = fastpo.linear_topk_divergence(h, w, ids, logps, kind="forward_kl")
+    moved, teachers = torch.autograd.grad(found.sum(), (h, logps), allow_unused=True)
+    assert teachers is None and found.item() < 1e-6 and moved.abs().item() < 1e-9
 
 
 def test_a_filled_list_beside_a_mask():
