@@ -167,10 +167,9 @@ class _FewWords:
     def _folded(self, part: slice, ids: Tensor, state: Tensor) -> Tensor:
         """Logits [m, K] of one block, once `state` holds them."""
         head, z = self.head, self._logits(part, ids)
-        stats = head.spec.stats & ~R.STATS["mean_logits"]
-        labels = head.labels[part]
+        labels, stats = head.labels[part], head.spec.stats
         head.kernels.forward(z, 0, labels, None, state, R.LogitMap(), stats, None, None, False)
-        if "mean_logits" in head.spec.outputs:
+        if "mean_logits" in head.spec.outputs:  # of the words alone
             state[R.SUM] = z.masked_fill(ids < 0, 0.0).sum(1)
         return z
 
