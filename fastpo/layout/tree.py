@@ -102,7 +102,7 @@ class Layout:
         end = torch.full((self.size,), len(self.rows), dtype=torch.int32)
         for number, (before, row) in enumerate(pairwise(self.rows), 1):
             for run in before.path:
-                kept = min(max(row.shared - run.target, 0), run.length)
+                kept = max(row.shared - run.target, 0)
                 end[run.source + kept : run.source + run.length] = number
         numbers = torch.arange(len(self.rows), dtype=torch.int32)
         segment = numbers.repeat_interleave(torch.tensor(self.owned))

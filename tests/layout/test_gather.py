@@ -35,15 +35,16 @@ def test_value_and_gradient(dim):
     torch.testing.assert_close(ours, own)
 
 
-def test_second_derivatives_and_transforms():
+@pytest.mark.parametrize("dim", [0, 1])
+def test_second_derivatives_and_transforms(dim):
     """It is linear, and its gradient, too: gathered again, but for places without a run."""
     torch.manual_seed(0)
-    x = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
     keep = torch.ones(12, 1, dtype=torch.float64)
     keep[5] = 0.0
 
     def gathered(x):
-        return copies()(x, 0) * keep
+        return copies()(x, dim) * (keep if dim == 0 else keep.T)
 
     assert torch.autograd.gradcheck(gathered, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda x: gathered(x).pow(3), x)
@@ -64,7 +65,10 @@ def test_places_without_a_run_have_no_gradient():
     x = torch.zeros(6, requires_grad=True)
     g = torch.zeros(12)
     g[5] = 1.0
-    assert not torch.autograd.grad(copies()(x, 0), x, g)[0].any()
+    (grad,) = torch.autograd.grad(copies()(x, 0), x, g.requires_grad_(), create_graph=True)
+    assert not grad.any()
+    (back,) = torch.autograd.grad(grad.sum(), g)
+    assert back.tolist() == [1.0] * 5 + [0.0] + [1.0] * 6
 
 
 def test_sixteen_addends_are_rounded_once():
