@@ -87,7 +87,7 @@ class _Plan:
         entry = entry_of(transform)
         for name, required in quantities_of(transform).items():
             self.want(name, required)
-        if entry is not None and "is_weights" in entry.outputs and "is_weights" not in self.made:
+        if entry is not None and "is_weights" in entry.outputs:
             self.want("is_weights", required=False)  # of the batch; rows have its pair_weights
         same = {name: name for name in quantities_of(transform)}
         self.steps.append(_Step(transform, same, {}))
@@ -106,7 +106,7 @@ class _Plan:
 
     def _derive(self, name: str, function: Function, **sources: str) -> None:
         self.steps.append(_Step(lambda **given: {name: function(**given)}, sources, {}))
-        self.made[name] = self.made.get(sources["a"], ())
+        self.made[name] = ()
 
     def _mirror(self, transform: Function) -> None:
         """The reference's token log-probabilities go the policy's way."""

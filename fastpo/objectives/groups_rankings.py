@@ -211,7 +211,7 @@ def lambda_rank(
     e^40; scores are meant to be grades or lie in [0, 1].
     """
     count = group_count(groups, num_groups)
-    ranked = scores if rank_by == "scores" else logratios.detach()
+    ranked = scores if rank_by == "scores" else logratios
     rank = 1 + _ahead(ranked, groups).sum(0)
     discount = (1 + rank).to(logratios.dtype).log().reciprocal()
     # 2^a - 2^b = 2^a·(1 - 2^(b-a)), so that two scores beyond the cap still differ

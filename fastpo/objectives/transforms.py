@@ -238,7 +238,7 @@ def lsc_scores(
 
 def _above_sampler(token_logps: Tensor, sampler_token_logps: Tensor) -> Tensor:
     """logp - sampler; 0 where the sampler's is NaN, as engines mark what they do not know."""
-    difference = token_logps.detach() - sampler_token_logps
+    difference = token_logps - sampler_token_logps
     return difference.masked_fill(sampler_token_logps.isnan(), 0)
 
 

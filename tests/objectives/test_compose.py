@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import pickle
 import re
 from functools import partial
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from fastpo import objectives, quantities
 from fastpo.objectives import compose, get
+from fastpo.objectives._registry import of_table
 
 TOKENS = ["chosen_token_logps", "rejected_token_logps", "chosen_mask", "rejected_mask"]
 REFERENCE = ["ref_chosen_token_logps", "ref_rejected_token_logps"]
@@ -109,15 +111,21 @@ def test_two_transforms_that_give_weights_multiply():
     def scores(chosen_scores: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"pair_weights": chosen_scores}
 
+    @objectives.transform("other_weights_of_a_test", outputs=("pair_weights",))
+    def others(chosen_scores: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"pair_weights": chosen_scores}
+
     a, b, w = torch.randn(3, 6)
     inputs = {"chosen_logratios": a, "rejected_logratios": b, "chosen_scores": w}
     try:
-        rows = compose("dpo", scores, scores)(**inputs)
-        torch.testing.assert_close(rows, w * w * get("dpo")(a, b))
-        rows = compose("hinge", scores, scores)(**inputs)
-        torch.testing.assert_close(rows, w * w * get("hinge")(a, b))
+        for two in ((scores, scores), (scores, others)):
+            rows = compose("dpo", *two)(**inputs)
+            torch.testing.assert_close(rows, w * w * get("dpo")(a, b))
+            rows = compose("hinge", *two)(**inputs)
+            torch.testing.assert_close(rows, w * w * get("hinge")(a, b))
     finally:
-        objectives._registry._TABLE.pop("weights_of_a_test")
+        for key in ("weights_of_a_test", "other_weights_of_a_test"):
+            objectives._registry._TABLE.pop(key)
 
 
 def rollout(**more):
@@ -134,8 +142,65 @@ def test_weights_of_the_batch_and_of_a_transform_multiply():
     for weights in (torch.tensor([[0.5]]), torch.tensor([[7.0, 0.5]])):
         assert rollout(is_weights=weights).rows(masked).tolist() == [1.0]
     assert rollout().rows(masked).tolist() == [2.0]
-    with pytest.raises(ValueError, match=r"^is_weights: expected shape \(1, 2\), got \(2,\)"):
-        rollout(is_weights=torch.ones(2)).rows(masked)
+    for size in (1, 2):
+        message = rf"^is_weights: expected shape \(1, 2\), got \({size},\)"
+        with pytest.raises(ValueError, match=message):
+            rollout(is_weights=torch.ones(size)).rows(masked)
+
+
+def test_masks_of_two_transforms_multiply():
+    ratios = get("sampler_is_weights", mode="token_truncate")
+    both = compose("reinforce", ratios, get("high_entropy_mask", top=0.0))
+    assert rollout().rows(both).item() == pytest.approx(2 * math.e)
+
+
+@pytest.mark.parametrize(
+    "key", ["wpo_weights", "off_policy_mask", "high_entropy_mask", "sampler_is_weights"]
+)
+def test_weights_are_constants(key):
+    inputs = make_inputs(get(key))
+    inputs = {n: x.requires_grad_() if x.is_floating_point() else x for n, x in inputs.items()}
+    assert not any(x.requires_grad for x in get(key)(**inputs).values())
+
+
+def test_bounds_of_weights_are_inside():
+    """A weight that is the bound, a drift that is the threshold, an advantage of 0."""
+    x, mask = torch.zeros(1, 1), torch.ones(1, 1).bool()
+    assert get("sampler_is_weights", cap=1.0, floor=1.0)(x, x, mask)["is_weights"] == 1
+    for drift, advantage in ((0.5, -1.0), (0.6, 0.0)):
+        kept = get("off_policy_mask", threshold=0.5)(x, x + drift, mask, torch.tensor([advantage]))
+        assert kept["is_weights"] == 1
+
+
+def test_what_one_transform_needs_is_needed():
+    """Also where others could do without."""
+    assert names(get("grpo"))["old_token_logps"] is False
+    assert "old_token_logps" in required(compose("grpo", "sampler_is_weights"))
+
+
+def test_a_transform_of_ones_own_may_make_anything():
+    def ratios(chosen_logps, rejected_logps):
+        return {"chosen_logratios": chosen_logps, "rejected_logratios": rejected_logps}
+
+    function = compose("dpo", ratios)
+    assert required(function) == ["chosen_logps", "rejected_logps"] and not of_table(function)
+    a, b = torch.randn(2, 3)
+    torch.testing.assert_close(function(chosen_logps=a, rejected_logps=b), get("dpo")(a, b))
+
+
+def test_a_bound_quantity_is_asked_of_nobody():
+    a, b, t = torch.rand(3, 4)
+    function = compose(partial(get("dpo"), soft_labels=t))
+    assert "soft_labels" not in inspect.signature(function).parameters
+    torch.testing.assert_close(function(a, b), get("dpo")(a, b, soft_labels=t))
+
+
+def test_a_divergence_may_stand_in_front_of_what_reads_no_ratios():
+    logps = {"chosen_logps": -torch.rand(3), "chosen_lengths": torch.tensor([1, 2, 3])}
+    function = compose("sft", get("f_divergence", divergence="js"))
+    more = {name: torch.zeros(3) for name in required(function) if name not in logps}
+    given = {name: logps[name] for name in names(get("sft")) if name in logps}
+    torch.testing.assert_close(function(**given, **more), get("sft")(**given))
 
 
 def test_weights_that_a_transform_reads_are_replaced():
@@ -185,6 +250,11 @@ def test_in_front_of_diffusion():
         (("apo_zero", "f_divergence"), {}, "^f_divergence: expected an objective among .*apo_zero"),
         (("aot", "wpo_weights"), {}, "^aot: expected no pair_weights, .* got wpo_weights"),
         (("hinge", "score_labels"), {}, "^hinge: expected transforms .* used, got score_labels"),
+        (
+            ("dpo", "length_normalize", "ld_logps"),
+            {},
+            "^dpo: expected transforms .* used, got length_normalize",
+        ),
         (("dpo", "hinge"), {}, "^compose: expected a transform, got the objective hinge"),
         (
             ("score_labels",),

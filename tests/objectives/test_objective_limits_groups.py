@@ -354,3 +354,5 @@ def test_segment_functions():
     close(group_logsumexp(y, groups, 3)[[0, 2]], both)
     assert group_max(x, groups, 4).tolist() == [90.0, -math.inf, -2.0, -math.inf]
     assert group_log_softmax(torch.tensor([123.456]), groups[:1], 1).tolist() == [0]
+    far = group_log_softmax(torch.full((2,), 3e6), groups[:2], 1)
+    assert far.tolist() == [pytest.approx(-math.log(2))] * 2

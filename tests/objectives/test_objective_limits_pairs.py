@@ -233,6 +233,7 @@ def test_neighbours_in_the_batch(seed):
     same = torch.stack([get("dpo")(a, x.expand(B), beta=0.1 / B) for x in b]).mean(0)
     close(rpo(a, b, e[:1].expand(B, 4)), same)
     close(rpo(a, b, 0 * e), same)
+    close(rpo(a, b, 1e-13 * e), same)
     strangers = rpo(a, b, torch.eye(B, dtype=e.dtype), tau=1e-3)
     close(strangers, get("dpo")(a, b) / B + math.log(2) * (B - 1) / B)
 

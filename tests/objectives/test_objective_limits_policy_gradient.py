@@ -197,6 +197,13 @@ def test_vespo_weight():
     tiny = get("vespo")(**q, is_weights=torch.full((N, 1), 1e-8))
     for value in (-1.0, 1e-30):
         close(get("vespo")(**q, is_weights=torch.full((N, 1), value)), tiny)
+    # Bounds of every token, ±20, and of their sum, log 1e-8 and 20.
+    q["mask"][:] = True
+    flat = get("vespo", k_pos=0.1, k_neg=0.1)
+    apart = torch.tensor([50.0, -50.0] + [0.0] * (T - 2))
+    close(flat(**{**q, "old_token_logps": q["token_logps"] - apart}), flat(**q))
+    least = flat(**q, is_weights=torch.full((N, 1), 1e-8))
+    close(flat(**{**q, "old_token_logps": q["token_logps"] + 50}), least)
     sharp = get("vespo", k_pos=1e4, lambda_pos=1e3, k_neg=1e4, lambda_neg=1e3)  # φ(e²) = e^13611
     assert sharp(**q, is_weights=torch.full((N, 1), math.exp(2))).isfinite().all()
 

@@ -91,6 +91,14 @@ def test_nothing_in_common():
     assert leaf.grad.abs().sum() == 0
 
 
+def test_a_bound_that_is_none():
+    """dpo_bmc weighs a token by at most e^40."""
+    q = tokens(3)
+    q["rejected_token_logps"] = torch.full((B, 6), -1e3)
+    weights = pair("token_weights", torch.ones(B, 6))
+    assert get("dpo_bmc", delta=1e300)(**q, **weights).isfinite().all()
+
+
 def test_gate_of_cringe():
     """The gate closes on pairs that are won; detached it leaves the loss where it was."""
     cringe = get("pairwise_cringe")
