@@ -19,6 +19,7 @@ from datasets import Dataset
 
 import fastpo
 from fastpo import objectives
+from fastpo.integrations.trl.objectives.groups import _ranking
 from fastpo.objectives._quantities import SHAPES
 from fastpo.objectives._registry import quantities_of
 from fastpo.quantities import Quantities
@@ -147,6 +148,60 @@ def test_what_ranks_nothing_is_no_hit(ranked, tmp_path):
         margin = (one + other) / 2 - worse
         assert found["eval_rewards/margins"] == pytest.approx(margin.item(), rel=1e-4)
         assert found["eval_rewards/accuracies"] == float(max(one, other) > worse)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_what_is_logged_is_by_the_book(mode, tmp_path):
+    reference = tiny.model("llama", seed=1)
+    built = trainer(tmp_path, objectives.get("infonca", beta=0.5), ref_model=reference)
+    batch = next(iter(built.get_train_dataloader()))
+    built.model.train(mode == "train")
+    loss = built.compute_loss(built.model, dict(batch))
+    assert loss.requires_grad
+    found = {name: value for name, (value,) in built._metrics[mode].items()}
+    policy = built.model.double()
+    given = by_the_book(policy, reference.double(), batch)
+    ids, mask = batch["input_ids"], given["mask"]
+    logits = policy(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logps = logits.log_softmax(-1)
+    entropy = -(logps.exp() * logps).sum(-1)
+    sums, others = given["token_logps"].sum(1), given["ref_token_logps"].sum(1)
+    r = 0.5 * (sums - others)
+    margins, hits = [], []
+    for i in range(3):
+        rewards, scores = (x[batch["groups"] == i] for x in (r, batch["scores"]))
+        best, rest = scores.argmax(), rewards[scores < scores.max()]
+        if len(rest):
+            margins.append(rewards[best] - rest.mean())
+            hits.append(rewards.argmax() == best)
+    expected = {
+        "entropy": entropy[mask].mean(),
+        "logps/mean": sums.mean(),
+        "rewards/mean": r.mean(),
+        "rewards/margins": torch.stack(margins).mean(),
+        "rewards/accuracies": torch.stack(hits).double().mean(),
+    }
+    assert found == pytest.approx({k: x.item() for k, x in expected.items()}, rel=1e-4)
+
+
+def test_the_best_scored_may_be_several():
+    """Of rewards 1, 3, 2 with scores 5, 5, 0, and of 4, 7 with scores 1, 0."""
+    rewards, scores = torch.tensor([1.0, 3, 2, 4, 7]), torch.tensor([5.0, 5, 0, 1, 0])
+    found = _ranking(rewards, scores, torch.tensor([0, 0, 0, 1, 1]), torch.tensor([3, 2]), 2)
+    found = {name: total / number for name, (total, number) in found.items()}
+    assert found["rewards/margins"] == ((1 + 3) / 2 - 2 + 4 - 7) / 2
+    assert found["rewards/accuracies"] == 0.5
+
+
+def test_the_loss_of_a_router_is_added(tmp_path):
+    router = {"model_init_kwargs": {"output_router_logits": True}}
+    tiny.model("qwen2_moe").save_pretrained(tmp_path / "model")
+    losses = []
+    for weight in (0.0, 1.0):
+        built = trainer(tmp_path, "infonca", router_aux_loss_coef=weight, **router)
+        batch = next(iter(built.get_train_dataloader()))
+        losses.append(built.compute_loss(built.model.eval(), dict(batch)).item())
+    assert losses[1] > losses[0] + 0.5
 
 
 def test_no_reference_is_loaded_when_none_is_asked_for(tmp_path):

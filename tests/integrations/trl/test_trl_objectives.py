@@ -58,7 +58,7 @@ def test_an_objective_trains_as_trl_does(loss_type, tmp_path):
     prefix, changes, key, hyperparameters = SAME[loss_type]
     own_trainer = trainer(prefix, tmp_path, loss_type=loss_type, **changes)
     expected_logs, expected = _trainers.train(own_trainer)
-    changes = {name: value for name, value in changes.items() if name != "undesirable_weight"}
+    changes = {name: value for name, value in changes.items() if name not in hyperparameters}
     with fastpo.patched(objective=key, **hyperparameters):
         logs, ours = _trainers.train(trainer(prefix, tmp_path, **changes))
     for log, own in zip(logs, expected_logs, strict=True):
@@ -361,11 +361,12 @@ def test_options_without_an_objective():
 
 
 def test_other_models_give_their_quantities(tmp_path):
-    others = [tiny.model("llama", seed=seed) for seed in (2, 3)]
+    others = [tiny.model("llama", seed=seed).train() for seed in (2, 3)]
     with fastpo.patched(objective="mrpo", references={"history": others}):
         built = trainer("DPO", tmp_path, ref_model=tiny.model("llama", seed=1))
         batch = next(iter(built.get_train_dataloader()))
         loss = built.compute_loss(built.model, dict(batch))
+    assert not any(x.training or p.requires_grad for x in others for p in x.parameters())
     ids, mask = batch["input_ids"], batch["completion_mask"][:, 1:].bool()
     each = [naive(model.double(), ids, mask)[0].sum(1).chunk(2) for model in others]
     columns = {

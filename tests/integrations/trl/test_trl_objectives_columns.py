@@ -164,9 +164,10 @@ def test_sums_cannot_be_all_of_the_reference(key, tmp_path):
         _trainers.build("DPO", tmp_path, _trainers.saved(tmp_path), data, changes)
 
 
+@pytest.mark.parametrize("prompts", [False, True])
 @pytest.mark.parametrize(("prefix", "key"), [("DPO", "dpo"), ("KTO", "kto")])
-def test_sums_computed_before_train_as_those_of_each_step(prefix, key, tmp_path):
-    with fastpo.patched(objective=key):
+def test_sums_computed_before_train_as_those_of_each_step(prefix, key, prompts, tmp_path):
+    with fastpo.patched(objective=key, score_prompts=prompts):
         expected = losses(trainer(tmp_path, prefix=prefix))
         found = losses(trainer(tmp_path, prefix=prefix, precompute_ref_log_probs=True))
     assert found == pytest.approx(expected, rel=1e-5)

@@ -243,12 +243,8 @@ class TextTrainer(ObjectiveTrainer):
         trainer: Any = self
         if not self._fastpo.precompute or not self._asks_reference(dataset.column_names or ()):
             return dataset
-        collator = trainer.data_collator
-        trainer.data_collator = self.carrying(collator)  # masks count here, too
-        try:
-            return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
-        finally:
-            trainer.data_collator = collator
+        trainer.data_collator = self.carrying(trainer.data_collator)  # masks count here, too
+        return super()._precompute_ref_logps(dataset, name, batch_size)  # type: ignore[misc]
 
     def _split(self, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], Texts]:
         """TRL's inputs, the columns, and the rows of further texts."""

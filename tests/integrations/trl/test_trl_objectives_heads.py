@@ -1,0 +1,106 @@
+"""What objectives read of two heads again, by the book: biases, soft-caps, factors, an adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+pytest.importorskip("trl", minversion="1.15")  # the first with a fused head
+
+import torch
+from transformers.utils import ModelOutput
+
+from fastpo.integrations.trl.head import HeadCall
+from fastpo.integrations.trl.objectives.passes import Pass, alternatives, mixed, token_kl
+from fastpo.ops.shards.gathered import HeadOptions
+
+MASK = torch.tensor([[False, True, True, False], [True, True, True, True]])
+TOKENS, WORDS, HIDDEN = int(MASK.sum()), 24, 16
+
+
+def a_pass(seed, **options):
+    """Of a model that has scored these tokens, its head with a bias and 16-bit LoRA."""
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = (torch.randn(n, HIDDEN, generator=g) for n in (TOKENS, WORDS))
+    adapter = tuple(torch.randn(n, 2, generator=g).bfloat16() for n in (TOKENS, WORDS))
+    bias, targets = torch.randn(WORDS, generator=g), torch.arange(TOKENS)
+    found = Pass(None)
+    options = HeadOptions(**options)
+    found.call = HeadCall(hidden.requires_grad_(), weight, adapter, bias, targets, options)
+    found.mask = MASK
+    return found
+
+
+def logits(run):
+    call, options = run.head, run.head.options
+    down, up = (x.double() for x in call.adapter)
+    found = call.hidden.double() @ call.weight.double().T + down @ up.T + call.bias
+    found = options.logit_scale * found
+    return options.softcap * torch.tanh(found / options.softcap)
+
+
+@pytest.fixture
+def policy():
+    return a_pass(0, temperature=0.7, softcap=3.0, logit_scale=0.6)
+
+
+@pytest.fixture
+def reference():
+    return a_pass(1, temperature=1.3, softcap=2.0, logit_scale=0.4)
+
+
+def close(found, expected):
+    assert not found[~MASK].any()
+    torch.testing.assert_close(found[MASK].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_divergence_of_every_token(policy, reference):
+    own, other = logits(policy) / 0.7, logits(reference).detach() / 1.3
+    expected = torch.nn.functional.kl_div(
+        own.log_softmax(1), other.log_softmax(1), reduction="none", log_target=True
+    ).sum(1)
+    found = token_kl(policy, reference)()
+    close(found, expected)
+    hidden = policy.head.hidden
+    ours, theirs = (torch.autograd.grad(x.sum(), hidden)[0] for x in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixture_of_two_heads(policy, reference):
+    mixture = 1.5 * logits(policy) - 0.5 * logits(reference)
+    expected = (mixture / 0.7).log_softmax(1).gather(1, policy.head.targets[:, None]).squeeze(1)
+    found = mixed(policy, reference, 1.5)()
+    close(found, expected)
+    assert not found.requires_grad
+
+
+def test_the_best_other_word(policy):
+    own = (logits(policy) / 0.7).log_softmax(1)
+    expected = own.scatter(1, policy.head.targets[:, None], -torch.inf).amax(1)
+    close(alternatives(policy, 1)(), expected)
+
+
+@dataclass
+class Output(ModelOutput):
+    log_probs: torch.Tensor | None = None
+
+
+def test_virtual_tokens_stand_in_front_and_padding_behind():
+    """Two rows of 5 tokens and a third text of 8, behind 3 tokens of prompt learning."""
+
+    def model(labels, **_):
+        rows, width = labels.shape
+        columns = torch.arange(-3, width - 1, dtype=torch.float32)
+        return Output(log_probs=columns.expand(rows, -1))
+
+    def rows(count, width):
+        ids = torch.ones(count, width, dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": ids, "completion_mask": ids}
+
+    own, text = rows(2, 5), rows(1, 8)
+    run = Pass(model, [text])
+    labels = own.pop("completion_mask")
+    output = run(**own, labels=labels, fused_lm_head=True)
+    assert run.logps.tolist() == [[0.0, 1, 2, 3, 4, 5, 6]] * 3
+    assert output.log_probs.tolist() == [[-3.0, -2, -1, 0, 1, 2, 3]] * 2
