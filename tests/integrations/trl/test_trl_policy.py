@@ -74,10 +74,27 @@ def test_an_objective_trains_as_trls_loss_does(name, tmp_path):
     _trainers.assert_same(without(found), without(expected))
 
 
+EVALUATED = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "per_device_eval_batch_size": 2,
+    "num_generations_eval": 2,
+}
+
+
+def test_evaluation_accumulates_nothing(tmp_path):
+    both, penalties = {**EVALUATED, **ACCUMULATED}, {"beta": 1.0, "entropy_coef": 0.1}
+    own = trainer(tmp_path, loss_type="dapo", epsilon_high=0.28, **penalties, **both)
+    own = _trainers.train(own)
+    with objectives_only(Setting("dapo", {**penalties, "unbiased_kl": True})):
+        found = _trainers.train(trainer(tmp_path, **both))
+    losses = [[log["eval_loss"] for log in run[0] if "eval_loss" in log] for run in (found, own)]
+    assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_evaluation_and_the_loss_of_a_router(tmp_path):
-    steps = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2}
     router = {"model_init_kwargs": {"output_router_logits": True}, "router_aux_loss_coef": 0.1}
-    both = {**steps, **router, "num_generations_eval": 2}
+    both = {**EVALUATED, **router}
     expected = trainer(tmp_path, "qwen2_moe", loss_type="dapo", epsilon_high=0.28, **both)
     assert expected.aux_loss_enabled
     own = _trainers.train(expected)
@@ -101,18 +118,22 @@ def batch(trainer):
     return made
 
 
-@pytest.mark.parametrize("loss_type", ["dapo", "vespo"])
-def test_weights_of_a_sampler_and_tokens_of_tools(loss_type, tmp_path):
+@pytest.mark.parametrize("corrects", [True, False])
+@pytest.mark.parametrize("loss_type", ["dapo", "vespo", "dr_grpo"])
+def test_weights_of_a_sampler_and_tokens_of_tools(loss_type, corrects, tmp_path):
     losses, gradients = [], []
     for objective in (None, loss_type):
         options = {} if objective is None else {"objective": objective}
-        if objective == "dapo":
+        if objective in ("dapo", "dr_grpo"):
             options["epsilon_high"] = None
         with fastpo.patched(**options):
             one = trainer(tmp_path, **({"loss_type": loss_type} if objective is None else {}))
             torch.manual_seed(0)
             given = batch(one)
-            one.use_vllm = one.vllm_importance_sampling_correction = True
+            if not corrects:
+                del given["importance_sampling_ratio"]
+            one.use_vllm, one.vllm_importance_sampling_correction = True, corrects
+            one.max_completion_length += 3  # of which dr_grpo takes the mean
             one.current_gradient_accumulation_steps = 1
             loss = one._compute_loss(one.model, given)
             losses.append(loss.detach())
