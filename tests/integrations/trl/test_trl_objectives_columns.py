@@ -15,7 +15,9 @@ import torch
 from _tiny import one_thread  # noqa: F401
 
 import fastpo
+from fastpo.integrations.trl.objectives.columns import _placed, _stacked
 
+CPU = torch.device("cpu")
 WEIGHTS = {"pair_weights": [3.0, 0.1, 2.0, 0.5, 1.0, 4.0]}
 SUMS = {"ref_chosen_logps": [-30.0] * 6, "ref_rejected_logps": [-20.0] * 6}
 PLAIN = {"DPO": tiny.preferences, "KTO": tiny.unpaired}
@@ -162,6 +164,32 @@ def test_sums_cannot_be_all_of_the_reference(key, tmp_path):
     changes = {"precompute_ref_log_probs": True}
     with fastpo.patched(objective=key), pytest.raises(ValueError, match=message):
         _trainers.build("DPO", tmp_path, _trainers.saved(tmp_path), data, changes)
+
+
+def test_terms_have_their_weights(tmp_path):
+    def loss(names, weights):
+        with fastpo.patched():
+            built = trainer(tmp_path, loss_type=names, loss_weights=weights)
+            torch.manual_seed(0)
+            batch = next(iter(built.get_train_dataloader()))
+            return built.compute_loss(built.model, dict(batch)).item()
+
+    both = loss(["simpo", "cpo"], [1.0, 0.25])
+    assert both == pytest.approx(loss(["simpo"], [1.0]) + 0.25 * loss(["cpo"], [1.0]), rel=1e-5)
+
+
+def test_prompts_are_scored_where_asked(tmp_path):
+    with fastpo.patched(objective="dpo", score_prompts=True):
+        batch = next(iter(trainer(tmp_path).get_train_dataloader()))
+    assert torch.equal(batch["completion_mask"], batch["attention_mask"])
+
+
+def test_shapes_of_columns():
+    """A row for each further model; -1 where no token stands."""
+    history = _stacked("history_chosen_logps", [[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], CPU)
+    assert history.tolist() == [[1.0, 3.0, 5.0], [2.0, 4.0, 6.0]]
+    places = torch.tensor([[0, 0, 1, 2, 0]])  # of tokens, from 1
+    assert _placed("chosen_segments", [[0, 1]], places).tolist() == [[-1, 0, 1, -1]]
 
 
 @pytest.mark.parametrize("prompts", [False, True])

@@ -101,12 +101,9 @@ class Carry:
         masks = [f"{side}_mask" if side else "mask" for side in self.sides]
         if not any(name in tokens for name in masks):
             return
-        own = batch["completion_mask"]
-        kept = own.clone()
-        for part, name in zip(kept.chunk(len(masks)), masks, strict=True):
+        for part, name in zip(batch["completion_mask"].chunk(len(masks)), masks, strict=True):
             if name in tokens:
                 part[:, 1:] *= batch.pop(name)
-        batch["completion_mask"] = kept
 
     def _text(self, text: str, examples: Sequence[Example]) -> Batch:
         """Token ids and masks of a third text, padded and truncated as TRL does its own."""
