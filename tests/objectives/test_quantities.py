@@ -147,7 +147,7 @@ def test_reference_is_constant_and_never_invented():
     )
     with pytest.raises(ValueError, match=message):
         bare.rows(get("dpo"))
-    free = quantities.padded(policy, scored, reference_free=True)
+    free = quantities.padded(policy, scored, reference_free=True) | {"margins": None}
     torch.testing.assert_close(free["chosen_logratios"], free["chosen_logps"])
 
 
@@ -263,6 +263,8 @@ def test_weights_of_rows():
     torch.testing.assert_close(twice, w * get("dpo")(a, -a))
     with pytest.raises(ValueError, match=r"^pair_weights: expected shape \(3,\), got \(2,\)"):
         (q | {"pair_weights": w[:2]}).rows(get("hinge"))
+    constant = q | {"pair_weights": w.requires_grad_()}
+    assert not constant.rows(get("hinge")).requires_grad
 
 
 def test_shapes():
@@ -342,6 +344,14 @@ def test_rows_beyond_the_tokens_on_a_gpu(offsets, width, monkeypatch):
     within, right = quantities._readable(given, 7, width)
     assert right.isnan() and within.min() >= 0 and within.max() <= 7
     assert quantities._readable(torch.tensor([0, 2, 7]), 7, 5)[1] == 0
+
+
+def test_what_cannot_be_read_is_nan(monkeypatch):
+    """Sums and tokens, of offsets that a GPU was given."""
+    offsets = torch.tensor([0, 3, 7])
+    monkeypatch.setattr(quantities, "_readable", lambda *_: (offsets, torch.tensor(torch.nan)))
+    q = quantities.packed(torch.randn(7), offsets, width=4)
+    assert q["chosen_logps"].isnan().all() and q["chosen_token_logps"][:, :3].isnan().all()
 
 
 def test_offsets_of_attention_kernels():
