@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import fastpo
+from fastpo.integrations.heads import logit_map
 
 
 class _Passing(transformers.LlamaForCausalLM):
@@ -112,3 +113,35 @@ def test_what_accelerate_unwraps_is_lazy_where_all_are():
     finally:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     assert type(model(**inputs).logits) is torch.Tensor
+
+
+@pytest.mark.parametrize("ignored", [-100, 3])
+def test_another_label_may_be_ignored(ignored):
+    model, inputs = tiny.model("llama"), tiny.batch()
+    inputs["labels"] = torch.arange(36).view(3, 12) % 7
+    own = model(**inputs, ignore_index=ignored).loss
+    with fastpo.attach(model):
+        found = model(**inputs, ignore_index=ignored)
+    torch.testing.assert_close(found.loss, own)
+    scored = inputs["labels"][:, 1:] != ignored
+    assert torch.equal(found.logps != 0, scored)
+
+
+FACTORS = {
+    "Cohere": ({"logit_scale": 0.5}, 0.5),
+    "MuseGlimmer": ({"output_multiplier": 0.5}, 0.5),
+    "FalconH1": ({"lm_head_multiplier": 0.5}, 0.5),
+    "Granite": ({"logits_scaling": 4.0}, 0.25),
+    "HyperCLOVAX": ({"logits_scaling": 4.0, "model_type": "hyperclovax"}, 4.0),
+    "MiniCPM3": ({"logits_scaling": 4.0, "model_type": "minicpm3"}, 1.0),
+    "Llama": ({}, 1.0),
+}
+
+
+@pytest.mark.parametrize("family", FACTORS)
+def test_factors_of_logits_by_their_names(family):
+    """Also of families that the installed transformers has not."""
+    options, factor = FACTORS[family]
+    config = transformers.PretrainedConfig()
+    vars(config).update({"model_type": family.lower(), **options})
+    assert logit_map(config) == (None, factor)

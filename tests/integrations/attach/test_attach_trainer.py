@@ -54,6 +54,7 @@ def test_metrics_of_logits_are_refused(tmp_path):
     for call in (trainer.evaluate, lambda: trainer.predict(rows())):
         with pytest.raises(ValueError, match=REFUSED):
             call()
+    assert model(**tiny.batch()).logps.shape == (3, 11), "other calls are as before"
     assert trainer.evaluate(ignore_keys=IGNORED)["eval_shape"] == (3, 11)
     handle.detach()
     assert trainer.evaluate()["eval_shape"] == (3, 12, words)

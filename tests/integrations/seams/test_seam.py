@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import pytest
 
+from fastpo.integrations.seams import imports
 from fastpo.integrations.seams.seam import (
     Method,
     Replacement,
@@ -251,3 +253,44 @@ def test_a_changed_method_fails_its_import(importable, tmp_path):
     replace_when_imported({LOSS: Doubled})
     with pytest.raises(RuntimeError, match=r"Trainer\.loss: expected \(model, inputs\), got"):
         importlib.import_module("foreign.trainer")
+
+
+def test_an_action_runs_once_or_is_tried_again(tmp_path, monkeypatch):
+    (tmp_path / "imported_late.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    runs = []
+
+    def action():
+        runs.append(1)
+        if len(runs) == 1:
+            raise RuntimeError("not yet")
+
+    imports.after("imported_late", action)
+    try:
+        with pytest.raises(RuntimeError, match="not yet"):
+            importlib.import_module("imported_late")
+        for _ in range(2):
+            importlib.import_module("imported_late")
+            sys.modules.pop("imported_late")
+        assert len(runs) == 2 and "imported_late" not in imports.waiting()
+    finally:
+        imports.forget("imported_late")
+
+
+def test_kept_waits_again(tmp_path, monkeypatch):
+    """For what was forgotten inside; what was imported inside is acted on now."""
+    for name in ("still_waiting", "imported_inside"):
+        (tmp_path / f"{name}.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    runs = []
+    imports.after("still_waiting", lambda: runs.append("still_waiting"))
+    imports.after("imported_inside", lambda: runs.append("imported_inside"))
+    try:
+        with kept():
+            imports.forget("still_waiting")
+            imports.forget("imported_inside")
+            importlib.import_module("imported_inside")
+        assert runs == ["imported_inside"] and "still_waiting" in imports.waiting()
+    finally:
+        imports.forget("still_waiting")
+        sys.modules.pop("imported_inside", None)
