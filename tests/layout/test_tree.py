@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastpo.layout.cost import LayerCost, is_worth
+from fastpo.layout.gather import Run
 from fastpo.layout.tree import layout_of
 
 ROWS = st.lists(
@@ -202,3 +203,15 @@ def test_pads_cost_pairs_where_attention_is_masked():
     padded = layout_of(ids, mask)
     assert padded.real == (6, 4)
     assert masked.padded(padded) == 12 + 72 and kernel.padded(padded) == 12 + 18 + 8
+
+
+def test_a_full_batch_is_one_run():
+    """Over the ends of its rows, which is no reason for more columns than there are."""
+    layout = layout_of(torch.arange(6).view(2, 3), share=False)
+    assert layout.places.runs == (Run(0, 0, 6),) and layout.columns == 3
+
+
+def test_one_token_in_all_rows():
+    """Its place is the only one, which looks like a batch of one."""
+    layout = layout_of(torch.full((2, 1), 5))
+    assert layout.put_back(torch.zeros(1, 4)).shape == (2, 1, 4)

@@ -75,7 +75,7 @@ def test_rates_of_a_config_alone_are_no_noise(prefix, caplog):
 
 
 def test_it_is_asked_once_for_each_mode_and_draws_nothing(monkeypatch):
-    asked, draws = [], probe.draws
+    asked, draws, after = [], probe.draws, []
     monkeypatch.setattr(probe, "draws", lambda *a: asked.append(a) or draws(*a))
     model = noisy(Own(0.3))
     torch.manual_seed(0)
@@ -90,7 +90,8 @@ def test_it_is_asked_once_for_each_mode_and_draws_nothing(monkeypatch):
             model.eval()(**plain())
             assert torch.equal(torch.get_rng_state(), state)
             model.train()(**plain())
-    assert len(asked) == 1
+            after.append(torch.get_rng_state())
+    assert len(asked) == 1 and torch.equal(after[0], after[1])
     torch.manual_seed(0)
     assert torch.equal(model(**plain()).last_hidden_state, own)
 

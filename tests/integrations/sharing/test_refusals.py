@@ -21,6 +21,7 @@ from _tiny import one_thread  # noqa: F401
 from transformers import DynamicCache, LlamaModel
 
 from fastpo.integrations.sharing import attention, backbone, refusals
+from fastpo.integrations.sharing.attention import Refused
 from fastpo.integrations.sharing.backbone import shared_prompts
 
 
@@ -252,6 +253,24 @@ def test_pads_beyond_the_length_at_which_a_rope_changes(name, caplog):
 )
 def test_pads_that_change_no_rope_are_no_reason(rope, most):
     """Without a length, below it, or where the tokens pass it themselves."""
+    check_rotation(rope, most)
+
+
+@pytest.mark.parametrize(
+    ("rope", "most"),
+    [
+        ({"rope_type": "dynamic"}, 24),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 14}, 99),
+        ({"full_attention": {"rope_type": "dynamic"}, "sliding_attention": {}}, 16),
+    ],
+)
+def test_pads_at_the_length_itself(rope, most):
+    """Of one kind of layers, too."""
+    with pytest.raises(Refused, match="pads beyond"):
+        check_rotation(rope, most)
+
+
+def check_rotation(rope, most):
     text = SimpleNamespace(rope_parameters=rope, max_position_embeddings=most)
     model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
     refusals.check_rotation(model, SimpleNamespace(columns=14, shape=(6, 24)))
