@@ -15,7 +15,7 @@ import torch
 from _tiny import one_thread  # noqa: F401
 
 import fastpo
-from fastpo.integrations.trl.objectives.columns import _placed, _stacked
+from fastpo.integrations.trl.objectives.columns import _check_numbers, _placed, _stacked
 
 CPU = torch.device("cpu")
 WEIGHTS = {"pair_weights": [3.0, 0.1, 2.0, 0.5, 1.0, 4.0]}
@@ -190,6 +190,17 @@ def test_shapes_of_columns():
     assert history.tolist() == [[1.0, 3.0, 5.0], [2.0, 4.0, 6.0]]
     places = torch.tensor([[0, 0, 1, 2, 0]])  # of tokens, from 1
     assert _placed("chosen_segments", [[0, 1]], places).tolist() == [[-1, 0, 1, -1]]
+
+
+def test_a_column_of_nan_is_named(tmp_path):
+    """Its loss would be logged as 0. A sampler's NaN means that it is not known."""
+    weights = {"pair_weights": [*WEIGHTS["pair_weights"][:5], float("nan")]}
+    with fastpo.patched(objective="dpo"):
+        built = trainer(tmp_path, weights)
+    batches = built.get_eval_dataloader(built.train_dataset)  # in order
+    with pytest.raises(ValueError, match=r"^pair_weights: expected numbers, got NaN at \(\d,\) of"):
+        list(batches)
+    _check_numbers("sampler_token_logps", torch.tensor([[float("nan")]]))
 
 
 @pytest.mark.parametrize("prompts", [False, True])

@@ -56,6 +56,7 @@ class Carry:
                 batch[name] = _placed(name, values, positions[side])
             else:
                 batch[name] = _stacked(name, values, batch["input_ids"].device)
+            _check_numbers(name, batch[name])
         if self.score_prompts:
             batch["completion_mask"] = batch["attention_mask"].clone()
         self._narrow(batch, tokens)
@@ -133,6 +134,14 @@ def _placed(name: str, values: list[Any], positions: Tensor) -> Tensor:
         padded = torch.tensor([fill, *value], dtype=dtype, device=position.device)
         rows.append(padded[position])
     return torch.stack(rows)[:, 1:]
+
+
+def _check_numbers(name: str, values: Tensor) -> None:
+    """Of a NaN the loss would be NaN, too, which transformers' log shows as 0."""
+    wrong = values.isnan()
+    if not name.startswith("sampler_") and bool(wrong.any()):  # engines mark what they do not know
+        place = tuple(wrong.nonzero()[0].tolist())
+        raise ValueError(f"{name}: expected numbers, got NaN at {place} of the batch")
 
 
 def _stacked(name: str, values: list[Any], device: torch.device) -> Tensor:
