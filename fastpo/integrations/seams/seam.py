@@ -45,6 +45,14 @@ class Method(Replacement):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
+    def arguments(self, *args: Any, **kwargs: Any) -> Mapping[str, Any]:
+        """By name; of what does not fit the error is Python's own, which names the function."""
+        try:
+            return inspect.signature(self.original).bind(*args, **kwargs).arguments
+        except TypeError:
+            self.original(*args, **kwargs)
+            raise
+
 
 Make = Callable[[Any], Replacement]
 

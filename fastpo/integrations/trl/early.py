@@ -6,7 +6,6 @@ What these versions compute in chunks runs through the same head as the fused he
 
 from __future__ import annotations
 
-import inspect
 from functools import partial
 from typing import Any
 
@@ -183,8 +182,8 @@ class _NoObjectives(Method):
         self.own = own
 
     def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        arguments = inspect.signature(self.original).bind(trainer, *args, **kwargs).arguments
-        asked = getattr(arguments.get("args"), "loss_type", None) or ()
+        config = self.arguments(trainer, *args, **kwargs).get("args")
+        asked = getattr(config, "loss_type", None) or ()
         names = [asked] if isinstance(asked, str) else asked
         if not set(names) <= set(self.own):
             raise RuntimeError(

@@ -7,7 +7,6 @@ reads them with. What they compute stays theirs.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -98,7 +97,7 @@ class _Smoothed(Reader):
     """SFT's `compute_loss`: it builds logits for label smoothing and a loss of the user's."""
 
     def __call__(self, trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(self.original).bind(trainer, model, *args, **kwargs).arguments
+        bound = self.arguments(trainer, model, *args, **kwargs)
         logits = trainer.label_smoother is not None or trainer.compute_loss_func is not None
         if logits and not bound.get("return_outputs"):
             return super().__call__(trainer, model, *args, **kwargs)

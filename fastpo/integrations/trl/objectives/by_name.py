@@ -8,7 +8,6 @@ types are taken away and the objective's rows, computed from the same pass, adde
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -131,10 +130,7 @@ class _Init(Method):
                 seam.read()
 
     def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        try:
-            arguments = inspect.signature(self.original).bind(trainer, *args, **kwargs).arguments
-        except TypeError:
-            return self.original(trainer, *args, **kwargs)  # whose error names the trainer
+        arguments = self.arguments(trainer, *args, **kwargs)
         config = arguments.get("args")
         setting, mixin = self.setting, self.mixin
         named = setting.objective is not None
