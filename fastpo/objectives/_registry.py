@@ -187,8 +187,8 @@ def parameters_of(function: Callable[..., Any]) -> dict[str, Parameter]:
         if parameter.kind is parameter.KEYWORD_ONLY
     }
     written = {n: p.annotation for n, p in given.items() if p.annotation is not p.empty}
-    module = getattr(inspect.unwrap(function), "__globals__", {})
-    hints = typing.get_type_hints(SimpleNamespace(__annotations__=written), module, None, True)
+    ns = getattr(inspect.unwrap(function), "__globals__", {})
+    hints = typing.get_type_hints(SimpleNamespace(__annotations__=written), ns, include_extras=True)
     return {
         name: Parameter.of(parameter, hints.get(name, Any)) for name, parameter in given.items()
     }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .operators import Call, Operators, apart, or_empty
+from .operators import Call, Operators, apart
 from .rows import backend as R
 from .rows import registry
 from .rows.pair.backend import KINDS, Rule
@@ -221,9 +221,9 @@ _SCHEMA = (
 
 
 def _spec(
-    inverses: Any,  # of student and teacher, [N] or None
+    rows: Any,  # labels, and 1/temperature of student and teacher, [N] or None
     *options: Any,  # as the schema has them
-    shard: VocabShard | None = None,
+    shard: VocabShard | None,
 ) -> DivergenceSpec:
     kind, beta, alpha, ignore_index, outputs, dtype, teacher_dtype, backend, budget = options[6:]
     head = HeadSpec(
@@ -239,47 +239,36 @@ def _spec(
     )
     student, teacher = (
         replace(R.LogitMap(*options[i : i + 3]), inverse=inverse)
-        for i, inverse in zip((0, 3), inverses, strict=True)
+        for i, inverse in zip((0, 3), rows[1:], strict=True)
     )
     rule = rule_of(kind, beta, alpha)
     dtypes = (dtype, teacher_dtype)
     return DivergenceSpec(head, (student, teacher), dtypes, rule, tuple(outputs.split(",")), budget)
 
 
-def _forward(
-    rows: Any, tensors: Any, *options: Any, shard: VocabShard | None = None
-) -> list[Tensor]:
-    labels, *inverses = rows
-    return list(walk.forward(_operands(tensors), labels, _spec(inverses, *options, shard=shard)))
+def _forward(rows: Any, tensors: Any, spec: DivergenceSpec) -> walk.Saved:
+    return walk.forward(_operands(tensors), rows[0], spec)
 
 
-def _fake_forward(rows: Any, tensors: Any, *options: Any) -> list[Tensor]:
-    labels, *inverses = rows
-    return list(walk.fake_forward(_operands(tensors), labels, _spec(inverses, *options)))
+def _fake_forward(rows: Any, tensors: Any, spec: DivergenceSpec) -> walk.Saved:
+    return walk.fake_forward(_operands(tensors), rows[0], spec)
 
 
 def _backward(
-    grads: Any,
-    rows: Any,
-    tensors: Any,
-    saved: Any,
-    needs: Any,
-    *options: Any,
-    shard: VocabShard | None = None,
-) -> list[Tensor]:
-    labels, *inverses = rows
-    (grad,), operands, (constants, totals, kept) = grads, _operands(tensors), saved
-    sides, spec = (needs[:3], needs[3:]), _spec(inverses, *options, shard=shard)
-    found = walk.backward(grad, operands, labels, constants, totals, kept, spec, sides)
-    each: list[Tensor | None] = []
-    for side, own in zip(found, operands, strict=True):
-        bias = side.bias if side.bias is None or own.bias is None else side.bias.to(own.bias.dtype)
-        each += [side.hidden, side.weight, bias]
-    return or_empty(each, saved[0])
+    grads: Any, rows: Any, tensors: Any, saved: Any, needs: Any, spec: DivergenceSpec
+) -> list[Tensor | None]:
+    (grad,), (constants, totals, kept), sides = grads, saved, (needs[:3], needs[3:])
+    call = _operands(tensors), rows[0], constants, totals, kept, spec, sides
+    return [x for side in walk.backward(grad, *call) for x in side]
 
 
 _OPERATORS = Operators(
-    "linear_divergence", _SCHEMA, forward=_forward, backward=_backward, fake=_fake_forward
+    "linear_divergence",
+    _SCHEMA,
+    spec=_spec,
+    forward=_forward,
+    backward=_backward,
+    fake=_fake_forward,
 )
 
 

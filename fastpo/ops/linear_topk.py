@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .operators import Call, Operators, or_empty
+from .operators import Call, Operators
 from .rows import backend as R
 from .rows import registry
 from .tiles.tiled import TileSource, outside_graphs, tiled
@@ -185,8 +185,20 @@ _SCHEMA = (
 )
 
 
-def _spec(*options: Any, shard: VocabShard | None = None) -> walk.TopKSpec:
-    k, temperature, softcap, logit_scale, ignore_index, dtype, backend, grad, budget = options
+def _spec(
+    _: Any,
+    k: int,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int | None,
+    dtype: torch.dtype,
+    backend: str,
+    grad: bool,
+    budget: int | None,
+    *,
+    shard: VocabShard | None,
+) -> walk.TopKSpec:
     head = HeadSpec(
         logit_map=R.LogitMap(temperature, softcap, logit_scale),
         ignore_index=ignore_index,
@@ -201,40 +213,33 @@ def _spec(*options: Any, shard: VocabShard | None = None) -> walk.TopKSpec:
     return walk.TopKSpec(k, head)
 
 
-def _forward(
-    rows: Any, tensors: Any, *options: Any, shard: VocabShard | None = None
-) -> list[Tensor]:
+def _forward(rows: Any, tensors: Any, spec: walk.TopKSpec) -> list[Tensor]:
     (hidden, weight, bias), (labels, exclude) = tensors, rows
-    found = walk.forward(hidden, weight, bias, labels, exclude, _spec(*options, shard=shard))
+    found = walk.forward(hidden, weight, bias, labels, exclude, spec)
     return [found.values, found.z, found.ids, found.top, *found.stats]
 
 
-def _fake_forward(rows: Any, tensors: Any, *options: Any) -> list[Tensor]:
+def _fake_forward(_: Any, tensors: Any, spec: walk.TopKSpec) -> list[Tensor]:
     hidden, weight, _ = tensors
-    found = walk.fake_forward(hidden, weight, _spec(*options))
+    found = walk.fake_forward(hidden, weight, spec)
     return [torch.empty_like(found.z), found.z, found.ids, found.top, *found.stats]
 
 
 def _backward(
-    grads: Any,
-    rows: Any,
-    tensors: Any,
-    saved: Any,
-    needs: Any,
-    *options: Any,
-    shard: VocabShard | None = None,
-) -> list[Tensor]:
-    z, ids, top, *stats = saved
+    grads: Any, rows: Any, tensors: Any, saved: Any, needs: Any, spec: walk.TopKSpec
+) -> tuple[Tensor | None, ...]:
+    (hidden, weight, bias), (z, ids, top, *stats) = tensors, saved
     found = walk.Found(z, ids, top, Forward(*stats))
-    (hidden, weight, bias), spec = tensors, _spec(*options, shard=shard)
-    operands = grads, hidden, weight, bias, rows[0]
-    dhidden, dweight, dbias = walk.backward(*operands, found, spec, needs)
-    dbias = None if dbias is None or bias is None else dbias.to(bias.dtype)
-    return or_empty((dhidden, dweight, dbias), z)
+    return walk.backward(grads, hidden, weight, bias, rows[0], found, spec, needs)
 
 
 _OPERATORS = Operators(
-    "linear_topk", _SCHEMA, forward=_forward, backward=_backward, fake=_fake_forward
+    "linear_topk",
+    _SCHEMA,
+    spec=_spec,
+    forward=_forward,
+    backward=_backward,
+    fake=_fake_forward,
 )
 
 

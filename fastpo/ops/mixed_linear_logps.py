@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .operators import Call, Operators, apart, or_empty
+from .operators import Call, Operators, apart
 from .rows import backend as R
 from .rows import registry
 from .stats import TokenStats, handed_out
@@ -152,8 +152,18 @@ _SCHEMA = (
 )
 
 
-def _spec(*options: Any, shard: VocabShard | None = None) -> mixture.MixtureSpec:
-    temperature, softcaps, scales, ignore_index, outputs, dtypes, backend = options
+def _spec(
+    _: Any,
+    temperature: float,
+    softcaps: Sequence[float],
+    scales: Sequence[float],
+    ignore_index: int | None,
+    outputs: str,
+    dtypes: str,
+    backend: str,
+    *,
+    shard: VocabShard | None,
+) -> mixture.MixtureSpec:
     head = HeadSpec(
         logit_map=R.LogitMap(temperature),
         ignore_index=ignore_index,
@@ -173,44 +183,34 @@ def _spec(*options: Any, shard: VocabShard | None = None) -> mixture.MixtureSpec
     return mixture.MixtureSpec(head, tuple(maps), tuple(each))
 
 
-def _forward(
-    rows: Any, tensors: Any, *options: Any, shard: VocabShard | None = None
-) -> list[Tensor]:
+def _forward(rows: Any, tensors: Any, spec: mixture.MixtureSpec) -> Forward:
     labels, coefficients = rows
-    spec = _spec(*options, shard=shard)
-    return list(mixture.forward(_operands(tensors), coefficients, labels, spec))
+    return mixture.forward(_operands(tensors), coefficients, labels, spec)
 
 
-def _fake_forward(rows: Any, tensors: Any, *options: Any) -> list[Tensor]:
-    return list(fake_finish(tensors[0], _spec(*options).head))
+def _fake_forward(_: Any, tensors: Any, spec: mixture.MixtureSpec) -> Forward:
+    return fake_finish(tensors[0], spec.head)
 
 
 def _backward(
-    grads: Any,
-    rows: Any,
-    tensors: Any,
-    saved: Any,
-    needs: Any,
-    *options: Any,
-    shard: VocabShard | None = None,
-) -> list[Tensor]:
-    (labels, coefficients), operands = rows, _operands(tensors)
-    spec = _spec(*options, shard=shard)
+    grads: Any, rows: Any, tensors: Any, saved: Any, needs: Any, spec: mixture.MixtureSpec
+) -> list[Tensor | None]:
+    labels, coefficients = rows
     given = dict(zip(("logps", "entropy", "lse"), grads, strict=True))
     if "entropy" not in spec.head.outputs:  # in a graph its gradient is an empty tensor
         given["entropy"] = None
-    call = operands, coefficients, labels, Forward(*saved), spec
+    call = _operands(tensors), coefficients, labels, Forward(*saved), spec
     found = mixture.backward(given, *call, _per_head(needs))
-    dbiases = (
-        None if x.bias is None or g.bias is None else g.bias.to(x.bias.dtype)
-        for x, g in zip(operands, found, strict=True)
-    )
-    each = (*(g.hidden for g in found), *(g.weight for g in found), *dbiases)
-    return or_empty(each, saved[0])
+    return [x for kind in zip(*found, strict=True) for x in kind]  # as `tensors` come
 
 
 _OPERATORS = Operators(
-    "mixed_linear_logps", _SCHEMA, forward=_forward, backward=_backward, fake=_fake_forward
+    "mixed_linear_logps",
+    _SCHEMA,
+    spec=_spec,
+    forward=_forward,
+    backward=_backward,
+    fake=_fake_forward,
 )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .walks.vocab_shard import VocabShard
 
 _Tensors = Sequence[Tensor | None]
+_BOTH = "Tensor?[] rows, Tensor?[] tensors"
 
 
 @dataclass(frozen=True)
@@ -41,24 +42,37 @@ class Operators:
         name: str,
         options: str,
         *,
+        spec: Callable[..., Any],
         forward: Callable[..., Sequence[Tensor]],
-        backward: Callable[..., Sequence[Tensor]],
+        backward: Callable[..., _Tensors],
         fake: Callable[..., Sequence[Tensor]],
     ) -> None:
-        """Both may be given `shard`, too, and give back tensors that are no arguments.
+        """options: their schema; PyTorch's custom operators take tensors and plain values only.
 
-        options: their schema; PyTorch's custom operators take tensors and plain values only.
-        forward(rows, tensors, *options): results and what is saved.  rows: what has no gradient,
-            the labels [N] first.  tensors: the others.  fake: of tensors that hold nothing.
-        backward(grads, rows, tensors, saved, needs, *options): of each of `tensors`, empty where
-            it needs none; grads and saved as forward gave them.
+        spec(rows, *options, shard): what the others are called with last.
+        forward(rows, tensors, spec): results and what is saved, no arguments among them.
+            rows: what has no gradient, the labels [N] first.  tensors: the others.
+        fake: the same of tensors that hold nothing.
+        backward(grads, rows, tensors, saved, needs, spec): of each of `tensors`, None where it
+            needs none; grads and saved as forward gave them.
         """
-        given = f"Tensor?[] rows, Tensor?[] tensors, {options}"
-        back = "Tensor?[] grads, Tensor?[] rows, Tensor?[] tensors, Tensor[] saved, bool[] needs"
-        self._forward = forward, _operator(name, forward, given)
-        self._backward = backward, _operator(f"{name}_backward", backward, f"{back}, {options}")
-        self._forward[1].register_fake(fake)
-        self._backward[1].register_fake(_fake_backward)
+
+        def ahead(rows: Any, tensors: Any, *given: Any, shard: Any = None) -> list[Tensor]:
+            return list(forward(rows, tensors, spec(rows, *given, shard=shard)))
+
+        def back(*given: Any, shard: Any = None) -> list[Tensor]:
+            (grads, rows, tensors, saved, needs), given = given[:5], given[5:]
+            own = spec(rows, *given, shard=shard)
+            found = backward(grads, rows, tensors, saved, needs, own)
+            return _results(found, tensors, saved)
+
+        def fake_ahead(rows: Any, tensors: Any, *given: Any) -> list[Tensor]:
+            return list(fake(rows, tensors, spec(rows, *given, shard=None)))
+
+        taken = f"{_BOTH}, {options}"
+        self._forward = ahead, _operator(name, taken, ahead, fake_ahead)
+        taken = f"Tensor?[] grads, {_BOTH}, Tensor[] saved, bool[] needs, {options}"
+        self._backward = back, _operator(f"{name}_backward", taken, back, _fake_back)
 
     def forward(self, call: Call, rows: _Tensors, tensors: _Tensors) -> Sequence[Tensor]:
         return call.runs(*self._forward, rows)(rows, tensors, *call.options)
@@ -87,21 +101,24 @@ def apart(tensors: _Tensors) -> list[Tensor | None]:
     return found
 
 
-def or_empty(found: _Tensors, like: Tensor) -> list[Tensor]:
-    """An operator has no result that is None."""
-    return [like.new_empty(0) if x is None else x for x in found]
-
-
-def _operator(name: str, function: Callable[..., Any], given: str) -> Any:
-    schema = f"({given}) -> Tensor[]"
-    return torch.library.custom_op(f"fastpo::{name}", function, mutates_args=(), schema=schema)
-
-
-def _fake_backward(
-    grads: Any, rows: _Tensors, tensors: _Tensors, saved: Any, needs: Sequence[bool], *_: Any
-) -> list[Tensor]:
-    found = [
-        x.new_empty(x.shape) if x is not None and need else None
-        for x, need in zip(tensors, needs, strict=True)
+def _results(found: _Tensors, tensors: _Tensors, saved: Sequence[Tensor]) -> list[Tensor]:
+    """In the dtype of their tensors; an operator has no result that is None."""
+    return [
+        saved[0].new_empty(0) if x is None or own is None else x.to(own.dtype)
+        for x, own in zip(found, tensors, strict=True)
     ]
-    return or_empty(found, saved[0])
+
+
+def _fake_back(
+    grads: Any, rows: Any, tensors: _Tensors, saved: Any, needs: Sequence[bool], *_: Any
+) -> list[Tensor]:
+    pairs = zip(tensors, needs, strict=True)
+    found = [None if x is None or not need else x.new_empty(x.shape) for x, need in pairs]
+    return _results(found, tensors, saved)
+
+
+def _operator(name: str, taken: str, function: Any, fake: Any) -> Any:
+    schema = f"({taken}) -> Tensor[]"
+    made = torch.library.custom_op(f"fastpo::{name}", function, mutates_args=(), schema=schema)
+    made.register_fake(fake)
+    return made

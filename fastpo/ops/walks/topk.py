@@ -16,7 +16,8 @@ from ..rows import backend as R
 from .backward import BackwardWalk, row_grads
 from .best_words import NEVER, merge, unpack, without
 from .checks import check_memory
-from .forward import fake_finish, finish, folded_tiles
+from .forward import fake_forward as fake_stats
+from .forward import finish, folded_tiles
 from .head import Forward, Head, HeadSpec, kept_shapes
 from .logits import to_logits
 
@@ -52,12 +53,11 @@ class Found(NamedTuple):
 
 def fake_forward(hidden: Tensor, weight: Tensor, spec: TopKSpec) -> Found:
     """The shapes of `forward`, for tracing."""
-    n, (size, anchors) = len(hidden), kept_shapes(spec.head, hidden, weight)
-    stats = fake_finish(hidden, spec.head)._replace(
-        kept=hidden.new_empty(size, dtype=spec.head.compute_dtype),
-        anchors=hidden.new_empty(anchors, dtype=torch.float32),
+    none = hidden.new_empty(0, dtype=torch.float32)
+    stats = fake_stats(hidden, weight, spec.head)._replace(direction=none)
+    z, ids = (
+        hidden.new_empty(len(hidden), spec.k, dtype=dtype) for dtype in (torch.float32, torch.int64)
     )
-    z, ids = (hidden.new_empty(n, spec.k, dtype=x) for x in (torch.float32, torch.int64))
     return Found(z, ids, torch.empty_like(stats.maximum), stats)
 
 
