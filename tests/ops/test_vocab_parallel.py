@@ -207,16 +207,19 @@ def extremes(rank: int, folder) -> None:
             fastpo.vocab_parallel_logps(
                 inputs.hidden, words, inputs.labels, first=(0, second)[rank], vocab=VOCAB
             )
-    told = {  # one raises of all of these, and the other with it
+    labels = inputs.labels.clone()
+    labels[0] = VOCAB - 1  # no word of what some are told, which is not the label's fault
+    told = {  # one would raise of all of these alone, and the other wait for it
         r"first: .* \[0, 1000\), got words \[0, 400\), \[400, 1003\)": (1000, 1000),
         r"first: .* \[0, 1003\), got words \[0, 400\), \[900, 1503\)": (VOCAB, VOCAB),
         "vocab: expected the same in all processes, got 1003, 1009": (VOCAB, 1009),
+        "vocab: expected the same in all processes, got 0, 1003": (0, VOCAB),
     }
     for got, vocab in told.items():
         words, first = part(inputs.weight, rank), (0, 900 if "900" in got else CUT)[rank]
         with pytest.raises(ValueError, match=got):
             fastpo.vocab_parallel_logps(
-                inputs.hidden, words, inputs.labels.clamp(max=999), first=first, vocab=vocab[rank]
+                inputs.hidden, words, labels, first=first, vocab=vocab[rank]
             )
     wrong = inputs.labels.clone()
     wrong[3] = VOCAB

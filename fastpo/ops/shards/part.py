@@ -46,8 +46,10 @@ def part_of(
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (words, H), got {shape_of(weight)}")
     first, vocab = check_integer("first", first), check_integer("vocab", vocab)
-    # Whether they fit the others' is seen by all at once, when they tell one another.
-    return Part(weight, bias, VocabShard(first, vocab, group))
+    shard = VocabShard(first, vocab, group)
+    if weight.device.type == "cpu":
+        shard.check(len(weight))
+    return Part(weight, bias, shard)
 
 
 def in_shards(weight: Tensor) -> TypeGuard[DTensor]:

@@ -52,7 +52,7 @@ class VocabShard:
         state[R.SQUARES] = (shrink.square() * found[:, R.SQUARES, :n]).sum(0)
         state[R.SUM] = found[:, R.SUM, :n].sum(0)
         state[R.BEFORE] = found[:, R.BEFORE, :n].amax(0)
-        self._check(found[:, :3, n], state[R.TARGET])
+        _mark(found[:, :3, n], state[R.TARGET])
 
     def merge_pair(self, state: Tensor, words: int, over: int | None) -> None:  # [P.STATE, n]
         """The same for two heads: each process's state is a tile that the others' is folded with.
@@ -75,12 +75,30 @@ class VocabShard:
             state[P.CROSS] = (shifts[a].exp() * moved).sum(0)
         moved = found[:, P.MOMENT, :n] + shifts[0] * masses[0]
         state[P.MOMENT] = (shifts[0].exp() * moved).sum(0)
-        self._check(found[:, :3, n], state[P.MASS])
+        _mark(found[:, :3, n], state[P.MASS])
 
     def best(self, keys: Tensor) -> Tensor:  # [n, k] int64, of best_words.py
         """The best of all processes' words; no two of the keys are equal."""
         found = all_gather(keys, self.group).transpose(0, 1).flatten(1)
         return found.topk(keys.shape[1]).values
+
+    def check(self, words: int) -> None:
+        """Words that nobody has, or two have, would go into the sums of every row.
+
+        Before anything is looked up in `vocab`, and by all processes of a CPU at once: one that
+        raised alone would leave the others waiting for it.
+        """
+        told = torch.tensor(
+            [self.first, self.first + words, self.vocab], dtype=torch.float64, device="cpu"
+        )
+        bounds = all_gather(told, self.group)
+        if bool(_partition(bounds)):
+            return
+        if len(sizes := bounds[:, 2].unique().tolist()) > 1:
+            got = ", ".join(f"{int(size)}" for size in sizes)
+            raise ValueError(f"vocab: expected the same in all processes, got {got}")
+        got = ", ".join(f"[{int(a)}, {int(b)})" for a, b, _ in sorted(bounds.tolist()))
+        raise ValueError(f"first: expected shards that make up [0, {self.vocab}), got words {got}")
 
     def _exchange(self, state: Tensor, words: int) -> Tensor:  # [processes, rows of state, n + 1]
         """All states; in the last column the first word, the one after the last, and `vocab`.
@@ -91,25 +109,15 @@ class VocabShard:
         bounds[0], bounds[1], bounds[2] = self.first, self.first + words, self.vocab
         return all_gather(torch.cat((state, bounds), 1), self.group)
 
-    def _check(self, bounds: Tensor, row: Tensor) -> None:  # [processes, 3], [n]
-        """Words that nobody has, or two have, would go into the sums of every row.
 
-        row: what all results are of. All processes come to the same end: one that raised alone
-        would leave the others waiting for it.
-        """
-        bounds, vocab = bounds[:, :2], bounds[:, 2]
-        bounds = bounds[bounds.double().sum(1).argsort()]  # one without words before one that has
-        starts = torch.cat((bounds[:, 0], vocab[:1]))
-        partition = (starts == torch.cat((vocab.new_zeros(1), bounds[:, 1]))).all()
-        partition &= (vocab == vocab[0]).all()
-        if row.device.type != "cpu":
-            # Asking would wait for the device.
-            row.masked_fill_(~partition, float("nan"))
-        elif not bool(partition):
-            if len(sizes := vocab.unique().tolist()) > 1:
-                got = ", ".join(f"{int(size)}" for size in sizes)
-                raise ValueError(f"vocab: expected the same in all processes, got {got}")
-            got = ", ".join(f"[{int(a)}, {int(b)})" for a, b in bounds.tolist())
-            raise ValueError(
-                f"first: expected shards that make up [0, {self.vocab}), got words {got}"
-            )
+def _mark(bounds: Tensor, row: Tensor) -> None:  # [processes, 3], [n]
+    """On a device, where asking would wait for it, wrong shards make NaN of what all is of."""
+    row.masked_fill_(~_partition(bounds), float("nan"))
+
+
+def _partition(bounds: Tensor) -> Tensor:  # [processes, 3]
+    bounds, vocab = bounds[:, :2], bounds[:, 2]
+    bounds = bounds[bounds.double().sum(1).argsort()]  # one without words before one that has
+    starts = torch.cat((bounds[:, 0], vocab[:1]))
+    made_up = (starts == torch.cat((vocab.new_zeros(1), bounds[:, 1]))).all()
+    return made_up & (vocab == vocab[0]).all()
