@@ -170,6 +170,8 @@ def _prompted(row: Row, place: str) -> Row:
     alike = all(isinstance(x, str) for x in sides) or all(isinstance(x, list) for x in sides)
     if row.get("prompt") is not None or not alike:
         return row
+    for key in ("chosen", "rejected"):
+        _check_side(row[key], f"{place}: {key}")
     from trl.data_utils import extract_prompt
 
     found = row | extract_prompt(row)

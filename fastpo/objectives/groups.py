@@ -96,8 +96,9 @@ def swepo(
     """
     count = group_count(groups, num_groups)
     deviation = group_center(scores, groups, count)
-    # |deviation|**power leaves float32, and the difference of two infinities is NaN.
-    strengths = beta * logratios + (alpha * deviation.abs() ** power).clamp(max=_FAR)
+    # |deviation|**power leaves float32; 0·inf and the difference of two infinities are NaN.
+    powers = (deviation.abs() ** power).clamp(max=torch.finfo(deviation.dtype).max)
+    strengths = beta * logratios + (alpha * powers).clamp(max=_FAR)
 
     def total(members: Tensor) -> Tensor:
         return group_logsumexp(torch.where(members, strengths, -math.inf), groups, count)

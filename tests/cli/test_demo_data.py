@@ -20,6 +20,10 @@ MALFORMED = {
         {"chosen": "Yes.", "rejected": "No."},
         "expected a prompt, or chosen and rejected that begin alike, got neither",
     ),
+    "no prompt, empty list": (
+        {"chosen": [], "rejected": chat("a", "b", "c")["prompt"]},
+        "chosen: expected at least one message, got an empty list",
+    ),
     "no rejected": ({"prompt": "a", "chosen": "b"}, "got prompt, chosen: rejected is missing"),
     "wrong type": (
         GOOD | {"chosen": 7},

@@ -291,6 +291,13 @@ def test_swepo_at_the_mean_is_negative():
     close(rows, -x.log_softmax(0)[2:])
 
 
+def test_swepo_of_strengths_beyond_float32():
+    """0·inf would be NaN."""
+    x, scores = torch.tensor([0.3, -0.2]), torch.tensor([1e4, -1e4])
+    rows = get("swepo")(x, scores, grouping([2]), beta=1.0, alpha=0.0, power=10)
+    close(rows, torch.tensor([0.5]).neg().exp().log1p())
+
+
 def test_swepo_without_a_positive():
     x = torch.tensor([1.0, -2.0, 0.5, 7.0], requires_grad=True)
     rows = get("swepo")(x, torch.full((4,), 0.1), grouping([3, 1]))
