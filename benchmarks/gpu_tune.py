@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +28,8 @@ from torch import Tensor
 import fastpo
 from fastpo.bench import machine, report
 from fastpo.bench.check import judge
-from fastpo.bench.process import one_interrupt
+from fastpo.bench.errors import DeviceLost
+from fastpo.bench.process import LOST, leave, one_interrupt
 from fastpo.bench.variants import Result
 from fastpo.ops.rows import anchored_cutlass, registry
 from fastpo.testing import HeadInputs, make_head
@@ -42,6 +44,7 @@ HEADS = {
 }[DEVICE]
 SMALL = {"cuda": (256, 8192), "cpu": (16, 48)}[DEVICE]
 JUDGED = 64  # tokens
+PATIENCE = 30  # seconds in which all candidates are compiled
 MODES = ("score", "keep")
 
 # name, backend, what is another in GemmBlocks, or in the schedule of "cutlass"
@@ -105,23 +108,37 @@ def compiled(processes: int) -> list[Candidate]:
         answers = list(map(compile_one, work))
     else:
         with multiprocessing.get_context("spawn").Pool(processes) as pool:
-            answers = pool.map(compile_one, work, chunksize=1)
+            deadline = time.monotonic() + PATIENCE
+            asked = [pool.apply_async(compile_one, (one,)) for one in work]
+            answers = [answer(each, deadline - time.monotonic()) for each in asked]
     refused = {each[0]: why for (each, _), why in zip(work, answers, strict=True) if why}
     for name, why in refused.items():
         print(f"{name}: {why}", flush=True)
     return [each for each in candidates() if each[0] not in refused]
 
 
+def answer(asked: Any, seconds: float) -> str | None:
+    """A candidate that hangs costs only itself; its process ends with the pool."""
+    try:
+        why: str | None = asked.get(max(seconds, 0))
+    except multiprocessing.TimeoutError:
+        return f"not compiled and run once within {PATIENCE} s"
+    return why
+
+
 def complaints(x: HeadInputs, found: list[Candidate]) -> Iterator[str | None]:
     few = HeadInputs(x.hidden.detach()[:JUDGED], x.weight.detach(), x.labels[:JUDGED])
     judged = judge(few, torch.ones(len(few.labels), device=DEVICE))
+    watch = machine.stopwatch(DEVICE)
     for candidate in found:
-        result = Result(forward(few, candidate, "score"), {})
+        _, logps = watch(partial(forward, few, candidate, "score"))
+        result = Result(logps, {})
         yield judged.complaint(judged.errors(result), DTYPE)
 
 
 def one_head(shape: tuple[int, int, int], found: list[Candidate], repeats: int) -> Iterator[Any]:
-    """A row for each candidate and mode; interrupted, of the turns that were done."""
+    """A row for each candidate and mode; interrupted, or stopped by one that hangs, of the turns
+    that were done."""
     x = make_head(*shape, dtype=DTYPE, device=DEVICE)
     watch, right = machine.stopwatch(DEVICE), []
     for candidate, why in zip(found, complaints(x, found), strict=True):
@@ -130,13 +147,13 @@ def one_head(shape: tuple[int, int, int], found: list[Candidate], repeats: int) 
         else:
             yield {"shape": shape, "variant": candidate[0], "status": "wrong", "reason": why}
     runs: dict[tuple[str, str], list[float]] = {}
-    interrupted = None
+    interrupted: BaseException | None = None
     try:
         for turn in range(repeats + 1):  # the first warms up
             for candidate, mode in itertools.product(right, MODES):
                 took, _ = watch(partial(forward, x, candidate, mode))
                 runs.setdefault((candidate[0], mode), []).extend([took.ms] * bool(turn))
-    except KeyboardInterrupt as error:
+    except (KeyboardInterrupt, DeviceLost) as error:
         interrupted = error
     for (name, mode), times in runs.items():
         if times:
@@ -157,15 +174,19 @@ def main() -> int:
         os.environ.setdefault("TRITON_INTERPRET", "1")
     made: dict[str, Any] = machine.facts(DEVICE) | {"what": "tune", "rows": []}
     found = compiled(options.processes)
-    for shape in HEADS:
-        for row in one_head(shape, found, options.repeats):
-            made["rows"].append(row)
-            said = row.get("reason") or f"{row['mode']:<6}{row['median_ms']:>9.3f} ms"
-            print(f"{row['shape']} {row['variant']:<36}{said}", flush=True)
-            if options.out is not None:
-                report.write(made, options.out)
+    try:
+        for shape in HEADS:
+            for row in one_head(shape, found, options.repeats):
+                made["rows"].append(row)
+                said = row.get("reason") or f"{row['mode']:<6}{row['median_ms']:>9.3f} ms"
+                print(f"{row['shape']} {row['variant']:<36}{said}", flush=True)
+                if options.out is not None:
+                    report.write(made, options.out)
+    except DeviceLost as lost:
+        print(f"the device was lost: {lost}", file=sys.stderr)
+        return LOST
     return int(any(row["status"] == "wrong" for row in made["rows"]))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

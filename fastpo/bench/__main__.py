@@ -3,8 +3,8 @@
 import sys
 
 from ..cli import main
-from .process import one_interrupt
+from .process import leave, one_interrupt
 
 if __name__ == "__main__":
     one_interrupt()
-    sys.exit(main(["bench", *sys.argv[1:]]))
+    leave(main(["bench", *sys.argv[1:]]))

@@ -181,6 +181,7 @@ def _head(options: argparse.Namespace) -> int:
     from . import shapes
     from .errors import DeviceLost
     from .head import HeadOptions, bench
+    from .process import LOST
     from .variants import CASES
 
     device, dtype = _device(options)
@@ -202,7 +203,7 @@ def _head(options: argparse.Namespace) -> int:
         made = bench(wanted, _say, _keep(path, {"arguments": _plain(options)}))
     except DeviceLost as lost:
         print(f"fastpo bench head: the device was lost: {lost}", file=sys.stderr)
-        return 3
+        return LOST
     if path is not None:
         print(f"\n{path}")
     failed = [row for row in made["rows"] if row["own"] and row["status"] == "wrong"]

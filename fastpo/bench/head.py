@@ -238,6 +238,8 @@ def _refuse(entry: Entry, error: Exception, device: str) -> None:
     entry.row |= {"status": "refused", "reason": reason}
     entry.forward, entry.runs = None, []
     try:
+        if isinstance(error, DeviceLost):
+            raise error  # who asks again waits for ever
         _release(device)
     except RuntimeError as lost:
         # An illegal access, for one: each later call meets the same error.

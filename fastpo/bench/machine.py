@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
+from .errors import DeviceLost
+
 PACKAGES = (
     "torch",
     "triton",
@@ -82,6 +84,8 @@ T = TypeVar("T")
 
 # About 5 ms at 2 GHz; the host calls all that a head needs in 0.5 to 3.
 _HEAD_START = 10_000_000
+# Seconds after which what was called hangs: the longest call of a benchmark takes less than one.
+_PATIENCE = 20.0
 
 
 class Took(NamedTuple):
@@ -96,7 +100,7 @@ class Stopwatch(Protocol):
 
 
 def stopwatch(device: str) -> Stopwatch:
-    """Runs a function; gives what it took, and its result."""
+    """Runs a function; gives what it took, and its result. DeviceLost if a GPU does not answer."""
 
     def on_cpu(function: Callable[[], T]) -> tuple[Took, T]:
         start = time.perf_counter()
@@ -113,10 +117,19 @@ def stopwatch(device: str) -> Stopwatch:
         start.record()
         on_host, result = on_cpu(function)
         end.record()
-        end.synchronize()
+        _wait(end)
         return Took(start.elapsed_time(end), on_host.ms), result
 
     return on_gpu if device == "cuda" else on_cpu
+
+
+def _wait(end: torch.cuda.Event) -> None:
+    """Asked again and again: who waits in the driver hears no interrupt, and waits for ever."""
+    began = time.monotonic()
+    while not end.query():
+        if time.monotonic() - began > _PATIENCE:
+            raise DeviceLost(f"hangs: no answer for {_PATIENCE:g} s")
+        time.sleep(1e-4)
 
 
 def cache_bytes(device: str) -> int:

@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+
+LOST = 3  # exit code: a device runs nothing any more
 
 
 class Died(RuntimeError):
@@ -36,6 +38,15 @@ def one_interrupt() -> None:
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, heard)
+
+
+def leave(code: int) -> NoReturn:
+    """At once where a device was lost: to free what lies on it would fail, or wait for ever."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == LOST:
+        os._exit(code)
+    sys.exit(code)
 
 
 def for_memory(error: Exception) -> bool:

@@ -97,32 +97,6 @@ def test_wrong_log_probabilities_of_ours_are_not_timed(own, monkeypatch):
     assert ("median_ms" in row) != own
 
 
-def test_a_lost_device_ends_the_run_and_leaves_what_was_measured(monkeypatch, tmp_path, capsys):
-    """As after an illegal access: the call fails, and so does whatever asks the device again."""
-
-    def breaks():
-        def forward(x):
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-        return forward
-
-    def release(device):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    made = [Variant("breaks", case, breaks) for case in ("score", "frozen")]
-    monkeypatch.setattr(head, "rival_variants", lambda: made)
-    monkeypatch.setattr(head, "_release", release)
-    arguments = ("--shapes", "16,100,8", "--device", "cpu", "--variants", "eager,breaks")
-    code, made = bench("head", *arguments, out=tmp_path / "h.json")
-    assert code == 3
-    assert "the device was lost: breaks, score: RuntimeError: CUDA" in capsys.readouterr().err
-    rows = {(row["variant"], row["case"]): row for row in made["rows"]}
-    assert rows["eager", "score"]["status"] == "ok" and rows["eager", "score"]["errors"]
-    assert rows["breaks", "score"]["status"] == "refused"
-    assert [key for key, row in rows.items() if row.get("lost")] == [("breaks", "score")]
-    assert rows["breaks", "frozen"]["status"] == "left out"
-
-
 INTERRUPTED = """
 import os, signal, time
 from fastpo.bench.process import one_interrupt
@@ -161,32 +135,6 @@ def test_an_interrupted_shape_keeps_its_turns(monkeypatch):
         head.bench(options(variants=("patient",)), lambda _: None, kept.append)
     (row,) = kept[-1]["rows"]
     assert len(row["runs_ms"]) == 1 and row["products"] > 0
-
-
-def test_what_the_host_takes_is_not_the_devices_time(monkeypatch):
-    """The device is busy when the clock starts, so the host's calls lie before its work."""
-    said = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            self.name = "end" if "new" in said else "start"
-            said.append("new")
-
-        def record(self):
-            said.append(f"{self.name} recorded")
-
-        def synchronize(self):
-            said.append(f"{self.name} awaited")
-
-        def elapsed_time(self, end):
-            return 1.5
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: said.append("idle"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append("busy"))
-    took, result = machine.stopwatch("cuda")(lambda: said.append("called") or 7)
-    assert said[2:] == ["idle", "busy", "start recorded", "called", "end recorded", "end awaited"]
-    assert took.ms == 1.5 and took.host_ms < 1000 and result == 7
 
 
 def test_wrong_gradients_of_ours_are_not_timed(monkeypatch):

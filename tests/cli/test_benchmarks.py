@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib
 import json
+import multiprocessing
 import subprocess
 import sys
 import threading
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fastpo.bench.errors import DeviceLost
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks"
 WORKER = """
@@ -184,7 +187,8 @@ def test_a_candidate_stands_in_while_it_runs(monkeypatch):
     assert tune.anchored_cutlass.schedule() == shipped
 
 
-def test_interrupted_tuning_keeps_the_turns_that_were_done(monkeypatch):
+@pytest.mark.parametrize("end", [KeyboardInterrupt, DeviceLost])
+def test_interrupted_tuning_keeps_the_turns_that_were_done(end, monkeypatch):
     pytest.importorskip("triton")
     tune = script("gpu_tune", monkeypatch)
     calls, candidate = [], ("as shipped", "anchored", {})
@@ -192,15 +196,24 @@ def test_interrupted_tuning_keeps_the_turns_that_were_done(monkeypatch):
     def forward(x, candidate, mode):
         calls.append(mode)
         if len(calls) == 6:  # two a turn, the first of which warms up
-            raise KeyboardInterrupt
+            raise end
         return torch.zeros(len(x.labels))
 
     monkeypatch.setattr(tune, "forward", forward)
     monkeypatch.setattr(tune, "complaints", lambda x, found: [None for _ in found])
     rows, given = [], tune.one_head((16, 96, 16), [candidate], 7)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(end):
         collections.deque((rows.append(row) for row in given), maxlen=0)
     assert [(row["mode"], len(row["runs_ms"])) for row in rows] == [("score", 2), ("keep", 1)]
+
+
+def test_tuning_does_not_wait_for_a_candidate_that_hangs(monkeypatch):
+    pytest.importorskip("triton")
+    tune = script("gpu_tune", monkeypatch)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        hangs = pool.apply_async(time.sleep, (600,))
+        assert tune.answer(hangs, 0.01) == "not compiled and run once within 30 s"
+        assert tune.answer(hangs, -1.0) is not None
 
 
 def test_cutlass_is_looked_at_in_both_schedules(smoke):
