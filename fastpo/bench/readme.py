@@ -304,7 +304,9 @@ def _lazy_logits(report: Report) -> Iterator[str]:
     yield "| --- |" + " --- |" * 4
     rows = {(row["reading"], row["logits"]): row for row in report["rows"]}
     for reading in dict.fromkeys(row["reading"] for row in report["rows"]):
-        own, lazy = (rows[reading, how] for how in ("own", "lazy"))
+        own, lazy = (rows.get((reading, how)) for how in ("own", "lazy"))
+        if own is None or lazy is None:  # of a run that was interrupted
+            continue
         memory = " | ".join(f"{row['extra_mib']:,.0f} MiB" for row in (own, lazy))
         times = " | ".join(f"{row['cpu_s']:.1f} s" for row in (own, lazy))
         yield f"| {reading} | {memory} | {times} |"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..ties import lowest, reaches
 from ._math import (
+    EXP_CAP,
     avg,
     exp_cap,
     expm1_cap,
@@ -118,7 +119,7 @@ def wpo_weights(
     chosen_log_sum_sq_probs: Tensor | None = None,  # [B, T] nats
     rejected_log_sum_sq_probs: Tensor | None = None,  # [B, T] nats
 ) -> Quantities:
-    """w_chosen · w_rejected, w = exp⁺(mean over tokens of logp - log Σ_v p²), no gradient.
+    """min(w_chosen·w_rejected, e^40), w = exp⁺(mean over tokens of logp - log Σ_v p²), no gradient.
 
     Without log_sum_sq_probs the weights are not aligned; an empty side weighs 1.
     """
@@ -128,10 +129,8 @@ def wpo_weights(
         return exp_cap(masked_mean(aligned.detach(), mask))
 
     chosen = side(chosen_token_logps, chosen_mask, chosen_log_sum_sq_probs)
-    return {
-        "pair_weights": chosen
-        * side(rejected_token_logps, rejected_mask, rejected_log_sum_sq_probs)
-    }
+    rejected = side(rejected_token_logps, rejected_mask, rejected_log_sum_sq_probs)
+    return {"pair_weights": (chosen * rejected).clamp(max=math.exp(EXP_CAP))}
 
 
 @transform("score_labels", paper="arXiv:2410.03145", outputs=("soft_labels",))

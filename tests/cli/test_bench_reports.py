@@ -169,6 +169,14 @@ def test_trainers_are_compared_in_pairs():
         readme.render(lone, "r.json")
 
 
+def test_a_reading_that_was_interrupted_has_no_row():
+    path = Path(__file__).parents[2] / "benchmarks/results/cpu_amd_epyc_lazy_logits.json"
+    report = json.loads(path.read_text(encoding="utf-8"))
+    text = readme.render(report | {"rows": report["rows"][:3]}, "r.json")
+    first, second = (report["rows"][i]["reading"] for i in (0, 2))
+    assert f"| {first} |" in text and f"| {second} |" not in text
+
+
 def test_files_that_cannot_be_read_or_written(tmp_path, capsys):
     page, report = tmp_path / "README.md", tmp_path / "r.json"
     page.write_bytes(b"\xff")

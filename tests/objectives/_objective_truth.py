@@ -116,7 +116,7 @@ def _values(name: str, shape: list[int], g: torch.Generator, extreme: bool) -> T
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    return torch.log(1 / (1 + torch.exp(-x)))
+    return -torch.log1p(torch.exp(-x))
 
 
 def loss(z: Tensor, t: Any = 1.0) -> Tensor:

@@ -69,8 +69,8 @@ def dpo_bmc(
     def side(logps, ref, mask, flags):
         total = 0 * logps.sum()
         for x, x0, d in zip(logps[mask], ref[mask], flags[mask], strict=True):
-            m = 1 + d * min(1 / torch.exp(x.detach()), torch.tensor(delta).to(x))
-            m0 = 1 + d * min(1 / torch.exp(x0), torch.tensor(delta).to(x))
+            m = 1 + d * min(1 / torch.exp(x.detach()), torch.tensor(delta, dtype=x.dtype))
+            m0 = 1 + d * min(1 / torch.exp(x0), torch.tensor(delta, dtype=x.dtype))
             total = total + m * x - (m0 if ref_weighting == "own" else m) * x0
         return total
 

@@ -114,6 +114,9 @@ def test_finite(key, data):
         assert x.isfinite().all(), f"{name}: {x}"
 
 
+BEYOND = 1e15  # exponentials end at e**40, which a parameter may divide
+
+
 @pytest.mark.parametrize("key", KEYS)
 @given(data=st.data())
 @some
@@ -127,8 +130,8 @@ def test_as_the_truth(key, data):
             raise
         return
     truth, dtruth = truth_of(function, row, inputs, hyper)
-    if not all(x.isfinite().all() for x in (*truth, *dtruth.values())):
-        return  # the naive formula has overflowed
+    if not all((x.abs() < BEYOND).all() for x in (*truth, *dtruth.values())):
+        return  # the naive formula has overflowed, or ours has stopped
     for got, expected in zip(ours, truth, strict=True):
         torch.testing.assert_close(got, expected.to(got.dtype), rtol=1e-7, atol=1e-9)
     for name in dtruth.keys() | dours.keys():

@@ -80,6 +80,14 @@ def test_thin_token_entries(seed):
     close(get("ld_dpo")(**q, ld_alpha=0.3), shorter(**q))
 
 
+def test_wpo_of_impossible_weights_is_finite():
+    """log Σ p² far below 2·log p, as of other tokens: each side's exponential alone may be e⁴⁰."""
+    q = {name: x.float() if x.is_floating_point() else x for name, x in tokens(0).items()}
+    squares = pair("log_sum_sq_probs", torch.full_like(q["chosen_token_logps"], -1e4))
+    q["ref_chosen_token_logps"] = torch.full_like(q["chosen_token_logps"], 1e4)
+    assert get("wpo")(**q, **squares, beta=3.0).isfinite().all()
+
+
 def test_nothing_in_common():
     """opa_dpo without a position scored on both sides: 0, and no gradient."""
     q = tokens(1)
