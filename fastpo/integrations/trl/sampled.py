@@ -252,7 +252,7 @@ def _log(trainer: Any, output: dict[str, Any]) -> None:
     sampler, own = (output.get(name) for name in ("sampling_per_token_logps", _OLD))
     if sampler is None or own is None:
         return
-    mask = _sampled(output)
+    mask = _sampled(output) & ~sampler.isnan()  # NaN: an engine that does not know
     if bool(mask.any()):
         _add(trainer, diagnose(sampler, own, mask=mask).log(_METRIC))
 

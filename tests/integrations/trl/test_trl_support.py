@@ -233,6 +233,19 @@ def test_what_the_sampler_reports_is_replayed(tmp_path):
     assert not logged_masses(built), "a product with all words"
 
 
+def test_a_sampler_that_knows_no_log_probabilities(tmp_path):
+    """None is an engine's NaN: TRL trains on, and there is nothing to compare."""
+
+    def silent(prompts, trainer):
+        made = rollouts([3, 5] * 8, lambda row, vocab: [[word] for word in row])(prompts, trainer)
+        return made | {"logprobs": [[None] * len(row) for row in made["completion_ids"]]}
+
+    with fastpo.patched(support=True):
+        built = trainer(trl.GRPOTrainer, "GRPO", tmp_path, {}, rollout_func=silent)
+        built.train()
+    assert not any(k.startswith("fastpo/sampler") for x in built.state.log_history for k in x)
+
+
 def test_a_truncated_completion_is_not_scored(tmp_path):
     """Its words were reported, too: the one that ends is scored over its own all the same."""
 
