@@ -32,6 +32,7 @@ _REPORTED = "sampling_mask"
 _COLUMN = "fastpo_support"
 _OLD = "old_per_token_logps"
 _METRIC = "fastpo/sampler_"
+_RULE = ("top_k", "top_p", "min_p")
 # What `_get_per_token_logps_and_entropies` takes, since 1.13.
 SCORES = (
     "model",
@@ -283,7 +284,10 @@ def _words(rows: list[Support], sizes: list[int]) -> Support:
 
 
 def _rule(trainer: Any) -> Rule:
-    return Support.rule(top_k=trainer.top_k, top_p=trainer.top_p, min_p=trainer.min_p)
+    """Of the config; TRL lets its `generation_kwargs` override the options of the same names."""
+    given = trainer.args.generation_kwargs or {}
+    options = {name: given.get(name, getattr(trainer, name)) for name in _RULE}
+    return Support.rule(**options)
 
 
 def replacements() -> dict[Seam, Make]:

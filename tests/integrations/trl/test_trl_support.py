@@ -134,6 +134,16 @@ def trainer(kind, prefix, folder, changes, **arguments):
     )
 
 
+@pytest.mark.parametrize("prefix", ["GRPO", "RLOO"])
+def test_generation_kwargs_override_the_config(prefix, tmp_path):
+    """As they do for the sampler: `spying` judges by KEPT."""
+    changes = {"top_k": 3, "top_p": 0.9, "generation_kwargs": KEPT}
+    with fastpo.patched(support=True):
+        built = trainer(spying(prefix), prefix, tmp_path, changes)
+        built.train()
+    assert logged_masses(built) == pytest.approx(built.masses, rel=1e-5)
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize(("prefix", "iterations"), [("GRPO", 2), ("GRPO", 1), ("RLOO", 2)])
 def test_every_pass_is_over_the_words_of_the_policy_that_sampled(
