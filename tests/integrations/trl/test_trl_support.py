@@ -144,14 +144,18 @@ def test_generation_kwargs_override_the_config(prefix, tmp_path):
     assert logged_masses(built) == pytest.approx(built.masses, rel=1e-5)
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+ON_THE_HEAD = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+
+
+@pytest.mark.parametrize("adapted", [None, {}, ON_THE_HEAD])
 @pytest.mark.parametrize(("prefix", "iterations"), [("GRPO", 2), ("GRPO", 1), ("RLOO", 2)])
 def test_every_pass_is_over_the_words_of_the_policy_that_sampled(
     prefix, iterations, adapted, tmp_path
 ):
     """In GRPO with one iteration the reference is asked before anybody has seen the policy."""
-    arguments = {"peft_config": _trainers.lora()} if adapted else {}
-    changes = {**KEPT, "num_iterations": iterations, "learning_rate": 20.0 if adapted else 0.5}
+    arguments = {} if adapted is None else {"peft_config": _trainers.lora(**adapted)}
+    rate = 20.0 if adapted == {} else 0.5
+    changes = {**KEPT, "num_iterations": iterations, "learning_rate": rate}
     with fastpo.patched(support=True):
         built = trainer(spying(prefix), prefix, tmp_path, changes, **arguments)
         built.train()
@@ -159,6 +163,7 @@ def test_every_pass_is_over_the_words_of_the_policy_that_sampled(
     assert any(log.get("kl", 0) > 1e-3 for log in built.state.log_history)
     assert max(built.masses) < 0.99
     assert logged_masses(built) == pytest.approx(built.masses, rel=1e-5)
+    assert sampled._batch.get() is None
 
 
 def test_a_subclass_with_a_loss_of_its_own(tmp_path):
