@@ -178,23 +178,44 @@ TENSOR_USES = {
     "mask": lambda x: (x > 0) & torch.tensor([True, False, True]),
     "truth": lambda x: [bool(y) for y in (x.sum() > 0, x.sum() < 0, x.sum() == 0)],
     "scalar": lambda x: (float(x.sum()), int(x.sum()), range(3)[x.float().sum().long()]),
+    "place": lambda x: "abc"[(x > 0).sum()],
     "text": lambda x: f"{x} {x!r}",
 }
 
 
+@pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("use", TENSOR_USES)
-def test_a_tensor_is_a_tensor(use):
+def test_a_tensor_is_a_tensor(use, inside):
     ledger = Ledger()
     x = torch.tensor([0.5, -0.25, 1.0])
     with ledger.recording(Processes()):
-        found = TENSOR_USES[use](ledger.gathered(x))
+        pending = ledger.gathered(x)
+        found = TENSOR_USES[use](pending) if inside else None
         found = found.plain() if isinstance(found, PendingTensor) else found
+    found = found if inside else TENSOR_USES[use](pending)
     expected = TENSOR_USES[use](x)
+    assert type(found) is type(expected)
     if isinstance(expected, torch.Tensor):
         assert torch.equal(found, expected)
         assert found.dtype == expected.dtype
     else:
         assert found == expected
+
+
+def test_a_number_of_a_tensor_is_one_when_nothing_is_written_down():
+    ledger = Ledger()
+    with ledger.recording(Processes()):
+        pending = ledger.gathered(X)
+    assert type(pending.sum().item()) is float
+
+
+def test_a_tensor_that_nobody_gathered_counts_as_it_is_then():
+    ledger, other = Ledger(), X.clone()
+    with ledger.recording(Processes()):
+        product, difference = ledger.gathered(X) * other, ledger.gathered(Y).item() - other
+        other.zero_()
+    assert torch.equal(product, X * X)
+    assert torch.equal(difference, Y.item() - X)
 
 
 def test_a_loss_of_it_still_trains():
@@ -232,7 +253,7 @@ def guarded(gather, a, b):
     return mean, average
 
 
-@pytest.mark.parametrize("count", [4, 0])
+@pytest.mark.parametrize("count", [4, 1, 0])
 def test_a_guarded_quotient_waits_for_nobody(count, transfers):
     """Both its ways; an `if` of the same function has to wait."""
     ledger, counts = Ledger(), torch.tensor(count)

@@ -103,7 +103,7 @@ class PendingTensor(_Pending):
         if not (known and self._ledger.open):
             plain, named = tree_map(_plain, (args, kwargs))
             return function(self.plain(), *plain, **named)
-        quotient = {"__truediv__": args[-1:], "__rtruediv__": (self,)}.get(name, ())
+        quotient = {"__truediv__": args, "__rtruediv__": (self,)}.get(name, ())
         looks = [x for x in quotient if isinstance(x, PendingTensor) and x.kept_promise()]
 
         def compute() -> Tensor:
