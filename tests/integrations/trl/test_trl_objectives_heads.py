@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 
 import pytest
@@ -79,6 +80,24 @@ def test_the_best_other_word(policy):
     own = (logits(policy) / 0.7).log_softmax(1)
     expected = own.scatter(1, policy.head.targets[:, None], -torch.inf).amax(1)
     close(alternatives(policy, 1)(), expected)
+
+
+# What walks, and whether it keeps anything for the backward that a budget were of.
+WALKS = {
+    "linear_divergence": (token_kl, True),
+    "mixed_linear_logps": (lambda policy, reference: mixed(policy, reference, 0.5), False),
+    "linear_topk": (lambda policy, _: alternatives(policy, 2), True),
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_options_of_the_patch_are_those_of_every_walk(name, reference, monkeypatch):
+    module, given = importlib.import_module(f"fastpo.ops.{name}"), []
+    own, (walk, keeps) = getattr(module, name), WALKS[name]
+    monkeypatch.setattr(module, name, lambda *args, **kw: given.append(kw) or own(*args, **kw))
+    walk(a_pass(0, backend="torch", budget=0), reference)()
+    (found,) = given
+    assert (found["backend"], found.get("budget")) == ("torch", 0 if keeps else None)
 
 
 @dataclass

@@ -173,6 +173,7 @@ def mixed(policy: Pass, reference: Pass, mixing: float) -> Callable[[], Tensor]:
                 temperature=policy.head.options.temperature,
                 softcaps=[run.head.options.softcap for run in (policy, reference)],
                 logit_scales=[run.head.options.logit_scale for run in (policy, reference)],
+                backend=policy.head.options.backend,
             )
         assert stats.logps is not None
         return policy.spread(stats.logps)
@@ -188,7 +189,13 @@ def alternatives(policy: Pass, k: int) -> Callable[[], Tensor]:
 
         call = policy.head
         found = linear_topk(
-            *call.operands, k, exclude=call.targets, bias=call.bias, **_map(call, "")
+            *call.operands,
+            k,
+            exclude=call.targets,
+            bias=call.bias,
+            **_map(call, ""),
+            budget=call.options.budget,
+            backend=call.options.backend,
         )
         return policy.spread(found.sample().values)
 
