@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from importlib import metadata
 
 import pytest
@@ -305,6 +306,26 @@ def test_a_report_of_another_length_is_refused(tmp_path):
         )
         with pytest.raises(ValueError, match="sampling_mask: expected a list of word ids for each"):
             built.train()
+
+
+def test_outside_of_a_step_all_words_count(tmp_path):
+    """Of what a script asks itself: scores, completions, the reference's adapter."""
+
+    def rollout(prompts, trainer):
+        return rollouts([3, 5] * 8, lambda row, vocab: [[word] for word in row])(prompts, trainer)
+
+    with fastpo.patched(support=True):
+        arguments = {"peft_config": _trainers.lora(), "rollout_func": rollout}
+        built = trainer(trl.GRPOTrainer, "GRPO", tmp_path, KEPT, **arguments)
+        ids = torch.arange(3, 11).view(1, 8)
+        given = built.model, ids, torch.ones_like(ids), 4
+        with sys.modules[trl.GRPOTrainer.__module__].use_adapter(built.model, None):
+            found = built._get_per_token_logps_and_entropies(*given, compute_entropy=True)
+            z, words = completions(*given)
+        made = built._generate([row["prompt"] for row in tiny.prompts()])
+    expected = restricted(z, words, torch.ones_like(z, dtype=torch.bool))
+    torch.testing.assert_close(found[:2], expected, rtol=1e-4, atol=1e-4)
+    assert any(isinstance(part, dict) and "sampling_mask" in part for part in made)
 
 
 def test_a_head_for_fewer_tokens_than_were_sampled_is_refused():
