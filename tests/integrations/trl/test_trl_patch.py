@@ -16,6 +16,7 @@ pytest.importorskip("datasets")
 
 import _tiny as tiny
 import _trainers
+import torch
 import trl
 from _tiny import one_thread  # noqa: F401
 
@@ -187,6 +188,24 @@ def test_an_option_that_cannot_be_changes_nothing(options, message):
 def test_an_option_of_an_objective_without_one(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))}: .* objective= with it"):
         fastpo.patch(**options)
+
+
+@pytest.mark.parametrize(
+    ("objective", "references", "message"),
+    [
+        ("inpo", {"prev": 2}, "'prev'.: expected one model, got 2"),
+        ("inpo", {"prev": 0}, "'prev'.: expected one model, got 0"),
+        ("mnpo", {"history": 0}, "'history'.: expected at least one model, got 0"),
+        ("inpo", {"prev": 1, "history": 1}, r"'history'.: expected an objective of history_\*_log"),
+        ("kto", {"prev": 1}, r"'prev'.: expected an objective of prev_\*_logps, got one of lograt"),
+    ],
+)
+def test_references_that_nothing_would_come_of(objective, references, message):
+    own = held()
+    models = {name: [torch.nn.Linear(1, 1)] * count for name, count in references.items()}
+    with pytest.raises(ValueError, match=f"^references.{message}"):
+        fastpo.patch(objective=objective, references=models)
+    assert_held(own)
 
 
 @pytest.mark.parametrize("prefix", ["DPO", "KTO", "GRPO"])

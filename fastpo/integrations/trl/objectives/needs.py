@@ -71,14 +71,27 @@ class Setting:
                     f"{got}: expected an option of fastpo.patch, or objective= with it, got neither"
                 )
             return
+        self._check_references(self.bound())
+
+    def _check_references(self, objective: Objective) -> None:
+        """Each would be asked at every step: for an objective of one model, or none, in vain."""
         unknown = set(self.references) - {"prev", "history"}
         if unknown:
             raise ValueError(f"references: expected prev and history, got {', '.join(unknown)}")
         for name in self.references:
-            for one in self.models(name):
+            models = self.models(name)
+            for one in models:
                 if not isinstance(one, torch.nn.Module):
                     raise ValueError(f"references[{name!r}]: expected a model, got {one!r}")
-        self.bound()
+            if not models or (name == "prev" and len(models) > 1):
+                expected = "one model" if name == "prev" else "at least one model"
+                raise ValueError(f"references[{name!r}]: expected {expected}, got {len(models)}")
+            quantities = quantities_of(objective)
+            if not any(quantity.startswith(f"{name}_") for quantity in quantities):
+                raise ValueError(
+                    f"references[{name!r}]: expected an objective of {name}_*_logps, got one of "
+                    f"{', '.join(quantities)}"
+                )
 
     def models(self, name: str) -> list[Any]:
         """Of one name in `references`, in their order."""
