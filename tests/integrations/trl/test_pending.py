@@ -90,6 +90,7 @@ def test_of_several_processes(transfers):
 
 def test_bytes_of_any_dtype_find_their_place():
     tensors = [X > 0, X.double(), torch.tensor(7), torch.zeros(0, 3), X.bfloat16()[None]]
+    tensors.append(torch.stack((X, X + 1), 1)[:, 0])  # strided
     packed = ledgers._pack(tensors)
     rows = ledgers._unpack_rows(torch.cat((packed, packed)), tensors)
     for x, found in zip(tensors, rows, strict=True):
@@ -116,6 +117,16 @@ def test_one_collective_a_step_and_one_transfer_a_log(transfers):
     assert total == expected
     assert accelerator.collectives == 4
     assert len(transfers) == 1
+
+
+def test_a_tensor_that_nobody_has_read_is_gathered_with_its_step():
+    """Later a process may read it alone."""
+    accelerator, ledger = Processes(2), Ledger()
+    with ledger.recording(accelerator):
+        pending = ledger.gathered(X)
+    assert accelerator.collectives == 1
+    assert torch.equal(pending.plain(), torch.cat((X, 2 * X)))
+    assert accelerator.collectives == 1
 
 
 def test_nobody_reads_and_memory_stays_small(monkeypatch, transfers):
@@ -281,19 +292,26 @@ def test_only_a_quotient_by_what_is_asked_is_guarded():
     assert quotient_guards(len) == frozenset()
 
 
-def test_a_promise_nobody_keeps_is_loud():
+PROMISED = {
+    "truth": lambda x: bool(x.sum() > 0),
+    "product": lambda x: [n * 2 for n in [x.sum().item()] if n > 0],
+    "product of tensors": lambda x: [n * 2 for n in [x.sum()] if n > 0],
+}
+
+
+@pytest.mark.parametrize("name", PROMISED)
+def test_a_promise_nobody_keeps_is_loud(name):
     """Were TRL's line another than it seems, its value would be wrong."""
-
-    def asks(gather, x):
-        return bool(gather(x).sum() > 0)
-
-    code, ledger = asks.__code__, Ledger()
-    here = frozenset({(code, code.co_firstlineno + 1)})
+    asks, ledger = PROMISED[name], Ledger()
+    codes = (asks.__code__, *(x for x in asks.__code__.co_consts if hasattr(x, "co_code")))
+    here = frozenset((code, asks.__code__.co_firstlineno) for code in codes)
     with (
         pytest.raises(RuntimeError, match="x > 0: expected a division by x to follow"),
         ledger.recording(Processes(), here),
     ):
-        asks(ledger.gathered, X)
+        asks(ledger.gathered(X))
+    with ledger.recording(Processes()):
+        assert ledger.gathered(X).sum().item() == X.sum().item()
 
 
 def test_an_error_of_one_number_is_its_own():

@@ -60,10 +60,9 @@ class Ledger:
         self._leaves.append(leaf)
         return leaf
 
-    def guards(self, other: Any, frame: FrameType) -> bool:
-        """Whether `x > other` in this frame is a guard."""
-        here = frame.f_code, frame.f_lineno
-        return self.open and here in self._guards and type(other) is int and other == 0
+    def guards(self, frame: FrameType) -> bool:
+        """Whether the `>` that this frame is at is a guard: the line has no other comparison."""
+        return self.open and (frame.f_code, frame.f_lineno) in self._guards
 
     def promise(self, value: PendingTensor | PendingNumber) -> bool:
         value.promised = True

@@ -28,7 +28,7 @@ class Recorder(Protocol):
 
     open: bool
 
-    def guards(self, other: Any, frame: FrameType) -> bool: ...
+    def guards(self, frame: FrameType) -> bool: ...
 
     def promise(self, value: PendingTensor | PendingNumber) -> bool: ...
 
@@ -124,7 +124,7 @@ class PendingTensor(_Pending):
         return super().__getattr__(name)
 
     def __gt__(self, other: Any) -> Any:
-        if self._ledger.guards(other, sys._getframe(1)):
+        if self._ledger.guards(sys._getframe(1)):
             return self._ledger.promise(self)
         return self.apply("__gt__", other)
 
@@ -214,7 +214,7 @@ class PendingNumber(_Pending):
         return self._ledger.keep(PendingNumber(self._ledger, compute), result=True)
 
     def __gt__(self, other: Any) -> Any:
-        if self._value is _UNKNOWN and self._ledger.guards(other, sys._getframe(1)):
+        if self._value is _UNKNOWN and self._ledger.guards(sys._getframe(1)):
             return self._ledger.promise(self)
         return self.plain() > _plain(other)
 
