@@ -74,6 +74,20 @@ def test_an_objective_trains_as_trls_loss_does(name, tmp_path):
     _trainers.assert_same(without(found), without(expected))
 
 
+def test_what_the_config_says_again(tmp_path, caplog):
+    """It is neither refused nor heard twice; of TRL's own loss nothing is logged or warned of."""
+    both = {"beta": 0.1, "entropy_coef": 0.1, "importance_sampling_level": "sequence"}
+    expected = _trainers.train(trainer(tmp_path, loss_type="grpo", **both))
+    given = {"beta": 0.1, "entropy_coef": 0.1, "level": "sequence", "unbiased_kl": True}
+    with fastpo.patched(objective="grpo", **given):
+        own = trainer(tmp_path, **both)
+        assert own.beta == 0.1
+        found = _trainers.train(own)
+    _trainers.assert_same(without(found), without(expected))
+    assert not any("policy_loss" in log for log in found[0])
+    assert "importance_sampling_level" not in caplog.text
+
+
 EVALUATED = {
     "eval_strategy": "steps",
     "eval_steps": 2,
