@@ -287,6 +287,7 @@ REFUSED = {
         r"epsilon: expected 0.2 with gspo \(give epsilon_low= to fastpo.patch\), got 0.1",
     ),
     "beta": ({"objective": "rloo"}, {"beta": 0.1}, r"beta: expected 0.0 with rloo, got 0.1"),
+    "beta of 1": ({"objective": "rloo"}, {"beta": 1.0}, r"beta: expected 0.0 with rloo, got 1.0"),
     "adaptive": (
         {"objective": "grpo"},
         {"use_adaptive_entropy": True},
