@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from ..ops.shards.gathered import HeadOptions
 from ..ops.stats import TokenStats
 from ..ops.vocab_parallel_logps import score_sharded
+from ..ops.walks.derivatives import check_plain
 from . import predictions
 from .adapter import operands, rounded
 from .heads import linear_head, logit_map, stored_weight, tensor_parallel, words_of
@@ -204,6 +205,7 @@ class _Call:
         self.lost = True
         if self.hidden is None:
             raise self.unknown("its loss comes before get_output_embeddings() is called")
+        check_plain("attach", (self.hidden, labels))  # vmap would refuse to look at the logits
         if logits is not self.looked_at:
             self.known, self.looked_at = self.check(logits, vocab_size), logits
             # Whoever reads them from here on shall see that they are none; autograd saw no change.

@@ -145,3 +145,18 @@ def test_factors_of_logits_by_their_names(family):
     config = transformers.PretrainedConfig()
     vars(config).update({"model_type": family.lower(), **options})
     assert logit_map(config) == (None, factor)
+
+
+def test_gradients_of_each_row_by_vmap_are_refused_by_name():
+    model, inputs = tiny.model("llama", attn_implementation="eager"), tiny.batch()
+    weights = {name: x.detach() for name, x in model.named_parameters()}
+
+    def loss(weights, ids, labels):
+        given = {"input_ids": ids[None], "labels": labels[None]}
+        return torch.func.functional_call(model, weights, (), given).loss
+
+    rows = inputs["input_ids"], inputs["labels"]
+    with fastpo.attach(model):
+        for function in (loss, torch.func.grad(loss)):
+            with pytest.raises(RuntimeError, match=r"^attach: .* outside torch\.func"):
+                torch.func.vmap(function, (None, 0, 0))(weights, *rows)
