@@ -173,7 +173,9 @@ def _spec(
     )
 
 
-# Flat schemas: torch's custom operators take tensors and plain values only.
+# Flat schemas: torch's custom operators take tensors and plain values only. With an autograd of its
+# own, unlike `Operators`: a compiler hands an autograd.Function zeros as gradients of results that
+# are only logged, for which a frozen head would compute all logits again.
 @torch.library.custom_op("fastpo::linear_logps", mutates_args=())
 def _forward_op(
     hidden: Tensor,
