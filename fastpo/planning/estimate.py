@@ -57,7 +57,9 @@ class Estimate:
         cls, head: str, setting: Setting, phases: Phases, trained: int, gathered: int
     ) -> Estimate:
         """trained: bytes of parameters with a gradient; gathered: of what is whole at once."""
-        parts = _parts(setting, max(phases.values(), key=Counter.total), trained, gathered)
+        # In shards the largest phase may be another one: what comes and goes is not divided.
+        each = (_parts(setting, held, trained, gathered) for held in phases.values())
+        parts = max(each, key=lambda x: sum(x.values()))
         return cls(head, setting, parts, {name: x.total() for name, x in phases.items()})
 
 

@@ -273,6 +273,18 @@ def test_parts_add_up_where_one_would_be_less_than_nothing():
     assert found.peak == 130 and min(found.parts.values()) == 0
 
 
+def test_shards_have_a_peak_of_their_own():
+    """On one device the optimizer's phase is the largest; of its bytes each of four has a part."""
+    kept = Counter({"weights": 400, "optimizer": 800})
+    phases = {
+        "head": kept + Counter({"activations": 300}),
+        "optimizer": kept + Counter({"gradients": 400}),
+    }
+    for options, expected in (({}, 1600), ({"devices": 4, "strategy": "fsdp2"}, 300 + 300 + 7)):
+        setting = Setting("llama", device="cpu", **options)
+        assert Estimate.of("fastpo", setting, phases, trained=400, gathered=7).peak == expected
+
+
 def test_head_and_layers_have_peaks_of_their_own():
     for trainer in ("dpo", "orpo", "gkd"):
         setting = Setting("llama", trainer=trainer, context=64)
