@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 _BLOCK, _SECOND = 64, 256
 _TABLES = 16 + 256 + 1
@@ -53,12 +54,22 @@ class Packed(nn.Linear):
 
 
 def quantise(model: Any) -> None:
-    """All linear layers but the head; real ones by bitsandbytes."""
+    """All linear layers but the head, as transformers has it; real ones by bitsandbytes."""
     head = model.get_output_embeddings()
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and child is not head:
+            if isinstance(child, Conv1D):
+                setattr(parent, name, _packed(_turned(child)))
+            elif type(child) is nn.Linear and child is not head:
                 setattr(parent, name, _packed(child))
+
+
+def _turned(module: Conv1D) -> nn.Linear:
+    """GPT-2's layers have their weight the other way round."""
+    inputs, outputs = module.weight.shape
+    made = nn.Linear(inputs, outputs, device="meta")
+    made.weight, made.bias = nn.Parameter(module.weight.detach().t().contiguous()), module.bias
+    return made
 
 
 def library() -> Any:

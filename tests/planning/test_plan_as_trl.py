@@ -80,6 +80,18 @@ def test_an_adapter_of_four_bits_is_bfloat16(bits, dtype):
     assert {x.dtype for x in policy.parameters() if x.requires_grad} == {dtype}
 
 
+def test_four_bits_of_layers_with_turned_weights():
+    """GPT-2's: transformers has bitsandbytes' linear layers in their place."""
+    setting = Setting("gpt2", lora=Lora(8), load_in_4bit=True)
+    with torch.device("meta"):
+        policy = build(setting, GPT2).policy
+    packed = [x.numel() for x in policy.parameters() if x.dtype == torch.uint8]
+    sizes = (32, 3 * 32), (32, 32), (32, 4 * 32), (4 * 32, 32)  # inputs and outputs
+    assert packed == [inputs * outputs // 2 for inputs, outputs in sizes]
+    adapter = [tuple(x.shape) for x in policy.parameters() if x.requires_grad]
+    assert adapter == [x for inputs, outputs in sizes for x in ((8, inputs), (outputs, 8))]
+
+
 @pytest.mark.parametrize("trainer", KBIT)
 def test_what_peft_prepares_for_four_bits_is_float32_beside_them(trainer):
     setting = Setting("llama", trainer=trainer, lora=Lora(8), load_in_4bit=True)
