@@ -155,7 +155,8 @@ class Session:
         trained = weight.requires_grad
         bytes_ = weight.numel() * weight.itemsize * trained
         plan = make_plan(*shape, head_grad=trained, dweight_bytes=bytes_, **options)
-        self.live.workspace, self.live.shared = plan.workspace_bytes, plan.shared_bytes
+        self.live.workspace = plan.workspace_bytes
+        self.live.shared = bytes_ if plan.shared_bytes else 0  # what is kept is no smaller then
 
 
 class _HeadLive(Live):

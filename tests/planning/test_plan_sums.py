@@ -1,0 +1,116 @@
+"""What a plan adds to the bytes that a step shows, by sums of hand."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("peft")
+
+import torch
+import transformers
+from _plans import SHALLOW, TWO
+
+import fastpo
+from fastpo.planning.estimate import Estimate, Session
+from fastpo.planning.live import Live
+from fastpo.planning.plan import StepPlan
+from fastpo.planning.setting import Setting
+
+MIB = 2**20
+LASTING = {"weights": 800, "reference": 80, "gradients": 160, "optimizer": 240}
+PASSING = {"activations": 100, "temporaries": 40, "head": 20}
+
+
+def _parts(**options):
+    phases = {"backward": Counter({x: n * MIB for x, n in (LASTING | PASSING).items()})}
+    setting = Setting("llama", **options)
+    found = Estimate.of("fastpo", setting, phases, trained=400 * MIB, gathered=7 * MIB)
+    return {name: size / MIB for name, size in found.parts.items()}
+
+
+def test_what_a_gpu_adds():
+    """The driver's 500 MiB, libraries' 64, and a twentieth of what comes and goes."""
+    assert _parts() == LASTING | PASSING | {"device": 500 + 64 + 160 / 20}
+    assert _parts(device="cpu") == LASTING | PASSING | {"device": 0}
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "zero3"])
+def test_shards_divide_what_lasts(strategy):
+    quarters = {name: size / 4 for name, size in LASTING.items()}
+    found = _parts(device="cpu", devices=4, strategy=strategy)
+    assert found == quarters | PASSING | {"device": 7}
+
+
+def test_buckets_are_gradients_once_more():
+    assert _parts(device="cpu", devices=2) == LASTING | PASSING | {"device": 400}
+
+
+def test_states_of_eight_bits():
+    """Two bytes a number and two scales for 256 of them; small tensors have two float32."""
+    setting = Setting("llama", trainer="sft", context=32, optimizer="adamw8bit")
+    found = Session(setting, TWO, "fastpo").phases(setting)["optimizer"]["optimizer"]
+    with torch.device("meta"):
+        sizes = [x.numel() for x in transformers.LlamaForCausalLM(TWO).parameters()]
+    large = [n for n in sizes if n >= 4096]
+    assert found == sum(2 * n + 2 * 4 * -(-n // 256) for n in large) + 8 * (sum(sizes) - sum(large))
+
+
+def _head(**options):
+    setting = Setting("llama", trainer="sft", context=2048, batch=8, **options)
+    return {x: n["head"] for x, n in Session(setting, TWO, "fastpo").phases(setting).items()}
+
+
+def test_what_the_head_takes_is_counted():
+    """What `fastpo.plan` tells, beside which the rest is small here."""
+    told = fastpo.plan(8 * 1023, 3000, 64, device="cuda")
+    found = _head()
+    assert told.kept_bytes < told.workspace_bytes
+    assert found["head"] == pytest.approx(told.workspace_bytes, rel=0.01)
+    expected = told.workspace_bytes + told.kept_bytes
+    assert found["backward"] == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("tokens", [34, 60, 72, 96])
+def test_a_gradient_in_the_place_of_what_was_kept(tokens):
+    """As a real call holds it: of the same size as d weight, smaller, larger, too large."""
+    config, words, width = copy.deepcopy(SHALLOW), 100_000, 64
+    config.vocab_size = words
+    options = {"trainer": "sft", "context": tokens + 1, "prompt": 0.0}
+    setting = Setting("llama", dtype="fp32", device="cpu", **options)
+    found = Session(setting, config, "fastpo").phases(setting)["backward"]["head"]
+    with Live() as live:
+        weight = torch.randn(words, width, requires_grad=True)
+        hidden = torch.randn(tokens, width, requires_grad=True)
+        given = live.now
+        logps = fastpo.linear_logps(hidden, weight, torch.arange(tokens)).logps
+        live.forget_peak()
+        logps.sum().backward()
+    assert found == pytest.approx(live.peak - given, rel=0.03)
+
+
+def test_a_card_lets_the_head_keep_a_sixteenth():
+    assert _head(memory=2**30) == _head(budget=2**26) != _head()
+    assert _head(memory=2**30, device="cpu") == _head(device="cpu")
+
+
+@pytest.mark.parametrize("trainer", ["orpo", "gkd"])
+def test_logits_leave_accelerate_in_float32(trainer):
+    """Under autocast, too: they are no smaller than those of a model in float32."""
+
+    def wide(dtype):
+        setting = Setting("llama", trainer=trainer, context=128, dtype=dtype)
+        return Session(setting, SHALLOW, "trl").phases(setting)["head"]["activations"]
+
+    assert wide("bf16-mixed") > 0.95 * wide("fp32")
+
+
+@pytest.mark.parametrize(("devices", "steps"), [(1, 4), (2, 2), (4, None), (8, None)])
+def test_groups_over_devices(devices, steps):
+    """Two rows on each: eight rows of a prompt are four steps of one device, one of four."""
+    setting = Setting("llama", trainer="grpo", context=32, batch=2, devices=devices)
+    found = StepPlan(setting, {}).settings
+    assert (found["num_generations"], found.get("steps_per_generation")) == (8, steps)
