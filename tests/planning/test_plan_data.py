@@ -1,0 +1,46 @@
+"""`fastpo plan --data`: lengths of rows, counted by hand."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("trl", minversion="1.16")
+pytest.importorskip("peft")
+
+import _tiny as tiny
+
+from fastpo.planning.data import read_lengths
+
+
+@pytest.fixture(scope="module")
+def lengths(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.tokenizer().save_pretrained(folder)
+
+    def read(rows):
+        data = folder / "data.jsonl"
+        data.write_text("\n".join(map(json.dumps, rows)))
+        return read_lengths(data, folder)
+
+    return read
+
+
+def test_means_pads_and_what_is_shared(lengths):
+    """A sign is a token. Eight pairs of 40 and 50 tokens in a batch, with a prompt of 30 in common,
+    and a text of 60 in the next one."""
+    pairs = [{"prompt": x * 30, "chosen": x + 9 * "<", "rejected": 20 * ">"} for x in "#$%&*+=@"]
+    found = lengths([*pairs, {"text": 60 * "^"}])
+    assert found.rows == 17 and found.longest == 60
+    assert found.prompt == pytest.approx(16 * 30 / 17)
+    assert found.answer == pytest.approx((8 * 10 + 8 * 20 + 60) / 17)
+    assert found.prompt_share == pytest.approx(480 / 780)
+    real = 8 * (40 + 50) + 60
+    assert found.padding == pytest.approx(1 - real / (16 * 50 + 60))
+    assert found.shared == pytest.approx(8 * 30 / real)
+
+
+def test_a_context_of_nearly_all_rows(lengths):
+    found = lengths([{"text": 5 * "#"}] * 298 + [{"text": 60 * "#"}] * 2)
+    assert (found.context, found.longest) == (5, 60)
