@@ -258,6 +258,8 @@ def _notes(setting: Setting, config: Any) -> tuple[str, ...]:
             notes[-1] += ", but for the policy: its dropout is drawn for every row"
     if setting.checkpointing == "offload":
         notes.append("what layers keep lies in host memory, which is not counted here")
+    if setting.strategy != "ddp" and setting.devices == 1:
+        notes.append(f"{setting.strategy} has nothing to divide with devices=1, the default")
     if setting.trainer == "grpo" and setting.other != "none":
         notes.append("GRPO scores a reference with beta > 0 only")
     return tuple(notes)

@@ -114,3 +114,11 @@ def test_groups_over_devices(devices, steps):
     setting = Setting("llama", trainer="grpo", context=32, batch=2, devices=devices)
     found = StepPlan(setting, {}).settings
     assert (found["num_generations"], found.get("steps_per_generation")) == (8, steps)
+
+
+def test_one_device_divides_nothing():
+    def notes(**options):
+        return fastpo.plan_step(SHALLOW, context=32, search=False, **options).notes
+
+    assert notes(strategy="zero3") == ("zero3 has nothing to divide with devices=1, the default",)
+    assert notes(strategy="zero3", devices=2) == ()
