@@ -39,6 +39,8 @@ def check(setting: Setting) -> None:
     process."""
     if setting.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: expected one that is there to measure, got cuda")
+    if setting.devices > 1:
+        raise ValueError(f"devices: expected 1 to measure, got {setting.devices}")
     if setting.load_in_4bit:
         library()
     if setting.attention == "flash" and setting.prompt_rows > 1 and setting.device == "cpu":

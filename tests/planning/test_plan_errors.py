@@ -301,6 +301,8 @@ def test_what_is_not_there_is_not_measured(folder, refused, monkeypatch):
     monkeypatch.setattr(quantised, "import_module", missing)
     line = refused(*model, "--device", "cpu", "--load-in-4bit", "--lora")
     assert line == "measure: expected bitsandbytes for 4 bits, got none"
+    line = refused(*model, "--device", "cpu", "--devices", "2")  # a step of one is no answer
+    assert line == "devices: expected 1 to measure, got 2"
 
 
 def test_memory_that_does_not_suffice_is_no_error(folder):
