@@ -94,6 +94,10 @@ class Setting:
         check_number("prompt", self.prompt, "a number in [0, 1)", lambda x: 0 <= x < 1)
         if self.load_in_4bit and self.lora is None:
             raise ValueError("load_in_4bit: expected an adapter (lora) with it, got none")
+        if (self.attention, self.dtype, self.device) == ("flash", "fp32", "cuda"):
+            raise ValueError(
+                "attention: expected sdpa with fp32, which flash kernels lack, got flash"
+            )
         self._check_others()
 
     def _check_others(self) -> None:

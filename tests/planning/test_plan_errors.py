@@ -77,6 +77,7 @@ WRONG = {
     "dtype": (["--dtype", "int8"], "dtype: expected one of bf16, "),
     "optimizer": (["--optimizer", "lion"], "optimizer: expected one of adamw, "),
     "attention": (["--attention", "eager"], "attention: expected one of sdpa, flash, got"),
+    "flash": (["--attention", "flash", "--dtype", "fp32"], "attention: expected sdpa with fp32"),
     "context": (["--context", "1"], "context: expected an integer >= 2, got 1"),
     "batch": (["--batch", "0"], "batch: expected an integer >= 1, got 0"),
     "prompt": (["--prompt", "1"], "prompt: expected a number in [0, 1), got 1"),
