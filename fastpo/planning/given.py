@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from .names import check_path
 
@@ -45,8 +45,13 @@ def quiet(logger: str) -> Iterator[None]:
         log.setLevel(level)
 
 
-def read_config(model: str | Path, name: str = "model") -> Any:
+def read_config(model: Any, name: str = "model") -> Any:
     """Of a folder or a config file; nothing is downloaded, no code of the model's own runs."""
+    if isinstance(model, PretrainedConfig):
+        return model
+    if not isinstance(model, str | Path):
+        wanted = "a folder, a config.json or a config"
+        raise ValueError(f"{name}: expected {wanted}, got {type(model).__name__}")
     check_path(model, name)
     with foreign(f"{name}: expected a config transformers knows in {model}"):
         return AutoConfig.from_pretrained(

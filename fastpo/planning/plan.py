@@ -182,7 +182,7 @@ def plan_step(
     for option in options.keys() - _OPTIONS:
         raise ValueError(f"options: expected some of {', '.join(sorted(_OPTIONS))}, got {option!r}")
     memory = None if gpu is None else memory_of(gpu)
-    config = read_config(model) if isinstance(model, str | Path) else model
+    config = read_config(model)
     lengths = None if data is None else read_lengths(Path(data), model)
     if shared_prompts is not None:
         options = _joined(of_ratio(shared_prompts, options.get("trainer", "dpo")), options)
@@ -194,7 +194,7 @@ def plan_step(
         options["teacher"] = teacher if isinstance(teacher, str | Path) else type(teacher).__name__
     parsed = lora if lora is None or isinstance(lora, Lora) else Lora.parse(str(lora))
     setting = Setting(name, memory=memory, lora=parsed, **options)
-    taught = read_config(teacher, "teacher") if isinstance(teacher, str | Path) else teacher
+    taught = None if teacher is None else read_config(teacher, "teacher")
     for what, each in (("model", config), ("teacher", taught)):
         if each is not None:
             check_sizes(each, what)

@@ -148,7 +148,7 @@ def of_ratio(text: str, trainer: str) -> dict[str, Any]:
     if trainer not in PROMPT_ROWS:
         names = ", ".join(PROMPT_ROWS)
         raise ValueError(f"shared_prompts: expected one of the trainers {names}, got {trainer!r}")
-    found = re.fullmatch(r"(?:(\d+):(\d+)(?:,(\d+))?)?", text)
+    found = re.fullmatch(r"(?:(\d+):(\d+)(?:,(\d+))?)?", str(text))
     numbers = [] if found is None else [int(x) for x in found.groups() if x is not None]
     if found is None or 0 in numbers:
         wanted = "P:C, prompt to answer, or P:C,K with K rows of a prompt"

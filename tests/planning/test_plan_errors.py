@@ -120,6 +120,30 @@ def test_what_is_wrong_is_named(name, folder, refused):
     assert refused(*model, *given).startswith(message)
 
 
+KINDS = {
+    "a model": (
+        {"model": torch.nn.Linear(2, 2)},
+        "model: expected a folder, a config.json or a conf",
+    ),
+    "nothing": (
+        {"model": None},
+        "model: expected a folder, a config.json or a config, got NoneType",
+    ),
+    "a teacher": (
+        {"trainer": "gkd", "teacher": {}},
+        "teacher: expected a folder, a config.json or",
+    ),
+    "as patch has it": ({"shared_prompts": True}, "shared_prompts: expected P:C, prompt to answer"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_of_another_kind(name):
+    given, message = KINDS[name]
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        fastpo.plan_step(**{"model": GPT2Config(), "search": False, **given})
+
+
 @pytest.mark.parametrize("given", [["--plot", "."], ["--json", "no/x.json"]])
 def test_files_are_asked_for_before_the_plan(given, folder, refused, monkeypatch, capsys):
     monkeypatch.setattr("fastpo.planning.plan.plan_step", lambda *_, **__: pytest.fail("began"))
