@@ -1,9 +1,12 @@
-"""Expressions that a walk over the words knows: an entropy, a KL, however they are written.
+"""Expressions that a walk over the words knows: an entropy, a KL, a cross-entropy of two models.
 
     -(p * logp).sum(-1)        Σ p log p, of one promise
     lse - (p * logits).sum(-1)
     (p * (logp - logq)).sum(-1)        KL(p‖q), of two
     F.kl_div(logq, logp, log_target=True, reduction="sum")
+    -(p * logq).sum(-1)        KL(p‖q) + H(p)
+    (p * logq).masked_fill(q_logits.isinf(), 0).sum(-1)        the same, where all is finite
+    (mask * (p * logq)).sum(-1)        the same times what each row has one of
 
 Three products of a head instead of four, and row kernels instead of blocks.
 """
@@ -23,15 +26,28 @@ from .rowwise import Node, Root, Rowwise, Slot
 _PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__)
 _DIFFERENCES = (torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__)
 _EXPS = (torch.exp, Tensor.exp)
+_LOGS = (torch.log, Tensor.log)
 _SOFTMAXES = (torch.softmax, Tensor.softmax, F.softmax)
+_NEGATIVES = (torch.neg, torch.negative, Tensor.neg, Tensor.negative)
+_FILLS = (torch.masked_fill, Tensor.masked_fill)
+_ISINF = (torch.isinf, Tensor.isinf)
+_ORS = (torch.logical_or, Tensor.logical_or, torch.bitwise_or, Tensor.bitwise_or, Tensor.__or__)
 
 
 def known_sum(node: Node) -> Tensor | None:
     """Σ_v of every row; None where no walk gives it."""
     if not isinstance(node, Rowwise):
         return None
-    found = _expectation(node)
-    return _relative_entropy(node) if found is None else found
+    product = _unmasked(node)
+    if product is not None:
+        found = known_sum(product)
+        return found if found is not None and bool(found.isfinite().all()) else None
+    factored = _factored(node)
+    if factored is not None:
+        found = known_sum(factored[0])
+        return None if found is None else found * factored[1]
+    walks = (walk(node) for walk in (_expectation, _relative_entropy, _cross_entropy))
+    return next((found for found in walks if found is not None), None)
 
 
 def _expectation(node: Rowwise) -> Tensor | None:
@@ -46,10 +62,73 @@ def _expectation(node: Rowwise) -> Tensor | None:
 def _relative_entropy(node: Rowwise) -> Tensor | None:
     """KL(p‖q), where the node is kl_div(log q, log p), kl_div(log q, p) or p·(log p - log q)."""
     sides = _of_kl_div(node.root) if node.root.op is F.kl_div else _of_product(node.root)
-    if sides is None or not all(side.base.joins for side in sides):
+    return None if sides is None else _divergence(node, *sides)
+
+
+def _divergence(node: Rowwise, q: Promise, p: Promise) -> Tensor | None:
+    if not (q.base.joins and p.base.joins):
         return None
-    q, p = (side.view(side.rows.flatten()[node.rows]) for side in sides)
+    q, p = (side.view(side.rows.flatten()[node.rows]) for side in (q, p))
     return divergence(q, p, "forward_kl")
+
+
+def _cross_entropy(node: Rowwise) -> Tensor | None:
+    """Σ_v p_v log q_v of two models, where the node is p·log q."""
+    for of_p, x in _factors(node.root) if node.fresh else ():
+        p = _distribution(of_p)
+        q = _logarithm(x)
+        found = None if p is None or q is None else _divergence(node, q, p)
+        if p is not None and found is not None:
+            entropy = p.stats(torch.zeros_like(p.rows), "entropy").entropy
+            assert entropy is not None
+            return -found - entropy
+    return None
+
+
+def _factored(node: Rowwise) -> tuple[Node, Any] | None:
+    """What is multiplied by a number or by one of every row, and that."""
+    root = node.root
+    if not node.fresh or len(root.nodes) != 1 or root.kwargs:
+        return None
+    if root.op in _NEGATIVES:
+        return root.nodes[0], -1
+    if root.op not in _PRODUCTS:
+        return None
+    factor = next((x for x in root.args if x != Slot(0)), None)
+    if isinstance(factor, Slot):
+        return root.nodes[0], root.numbers[0].squeeze(-1)
+    return (root.nodes[0], factor) if isinstance(factor, int | float) else None
+
+
+def _unmasked(node: Rowwise) -> Rowwise | None:
+    """What had its terms of infinite logits set to 0; not where a bias may exclude words, whose
+    divergence from what has them a walk gives as a large number."""
+    root = node.root
+    if root.op not in _FILLS or root.args != (Slot(0), Slot(1), 0) or root.kwargs:
+        return None
+    product, mask = root.nodes
+    if not node.fresh or not isinstance(product, Rowwise):
+        return None
+    masked = _infinite(mask)
+    return product if masked and masked <= _heads(product) else None
+
+
+def _infinite(mask: Node) -> set[Any]:
+    """Whose logits' `isinf` this is, or the union of two; none for another mask."""
+    if not isinstance(mask, Rowwise) or not mask.fresh:
+        return set()
+    (first, *more), op = mask.root.nodes, mask.root.op
+    if op in _ISINF and isinstance(first, Promise) and not first.normalized:
+        return _heads(first) if first.base.bias is None else set()
+    sides = [_infinite(x) for x in (first, *more)]
+    return sides[0] | sides[1] if _pair(mask.root, _ORS) and all(sides) else set()
+
+
+def _heads(node: Node) -> set[Any]:
+    """Which calls of a head it is made of, with gradient or without."""
+    if isinstance(node, Promise):
+        return {node.base.marks}
+    return {mark for x in node.root.nodes for mark in _heads(x)}
 
 
 def _of_kl_div(root: Root) -> tuple[Promise, Promise] | None:
@@ -83,7 +162,9 @@ def _factors(root: Root) -> tuple[tuple[Node, Node], ...]:
 
 
 def _logarithm(node: Node) -> Promise | None:
-    """The logits whose log-softmax this is."""
+    """The logits whose log-softmax this is, or the logarithm of their softmax."""
+    if isinstance(node, Rowwise) and node.fresh and node.root.op in _LOGS:
+        return _distribution(node.root.nodes[0])
     if not isinstance(node, Promise) or not node.normalized or node.sign != 1:
         return None
     return node.plain
@@ -94,8 +175,9 @@ def _distribution(node: Node) -> Promise | None:
     if not isinstance(node, Rowwise) or not node.fresh or len(node.root.nodes) != 1:
         return None
     of = node.root.nodes[0]
-    if not isinstance(of, Promise) or node.dtype != of.dtype:
+    if not isinstance(of, Promise) or node.dtype not in (of.dtype, torch.float32):
         return None
+    of = of if node.dtype == of.dtype else of.copy(dtype=node.dtype)
     if node.root.op in _EXPS:
         return _logarithm(of)
     return of if node.root.op in _SOFTMAXES and not of.normalized else None

@@ -1,0 +1,116 @@
+"""Sums over the words that a walk knows, in the ways that distillations write them."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import torch.nn.functional as F
+from _tiny import one_thread  # noqa: F401
+from torch import nn
+
+from fastpo.integrations.lazy import blocks, cell, expressions
+from fastpo.integrations.lazy.logits import promised
+from fastpo.integrations.lazy.promise import Promise
+from fastpo.testing import assert_as_good_as_eager
+
+B, T, H, V = 3, 5, 8, 53
+MASK = (torch.arange(B * T).view(B, T, 1) % 3 > 0).float()
+
+
+@pytest.fixture(autouse=True)
+def blocks_of_two_rows(monkeypatch):
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 4 * V * 2})
+    monkeypatch.setattr(cell, "told", set())
+
+
+def masked(product, *logits):
+    """As MiniLLM, OpenRLHF and torchtune have it."""
+    infinite = torch.isinf(logits[0])
+    for x in logits[1:]:
+        infinite = infinite | torch.isinf(x)
+    return torch.masked_fill(product, infinite, 0).sum(-1)
+
+
+def scaled_rows(x, y):
+    weight = torch.linspace(0.5, 1.5, T, requires_grad=True)[:, None]
+    return (weight * (y.softmax(-1) * x.log_softmax(-1))).sum(-1)
+
+
+WALKED = {
+    "cross_entropy": lambda x, y: -(y.softmax(-1) * x.log_softmax(-1)).sum(-1),
+    "both_trained": lambda x, y: (x.log_softmax(-1) * y.log_softmax(-1).exp()).sum(-1),
+    "constant": lambda x, y: (y.softmax(-1).detach() * x.log_softmax(-1)).sum(-1),
+    "of_some_rows": lambda x, y: (y[:, 1:].softmax(-1) * x[:, 1:].log_softmax(-1)).sum(-1),
+    "negative": lambda x, y: torch.sum(-(y.softmax(-1).detach() * (x / 2).log_softmax(-1)), dim=-1),
+    "rows_masked": lambda x, y: (MASK * (y.softmax(-1) * x.log_softmax(-1))).sum(2),
+    "rows_weighed": scaled_rows,
+    "halved": lambda x, y: (0.5 * (y.softmax(-1) * x.log_softmax(-1))).sum(-1),
+    "infinite_masked": lambda x, y: masked(y.softmax(-1) * x.log_softmax(-1), x),
+    "masked_constant": lambda x, y: masked(y.softmax(-1).detach() * x.log_softmax(-1), x),
+    "both_masked": lambda x, y: masked(x.softmax(-1) * y.log_softmax(-1), x, y),
+    "log_of_softmax": lambda x, y: (y.softmax(-1) * (y.softmax(-1).log() - x.log_softmax(-1))).sum(
+        -1
+    ),
+}
+
+
+def results(read, lazy, dtype=torch.float32, infinite=()):
+    logits, leaves = [], []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        head, hidden = nn.Linear(H, V, bias=bool(infinite)), 2 * torch.randn(B, T, H)
+        if seed in infinite:
+            head.bias.data[40:] = float("-inf")
+        head, hidden = head.to(dtype), hidden.to(dtype).requires_grad_()
+        logits.append(promised(Promise.of(head, hidden)) if lazy else head(hidden))
+        leaves += [hidden, *head.parameters()]
+    found = read(*logits)
+    grads = torch.autograd.grad(found.sum(), leaves, materialize_grads=True)
+    return [found.detach(), *grads]
+
+
+def no_blocks(*args):
+    raise AssertionError("expected a walk, got blocks")
+
+
+@pytest.mark.parametrize("name", WALKED)
+def test_values_and_gradients(name, monkeypatch):
+    monkeypatch.setattr(expressions, "reduced", no_blocks)
+    read = WALKED[name]
+    found, eager = results(read, True), results(read, False)
+    for each in zip(found, eager, results(read, False, torch.float64), strict=True):
+        assert_as_good_as_eager(name, *each)
+    assert not cell.told
+
+
+@pytest.mark.parametrize("heads", [(0,), (0, 1)])
+def test_infinite_terms_are_left_out(heads):
+    """No walk leaves out what p > 0 gives an infinite logarithm."""
+    read = WALKED["masked_constant"]
+    found, eager = results(read, True, infinite=heads), results(read, False, infinite=heads)
+    torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
+    assert bool(found[0].isfinite().all())
+
+
+def test_a_mask_of_other_logits_is_no_mask_of_these():
+    def read(x, y):
+        return masked(x.softmax(-1) * x.log_softmax(-1), y)
+
+    found, eager = results(read, True, infinite=(1,)), results(read, False, infinite=(1,))
+    torch.testing.assert_close(found, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_float32_of_16_bits(monkeypatch):
+    monkeypatch.setattr(expressions, "reduced", no_blocks)
+
+    def read(x, y):
+        wide = {"dim": -1, "dtype": torch.float32}
+        p, q = F.softmax(y, **wide), F.log_softmax(x, **wide)
+        return (p * q).sum(-1) - (p * F.log_softmax(y, **wide)).sum(-1)
+
+    found, eager = (results(read, lazy, torch.bfloat16) for lazy in (True, False))
+    torch.testing.assert_close(found, eager, rtol=0.05, atol=0.05)
+    assert found[0].dtype == torch.float32
