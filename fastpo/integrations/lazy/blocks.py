@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class _Block:
         self.known: dict[Any, tuple[Any, Tensor]] = {}  # what a key names lives as long as it
 
     def run(self) -> tuple[list[Tensor], Any]:
-        given = [self.number(x, x, self.where) for x in self.plan.given]
+        given = [self.number(x, self.where, x.shape[:1]) for x in self.plan.given]
         return tree_flatten(self.plan.reduction(self.values(self.plan.node, self.where), given))
 
     def values(self, node: Node, where: Tensor) -> Tensor:  # [n, V]
@@ -140,7 +141,8 @@ class _Block:
         if key not in self.known:
             inner = where if node.fresh else node.rows.flatten().index_select(0, where)
             parents = [self.values(x, inner) for x in node.root.nodes]
-            numbers = [self.number(x, x.reshape(-1, 1), inner) for x in node.root.numbers]
+            node.root.check()
+            numbers = [self.number(x, inner, x.shape[:-1]) for x in node.root.numbers]
             self.known[key] = ((node, where, inner), node.root.of(parents, numbers))
         return self.known[key][1]
 
@@ -157,10 +159,17 @@ class _Block:
             self.known[key] = ((node, where), found)
         return self.known[key][1]
 
-    def number(self, x: Tensor, rows: Tensor, where: Tensor) -> Tensor:
-        found = rows.detach().index_select(0, where).requires_grad_(x.requires_grad)
+    def number(self, x: Tensor, where: Tensor, rows: tuple[int, ...]) -> Tensor:
+        found = _picked(x.detach(), where, rows).requires_grad_(x.requires_grad)
         self.numbers.append((x, where, found))
         return found
+
+
+def _picked(x: Tensor, where: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Of [*rows, ...], which need not lie one after the other: a copy of all would be large."""
+    if not x.is_contiguous() and len(where):
+        return x[torch.unravel_index(where, rows)]
+    return x.reshape((prod(rows), *x.shape[len(rows) :])).index_select(0, where)
 
 
 class _Sums:

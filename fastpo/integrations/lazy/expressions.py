@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from .base import Family
 from .blocks import fits_one_block, reduced, reduced_loss
@@ -17,18 +17,9 @@ from .calls import WITH_WORDS, counted, here, named, over_words
 from .functions import cross_entropy
 from .patterns import known_sum
 from .promise import Promise
-from .rowwise import Node, Root, Rowwise, Slot
+from .rowwise import NUMBERS, Operand, recorded
 
 Answer = Callable[..., Any]
-_NUMBERS = (int, float, bool, str, type(None), torch.dtype, torch.device)
-
-
-@dataclass(frozen=True, eq=False)
-class Operand:
-    """A lazy tensor among the arguments, and what it stands for."""
-
-    tensor: Any
-    node: Node
 
 
 _WORD_BY_WORD = named("""
@@ -78,84 +69,11 @@ def express(func: Any, args: Any, kwargs: Any) -> Any:
 # Remembered
 
 
-def _recorded(func: Any, args: Any, kwargs: Any) -> Any:
-    operands = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Operand)]
-    node = operands[0].node
-    fits = all(x.node.shape == node.shape and x.node.device == node.device for x in operands)
-    parents = list({id(x.tensor): x for x in operands}.values())
-    numbers: list[Tensor] = []
-
-    def put(x: Any) -> Any:
-        if isinstance(x, Operand):
-            return Slot(next(i for i, p in enumerate(parents) if p.tensor is x.tensor))
-        if not isinstance(x, Tensor):
-            return x
-        if _constant(x, node):
-            # As it is now, and for blocks, which have one dimension before the words.
-            return x.clone().view(x.shape[-1:])
-        numbers.append(_number(x, node))
-        return Slot(len(numbers) - 1, number=True)
-
-    if not fits or not all(_allowed(x, node) for x in tree_leaves((args, kwargs))):
-        return NotImplemented
-    args, kwargs = tree_map(put, (args, kwargs))
-    tensors, nodes = zip(*((x.tensor, x.node) for x in parents), strict=True)
-    kept = tuple(x.kept() for x in tensors)
-    run = here(func, node.device)
-    return _typed(Root(func, run, args, kwargs, tensors, kept, nodes, tuple(numbers)))
-
-
-def _allowed(x: Any, node: Node) -> bool:
-    """Does this argument belong to rows, or to all of them alike?"""
-    if isinstance(x, (Operand, *_NUMBERS)):
-        return True
-    if not isinstance(x, Tensor) or (x.ndim and x.device != node.device):
-        return False
-    return _constant(x, node) or _of_rows(x, node)
-
-
-def _constant(x: Tensor, node: Node) -> bool:
-    """[V], or [..., 1, V], as some models' `final_logits_bias` is."""
-    words = x.shape[-1:] == node.shape[-1:] != (1,) and x.numel() == x.shape[-1]
-    return not x.requires_grad and (x.ndim == 0 or (words and x.ndim <= node.ndim))
-
-
-def _of_rows(x: Tensor, node: Node) -> bool:
-    """Does [..., 1] spread over the rows?"""
-    if not 0 < x.ndim <= node.ndim or x.shape[-1] != 1:
-        return False
-    sizes = zip(x.shape[-2::-1], node.rows.shape[::-1], strict=False)
-    return all(size in (1, own) for size, own in sizes)
-
-
-def _number(x: Tensor, node: Node) -> Tensor:
-    """As it is now: nobody changes this copy."""
-    return x.expand(*node.rows.shape, 1).clone()
-
-
-def _typed(root: Root) -> Any:
-    """Tried on one row of two words, which tells dtype and shape."""
-    node = root.nodes[0]
-    one = [1] * (node.ndim - 1)
-    parents = [torch.ones(*one, 2, dtype=x.dtype, device=x.device) for x in root.nodes]
-    numbers = [torch.ones(*one, 1, dtype=x.dtype, device=x.device) for x in root.numbers]
-    args, kwargs = tree_map_only(
-        Tensor, lambda x: x if x.ndim == 0 else x[:2], (root.args, root.kwargs)
-    )
-    try:
-        with torch.no_grad():
-            made = replace(root, args=args, kwargs=kwargs).of(parents, numbers)
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return NotImplemented  # whatever is wrong, the logits will tell
-    if not isinstance(made, Tensor) or made.shape != (*one, 2) or made.device != node.device:
-        return NotImplemented
-    rows = torch.arange(node.rows.numel(), dtype=torch.int64, device=node.device)
-    return Rowwise(root, rows.view(node.rows.shape), node.shape[-1], made.dtype)
-
-
 def _cast(func: Any, args: Any, kwargs: Any) -> Any:
     """The tensor itself, as torch has it, where it has that dtype."""
-    made = _recorded(func, args, kwargs)
+    if not isinstance(args[0], Operand):  # `real.to(logits)`
+        return NotImplemented
+    made = recorded(func, args, kwargs)
     copied = "copy" in kwargs or len(args) > 2
     same = made is not NotImplemented and made.dtype == args[0].node.dtype
     return args[0].node if same and not copied else made
@@ -164,7 +82,7 @@ def _cast(func: Any, args: Any, kwargs: Any) -> Any:
 def _normalised(func: Any, args: Any, kwargs: Any) -> Any:
     """`softmax`, `log_softmax` over the words."""
     found = over_words(args[0].node.ndim, args, kwargs)
-    return NotImplemented if found is None else _recorded(func, *found)
+    return NotImplemented if found is None else recorded(func, *found)
 
 
 def _kl_div(func: Any, args: Any, kwargs: Any) -> Any:
@@ -173,7 +91,7 @@ def _kl_div(func: Any, args: Any, kwargs: Any) -> Any:
     how = given.pop("reduction", "mean")
     if given.pop("size_average", None) is not None or given.pop("reduce", None) is not None:
         return NotImplemented
-    each = _recorded(func, (given.pop("input"),), {**given, "reduction": "none"})
+    each = recorded(func, (given.pop("input"),), {**given, "reduction": "none"})
     if each is NotImplemented or how == "none":
         return each
     if how not in ("sum", "mean", "batchmean"):
@@ -224,7 +142,7 @@ def _stack(func: Any, args: Any, kwargs: Any) -> Any:
     dtype = parts[0].node.dtype
     if any(x.node.dtype != dtype for x in parts):
         return NotImplemented
-    each = _recorded(_first_of, tuple(parts), {})
+    each = recorded(_first_of, tuple(parts), {})
     if each is NotImplemented:
         return each
     return replace(each, root=replace(each.root, op=_stacked, func=_stacked), stacked=len(parts))
@@ -261,7 +179,7 @@ def _turn(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented  # whatever is wrong, the logits will tell
     if operand.node.ndim != 3 or turned != (2, 4, 3):
         return NotImplemented
-    each = _recorded(_first_of, (operand,), {})
+    each = recorded(_first_of, (operand,), {})
     root = replace(each.root, op=func, func=_turned, family=operand.node.family)
     return replace(each, root=root, turned=True)
 
@@ -333,7 +251,7 @@ def _rows(func: Any, x: Tensor) -> Tensor:
 
 
 def _plain(args: Any, kwargs: Any) -> bool:
-    return all(isinstance(x, _NUMBERS) for x in tree_leaves((args, kwargs)))
+    return all(isinstance(x, NUMBERS) for x in tree_leaves((args, kwargs)))
 
 
 def _topk(func: Any, args: Any, kwargs: Any) -> Any:
@@ -367,13 +285,20 @@ _LOSS_ARGUMENTS = (
 
 
 def _losses(func: Any, args: Any, kwargs: Any) -> Any:
-    """`cross_entropy` with class weights, `nll_loss`: of rows [N, V] and targets [N]."""
+    """`cross_entropy` with class weights or of probabilities, `nll_loss`: of rows [N, V]."""
     given = {**dict(zip(_LOSS_ARGUMENTS, args, strict=False)), **kwargs}
-    node, target = given.pop("input").node, given.pop("target")
+    operand, target = given.pop("input"), given.pop("target")
     old = given.get("size_average") is not None or given.get("reduce") is not None
-    fits = isinstance(target, Tensor) and target.dtype == torch.int64
-    fits = fits and not old and given.get("reduction", "mean") in ("none", "sum", "mean")
-    if not fits or node.ndim != 2 or target.shape != node.rows.shape:
+    known = not old and given.get("reduction", "mean") in ("none", "sum", "mean")
+    if not known or not isinstance(operand, Operand) or operand.node.ndim != 2:
+        return NotImplemented
+    soft = isinstance(target, Operand) or torch.is_floating_point(target)
+    if func is F.cross_entropy and soft:
+        return _soft_cross_entropy(operand, target, **given)
+    node = operand.node
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        return NotImplemented
+    if target.shape != node.rows.shape:
         return NotImplemented
     weight = given.get("weight")
     if weight is not None and (weight.requires_grad or weight.shape != node.shape[-1:]):
@@ -381,9 +306,27 @@ def _losses(func: Any, args: Any, kwargs: Any) -> Any:
     return reduced_loss(here(func, node.device), node, target, **given)
 
 
+def _soft_cross_entropy(
+    operand: Operand,
+    target: Any,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    **options: Any,
+) -> Any:
+    """Of probabilities [N, V], lazy ones or real."""
+    q, p = (x.tensor if isinstance(x, Operand) else x for x in (operand, target))
+    others = any(x is not None for name, x in options.items() if name != "ignore_index")
+    if others or label_smoothing or options.get("ignore_index", -100) >= 0 or p.shape != q.shape:
+        return NotImplemented
+    if not p.is_floating_point():
+        return NotImplemented
+    each = -(p * q.log_softmax(-1)).sum(-1)
+    return each if reduction == "none" else getattr(each, reduction)()
+
+
 ANSWERS: dict[Any, Answer] = {
-    **dict.fromkeys(_WORD_BY_WORD, _recorded),
-    **dict.fromkeys(WITH_WORDS, _recorded),
+    **dict.fromkeys(_WORD_BY_WORD, recorded),
+    **dict.fromkeys(WITH_WORDS, recorded),
     **dict.fromkeys(_CASTS, _cast),
     **dict.fromkeys(_OVER_WORDS, _normalised),
     **dict.fromkeys(_REDUCED, _reduce),

@@ -42,10 +42,10 @@ from .calls import (
     word_mask,
 )
 from .cell import Cell, Changed, Kept, Rewritten, Scaled, Values, made_of, parents
-from .expressions import Operand, express
+from .expressions import express
 from .functions import FUNCTIONS, VIEWS
 from .promise import Promise
-from .rowwise import Node, Rowwise
+from .rowwise import Node, Operand, Rowwise
 
 
 class LazyLogits(Tensor):

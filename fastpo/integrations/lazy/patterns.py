@@ -96,7 +96,8 @@ def _factored(node: Rowwise) -> tuple[Node, Any] | None:
         return None
     factor = next((x for x in root.args if x != Slot(0)), None)
     if isinstance(factor, Slot):
-        return root.nodes[0], root.numbers[0].squeeze(-1)
+        of_rows = root.numbers[0].shape[-1] == 1
+        return (root.nodes[0], root.numbers[0].squeeze(-1)) if of_rows else None
     return (root.nodes[0], factor) if isinstance(factor, int | float) else None
 
 
@@ -172,12 +173,13 @@ def _logarithm(node: Node) -> Promise | None:
 
 def _distribution(node: Node) -> Promise | None:
     """The logits whose softmax this is."""
-    if not isinstance(node, Rowwise) or not node.fresh or len(node.root.nodes) != 1:
+    if not isinstance(node, Rowwise) or len(node.root.nodes) != 1 or node.rearranged:
         return None
     of = node.root.nodes[0]
     if not isinstance(of, Promise) or node.dtype not in (of.dtype, torch.float32):
         return None
     of = of if node.dtype == of.dtype else of.copy(dtype=node.dtype)
+    of = of if node.fresh else of.view(of.rows.flatten()[node.rows])
     if node.root.op in _EXPS:
         return _logarithm(of)
     return of if node.root.op in _SOFTMAXES and not of.normalized else None

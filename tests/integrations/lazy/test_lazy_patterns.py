@@ -45,6 +45,12 @@ WALKED = {
     "constant": lambda x, y: (y.softmax(-1).detach() * x.log_softmax(-1)).sum(-1),
     "of_some_rows": lambda x, y: (y[:, 1:].softmax(-1) * x[:, 1:].log_softmax(-1)).sum(-1),
     "negative": lambda x, y: torch.sum(-(y.softmax(-1).detach() * (x / 2).log_softmax(-1)), dim=-1),
+    "viewed": lambda x, y: (y.softmax(-1).detach().view(-1, V) * x.view(-1, V).log_softmax(-1)).sum(
+        -1
+    ),
+    "soft_labels": lambda x, y: F.cross_entropy(
+        x.view(-1, V), y.softmax(-1).detach().view(-1, V), reduction="none"
+    ),
     "rows_masked": lambda x, y: (MASK * (y.softmax(-1) * x.log_softmax(-1))).sum(2),
     "rows_weighed": scaled_rows,
     "halved": lambda x, y: (0.5 * (y.softmax(-1) * x.log_softmax(-1))).sum(-1),

@@ -1,0 +1,114 @@
+"""Lazy logits with real tensors of their shape: soft labels, a teacher's probabilities, masks."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import torch
+import torch.nn.functional as F
+from _pairs import B, T, V, pair, results, size  # noqa: F401
+from _probes import Widest
+from _tiny import one_thread  # noqa: F401
+
+from fastpo.integrations.lazy import blocks, cell
+
+GENERATOR = torch.Generator().manual_seed(1)
+LABELS = torch.randint(0, V, (B, T), generator=GENERATOR)
+SOFT = torch.rand(B, T, V, generator=GENERATOR).softmax(-1)
+TURNED = SOFT.transpose(1, 2).contiguous().transpose(1, 2)
+ALLOWED = torch.rand(B, T, V, generator=GENERATOR) < 0.5
+ONE_HOT = F.one_hot(LABELS, V)
+
+
+def trained(x):
+    q = SOFT.clone().requires_grad_()
+    (x.log_softmax(-1) * q).sum(-1).sum().backward(retain_graph=True)
+    assert torch.allclose(q.grad, x.detach().log_softmax(-1) + 0, atol=1e-5)
+    return (x.log_softmax(-1) * q).sum(-1)
+
+
+def filled(x):
+    x.masked_fill_(ALLOWED, -9.0)
+    return x.logsumexp(-1)
+
+
+def rows(x):
+    return x.reshape(-1, V)
+
+
+READ = {
+    "one_hot": lambda x: (x.log_softmax(-1) * ONE_HOT).sum(-1),
+    "brier": lambda x: (x.softmax(-1) - ONE_HOT.float()).square().sum(-1),
+    "cross_entropy": lambda x: F.cross_entropy(rows(x), rows(SOFT)),
+    "cross_entropy_each": lambda x: F.cross_entropy(rows(x), rows(SOFT), reduction="none"),
+    "cross_entropy_summed": lambda x: F.cross_entropy(rows(x), rows(TURNED), reduction="sum"),
+    "cross_entropy_of_two": lambda x: F.cross_entropy(rows(x), rows((2 * x).softmax(-1))),
+    "of_real_logits": lambda x: F.cross_entropy(rows(SOFT), rows(x.softmax(-1))),
+    "kl_div": lambda x: F.kl_div(x[:, :-1].log_softmax(-1), SOFT[:, 1:], reduction="batchmean"),
+    "turned": lambda x: (x.log_softmax(-1) * TURNED).sum(-1),
+    "of_every_text": lambda x: (x.log_softmax(-1) * SOFT[0]).sum(-1),
+    "of_every_token": lambda x: (x.log_softmax(-1) * SOFT[:, :1]).sum(-1),
+    "of_some_rows": lambda x: (x.log_softmax(-1) * SOFT)[LABELS > 9].sum(-1),
+    "of_one_row": lambda x: (x[0, 0].softmax(-1) - SOFT[0, 0]).abs().sum(-1, keepdim=True),
+    "of_no_rows": lambda x: (x[:0].softmax(-1) - SOFT[:0]).abs().sum(-1) + 0 * x.logsumexp(-1)[:0],
+    "masked": lambda x: x.masked_fill(~ALLOWED, -1e9).logsumexp(-1),
+    "where": lambda x: torch.where(ALLOWED, x, -3.0).softmax(-1).square().sum(-1),
+    "filled": filled,
+    "noise": lambda x: (x + SOFT).max(-1).values,
+    "twice_scaled": lambda x: (0.5 * (x.log_softmax(-1) * SOFT)).sum(-1),
+    "trained": trained,
+    "learned_bias": lambda x: (x + torch.zeros(V, requires_grad=True)).logsumexp(-1),
+    "to": lambda x: SOFT.double().to(x).sum(-1) + x.logsumexp(-1),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch):
+    monkeypatch.setattr(cell, "told", set())
+
+
+@pytest.mark.parametrize("name", READ)
+def test_values_and_gradients(name):
+    lazy, real, leaves = pair()
+    found, expected = (results(READ[name], x, leaves) for x in (lazy, real))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class WidestCopy(Widest):
+    def counts(self, x):
+        own = {y.untyped_storage().data_ptr() for y in (SOFT, ONE_HOT, TURNED)}
+        return x.untyped_storage().data_ptr() not in own
+
+
+@pytest.mark.parametrize("name", ["one_hot", "cross_entropy", "kl_div", "turned", "of_every_text"])
+def test_they_are_not_copied(name, monkeypatch):
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 4 * V})
+    lazy, _, leaves = pair()
+    with WidestCopy() as made:
+        results(READ[name], lazy, leaves)
+    assert made.elements < B * (T - 1) * V and not cell.told
+
+
+def test_a_change_before_they_are_read_is_an_error(monkeypatch):
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 4 * V})
+    lazy, soft = pair()[0], SOFT.clone()
+    each = lazy.log_softmax(-1) * soft
+    read = each.sum(-1)
+    soft.zero_()
+    with pytest.raises(RuntimeError, match="mul: expected its operands to stay as they are"):
+        each.sum(-1)
+    with pytest.raises(RuntimeError, match="mul: expected its operands to stay as they are"):
+        read.sum().backward()
+
+
+def test_inference_tensors_may_change(monkeypatch):
+    """They do not tell when they do."""
+    monkeypatch.setattr(blocks, "BYTES", {"cpu": 4 * V})
+    lazy, real, _ = pair()
+    with torch.inference_mode():
+        soft = SOFT.clone()
+        each = lazy.detach() * soft
+        soft.zero_()
+        torch.testing.assert_close(each.sum(-1), (real * SOFT).sum(-1), rtol=1e-4, atol=1e-5)
