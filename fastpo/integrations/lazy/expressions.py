@@ -292,8 +292,8 @@ def _losses(func: Any, args: Any, kwargs: Any) -> Any:
     known = not old and given.get("reduction", "mean") in ("none", "sum", "mean")
     if not known or not isinstance(operand, Operand) or operand.node.ndim != 2:
         return NotImplemented
-    soft = isinstance(target, Operand) or torch.is_floating_point(target)
-    if func is F.cross_entropy and soft:
+    soft = isinstance(target, Tensor) and target.is_floating_point()
+    if func is F.cross_entropy and (soft or isinstance(target, Operand)):
         return _soft_cross_entropy(operand, target, **given)
     node = operand.node
     if not isinstance(target, Tensor) or target.dtype != torch.int64:

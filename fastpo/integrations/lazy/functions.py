@@ -201,7 +201,8 @@ def cross_entropy(
     label_smoothing: float = 0.0,
 ) -> Any:
     usual = weight is None and size_average is None and reduce is None and logits.ndim == 2
-    fits = target.dtype == torch.int64 and target.shape == logits.shape[:1]
+    fits = isinstance(target, Tensor) and target.dtype == torch.int64
+    fits = fits and target.shape == logits.shape[:1]
     known = reduction in ("none", "sum", "mean") and 0 <= label_smoothing <= 1
     if not (usual and fits and known) or logits.normalized:
         return NotImplemented

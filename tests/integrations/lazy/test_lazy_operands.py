@@ -112,3 +112,10 @@ def test_inference_tensors_may_change(monkeypatch):
         each = lazy.detach() * soft
         soft.zero_()
         torch.testing.assert_close(each.sum(-1), (real * SOFT).sum(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("target", [None, [1, 2]])
+def test_what_is_no_tensor_is_torch_s_error(target):
+    for x in pair()[:2]:
+        with pytest.raises(TypeError, match="'target'"):
+            F.cross_entropy(rows(x), target)
