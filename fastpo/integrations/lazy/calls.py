@@ -51,7 +51,7 @@ REWRITES = _names("add_ sub_ subtract_ clamp_ clip_ clamp_min_ clamp_max_ masked
 def of_torch(name: str) -> list[Any]:
     """What torch, torch.Tensor, torch.nn.functional and torch.special call so."""
     owners = (torch, Tensor, F, torch.special)
-    return [getattr(owner, name) for owner in owners if hasattr(owner, name)]
+    return [getattr(x, name) for x in owners if callable(getattr(x, name, None))]
 
 
 def named(names: str) -> set[Any]:

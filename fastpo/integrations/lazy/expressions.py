@@ -31,7 +31,7 @@ _WORD_BY_WORD = named("""
     logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not __and__ __or__ __invert__
     clone lerp entr expit
 """)
-_CASTS = named("float double half bfloat16 to type_as")
+_CASTS = named("float double half bfloat16 to type_as cpu")
 _OVER_WORDS = named("softmax log_softmax")
 _REDUCED = named("""
     sum nansum mean logsumexp amax amin max min argmax argmin prod var std any all count_nonzero

@@ -362,6 +362,7 @@ _NAMED: dict[str, Answer] = {
     **_VIEWS,
     "clone": clone,
     "to": to,
+    "cpu": lambda logits: to(logits, "cpu"),
     "float": lambda logits: _cast(logits, torch.float32),
     "bfloat16": lambda logits: _cast(logits, torch.bfloat16),
     "half": lambda logits: _cast(logits, torch.float16),
