@@ -4,7 +4,7 @@
     lse - (p * logits).sum(-1)
     (p * (logp - logq)).sum(-1)        KL(p‖q), of two
     F.kl_div(logq, logp, log_target=True, reduction="sum")
-    -(p * logq).sum(-1)        KL(p‖q) + H(p)
+    -(p * logq).sum(-1)        KL(p‖q) + H(p), of a p without gradient
     (p * logq).masked_fill(q_logits.isinf(), 0).sum(-1)        the same, where all is finite
     (mask * (p * logq)).sum(-1)        the same times what each row has one of
 
@@ -73,11 +73,11 @@ def _divergence(node: Rowwise, q: Promise, p: Promise) -> Tensor | None:
 
 
 def _cross_entropy(node: Rowwise) -> Tensor | None:
-    """Σ_v p_v log q_v of two models, where the node is p·log q."""
+    """Σ_v p_v log q_v of two models, where the node is p·log q and p a constant: its gradient
+    would be a difference of those of the two sums."""
     for of_p, x in _factors(node.root) if node.fresh else ():
-        p = _distribution(of_p)
-        q = _logarithm(x)
-        found = None if p is None or q is None else _divergence(node, q, p)
+        p, q = _distribution(of_p), _logarithm(x)
+        found = None if p is None or q is None or p.requires_grad else _divergence(node, q, p)
         if p is not None and found is not None:
             entropy = p.stats(torch.zeros_like(p.rows), "entropy").entropy
             assert entropy is not None
