@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import fastpo
 from fastpo.integrations import checkpointing
 from fastpo.integrations.trl.objectives.by_name import objectives_only
-from fastpo.integrations.trl.objectives.needs import Setting
+from fastpo.integrations.trl.objectives.setting import Setting
 
 from .jobs import Job
 from .memory import PeakMemory

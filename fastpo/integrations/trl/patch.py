@@ -19,7 +19,7 @@ from . import adapter, built, distillation, early, entropies, light, sampled, sh
 from . import logits as trl_logits
 from .head import COMPACT, GATHER, HEAD, Compact, FusedHead
 from .objectives import by_name
-from .objectives.needs import Objective, Setting
+from .objectives.setting import Objective, Setting
 
 __all__ = ["patch", "patched", "unpatch"]
 
@@ -85,7 +85,8 @@ def patch(
     alternatives: `rejected_alternative_token_logps` draws among that many best tokens, 1 or more.
 
     A second call replaces the first. Raises RuntimeError when TRL is missing or its seams have
-    changed, and then changes nothing; ValueError for an unknown objective or option.
+    changed, and then changes nothing; ValueError for an unknown objective or option, and for an
+    option that the objective has no quantity for.
     """
     _check_flags(
         lazy=lazy,

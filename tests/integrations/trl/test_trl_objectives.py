@@ -24,7 +24,7 @@ from fastpo import objectives
 from fastpo.integrations.seams import imports
 from fastpo.integrations.trl.objectives.by_name import objectives_only
 from fastpo.integrations.trl.objectives.columns import PAIRS, Carry
-from fastpo.integrations.trl.objectives.needs import Setting
+from fastpo.integrations.trl.objectives.setting import Setting
 from fastpo.objectives._quantities import SHAPES
 from fastpo.quantities import Quantities
 

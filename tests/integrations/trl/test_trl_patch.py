@@ -208,6 +208,35 @@ def test_references_that_nothing_would_come_of(objective, references, message):
     assert_held(own)
 
 
+@pytest.mark.parametrize(
+    ("objective", "option", "message"),
+    [
+        ("simpo", {"mixing": 0.5}, r"mixing: expected .* of mixed_\*_logps, got one of chosen"),
+        ("gspo", {"mixing": 0.5}, r"mixing: expected .* of mixed_\*_logps, got one of token_logps"),
+        ("dpo", {"alternatives": 4}, "alternatives: expected .* of rejected_alternative_token_log"),
+        ("simpo", {"reference_free": True}, r"reference_free: expected .* of \*logratios, got one"),
+    ],
+)
+def test_options_that_nothing_would_come_of(objective, option, message):
+    own = held()
+    with pytest.raises(ValueError, match=f"^{message}"):
+        fastpo.patch(objective=objective, **option)
+    assert_held(own)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "got"), [("sigmoid", "TRL's own"), (["sigmoid", "simpo"], "one of chosen_logps")]
+)
+def test_a_mixture_that_no_loss_type_asks_for(loss_type, got, tmp_path):
+    pytest.importorskip("trl", minversion="1.15")
+    path, data = _trainers.saved(tmp_path), tiny.preferences()
+    message = rf"^mixing: expected an objective of mixed_\*_logps, got {got}"
+    with fastpo.patched(mixing=0.5):
+        with pytest.raises(ValueError, match=message):
+            _trainers.build("DPO", tmp_path, path, data, {"loss_type": loss_type})
+        _trainers.build("DPO", tmp_path, path, data, {"loss_type": "spa"})
+
+
 @pytest.mark.parametrize("prefix", ["DPO", "KTO", "GRPO"])
 def test_an_argument_that_no_trainer_takes(prefix):
     """The error is Python's own, which names the trainer."""

@@ -18,7 +18,7 @@ from trl import GRPOTrainer
 import fastpo
 from fastpo.integrations.seams.saying import say_once
 from fastpo.integrations.trl.objectives.by_name import objectives_only
-from fastpo.integrations.trl.objectives.needs import Setting
+from fastpo.integrations.trl.objectives.setting import Setting
 
 TWICE = {"num_generations": 2, "max_completion_length": 6, "num_iterations": 2, "max_steps": 4}
 ACCUMULATED = {"gradient_accumulation_steps": 2}
@@ -304,7 +304,11 @@ REFUSED = {
         "vllm_importance_sampling_correction: expected none with gmpo, which has no is_weights",
     ),
     "values": ({"objective": "ppo_value"}, {}, "ppo_value: expected an objective of what GRPO"),
-    "mixing": ({"objective": "gspo", "mixing": 0.5}, {}, "mixing: expected none with GRPOTrainer"),
+    "prompts": (
+        {"objective": "gspo", "score_prompts": True},
+        {},
+        "score_prompts: expected False with GRPOTrainer, got True",
+    ),
     "loss_type": ({"objective": "gspo"}, {"loss_type": "grpo"}, "loss_type: expected the default"),
     "unknown": ({}, {"loss_type": "nope"}, "nope"),
 }

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ....quantities import Quantities
 from .columns import ROWS, TEXTS, Carry
-from .needs import Needs, Objective, Setting, Term, total
+from .needs import Needs, Term, total
 from .passes import Pass
+from .setting import Objective, Setting
 
 # Columns that TRL's tokenization hands to the chat template.
 TEMPLATE = ("tools", "chat_template_kwargs")

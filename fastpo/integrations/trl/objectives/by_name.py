@@ -17,8 +17,9 @@ from ...seams.saying import inform
 from ...seams.seam import Make, Method, Seam, kept, replace_when_imported
 from ..sampled import SCORES
 from .base import ObjectiveTrainer
-from .needs import Setting, terms_of, weighted
+from .needs import terms_of, weighted
 from .policy import PolicyTrainer
+from .setting import Setting
 from .trainers import PairTrainer, SingleTrainer
 
 VERSIONS = ("1.15", "1.16")

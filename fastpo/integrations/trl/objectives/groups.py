@@ -18,8 +18,9 @@ from ...seams.seam import fitting
 from . import by_name
 from .base import TEMPLATE, TextTrainer
 from .columns import SINGLES, Carry
-from .needs import Objective, Setting, Term, default_of, of_family, refuse_unheard, total
+from .needs import Term, default_of, of_family, refuse_unheard, total
 from .passes import Pass
+from .setting import Objective, Setting
 
 # Options of DPOConfig that groups have no use for.
 _OF_PAIRS = (

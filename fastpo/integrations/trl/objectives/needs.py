@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +15,9 @@ from .... import objectives
 from ....objectives._quantities import SHAPES, is_mask
 from ....objectives._registry import entry_of, lookup, of_table, quantities_of, unwrap
 from ....ops.stats import TokenStats
-from ....ops.walks.checks import check_integer, check_number
 from ....quantities import Quantities, padded
+from .setting import Objective, Setting
 
-Objective = Callable[..., Tensor]
 # Hyperparameter -> the option of TRL's configs that it is.
 CONFIGURED = {
     "beta": "beta",
@@ -39,76 +38,6 @@ CONFIGURED = {
     "lambda_neg": "vespo_lambda_neg",
     "discopop_tau": "discopop_tau",  # for TRL's discopop alone: "tau" means more than one thing
 }
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What `patch(objective=...)` was told.
-
-    references: models beside the reference, by the prefix of their quantities: "prev" -> a model,
-        "history" -> a list of models. mixing: the m of the mixed_* quantities. alternatives: how
-        many of the policy's best tokens another one is drawn from.
-    """
-
-    objective: str | Objective | None = None
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    references: Mapping[str, Any] = field(default_factory=dict)
-    reference_free: bool = False
-    score_prompts: bool = False
-    mixing: float | None = None
-    alternatives: int = 5
-
-    def __post_init__(self) -> None:
-        if self.mixing is not None:
-            check_number("mixing", self.mixing, "a finite number or None")
-        check_integer("alternatives", self.alternatives, "an integer >= 1", lambda k: k >= 1)
-        if self.objective is None:
-            options = ("references", "reference_free", "score_prompts")
-            given = [*self.hyperparameters, *(name for name in options if getattr(self, name))]
-            if given:
-                got = ", ".join(given)
-                raise ValueError(
-                    f"{got}: expected an option of fastpo.patch, or objective= with it, got neither"
-                )
-            return
-        self._check_references(self.bound())
-
-    def _check_references(self, objective: Objective) -> None:
-        """Each would be asked at every step: for an objective of one model, or none, in vain."""
-        unknown = set(self.references) - {"prev", "history"}
-        if unknown:
-            raise ValueError(f"references: expected prev and history, got {', '.join(unknown)}")
-        for name in self.references:
-            models = self.models(name)
-            for one in models:
-                if not isinstance(one, torch.nn.Module):
-                    raise ValueError(f"references[{name!r}]: expected a model, got {one!r}")
-            if not models or (name == "prev" and len(models) > 1):
-                expected = "one model" if name == "prev" else "at least one model"
-                raise ValueError(f"references[{name!r}]: expected {expected}, got {len(models)}")
-            quantities = quantities_of(objective)
-            if not any(quantity.startswith(f"{name}_") for quantity in quantities):
-                raise ValueError(
-                    f"references[{name!r}]: expected an objective of {name}_*_logps, got one of "
-                    f"{', '.join(quantities)}"
-                )
-
-    def models(self, name: str) -> list[Any]:
-        """Of one name in `references`, in their order."""
-        given = self.references[name]
-        return list(given) if isinstance(given, list | tuple) else [given]
-
-    def bound(self) -> Objective:
-        """The objective with its hyperparameters, checked."""
-        if isinstance(self.objective, str):
-            return objectives.get(self.objective, **self.hyperparameters)
-        if not callable(self.objective):
-            got = type(self.objective).__name__
-            raise ValueError(f"objective: expected a key or a function, got {got}")
-        if self.hyperparameters:
-            got = ", ".join(self.hyperparameters)
-            raise ValueError(f"{got}: expected none, bind a function's own beforehand")
-        return self.objective
 
 
 def weighted(weight: float, text: str) -> str:
@@ -178,6 +107,7 @@ def terms_of(
         if name not in own:
             function = objectives.get(name, **_configured(config, name))
             terms.append(Term(of_family(function, families), weight))
+    setting.refuse_unheard(term.function for term in terms)
     if terms and not theirs:
         heard = {name: value for term in terms for name, value in term.parameters.items()}
         refuse_unheard(config, terms[0], heard)
