@@ -311,12 +311,29 @@ _packers: WeakKeyDictionary[PreTrainedModel, Packer] = WeakKeyDictionary()
 def take_tokens(models: Iterable[nn.Module]) -> Tokens:
     """Of all backbones in these models under `packing`, since they were last taken."""
     taken = Tokens()
-    for packer in (_packers.get(x) for model in models for x in model.modules()):  # type: ignore[call-overload]
-        if packer is not None:
-            taken.padded += packer.tokens.padded
-            taken.computed += packer.tokens.computed
-            packer.tokens = Tokens()
+    for packer in _packers_of(models):
+        taken.padded += packer.tokens.padded
+        taken.computed += packer.tokens.computed
+        packer.tokens = Tokens()
     return taken
+
+
+@contextmanager
+def tokens_apart(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Those of a block are none of the count around it."""
+    before = {packer: packer.tokens for packer in _packers_of(models)}
+    for packer in before:
+        packer.tokens = Tokens()
+    try:
+        yield
+    finally:
+        for packer, tokens in before.items():
+            packer.tokens = tokens
+
+
+def _packers_of(models: Iterable[nn.Module]) -> list[Packer]:
+    found = (_packers.get(x) for model in models for x in model.modules())  # type: ignore[call-overload]
+    return [packer for packer in found if packer is not None]
 
 
 @contextmanager

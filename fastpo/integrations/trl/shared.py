@@ -16,6 +16,12 @@ from ..seams.seam import Make, Method, Replacement, Seam
 
 _METRIC = "fastpo/tokens_saved"
 _LOG = Seam("transformers.trainer", "Trainer.log", ("logs", "start_time"), ("5",))
+_EVALUATE = Seam(
+    "transformers.trainer",
+    "Trainer.evaluate",
+    ("eval_dataset", "ignore_keys", "metric_key_prefix"),
+    ("5",),
+)
 _VERSIONS = ("1.13", "1.14", "1.15", "1.16")
 _SHUFFLES = tuple(
     Seam(f"trl.trainer.{name}_trainer", "shuffle_sequence_dict", ("seq_dict",), _VERSIONS)
@@ -52,12 +58,26 @@ class _Log(Method):
     ) -> None:
         from ..sharing.backbone import take_tokens  # imports transformers
 
-        models = (getattr(trainer, name, None) for name in _MODELS)
-        tokens = take_tokens(model for model in models if isinstance(model, nn.Module))
+        tokens = take_tokens(_models(trainer))
         if tokens.padded:
             evaluates = any(name.startswith("eval_") for name in logs)
             logs["eval_" * evaluates + _METRIC] = tokens.saved
         self.original(trainer, logs, start_time)
+
+
+class _Evaluate(Method):
+    """`Trainer.evaluate`: between two logs of a training, which count its own steps."""
+
+    def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        from ..sharing.backbone import tokens_apart  # imports transformers
+
+        with tokens_apart(_models(trainer)):
+            return self.original(trainer, *args, **kwargs)
+
+
+def _models(trainer: Any) -> list[nn.Module]:
+    models = (getattr(trainer, name, None) for name in _MODELS)
+    return [model for model in models if isinstance(model, nn.Module)]
 
 
 class _Hidden(Method):
@@ -108,5 +128,5 @@ def _joined(groups: Any) -> Any:
 def replacements(sharing: bool | None, whole_groups: bool) -> dict[Seam, Make]:
     made: dict[Seam, Make] = {}
     if sharing is not None:
-        made |= {_LOG: _Log, _HIDDEN: partial(_Hidden, sharing=sharing)}
+        made |= {_LOG: _Log, _EVALUATE: _Evaluate, _HIDDEN: partial(_Hidden, sharing=sharing)}
     return {**made, **(dict.fromkeys(_SHUFFLES, _Shuffle) if whole_groups else {})}

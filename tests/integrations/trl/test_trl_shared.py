@@ -309,6 +309,22 @@ def test_evaluation_between_steps(tmp_path, layouts):
     _trainers.assert_same(*reversed(runs))
 
 
+def test_tokens_of_an_evaluation_count_apart(tmp_path, layouts):
+    """It comes between two logs of the training: those are what they were, and it is its own."""
+    saved = []
+    for every in (6, 2):  # after the last log, and between
+        with fastpo.patched(shared_prompts=True):
+            trainer = CASES["dpo"].build(tmp_path)
+            trainer.args.logging_steps, trainer.args.max_steps = 3, 6
+            trainer.args.eval_strategy, trainer.args.eval_steps = "steps", every
+            trainer.eval_dataset = trainer.train_dataset.select(range(1))
+            logs, _ = _trainers.train(trainer)
+        for name in ("fastpo/tokens_saved", "eval_fastpo/tokens_saved"):
+            saved.append([log[name] for log in logs if name in log])
+    assert saved[0] == saved[2] and len(saved[0]) == 2
+    assert len(saved[1]) == 1 and saved[3] == saved[1] * 3
+
+
 def test_without_the_patch_nothing_is_packed(tmp_path, layouts):
     with fastpo.patched(shared_prompts=True):
         trainer = CASES["dpo"].build(tmp_path)
