@@ -303,6 +303,11 @@ REFUSED = {
         {"use_vllm": True},
         "vllm_importance_sampling_correction: expected none with gmpo, which has no is_weights",
     ),
+    "row of a sampler": (
+        {"objective": "vespo"},
+        {"use_vllm": True},
+        "vllm_importance_sampling_mode: expected token_truncate or token_mask with vespo, got seq",
+    ),
     "values": ({"objective": "ppo_value"}, {}, "ppo_value: expected an objective of what GRPO"),
     "prompts": (
         {"objective": "gspo", "score_prompts": True},

@@ -30,6 +30,7 @@ _GIVEN = (
 # Options of GRPOConfig that weigh or leave out tokens, as `is_weights` do.
 _WEIGHING = ("top_entropy_quantile", "off_policy_mask_threshold")
 _OTHERS = ("use_adaptive_entropy", "use_liger_kernel")
+_TOKEN_MODES = ("token_truncate", "token_mask")
 _LEVELS = ("token", "sequence")  # of TRL
 
 
@@ -107,6 +108,12 @@ class PolicyTrainer(ObjectiveTrainer):
         weighing = [option for option in _WEIGHING if option in changed]
         if config.use_vllm and config.vllm_importance_sampling_correction:
             weighing.append("vllm_importance_sampling_correction")
+            mode = config.vllm_importance_sampling_mode
+            if name == "vespo" and mode not in _TOKEN_MODES:  # as TRL: it sums over the tokens
+                expected = " or ".join(_TOKEN_MODES)
+                raise ValueError(
+                    f"vllm_importance_sampling_mode: expected {expected} with vespo, got {mode}"
+                )
         if weighing and "is_weights" not in self._fastpo.needs.names:
             option = weighing[0]
             raise ValueError(
