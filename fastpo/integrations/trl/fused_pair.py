@@ -76,8 +76,7 @@ class _Step(Method):
     """`DistillationTrainer._compute_loss`, where it cannot be right."""
 
     def __call__(self, trainer: Any, student: Any, *args: Any, **kwargs: Any) -> Any:
-        head = getattr(student, "get_output_embeddings", None)
-        if head is not None and tensor_parallel(head()):
+        if tensor_parallel(student.get_output_embeddings()):
             raise RuntimeError(
                 "DistillationTrainer: expected a student that is not tensor-parallel, got one that "
                 "is: TRL draws other completions in each process, whose activations would be "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 pytest.importorskip("trl")
@@ -15,6 +17,7 @@ from _tiny import one_thread  # noqa: F401
 
 import fastpo
 from fastpo.integrations.lazy import cell
+from fastpo.integrations.seams.saying import say_once
 from fastpo.ops.walks import divergence
 
 SAMPLED = {"max_completion_length": 4}
@@ -68,3 +71,32 @@ def test_budget_and_backend_reach_the_divergence(name, tmp_path, calls):
     with fastpo.patched(budget=1234, backend="torch"):
         _trainers.train(trainer(name, tmp_path))
     assert {(spec.budget, spec.head.backend) for *_, spec in calls} == {(1234, "torch")}
+
+
+HEADS = {
+    "float64": (torch.float64, "student_hidden: expected dtype float32, bfloat16 or float16"),
+    "zero_3": (torch.float32, "lm_head.weight: expected a whole tensor, got a shard"),
+}
+
+
+@pytest.mark.parametrize("sharded", [1, 4])
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_that_stays_with_trl(name, sharded, calls, caplog):
+    """ZeRO-3's weights, of student or teacher, are gone before the backward."""
+    skip_unless_served("distillation")
+    dtype, why = HEADS[name]
+    g = torch.Generator().manual_seed(0)
+    shapes = ((5, 4), (9, 4), (9,), (5, 3), (9, 3), (9,))
+    tensors = [torch.randn(shape, generator=g, dtype=dtype) for shape in shapes]
+    if name == "zero_3":
+        tensors[sharded].ds_id = 0
+    given = (*(x.requires_grad_() for x in tensors), 0.5, 0.7, 1.0, None, 1.0, 30.0)
+    say_once.cache_clear()
+    found = []
+    for patched in (False, True):
+        with fastpo.patched() if patched else contextlib.nullcontext():
+            rows = stable.ChunkedDivergenceFunction.apply(*given)
+            gradients = torch.autograd.grad(rows[0].sum(), tensors[:3])
+        found.append([*rows, *gradients])
+    assert all(torch.equal(ours, own) for ours, own in zip(*found, strict=True))
+    assert not calls and why in caplog.text

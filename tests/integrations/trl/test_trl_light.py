@@ -10,6 +10,7 @@ pytest.importorskip("peft")
 
 import _tiny as tiny
 import peft
+import torch
 import trl
 from _tiny import one_thread  # noqa: F401
 
@@ -55,3 +56,17 @@ def test_only_the_policy_s_pass_computes_statistics(prefix, tmp_path, monkeypatc
     assert policy and all("entropy" in outputs for outputs in policy)
     assert others and all(outputs == ("logps",) for outputs in others)
     assert metrics["eval_entropy"] > 0, "in evaluation the policy has no gradient either"
+
+
+@pytest.mark.parametrize("prefix", DATA)
+def test_a_loss_in_training_mode_without_gradient(prefix, tmp_path):
+    """A script may ask for it between steps; the policy's own pass has statistics then, too."""
+    found = []
+    for grad in (True, False):
+        with fastpo.patched(), torch.set_grad_enabled(grad):
+            built = trainer(prefix, tmp_path)
+            built.model.train()
+            batch = next(iter(built.get_train_dataloader()))
+            loss = built.compute_loss(built.model, batch)
+        found.append([loss.item(), *built._metrics["train"]["entropy"]])
+    assert len(found[0]) == 2 and found[1] == pytest.approx(found[0], rel=1e-5)
