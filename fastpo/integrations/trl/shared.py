@@ -60,8 +60,8 @@ class _Log(Method):
 
         tokens = take_tokens(_models(trainer))
         if tokens.padded:
-            evaluates = any(name.startswith("eval_") for name in logs)
-            logs["eval_" * evaluates + _METRIC] = tokens.saved
+            # As TRL does of its own metrics, whatever prefix an evaluation was given.
+            logs[_METRIC if trainer.model.training else f"eval_{_METRIC}"] = tokens.saved
         self.original(trainer, logs, start_time)
 
 

@@ -209,8 +209,10 @@ def test_tokens_are_counted_from_log_to_log(tmp_path, layouts):
         half = len(sizes) // 2  # policy and reference, two steps each
         for part, found in zip((sizes[:half], sizes[half:]), saved, strict=True):
             assert found == pytest.approx(1 - sum(x for x, _ in part) / sum(y for _, y in part))
-        assert trainer.evaluate()["eval_loss"] > 0
-        assert 0 < trainer.state.log_history[-1]["eval_fastpo/tokens_saved"] < 1
+        for prefix in ("eval", "test"):
+            assert trainer.evaluate(metric_key_prefix=prefix)[f"{prefix}_loss"] > 0
+            found = {k: x for k, x in trainer.state.log_history[-1].items() if "fastpo" in k}
+            assert list(found) == ["eval_fastpo/tokens_saved"] and 0 < sum(found.values()) < 1
     with fastpo.patched():
         assert not any(
             "fastpo" in name for name in _trainers.train(CASES["dpo"].build(tmp_path))[0][0]
