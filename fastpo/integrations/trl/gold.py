@@ -73,8 +73,6 @@ class Sorted(Method):
         rows = [slice(i, i + 1) for i in range(len(student_labels))]
         texts = [(student.cut(row), teacher.cut(row)) for row in rows]
         spans = [_spans(loss, *text) for text in texts]
-        if not any(spans):
-            return self._own(loss, student, teacher)
         # Whose tokens count is in the spans; what TRL logs of them is kept on the copy.
         bare = copy.copy(loss)
         bare.skip_student_eos = bare.skip_teacher_eos = False

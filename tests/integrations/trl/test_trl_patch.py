@@ -195,6 +195,7 @@ def test_an_option_of_an_objective_without_one(options):
     [
         ("inpo", {"prev": 2}, "'prev'.: expected one model, got 2"),
         ("inpo", {"prev": 0}, "'prev'.: expected one model, got 0"),
+        ("dpo", {"ref": 1}, " expected prev and history, got ref"),
         ("mnpo", {"history": 0}, "'history'.: expected at least one model, got 0"),
         ("inpo", {"prev": 1, "history": 1}, r"'history'.: expected an objective of history_\*_log"),
         ("kto", {"prev": 1}, r"'prev'.: expected an objective of prev_\*_logps, got one of lograt"),

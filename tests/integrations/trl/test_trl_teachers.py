@@ -24,6 +24,7 @@ import torch
 from _tiny import one_thread  # noqa: F401
 from datasets import Dataset
 from test_trl_options import HIDDEN, TILE, WORDS, path, small_tiles, trained, widest  # noqa: F401
+from trl.experimental.gold.gold_trainer import ULDLoss
 from trl.generation import vllm_client
 
 import fastpo
@@ -214,14 +215,53 @@ def test_trainers_train_the_same(name, path, tmp_path, widest, monkeypatch):  # 
 def test_gold_in_blocks_of_any_size(rows, answered, path, tmp_path, monkeypatch):  # noqa: F811
     """Also of texts that are all prompt."""
     monkeypatch.setattr(gold, "_rows", lambda *_: rows)
-    found = {}
+
+    def change(labels):
+        labels[answered:] = -100
+
+    grad = assert_gold_is_the_same("gold_hybrid", change, path, tmp_path)
+    assert bool(grad.any()) == (answered > 0)
+
+
+@pytest.mark.parametrize("name", ["gold_hybrid", "gold_bayesian"])
+def test_gold_of_answers_in_parts(name, path, tmp_path, monkeypatch):  # noqa: F811
+    """TRL counts what is labelled, and takes that many tokens from the first."""
+    monkeypatch.setattr(gold, "_rows", lambda *_: 2)
+
+    def change(labels):
+        labels[:, (labels[0] != -100).nonzero().min() + 2] = -100
+
+    assert assert_gold_is_the_same(name, change, path, tmp_path).any()
+
+
+def assert_gold_is_the_same(name, change, model, folder):
+    """One loss and its gradient, of labels that are changed; the gradient of the head."""
+    found = []
     for patched in (False, True):
         with fastpo.patched() if patched else contextlib.nullcontext():
-            trainer = CASES["gold_hybrid"].build(tmp_path, path)
+            trainer = CASES[name].build(folder, model)
             batch = next(iter(trainer.get_train_dataloader()))
-            batch["labels"][answered:] = -100
+            change(batch["labels"])
             loss = trainer.compute_loss(trainer.model, batch)
             (grad,) = torch.autograd.grad(loss.sum(), [trainer.model.lm_head.weight])
-        found[patched] = loss.detach().sum(), grad, trainer._matched_sum, trainer._unmatched_sum
-    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-6)
-    assert bool(grad.any()) == (answered > 0)
+        found.append((loss.detach().sum(), grad, trainer._matched_sum, trainer._unmatched_sum))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    return grad
+
+
+def test_gold_of_real_logits(path, tmp_path, monkeypatch):  # noqa: F811
+    """A script that computes them itself."""
+    given, own = [], ULDLoss._compute_distillation_loss
+
+    def noted(*args, **kwargs):
+        given.append((args, kwargs, own(*args, **kwargs)))
+        return given[-1][-1]
+
+    monkeypatch.setattr(ULDLoss, "_compute_distillation_loss", noted)
+    trainer = CASES["gold_bytes"].build(tmp_path, path)
+    trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    monkeypatch.undo()
+    ((args, kwargs, expected),) = given
+    with fastpo.patched():
+        found = ULDLoss._compute_distillation_loss(*args, **kwargs)
+    assert torch.equal(found, expected)
