@@ -200,16 +200,19 @@ class _Scores(Method):
         run = partial(self.original, trainer, *given, **named)
         rule = _rule(trainer)
         batch = _batch.get()
-        if batch is None or (batch.rows is None and rule == Rule()):
+        if batch is None:
             return run()
         sizes = attention_mask[:, -logits_to_keep:].sum(1).tolist()
-        if batch.rows is None and (batch.reference or model is trainer.ref_model):
+        if batch.rows is None and rule != Rule():
+            if not (batch.reference or model is trainer.ref_model):
+                return self._record(run, rule, batch, sizes)
             # The reference is asked first: what was kept is the policy's own choice.
             policy = partial(self.original, trainer, trainer.model, *given[1:], **named)
             self._record(policy, rule, batch, sizes)
-        if batch.rows is None:
-            return self._record(run, rule, batch, sizes)
         adapter = batch.reference or nullcontext
+        if batch.rows is None:
+            with adapter():
+                return run()
         with adapter(), _scoring(Replay(_words(batch.rows, sizes))):
             return run()
 

@@ -192,14 +192,16 @@ def test_without_a_reference_the_policy_finds_them_itself(tmp_path):
     assert logged_masses(built) == pytest.approx(built.masses, rel=1e-5)
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("prefix", ["GRPO", "RLOO"])
-def test_a_sampler_that_keeps_all_words_changes_nothing(prefix, tmp_path):
-    runs = []
+def test_a_sampler_that_keeps_all_words_changes_nothing(prefix, lora, tmp_path):
+    """Nor does the reference of LoRA, whose adapter is off, once it has been trained."""
+    runs, kind, changes = [], getattr(trl, f"{prefix}Trainer"), {"top_k": 0, "max_steps": 3}
+    given = {"peft_config": _trainers.lora()} if lora else {}
     for options in ({}, {"support": True}):
         with fastpo.patched(**options):
-            built = trainer(getattr(trl, f"{prefix}Trainer"), prefix, tmp_path, {"top_k": 0})
-            runs.append(_trainers.train(built))
-    assert runs[0][0] == runs[1][0]
+            runs.append(_trainers.train(trainer(kind, prefix, tmp_path, changes, **given)))
+    assert runs[0][0] == runs[1][0] and runs[0][0][2]["kl"] != 0
 
 
 def every_third(z, words):
