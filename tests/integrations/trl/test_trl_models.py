@@ -15,6 +15,8 @@ import transformers
 from _tiny import one_thread  # noqa: F401
 from torch import nn
 
+import fastpo
+
 
 def resized():
     """Two special tokens more, and rows that no token has, as `pad_to_multiple_of` leaves them."""
@@ -139,3 +141,14 @@ def test_quantised_base(tmp_path, calls):
         "quantization_config": transformers.BitsAndBytesConfig(load_in_4bit=True),
     }
     _trainers.assert_trains_the_same(lambda: trainer("DPO", tmp_path, path, **arguments), calls)
+
+
+def test_a_third_text_beside_images(tmp_path):
+    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("PIL")
+    tiny.vision_language_model().save_pretrained(tmp_path / "model")
+    data = tiny.with_images(tiny.preferences()).map(lambda row: {"third": row["rejected"]})
+    given = {"data": data, "processing_class": tiny.processor()}
+    message = "third: expected a dataset of texts alone, got 'images'"
+    with fastpo.patched(objective="tpo_triple"), pytest.raises(ValueError, match=message):
+        trainer("DPO", tmp_path, str(tmp_path / "model"), **given)

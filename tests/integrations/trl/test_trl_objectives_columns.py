@@ -301,3 +301,10 @@ def test_an_option_that_the_named_objective_has_not(tmp_path):
         built = trainer(tmp_path, loss_type="orpo", beta=0.3)
         assert "beta=0.3" in str(built._fastpo.terms[0])
         trainer(tmp_path, **both)
+
+
+def test_an_objective_that_reads_the_head_again_outlives_no_patch(tmp_path):
+    with fastpo.patched(objective="tdpo"):
+        built = _trainers.build("DPO", tmp_path, _trainers.saved(tmp_path), tiny.preferences(), {})
+    with pytest.raises(RuntimeError, match="expected in force while training in"):
+        built.train()

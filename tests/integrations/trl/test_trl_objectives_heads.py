@@ -123,3 +123,6 @@ def test_virtual_tokens_stand_in_front_and_padding_behind():
     output = run(**own, labels=labels, fused_lm_head=True)
     assert run.logps.tolist() == [[0.0, 1, 2, 3, 4, 5, 6]] * 3
     assert output.log_probs.tolist() == [[-3.0, -2, -1, 0, 1, 2, 3]] * 2
+
+    with pytest.raises(ValueError, match="third texts: expected text-only batches, got pixel_va"):
+        Pass(model, [text])(**own, labels=labels, fused_lm_head=True, pixel_values=labels)

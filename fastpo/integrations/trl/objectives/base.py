@@ -138,6 +138,9 @@ class TextTrainer(ObjectiveTrainer):
         precompute = config.precompute_ref_log_probs
         self._fastpo.precompute = precompute and self.needs_reference
         images = {"image", "images"} & set(self._fastpo.dataset_columns)
+        texts = [text for text in TEXTS if self._fastpo.needs.text(text)]
+        if images and texts:  # TRL tokenizes such a dataset in the collator
+            raise ValueError(f"{texts[0]}: expected a dataset of texts alone, got {min(images)!r}")
         none = precompute or not (self.needs_reference or images)
         self._refuse_reference_options(config, loaded=not none)
         with standing_in(config, precompute_ref_log_probs=none):
