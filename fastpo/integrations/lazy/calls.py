@@ -81,10 +81,11 @@ def name_of(func: Any) -> str:
     return name
 
 
-def of_fsdp(hook: Any) -> bool:
+def of_fsdp(logits: Any, hook: Any) -> bool:
     """FSDP2 gathers weights for the backward when it comes by what a module gave: it may wait for
-    the hidden states, which every gradient reaches."""
-    return getattr(hook, "__qualname__", "") == "FSDPState._pre_backward"
+    the hidden states, which every gradient reaches unless the head alone is trained."""
+    own = getattr(hook, "__qualname__", "") == "FSDPState._pre_backward"
+    return own and logits._cell.graph.promise.base.hidden.requires_grad
 
 
 def here(func: Any, device: torch.device) -> Any:

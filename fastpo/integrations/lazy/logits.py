@@ -76,7 +76,7 @@ class LazyLogits(Tensor):
     ) -> Any:
         name, args, kwargs = name_of(func), *positional(args, dict(kwargs or {}))
         first: Any = args[0] if args else None
-        if name == "register_hook" and of_fsdp(*args[1:]):
+        if name == "register_hook" and of_fsdp(*args):
             return first._cell.graph.promise.base.hidden.register_hook(*args[1:])
         if name == "grad" and func.__name__ == "__get__":  # as Dynamo reads it of its inputs
             return _natively(func, args, kwargs)

@@ -75,6 +75,17 @@ def trained(name, everywhere, rank):
     return torch.stack(losses)
 
 
+def gradient_of_the_head(lazy, rank):
+    """Of a head that alone is trained: no gradient reaches the hidden states."""
+    model = tiny.model("llama").requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    if lazy:
+        fastpo.lazy_logits(model)
+    found, _ = loss(fsdp2(model), half(rank))
+    found.backward()
+    return model.lm_head.weight.grad.full_tensor()
+
+
 def assert_given_up(rank):
     """FSDP2 frees a head that was said to be resharded after the forward."""
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
@@ -94,6 +105,8 @@ def work(rank, names):
         for everywhere in (False, True):
             torch.testing.assert_close(trained(name, everywhere, rank), own, rtol=1e-4, atol=1e-5)
     assert not cell.told, cell.told
+    own, ours = (gradient_of_the_head(lazy, rank) for lazy in (False, True))
+    torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
     assert_given_up(rank)
 
 
