@@ -1,5 +1,5 @@
 """`fastpo.patch` under DistributedDataParallel: two processes train as they do without it, and an
-objective by name as TRL's loss of that name."""
+objective by name as TRL's loss of that name; groups train as in one process."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import _processes
 import _tiny as tiny
 import _trainers
 import torch
+from datasets import Dataset
 
 import fastpo
 
@@ -103,3 +104,40 @@ def test_objectives_of_rollouts_train_as_trls_losses_do(tmp_path):
     ranks = _processes.loaded(tmp_path)
     for loss_type in LOSSES:
         assert_trained_alike(ranks, loss_type)
+
+
+def groups(folder, **changes):
+    """GroupTrainer on groups of one to four completions."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "completions": [[{"role": "assistant", "content": x}] for x in tiny.GOOD[: i + 1]],
+            "scores": [float(j) for j in range(i + 1)],
+        }
+        for i, question in enumerate(tiny.QUESTIONS[:4])
+    ]
+    config = _trainers.config("DPO", folder, {"max_steps": 2, **changes})
+    trainer = fastpo.GroupTrainer(
+        _trainers.saved(folder),
+        args=config,
+        objective="infonca",
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny.tokenizer(),
+    )
+    return _trainers.train(trainer)
+
+
+def groups_process(rank, folder):
+    found = groups(folder, per_device_train_batch_size=1, ddp_backend="gloo")
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_groups_of_two_processes_train_and_log_as_those_of_one(tmp_path):
+    """Their completions differ in number."""
+    pytest.importorskip("trl", minversion="1.15")  # the first with objectives by name
+    whole = groups(tmp_path, per_device_train_batch_size=2)
+    _processes.run(groups_process, tmp_path)
+    ours = _processes.loaded(tmp_path)[0]
+    for logs, _ in (ours, whole):
+        logs[-1].pop("total_flos")  # counts pads, and there are others
+    _trainers.assert_same(ours, whole)

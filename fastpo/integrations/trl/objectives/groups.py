@@ -165,12 +165,12 @@ class GroupTrainer(TextTrainer, DPOTrainer):
     def _log_groups(self, q: Quantities, inputs: Mapping[str, Any], count: int) -> None:
         policy, mask = q["logps"], q["mask"]
         rewards = self._fastpo.terms[0].beta * q["logratios" if "logratios" in q else "logps"]
-        one = rewards.new_ones(())
-        # Sums, and of how many.
+        rows = rewards.new_tensor(len(rewards))
+        # Sums, and of how many: processes differ in both.
         values = {
-            "entropy": ((q["entropy"] * mask).sum() / mask.sum().clamp(min=1), one),
-            "logps/mean": (policy.mean(), one),
-            "rewards/mean": (rewards.mean(), one),
+            "entropy": ((q["entropy"] * mask).sum(), mask.sum()),
+            "logps/mean": (policy.sum(), rows),
+            "rewards/mean": (rewards.sum(), rows),
         }
         if "scores" in q:
             groups, sizes = inputs["groups"], inputs["group_sizes"]
