@@ -132,7 +132,7 @@ def _kept_tokens(tokens: int, weight: Tensor, spec: DivergenceSpec) -> int:
 
 def _row_words(weight: Tensor) -> int:
     """Cells of a row that is kept."""
-    vocab = len(weight)
+    vocab = weight.shape[0]
     return planner.kept_cells(vocab, planner.tile_shape(1, vocab, weight.device.type).vocab)
 
 
@@ -140,7 +140,7 @@ def _sizes(
     labels: Tensor, weight: Tensor, spec: DivergenceSpec
 ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
     """Of constants, totals and kept."""
-    tokens = len(labels)
+    tokens = labels.shape[0]
     kept = _kept_tokens(tokens, weight, spec) * _row_words(weight)
     return (4, tokens), (2, tokens), (2, kept)
 

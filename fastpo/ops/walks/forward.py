@@ -79,7 +79,7 @@ def fake_finish(hidden: Tensor, spec: HeadSpec) -> Forward:
     fields = {name: hidden.new_empty(0, dtype=torch.float32) for name in Forward._fields}
     for name in ("target", "maximum", "log_mass", "logps", "lse", *spec.outputs):
         dtype = torch.bool if name == "is_top1" else torch.float32
-        fields[name] = hidden.new_empty(len(hidden), dtype=dtype)
+        fields[name] = hidden.new_empty(hidden.shape[0], dtype=dtype)
     return Forward(**fields)
 
 

@@ -61,8 +61,10 @@ class HeadSpec:
         return named and served and whole and plain
 
     def plan(self, hidden: Tensor, weight: Tensor | Adapted) -> planner.Plan:
+        # Not len(), here and in all that a fake tensor goes through: in a compiled graph it would
+        # turn the number of tokens into a constant, and another one compile again.
         return planner.make_plan(
-            len(hidden),
+            hidden.shape[0],
             weight.shape[0],
             weight.shape[1],
             compute_dtype=self.compute_dtype,
@@ -302,7 +304,7 @@ def kept_shapes(
         behind = plan.block_words if anchored else 0  # turned in place, a block is still an operand
         size = -(-(max(own, other) * plan.row_words + min(own, other) * behind) // itemsize)
         size += _ALIGNMENT
-    rows = len(hidden) if spec.head_grad else 0
+    rows = hidden.shape[0] if spec.head_grad else 0
     return size, (1, rows) if anchored else (blocks, plan.kept_tokens)
 
 

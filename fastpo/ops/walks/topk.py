@@ -56,7 +56,8 @@ def fake_forward(hidden: Tensor, weight: Tensor, spec: TopKSpec) -> Found:
     none = hidden.new_empty(0, dtype=torch.float32)
     stats = fake_stats(hidden, weight, spec.head)._replace(direction=none)
     z, ids = (
-        hidden.new_empty(len(hidden), spec.k, dtype=dtype) for dtype in (torch.float32, torch.int64)
+        hidden.new_empty(hidden.shape[0], spec.k, dtype=dtype)
+        for dtype in (torch.float32, torch.int64)
     )
     return Found(z, ids, torch.empty_like(stats.maximum), stats)
 
