@@ -349,7 +349,7 @@ def _backward(ctx: Any, *results: Any) -> tuple:
     operands = (hidden, weight, bias)
     found: Any
     kept = driver.Forward(*saved).kept
-    if type(kept) is Tensor and not kept.is_meta:
+    if type(kept) is Tensor and not kept.is_meta and not torch.compiler.is_compiling():
         spec = _spec(hidden, inverse, *ctx.options)
         found = _walk_back(given, *operands, labels, saved, needs, spec, ctx.loan)
     else:  # traced, or empty: an operator may not return memory of an argument

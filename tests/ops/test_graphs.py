@@ -6,6 +6,7 @@ import pytest
 import torch
 from _primitives import CALLS, OPERATORS, Call, N, loss
 from _probes import COMPARING
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastpo
@@ -83,3 +84,17 @@ def test_a_head_that_serves_twice_in_a_mixture(outputs):
         value = function(inputs.hidden, inputs.weight)
         results.append((value, *torch.autograd.grad(value, [inputs.hidden, inputs.weight])))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("case", ["linear_logps", "logps of a frozen head", "linear_divergence"])
+def test_a_backward_that_is_compiled_by_itself(case):
+    call = CALLS[case]
+    leaves = call.leaves()
+    outputs = call.outputs(leaves)
+    torch.compiler.reset()
+    whole = torch.compile(backend="aot_eager", fullgraph=True)  # an error of a walk in the graph
+    with compiled_autograd._enable(whole):
+        loss(outputs).backward()
+    found = [*outputs, *(leaves[name].grad for name in call.trained)]
+    for ours, plain in zip(found, call.gradients(call.leaves()), strict=True):
+        torch.testing.assert_close(ours, plain)
