@@ -198,7 +198,8 @@ def packed(
     """The same for sequences laid end to end, row i being tokens offsets[i] to offsets[i + 1].
 
     stats: a TokenStats of [S], or its logps alone.
-    offsets: [R + 1] int64, ascending, offsets[R] <= S; else a ValueError, and NaN on a GPU.
+    offsets: [R + 1] int64, ascending, offsets[R] <= S; else a ValueError, and NaN on a GPU or in a
+        compiled function.
     mask: [S] bool, scored tokens; None: all.
     sides, reference_free, under, errors: as in `padded`.
 
@@ -233,7 +234,8 @@ def packed(
 
 def _readable(offsets: Tensor, size: int, width: int | None) -> tuple[Tensor, Tensor]:
     """Offsets within the tokens, and what is added to every number: 0, or NaN on a GPU, which
-    nobody waits for, where others were given. On a CPU those are a ValueError."""
+    nobody waits for, and in a compiled graph, where others were given. On a CPU those are a
+    ValueError."""
     if offsets.ndim != 1 or len(offsets) < 1 or offsets.is_floating_point():
         got = f"{offsets.dtype} of {tuple(offsets.shape)}"
         raise ValueError(f"offsets: expected integers of shape (rows + 1,), got {got}")
@@ -241,7 +243,7 @@ def _readable(offsets: Tensor, size: int, width: int | None) -> tuple[Tensor, Te
     within = given.clamp(0, size).cummax(0).values
     longest = torch.cat((given.diff(), given.new_zeros(1))).max()
     right = (within == given).all()
-    if given.device.type == "cpu":
+    if given.device.type == "cpu" and not torch.compiler.is_compiling():
         if not right:
             raise ValueError(f"offsets: expected ascending in [0, {size}], got {given.tolist()}")
         if width is not None and longest > width:
@@ -265,10 +267,12 @@ class _Rows:
 
     def share(self, model: str, kind: str, whole: Lazy) -> dict[str, Lazy]:
         """Every side's part of `whole`, which is computed once, when a part is first asked for."""
-        once = functools.cache(lambda: whole if isinstance(whole, Tensor) else whole())
+        found: list[Tensor] = []  # not functools.cache, which a compiler takes for no cache
 
         def part(i: int) -> Tensor:
-            return once()[i * self.size : (i + 1) * self.size]
+            if not found:
+                found.append(whole if isinstance(whole, Tensor) else whole())
+            return found[0][i * self.size : (i + 1) * self.size]
 
         return {
             f"{model}{side}{kind}": functools.partial(part, i) for i, side in enumerate(self.sides)

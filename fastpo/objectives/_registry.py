@@ -29,7 +29,7 @@ from numbers import Integral, Real
 from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
-from torch import Tensor
+from torch import Tensor, compiler
 
 from ._quantities import SHAPES, Shapes, parse_shapes, prepare
 
@@ -395,6 +395,6 @@ def get(key: str, /, **hyperparameters: Any) -> Callable[..., Any]:
         return entry.function
     entry.check(hyperparameters)
     bound = functools.partial(entry.function, **hyperparameters)
-    functools.update_wrapper(bound, entry.function, assigned=("__name__", "__doc__"), updated=())
-    del vars(bound)["__wrapped__"]  # its signature would hide what is bound
+    if not compiler.is_compiling():  # for which a partial has no attributes of its own
+        vars(bound).update(__name__=entry.function.__name__, __doc__=entry.function.__doc__)
     return bound

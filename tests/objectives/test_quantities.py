@@ -359,3 +359,21 @@ def test_offsets_of_attention_kernels():
     logps = torch.randn(7)
     q = quantities.packed(logps, torch.tensor([0, 3, 7], dtype=torch.int32), width=4)
     torch.testing.assert_close(q["rejected_logps"], logps[3:].sum()[None])
+
+
+def test_one_graph():
+    def padded(logps):
+        return quantities.padded(logps, scored, ref=-scored.float())
+
+    def packed(logps):
+        under = {"mask": scored.flatten(), "ref": -scored.float().flatten()}
+        return quantities.packed(logps.flatten(), offsets, width=T, **under)
+
+    scored, offsets, logps = mask(4, T), torch.arange(5) * T, stats(4, T).logps
+    for made in (padded, packed):
+
+        def rows(logps, made=made):
+            return made(logps).rows(get("dpo", beta=0.3))
+
+        whole = torch.compile(rows, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(whole(logps), rows(logps))
