@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -76,6 +77,8 @@ def build(setting: Setting, config: Any, teacher: Any = None) -> Models:
         policy = adapted(policy, setting.lora)
         if setting.load_in_4bit and setting.trainer not in KBIT:
             _cast((x for x in policy.parameters() if x.requires_grad), torch.bfloat16)
+        elif setting.load_in_4bit and setting.dtype == "bf16-mixed":
+            _embed_in_bf16(policy, setting.trainer)
     return Models(policy.train(), copied, setting)
 
 
@@ -83,6 +86,13 @@ def _cast(parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
     for parameter in parameters:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
+
+
+def _embed_in_bf16(policy: Any, trainer: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TRL's notice that its experiments may change
+        own = import_module(f"trl.experimental.{trainer}.{trainer}_trainer")
+    own.peft_module_casting_to_bf16(policy)
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """A base model in 4 bits, as bitsandbytes keeps it for QLoRA: NF4, its scales quantised, too.
 
 Two numbers a byte, a byte of scale for 64 of them, a float32 for 256 of those, and two tables. For
-a product the weight exists in the dtype of the activations as long as that takes.
+a product the weight exists as long as that takes, in the dtype that it had before.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,15 +20,16 @@ _TABLES = 16 + 256 + 1
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, bias: Any, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.shape = shape
-        return x @ x.new_empty(shape).t()
+        with torch.autocast(x.device.type, enabled=False):  # of which a kernel does not know
+            return F.linear(x, x.new_empty(shape), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         assert ctx.saved_tensors
-        return grad @ grad.new_empty(ctx.shape), None, None
+        return grad @ grad.new_empty(ctx.shape), None, None, None
 
 
 class Packed(nn.Linear):
@@ -39,18 +41,17 @@ class Packed(nn.Linear):
         cells, device = linear.weight.numel(), linear.weight.device
         packed = torch.empty(-(-cells // 2), 1, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        self.bias = linear.bias
+        self.bias, self.compute_dtype = linear.bias, linear.weight.dtype
         blocks = -(-cells // _BLOCK)
         self.register_buffer("scales", torch.empty(blocks, dtype=torch.uint8, device=device))
         second = torch.empty(-(-blocks // _SECOND) + _TABLES, dtype=torch.float32, device=device)
         self.register_buffer("second", second)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = self.out_features, self.in_features
-        found: Tensor = _Product.apply(x, self.weight, shape)
-        if self.bias is not None:
-            found = found + self.bias
-        return found.clone()  # as PEFT does with what 4 bits gave
+        shape, dtype = (self.out_features, self.in_features), self.compute_dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        found: Tensor = _Product.apply(x.to(dtype), self.weight, bias, shape)
+        return found.to(x.dtype).clone()  # as PEFT does with what 4 bits gave
 
 
 def quantise(model: Any) -> None:

@@ -14,8 +14,10 @@ from _plans import SHALLOW, module_of
 from transformers import GPT2Config
 
 import fastpo
+from fastpo.planning.live import Live
 from fastpo.planning.models import build, whole_at_once
 from fastpo.planning.names import KBIT, TRAINERS
+from fastpo.planning.quantised import Packed
 from fastpo.planning.setting import Lora, Setting
 
 GPT2 = GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2)
@@ -98,6 +100,30 @@ def test_what_peft_prepares_for_four_bits_is_float32_beside_them(trainer):
     with torch.device("meta"):
         policy = build(setting, SHALLOW).policy
     assert {x.dtype for x in policy.parameters()} == {torch.float32, torch.uint8}
+
+
+@pytest.mark.parametrize("trainer", KBIT)
+def test_autocast_has_embeddings_beside_four_bits_in_sixteen(trainer):
+    """And the head; norms and adapter stay in float32."""
+    options = {"trainer": trainer, "dtype": "bf16-mixed", "lora": Lora(8), "load_in_4bit": True}
+    with torch.device("meta"):
+        policy = build(Setting("llama", **options), SHALLOW).policy
+    found = {name.split(".")[-2]: x.dtype for name, x in policy.named_parameters()}
+    halves = {name for name, dtype in found.items() if dtype == torch.bfloat16}
+    assert halves == {"embed_tokens", "lm_head"}
+    assert {*found.values()} == {torch.float32, torch.bfloat16, torch.uint8}
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 2), (torch.float32, 4)])
+def test_a_product_of_four_bits_is_of_the_dtype_the_weight_had(dtype, size):
+    """As bitsandbytes has it, whatever autocast says; what comes out is of the input's dtype."""
+    packed = Packed(torch.nn.Linear(64, 96, dtype=dtype))
+    x = torch.ones(8, 64, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16), Live() as live:
+        out = packed(x)
+    copied = 0 if dtype == x.dtype else 8 * 64
+    assert out.dtype == x.dtype
+    assert live.peak == size * (copied + 64 * 96 + 8 * 96)
 
 
 def test_shards_gather_bytes_of_four_bits_as_they_are():
