@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..ops.walks.checks import check_flag
 from . import measure as real
 from .cards import memory_of
 from .data import Lengths, read_lengths
@@ -181,6 +182,8 @@ def plan_step(
     """
     for option in options.keys() - _OPTIONS:
         raise ValueError(f"options: expected some of {', '.join(sorted(_OPTIONS))}, got {option!r}")
+    check_flag("search", search)
+    check_flag("measure", measure)
     memory = None if gpu is None else memory_of(gpu)
     config = read_config(model)
     lengths = None if data is None else read_lengths(Path(data), model)

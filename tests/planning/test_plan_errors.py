@@ -133,6 +133,9 @@ KINDS = {
         {"trainer": "gkd", "teacher": {}},
         "teacher: expected a folder, a config.json or",
     ),
+    "4 bits": ({"load_in_4bit": "yes", "lora": "r=8"}, "load_in_4bit: expected True or False, got"),
+    "search": ({"search": None}, "search: expected True or False, got None"),
+    "measure": ({"measure": 1}, "measure: expected True or False, got 1"),
     "as patch has it": ({"shared_prompts": True}, "shared_prompts: expected P:C, prompt to answer"),
 }
 
