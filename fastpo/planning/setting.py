@@ -108,6 +108,9 @@ class Setting:
         if self.reference == "precomputed" and self.trainer not in PRECOMPUTES:
             wanted = f"one of {', '.join(PRECOMPUTES)} with precomputed"
             raise ValueError(f"reference: expected {wanted}, got {self.trainer}")
+        if self.trainer in PRECOMPUTES and self.reference == "none":
+            wanted = f"one of {', '.join(REFERENCES[:-1])} for {self.trainer}"
+            raise ValueError(f"reference: expected {wanted}, whose loss has one, got 'none'")
         if self.trainer in ALONE and self.reference not in (None, "none"):
             raise ValueError(f"reference: expected none for {self.trainer}, got {self.reference!r}")
         if self.distils and self.reference not in (None, "model"):

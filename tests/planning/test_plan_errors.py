@@ -106,6 +106,7 @@ WRONG = {
     "a teacher": (["--teacher", "nowhere"], "teacher: expected none for dpo, got"),
     "reference": (["--trainer", "gkd", "--reference", "none"], "reference: expected none beside"),
     "no reference": (["--trainer", "sft", "--reference", "model"], "reference: expected none for"),
+    "a loss of it": (["--reference", "none"], "reference: expected one of model, adapter-off, pre"),
     "precomputed": (
         ["--trainer", "grpo", "--reference", "precomputed"],
         "reference: expected one of dpo, kto with precomputed, got grpo",
