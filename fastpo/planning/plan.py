@@ -164,7 +164,8 @@ def plan_step(
     data: a JSONL or JSON file of prompt, chosen, rejected (or completion, or text) whose lengths
         give context and share of the prompt; words are counted by the folder's tokenizer.
     shared_prompts: fastpo computes prompts once. `4:1` is how many tokens of a prompt there are to
-        those of an answer, `4:1,8` has 8 rows of each (else 2 of a pair and of RLOO, 8 of GRPO);
+        those of an answer, `4:1,8` has 8 rows of each (else 2 of a pair and of RLOO, 8 of GRPO;
+        other trainers have no number of their own);
         "" takes the prompt's share as it is.
     search: also the longest context and the largest batch, each with the other as given.
     measure: also run the real step and give what it held, or that memory did not suffice: on the

@@ -149,15 +149,16 @@ class Setting:
 
 def of_ratio(text: str, trainer: str) -> dict[str, Any]:
     """Fields of a `Setting`, of `P:C` or `P:C,K`; nothing of the prompt's size where it is ""."""
-    if trainer not in PROMPT_ROWS:
-        names = ", ".join(PROMPT_ROWS)
-        raise ValueError(f"shared_prompts: expected one of the trainers {names}, got {trainer!r}")
     found = re.fullmatch(r"(?:(\d+):(\d+)(?:,(\d+))?)?", str(text))
     numbers = [] if found is None else [int(x) for x in found.groups() if x is not None]
     if found is None or 0 in numbers:
         wanted = "P:C, prompt to answer, or P:C,K with K rows of a prompt"
         raise ValueError(f"shared_prompts: expected {wanted}, got {text!r}")
-    fields: dict[str, Any] = {"prompt_rows": int(found[3] or PROMPT_ROWS[trainer])}
+    rows = found[3] or PROMPT_ROWS.get(trainer)
+    if rows is None:
+        wanted = f"P:C,K with K rows of a prompt for {trainer}"
+        raise ValueError(f"shared_prompts: expected {wanted}, got {text!r}")
+    fields: dict[str, Any] = {"prompt_rows": int(rows)}
     if found[1] is not None:
         fields["prompt"] = int(found[1]) / (int(found[1]) + int(found[2]))
     return fields

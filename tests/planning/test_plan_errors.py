@@ -100,7 +100,10 @@ WRONG = {
     "json of no name": (["--json", ""], "json: expected a file to write, got the folder '.'"),
     "budget": (["--budget", "-1"], "budget: expected"),
     "ratio": (["--shared-prompts", "4"], "shared_prompts: expected P:C, prompt to answer, or"),
-    "trainer of it": (["--shared-prompts", "4:1", "--trainer", "sft"], "shared_prompts: expected"),
+    "trainer of it": (
+        ["--shared-prompts", "4:1", "--trainer", "sft"],
+        "shared_prompts: expected P:C,K",
+    ),
     "two prompts": (["--shared-prompts", "4:1", "--prompt", "0.5"], "prompt: expected none beside"),
     "no teacher": (["--trainer", "gkd", "--teacher", "nowhere"], "teacher: expected a folder"),
     "a teacher": (["--teacher", "nowhere"], "teacher: expected none for dpo, got"),

@@ -381,6 +381,8 @@ def test_a_ratio_says_how_prompts_are():
     alone = planned("1:1,4", trainer="rloo").setting
     assert (alone.batch, alone.prompt_rows) == (4, 4)  # a whole group
     assert planned("", trainer="rloo").setting.prompt_rows == 2
+    told = planned("1:1,8", trainer="sft", batch=8).setting  # a trainer of single rows
+    assert (told.prompt, told.prompt_rows) == (0.5, 8)
 
 
 def test_cards():
