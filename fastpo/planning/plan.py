@@ -74,7 +74,7 @@ class StepPlan:
         setting = self.setting
         found: dict[str, Any] = {"max_length": setting.context}
         if setting.trainer in SAMPLES:
-            found = {"max_completion_length": setting.scored + 1}
+            found = {"max_completion_length": setting.scored}
         found["per_device_train_batch_size"] = setting.batch
         if setting.trainer in GENERATIONS:
             found |= _groups(setting)

@@ -125,12 +125,13 @@ class Setting:
 
     @property
     def scored(self) -> int:
-        """Positions of a row whose label counts."""
-        return max(1, self.context - 1 - int(self.context * self.prompt))
+        """Tokens of an answer."""
+        return self.context - self.prompt_tokens
 
     @property
     def prompt_tokens(self) -> int:
-        return self.context - self.scored
+        """At least one, which predicts the first of the answer."""
+        return max(1, int(self.context * self.prompt))
 
     @property
     def distils(self) -> bool:

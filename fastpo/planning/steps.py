@@ -47,7 +47,7 @@ class Batch:
 
 
 def batch_of(setting: Setting, vocab: int) -> Batch:
-    """Rows of one length; the last `scored` positions but the final one predict an answer."""
+    """Rows of one length; every token of an answer is predicted by the one before it."""
     R, T = setting.rows, setting.context
     ids = torch.randint(min(vocab, 1000), (R, T))
     first = setting.prompt_tokens - 1

@@ -19,6 +19,7 @@ from fastpo.planning.estimate import Estimate, Session
 from fastpo.planning.live import Live
 from fastpo.planning.plan import StepPlan
 from fastpo.planning.setting import Setting
+from fastpo.planning.steps import batch_of
 
 MIB = 2**20
 LASTING = {"weights": 800, "reference": 80, "gradients": 160, "optimizer": 240}
@@ -66,7 +67,7 @@ def _head(**options):
 
 def test_what_the_head_takes_is_counted():
     """What `fastpo.plan` tells, beside which the rest is small here."""
-    told = fastpo.plan(8 * 1023, 3000, 64, device="cuda")
+    told = fastpo.plan(8 * 1024, 3000, 64, device="cuda")
     found = _head()
     assert told.kept_bytes < told.workspace_bytes
     assert found["head"] == pytest.approx(told.workspace_bytes, rel=0.01)
@@ -106,6 +107,19 @@ def test_logits_leave_accelerate_in_float32(trainer):
         return Session(setting, SHALLOW, "trl").phases(setting)["head"]["activations"]
 
     assert wide("bf16-mixed") > 0.95 * wide("fp32")
+
+
+@pytest.mark.parametrize(
+    ("context", "prompt", "answer"),
+    [(2048, 0.5, 1024), (10, 0.25, 8), (10, 0.0, 9), (2, 0.99, 1), (8, 0.99, 1)],
+)
+def test_all_of_an_answer_is_scored(context, prompt, answer):
+    """Its first token, too, which the last one of the prompt predicts."""
+    setting = Setting("llama", trainer="grpo", context=context, prompt=prompt)
+    assert StepPlan(setting, {}).settings["max_completion_length"] == answer
+    batch = batch_of(setting, 100)
+    assert batch.rows.tolist() == [*range(context - answer - 1, context - 1)]
+    assert batch.labels.tolist() == batch.ids[0, -answer:].tolist()
 
 
 @pytest.mark.parametrize(("devices", "steps"), [(1, 4), (2, 2), (4, None), (8, None)])
