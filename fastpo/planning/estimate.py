@@ -58,7 +58,11 @@ class Estimate:
     ) -> Estimate:
         """trained: bytes of parameters with a gradient; gathered: of what is whole at once."""
         # In shards the largest phase may be another one: what comes and goes is not divided.
-        each = (_parts(setting, held, trained, gathered) for held in phases.values())
+        each = (
+            # What was gathered has been let go before the optimizer.
+            _parts(setting, held, trained, 0 if name == "optimizer" else gathered)
+            for name, held in phases.items()
+        )
         parts = max(each, key=lambda x: sum(x.values()))
         return cls(head, setting, parts, {name: x.total() for name, x in phases.items()})
 

@@ -46,6 +46,18 @@ def test_shards_divide_what_lasts(strategy):
     assert found == quarters | PASSING | {"device": 7}
 
 
+def test_shards_have_nothing_whole_in_the_optimizer():
+    setting = Setting("llama", device="cpu", devices=4, strategy="fsdp2")
+    kept = Counter({"weights": 400, "optimizer": 800})
+    for activations, expected in ((101, 300 + 101 + 7), (93, 400)):
+        phases = {
+            "backward": kept + Counter({"activations": activations}),
+            "optimizer": kept + Counter({"gradients": 400}),
+        }
+        found = Estimate.of("fastpo", setting, phases, trained=400, gathered=7)
+        assert found.peak == expected
+
+
 def test_buckets_are_gradients_once_more():
     assert _parts(device="cpu", devices=2) == LASTING | PASSING | {"device": 400}
 
