@@ -18,7 +18,7 @@ import fastpo
 from fastpo.planning.estimate import Estimate, Session
 from fastpo.planning.live import Live
 from fastpo.planning.plan import StepPlan
-from fastpo.planning.setting import Setting
+from fastpo.planning.setting import Lora, Setting
 from fastpo.planning.steps import batch_of
 
 MIB = 2**20
@@ -85,6 +85,13 @@ def test_what_the_head_takes_is_counted():
     assert found["head"] == pytest.approx(told.workspace_bytes, rel=0.01)
     expected = told.workspace_bytes + told.kept_bytes
     assert found["backward"] == pytest.approx(expected, rel=0.01)
+
+
+def test_a_frozen_head_takes_its_own():
+    """Its sums for d hidden lie beside the tile, and nothing is kept."""
+    told = fastpo.plan(8 * 1024, 3000, 64, device="cuda", train_head=False)
+    assert told.workspace_bytes != fastpo.plan(8 * 1024, 3000, 64, device="cuda").workspace_bytes
+    assert _head(lora=Lora())["head"] == pytest.approx(told.workspace_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("tokens", [34, 60, 72, 96])
