@@ -57,6 +57,23 @@ def unsupported(head: Any) -> str | None:
     return None
 
 
+def check_active(head: Any) -> None:
+    """RuntimeError where the adapters that are active now have no `operands`."""
+    if not is_adapter(head) or head.disable_adapters or head.merged:
+        return
+    active = [name for name in head.active_adapters if name in head.lora_A]
+    dora = [name for name in active if name in head.lora_variant]
+    got = None
+    if dora and len(active) > 1:
+        got = f"DoRA beside other adapters ({', '.join(active)})"
+    elif head.training and any(getattr(head.lora_dropout[name], "p", 0.0) > 0 for name in dora):
+        got = "DoRA with dropout"
+    if got is not None:
+        raise RuntimeError(
+            f"lm_head: expected one DoRA adapter without dropout, or LoRA adapters, got {got}"
+        )
+
+
 def _class(layer: Any) -> type:
     """Without the one that FSDP2 puts in front."""
     kind = type(layer)
@@ -108,29 +125,24 @@ def operands(
     """The weight [V, H] as the active adapters leave it, and LoRA's (down [N, r], up [V, r])."""
     if not is_adapter(head):
         return readable(head, hidden), None
+    check_active(head)
     if head.disable_adapters and head.merged:
         head.unmerge()  # as the layer's own forward does
     base = whole(readable(head.get_base_layer(), hidden))
-    weight = base
     if head.disable_adapters or head.merged:
-        return weight, None
+        return base, None
     downs, ups = [], []
     for name in head.active_adapters:
         if name not in head.lora_A:
             continue
         if name in head.lora_variant:
-            if weight is not base:
-                raise RuntimeError("lm_head: expected one DoRA adapter, got several")
-            weight = _dora(head, name, base, hidden)
-            continue
+            return _dora(head, name, base, hidden), None
         inputs = head.lora_dropout[name](hidden.to(head.lora_A[name].weight.dtype))
         downs.append(_down(head.lora_A[name], inputs) * head.scaling[name])
         ups.append(whole(head.lora_B[name].weight))
     if not downs:
-        return weight, None
-    if weight is not base:
-        raise RuntimeError("lm_head: expected one DoRA adapter or LoRA adapters, got both")
-    return weight, (torch.cat(downs, 1), torch.cat(ups, 1))
+        return base, None
+    return base, (torch.cat(downs, 1), torch.cat(ups, 1))
 
 
 def _down(layer: Any, inputs: Tensor) -> Tensor:
@@ -141,8 +153,6 @@ def _down(layer: Any, inputs: Tensor) -> Tensor:
 
 def _dora(head: Any, name: str, weight: Tensor, hidden: Tensor) -> Tensor:
     """m·(W + s·B·A) / ‖W + s·B·A‖ by rows, the norm a constant (arXiv:2402.09353, section 4.3)."""
-    if head.training and getattr(head.lora_dropout[name], "p", 0.0) > 0:
-        raise RuntimeError("lm_head: expected a DoRA adapter without dropout, got one with it")
     up, down = (whole(part[name].weight) for part in (head.lora_B, head.lora_A))
     merged = weight.to(up.dtype) + head.scaling[name] * (up @ down)
     magnitude = whole(head.lora_magnitude_vector[name].weight)

@@ -15,7 +15,7 @@ from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.walks.checks import DTYPES
 from ...ops.walks.derivatives import transform
 from ...ops.walks.saving import checkpointed, saving_hooks
-from ..adapter import is_adapter
+from ..adapter import check_active, is_adapter
 from ..heads import linear_head, stored_weight, tensor_parallel
 from ..seams.calls import answered, standing_in, unhidden
 from ..seams.saying import say_once
@@ -80,6 +80,7 @@ def _readable(head: Any, shards: bool) -> tuple[Tensor, Tensor | None]:
 
     Of a parametrized head what the weight is made from: each reading of itself makes it anew.
     """
+    check_active(head)
     weight = stored_weight(head)
     if tensor_parallel(head) and not shards:
         raise RuntimeError("lm_head.weight: expected a whole tensor, got a tensor-parallel shard")

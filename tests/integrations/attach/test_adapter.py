@@ -13,6 +13,7 @@ from _tiny import one_thread  # noqa: F401
 
 import fastpo
 from fastpo.integrations.adapter import operands, unsupported
+from fastpo.integrations.lazy.logits import LazyLogits
 from fastpo.ops.shards.gathered import HeadOptions, score
 
 ADAPTERS = {
@@ -154,6 +155,29 @@ def test_dora_with_dropout_is_refused_while_training():
     head = adapted_model("dora", lora_dropout=0.5).get_base_model().get_output_embeddings()
     with pytest.raises(RuntimeError, match="DoRA adapter without dropout"):
         operands(head.train(), torch.randn(3, 32))
+
+
+def logits_of_one_seed(model):
+    torch.manual_seed(3)
+    return model(tiny.batch()["input_ids"]).logits
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("why", ["dropout", "another adapter"])
+def test_lazy_logits_give_way_to_dora_they_cannot_read(why, caplog):
+    """As to any head they do not know: the script trains as without them."""
+    dropout = 0.5 if why == "dropout" else 0.0
+    built = adapted_model("dora", lora_dropout=dropout).train()
+    if why == "another adapter":
+        built.add_adapter("more", peft.LoraConfig(r=4, target_modules=["lm_head"]))
+        built.base_model.set_adapter(["default", "more"])
+    expected = logits_of_one_seed(built)
+    with fastpo.lazy_logits(built):
+        found = logits_of_one_seed(built)
+        assert type(found) is torch.Tensor and torch.equal(found, expected)
+        if why == "dropout":
+            assert isinstance(logits_of_one_seed(built.eval()), LazyLogits)
+    assert "expected one DoRA adapter without dropout" in caplog.text
 
 
 # TRL's trainers
