@@ -29,7 +29,7 @@ import torch
 import fastpo
 from fastpo import reference
 from fastpo.bench import report
-from fastpo.bench.process import one_interrupt
+from fastpo.bench.process import LOST, leave, one_interrupt
 from fastpo.ops.rows import anchored_cutlass, registry
 from fastpo.ops.walks.checks import OUTPUTS
 from fastpo.testing import HeadInputs, make_head, max_error, rounding
@@ -54,7 +54,6 @@ FACTOR = {"cuda": 4.0, "cpu": 10.0}[DEVICE]
 # Seconds that a case may take, the first of a process with imports and kernels to compile. None
 # takes QUIET once it runs.
 PATIENCE, STARTING, QUIET = (30, 60, 20) if DEVICE == "cuda" else (300, 300, 20)
-LOST = 3  # exit code of a worker whose device is gone; its last row says so
 WORKERS: set[subprocess.Popen[str]] = set()
 # bf16 is wrong in Triton's interpreter itself; there these run in float32, which they are not for.
 INTERPRETED = ("triton", "anchored") if DEVICE == "cpu" else ()
@@ -213,7 +212,7 @@ def work(backend: str, first: int) -> None:
             row |= {"status": "error", "reason": f"{type(error).__name__}: {line[:200]}"}
         print(json.dumps(row | {"seconds": round(time.perf_counter() - start, 2)}), flush=True)
         if row["status"] == "error" and lost():
-            os._exit(LOST)  # what would be freed lies on that device
+            leave(LOST)  # its last row says so
 
 
 def lost() -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastpo.integrations.lazy import blocks
+from fastpo.integrations.lazy import blocks, cell
 from fastpo.integrations.lazy.logits import promised
 from fastpo.integrations.lazy.promise import Promise
 
@@ -17,6 +17,12 @@ B, T, H, V = 3, 7, 8, 53
 def size(request, monkeypatch):
     size = 1 << 30 if request.param == "one block" else 4 * V * 2
     monkeypatch.setattr(blocks, "BYTES", {"cpu": size})
+
+
+@pytest.fixture(autouse=True)
+def nothing_told(monkeypatch):
+    """What the log says once is said anew in each test."""
+    monkeypatch.setattr(cell, "told", set())
 
 
 def pair():

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 import torch
 import torch.nn.functional as F
-from _pairs import B, T, V, pair, results, size  # noqa: F401
+from _pairs import B, T, V, nothing_told, pair, results, size  # noqa: F401
 from _probes import Widest
 from _tiny import one_thread  # noqa: F401
 
@@ -62,11 +62,6 @@ READ = {
     "learned_bias": lambda x: (x + torch.zeros(V, requires_grad=True)).logsumexp(-1),
     "to": lambda x: SOFT.double().to(x).sum(-1) + x.logsumexp(-1),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def nothing_told(monkeypatch):
-    monkeypatch.setattr(cell, "told", set())
 
 
 @pytest.mark.parametrize("name", READ)

@@ -8,7 +8,7 @@ pytest.importorskip("transformers")
 
 import torch
 import torch.nn.functional as F
-from _pairs import B, T, V, pair, results, size  # noqa: F401
+from _pairs import B, T, V, nothing_told, pair, results, size  # noqa: F401
 from _probes import Widest
 from _tiny import one_thread  # noqa: F401
 
@@ -52,11 +52,6 @@ SOME = {
     "selected": lambda x: entropy(x[:, 1:].index_select(-1, IDS % V)),
     "by_a_mask": lambda x: x[0, ..., KEPT].softmax(-1).square().sum(-1),
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_told(monkeypatch):
-    monkeypatch.setattr(cell, "told", set())
 
 
 @pytest.mark.parametrize("name", SOME)
