@@ -202,17 +202,17 @@ class _Scores(Method):
         batch = _batch.get()
         if batch is None:
             return run()
+        adapter = batch.reference or nullcontext
+        if batch.rows is None and rule == Rule():  # all words
+            with adapter():
+                return run()
         sizes = attention_mask[:, -logits_to_keep:].sum(1).tolist()
-        if batch.rows is None and rule != Rule():
-            if not (batch.reference or model is trainer.ref_model):
-                return self._record(run, rule, batch, sizes)
+        if batch.rows is None and (batch.reference or model is trainer.ref_model):
             # The reference is asked first: what was kept is the policy's own choice.
             policy = partial(self.original, trainer, trainer.model, *given[1:], **named)
             self._record(policy, rule, batch, sizes)
-        adapter = batch.reference or nullcontext
         if batch.rows is None:
-            with adapter():
-                return run()
+            return self._record(run, rule, batch, sizes)
         with adapter(), _scoring(Replay(_words(batch.rows, sizes))):
             return run()
 
