@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from .linear_divergence import DivergenceOptions, DivergenceStats, diverge
 from .shards.gathered import whole
-from .shards.part import beside, in_shards, of_dtensor, part_of
+from .shards.part import alike_in, beside, in_shards, of_dtensor, part_of
 from .shards.tokens import Tokens, count
 from .tiles.tiled import Tiled, TileSource, tiled
 from .walks.checks import check_flag, check_whole
@@ -67,12 +67,13 @@ def vocab_parallel_divergence(
         gradient of its own loss, and d weight is the mean over the processes, as data parallelism
         has it. Counts are exchanged first, which waits for the device.
 
-    Raises what `linear_divergence` raises; ValueError where shards do not make up [0, V) on a CPU,
-    elsewhere all is NaN then; RuntimeError without an initialised process group.
+    Raises what `linear_divergence` raises; what `vocab_parallel_logps` raises of shards and
+    processes; RuntimeError without an initialised process group.
     """
+    alike = alike_in(locals())
     weight, teacher_weight = tiled(weight), tiled(teacher_weight)
     check_flag("own_tokens", own_tokens)
-    part = part_of(weight, bias, first, vocab, group)
+    part = part_of(weight, bias, first, vocab, group, alike)
     check_whole(hidden=hidden, teacher_hidden=teacher_hidden)
     student = Operands(hidden, part.weight, part.bias)
     teacher = Operands(teacher_hidden, *beside(weight, teacher_weight, teacher_bias))

@@ -8,12 +8,14 @@ in fully sharded training, hidden states travel instead of the head.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .shards.gathered import HeadOptions, score, whole
-from .shards.part import in_shards, of_dtensor, part_of
+from .shards.part import alike_in, in_shards, of_dtensor, part_of
 from .shards.tokens import Tokens, count
 from .stats import TokenStats, handed_out
 from .support.resolve import check_support
@@ -67,14 +69,16 @@ def vocab_parallel_logps(
     support, outside: as in `linear_logps`, word ids of the whole vocabulary, the same on every
         process, which multiplies those of its own words; not with own_tokens.
 
-    "anchored" and "cutlass" run as "triton" here. Raises what `linear_logps` raises; ValueError
-    where shards do not make up [0, V) on a CPU, elsewhere log-probabilities are NaN then;
+    "anchored" and "cutlass" run as "triton" here. Raises what `linear_logps` raises; on a CPU
+    ValueError, in all processes, where shards do not make up [0, V) and where what has to be the
+    same is not: elsewhere the former makes log-probabilities NaN, and the latter is not noticed;
     RuntimeError without an initialised process group.
     """
+    alike = _alike(locals())
     weight = tiled(weight)
     check_plain("vocab_parallel_logps", (hidden, weight, labels, bias))
     check_flag("own_tokens", own_tokens)
-    part = part_of(weight, bias, first, vocab, group)
+    part = part_of(weight, bias, first, vocab, group, alike)
     check_kind(labels=labels)
     number, inverse = per_row(temperature, labels, ignore_index)
     options = HeadOptions(
@@ -105,6 +109,19 @@ def vocab_parallel_logps(
         tokens = count(len(rows), [rows], name=options.name, group=part.shard.group)
         stats = score_own(tokens, rows, part.weight, part.bias, targets, options, inverse)
     return handed_out({name: getattr(stats, name) for name in outputs}, labels.shape)
+
+
+def _alike(given: dict[str, Any]) -> dict[str, Any]:
+    """`alike_in`, the words of a support, and how d hidden is computed."""
+    alike, support, hidden = alike_in(given), given["support"], given["hidden"]
+    if isinstance(support, Support):
+        alike["support"] = support.ids, support.counts
+    asks = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
+    if asks and given["own_tokens"] is False:
+        # Where the head is frozen the forward sums their gradient, else the backward.
+        trained = any(getattr(given[name], "requires_grad", False) for name in ("weight", "bias"))
+        alike["weight"] = "trained" if trained else "frozen"
+    return alike
 
 
 def score_own(

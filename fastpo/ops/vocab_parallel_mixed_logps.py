@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .mixed_linear_logps import MixtureOptions, mix, operands_of
-from .shards.part import beside, part_of
+from .shards.part import alike_in, beside, part_of
 from .stats import TokenStats
 from .tiles.tiled import TileSource
 from .walks.mixture import Operands
@@ -46,11 +46,12 @@ def vocab_parallel_mixed_logps(
     softcaps, logit_scales: M, one for each head.
     first, vocab, group: as in `vocab_parallel_logps`; DTensors are of one mesh.
 
-    Raises what `mixed_linear_logps` raises; ValueError where shards do not make up [0, V) on a CPU,
-    elsewhere log-probabilities are NaN then; RuntimeError without an initialised process group.
+    Raises what `mixed_linear_logps` raises; what `vocab_parallel_logps` raises of shards and
+    processes; RuntimeError without an initialised process group.
     """
+    alike = alike_in(locals())
     head, *others = operands_of(hiddens, weights, biases)
-    part = part_of(head.weight, head.bias, first, vocab, group)
+    part = part_of(head.weight, head.bias, first, vocab, group, alike)
     parts = [Operands(head.hidden, part.weight, part.bias)]
     for i, other in enumerate(others, 1):
         words = beside(head.weight, other.weight, other.bias, f"head {i}: ")

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .linear_topk import TopK, TopKOptions, best_words
-from .shards.part import part_of
+from .shards.part import alike_in, part_of
 from .tiles.tiled import TileSource, tiled
 
 
@@ -41,11 +41,12 @@ def vocab_parallel_topk(
     exclude, mask: [...] int64 and [...] bool.
     first, vocab, group: as in `vocab_parallel_logps`.
 
-    Raises what `linear_topk` raises; ValueError where shards do not make up [0, V) on a CPU,
-    elsewhere values and lse are NaN then; RuntimeError without an initialised process group.
+    Raises what `linear_topk` raises; what `vocab_parallel_logps` raises of shards and
+    processes; RuntimeError without an initialised process group.
     """
+    alike = alike_in(locals())
     weight = tiled(weight)
-    part = part_of(weight, bias, first, vocab, group)
+    part = part_of(weight, bias, first, vocab, group, alike)
     options = TopKOptions(
         temperature, softcap, logit_scale, budget, backend, part.shard, "vocab_parallel_topk"
     )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from ..walks.checks import check_integer, check_kind, given, shape_of
+from ..walks.checks import check_integer, check_kind, given, shape_of, told_of_form
 from ..walks.vocab_shard import VocabShard
+
+# Arguments: hidden states; what each process has of its own; what else it has with own tokens.
+_HIDDENS = {"hidden", "hiddens", "teacher_hidden"}
+_OWN = {"weight", "weights", "teacher_weight", "bias", "biases", "teacher_bias"}
+_OWN |= {"first", "vocab", "group", "budget", "backend"}
+_ROWS = {"labels", "mask"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +35,41 @@ def part_of(
     first: int | None,
     vocab: int | None,
     group: dist.ProcessGroup | None,
+    alike: Mapping[str, Any],
 ) -> Part:
-    """first, vocab and group are told by the caller, or by the mesh of a DTensor."""
+    """first, vocab and group are told by the caller, or by the mesh of a DTensor.
+
+    alike: what all processes have to call with alike, by name; compared on a CPU.
+    """
+    part = _part_of(weight, bias, first, vocab, group)
+    if part.weight.device.type == "cpu":
+        part.shard.check(len(part.weight), alike)
+    return part
+
+
+def alike_in(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of all arguments of a primitive those that `part_of` compares, as it does."""
+    own = given.get("own_tokens", False)
+    told: dict[str, Any] = {"own_tokens": own}
+    for name, value in given.items():
+        if name in (_OWN | _ROWS if own else _OWN):
+            continue
+        if name in _HIDDENS:
+            asks = torch.is_grad_enabled() and (name != "teacher_hidden" or given["teacher_grad"])
+            several = isinstance(value, tuple | list)
+            forms = [told_of_form(x, asks=asks, own=own) for x in (value if several else [value])]
+            value = forms if several else forms[0]
+        told[name] = "one per token" if own and isinstance(value, Tensor) else value
+    return told
+
+
+def _part_of(
+    weight: Tensor,
+    bias: Tensor | None,
+    first: int | None,
+    vocab: int | None,
+    group: dist.ProcessGroup | None,
+) -> Part:
     check_kind(weight=weight, **given(bias=bias))
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed: expected an initialised process group, got none")
@@ -46,10 +87,7 @@ def part_of(
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (words, H), got {shape_of(weight)}")
     first, vocab = check_integer("first", first), check_integer("vocab", vocab)
-    shard = VocabShard(first, vocab, group)
-    if weight.device.type == "cpu":
-        shard.check(len(weight))
-    return Part(weight, bias, shard)
+    return Part(weight, bias, VocabShard(first, vocab, group))
 
 
 def in_shards(weight: Tensor) -> TypeGuard[DTensor]:

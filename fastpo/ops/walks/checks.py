@@ -252,6 +252,43 @@ def check_names(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected a tuple of {', '.join(known)}, got {value!r}")
 
 
+def told_of(value: Any) -> str:
+    """What processes compare of a value; of other values it is another, of any type something."""
+    if isinstance(value, Tensor):
+        plain = value.layout == torch.strided and not value.is_nested
+        here = plain and value.device.type == "cpu" and not hasattr(value, "placements")
+        return told_of_form(value) + (f" of checksum {_checksum(value):#x}" if here else "")
+    if isinstance(value, (tuple, list)):
+        told = [told_of(x) for x in value]
+        # Names in any order say the same, and those of a set have another in each process.
+        names = all(isinstance(x, str) for x in value)
+        return f"({', '.join(sorted(told) if names else told)})"
+    return repr(float(value)).removesuffix(".0") if _is_number(value) else str(value)
+
+
+def told_of_form(value: Any, *, asks: bool = False, own: bool = False) -> str:
+    """The same of a tensor whose values may differ, as those of hidden states in a last bit.
+
+    asks: its gradient may be asked for. own: its rows are each process's own.
+    """
+    if not isinstance(value, Tensor):
+        return told_of(value)
+    if own:
+        return f"{value.dtype} {shape_text('...', *value.shape[-1:])}"
+    asks = asks and value.requires_grad
+    return f"{value.dtype} {shape_of(value)}" + (" with gradient" if asks else "")
+
+
+def _checksum(x: Tensor) -> int:
+    """In integers, whose sum is the same in any order."""
+    x = x.detach()
+    cells = x.double().view(torch.int64) if x.is_floating_point() else x.long()
+    # The lower half of a short float is 0, and a product loses its upper half.
+    cells = cells ^ (cells >> 32)
+    places = torch.arange(1, cells.numel() + 1, device="cpu").mul_(0x9E3779B97F4A7C1).pow_(3)
+    return int((cells.flatten() * places).sum()) % 2**64
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, Tensor):
         if value.numel() != 1:

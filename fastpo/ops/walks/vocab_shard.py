@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +14,7 @@ from torch import Tensor
 
 from ..rows import backend as R
 from ..rows.pair import backend as P
+from .checks import told_of
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:  # [processes, ...]
@@ -82,23 +87,37 @@ class VocabShard:
         found = all_gather(keys, self.group).transpose(0, 1).flatten(1)
         return found.topk(keys.shape[1]).values
 
-    def check(self, words: int) -> None:
-        """Words that nobody has, or two have, would go into the sums of every row.
+    @torch.compiler.disable
+    def check(self, words: int, alike: Mapping[str, Any]) -> None:
+        """Words that nobody has, or two have, would go into the sums of every row; of what is not
+        `alike` in all processes their softmaxes would be of different logits.
 
-        Before anything is looked up in `vocab`, and by all processes of a CPU at once: one that
-        raised alone would leave the others waiting for it.
+        Before anything else is checked, and by all processes of a CPU at once: one that raised
+        alone would leave the others waiting for it.
         """
-        told = torch.tensor(
-            [self.first, self.first + words, self.vocab], dtype=torch.float64, device="cpu"
-        )
-        bounds = all_gather(told, self.group)
+        told = {name: told_of(value) for name, value in alike.items()}
+        mark = zlib.crc32(repr(told).encode())
+        own = [self.first, self.first + words, self.vocab, mark]
+        found = all_gather(torch.tensor(own, dtype=torch.float64, device="cpu"), self.group)
+        bounds, marks = found[:, :3], found[:, 3]
         if bool(_partition(bounds)):
+            if not bool((marks == mark).all()):
+                self._refuse(told)
             return
         if len(sizes := bounds[:, 2].unique().tolist()) > 1:
             got = ", ".join(f"{int(size)}" for size in sizes)
             raise ValueError(f"vocab: expected the same in all processes, got {got}")
         got = ", ".join(f"[{int(a)}, {int(b)})" for a, b, _ in sorted(bounds.tolist()))
         raise ValueError(f"first: expected shards that make up [0, {self.vocab}), got words {got}")
+
+    def _refuse(self, told: dict[str, str]) -> None:
+        each: list[dict[str, str]] = [{} for _ in range(dist.get_world_size(self.group))]
+        dist.all_gather_object(each, told, group=self.group)
+        for name in dict.fromkeys(chain(*each)):
+            if len(got := dict.fromkeys(one.get(name, "none") for one in each)) > 1:
+                raise ValueError(
+                    f"{name}: expected the same in all processes, got {', '.join(got)}"
+                )
 
     def _exchange(self, state: Tensor, words: int) -> Tensor:  # [processes, rows of state, n + 1]
         """All states; in the last column the first word, the one after the last, and `vocab`.
