@@ -146,6 +146,7 @@ class FusedHead(Replacement):
         super().__init__(original)
         self.own = own
 
+    @torch.compiler.disable  # else a graph breaks at each thing that it asks of its thread
     def apply(self, *arguments: Any) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, *_ = arguments
         if _adapter.get():  # which was looked at

@@ -1,0 +1,68 @@
+"""`fastpo.patch` under trainers whose model is compiled (`torch_compile` of their config)."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("trl")
+pytest.importorskip("datasets")
+
+import _tiny as tiny
+import _trainers
+import torch
+from _options import Case
+from _tiny import one_thread  # noqa: F401
+from accelerate.state import AcceleratorState
+from torch._dynamo.utils import counters
+
+import fastpo
+from fastpo.integrations.trl.head import HEAD
+from fastpo.testing import make_head
+
+# Its constructor writes ACCELERATE_DYNAMO_BACKEND, which every later config would read.
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(monkeypatch):
+    for name in ("BACKEND", "MODE"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
+    AcceleratorState._reset_state(True)
+    torch.compiler.reset()
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tiny.model("llama", num_hidden_layers=1).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", [Case("DPO"), Case("CPO", data=tiny.preferences)])
+def test_a_compiled_model_trains_the_same(case, path, tmp_path):
+    own = _trainers.train(case.build(tmp_path, path))
+    compiled = Case(case.prefix, {**case.changes, **COMPILED}, data=case.data)
+    with fastpo.patched():
+        trainer = compiled.build(tmp_path, path)
+        logs, parameters = _trainers.train(trainer)
+    assert hasattr(trainer.model_wrapped, "_orig_mod")
+    _trainers.assert_same((logs, parameters), own)
+
+
+def test_the_head_breaks_a_graph_once():
+    """A graph that breaks is traced again, with the backbone that is in it."""
+    x = make_head(5, 31, 8)
+    counters.clear()
+    with fastpo.patched():
+        head = HEAD.current()
+
+        @torch.compile(backend="eager")
+        def logps(hidden):
+            found = head.apply(2 * hidden, x.weight, None, x.labels, 1.0, 256)
+            return found[0].sum()
+
+        logps(x.hidden)
+    assert counters["graph_break"].total() == 1
