@@ -15,7 +15,9 @@ import torch
 from torch import nn
 
 from ...ops.shards.gathered import HeadOptions
+from ..seams.calls import answered
 from ..seams.handle import Handle, attached
+from ..seams.saying import say_once
 from . import ddp
 from .head import lazy_head
 
@@ -74,10 +76,20 @@ def lazily(
     own: Callable[..., Any], model: Any, options: HeadOptions, args: Any, kwargs: Any
 ) -> Any:
     """`own(*args, **kwargs)`, the model's forward, with a promise of logits."""
-    if torch.compiler.is_compiling() or _sampling():
+    if torch.compiler.is_compiling():
+        _say_compiled(model)
+        return own(*args, **kwargs)
+    if _sampling():
         return own(*args, **kwargs)
     with lazy_head(type(model).__name__, model, options):
         return own(*args, **kwargs)
+
+
+# While a compiler traces the call.
+@torch.compiler.assume_constant_result
+def _say_compiled(model: Any) -> None:
+    if not (_sampling() or answered(model.get_output_embeddings(), "forward")):
+        say_once(f"{type(model).__name__} keeps its full logits", "it is compiled")
 
 
 def _sampling() -> bool:

@@ -206,13 +206,14 @@ def test_another_thread_sees_lazy_logits_too(lazily):
     assert found == pytest.approx([loss(model, tiny.batch()).item()], rel=1e-6)
 
 
-def test_a_compiled_model_has_real_logits(lazily):
+def test_a_compiled_model_has_real_logits(lazily, caplog):
     model, batch = tiny.model("llama"), tiny.batch()
     expected = model(**batch).logits
     lazily(model)
     torch.compiler.reset()
-    found = torch.compile(model, backend="eager", fullgraph=False)(**batch).logits
+    found = torch.compile(model, backend="eager", fullgraph=True)(**batch).logits
     torch.testing.assert_close(torch.empty_like(expected).copy_(found), expected)
+    assert caplog.text.count("LlamaForCausalLM keeps its full logits: it is compiled") == 1
 
 
 def test_activation_checkpointing(lazily):
