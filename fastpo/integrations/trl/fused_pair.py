@@ -158,7 +158,7 @@ class _Divergence(Replacement):
         student, teacher = map(_operands, (student_hidden, teacher_hidden), heads)
         found = diverge_sharded(student, teacher, None, options)
         assert found.divergence is not None and found.entropy is not None
-        return found.divergence, found.entropy.detach()
+        return found.divergence, found.entropy
 
 
 def _operands(hidden: Tensor, head: Head) -> Operands:

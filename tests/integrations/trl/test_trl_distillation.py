@@ -14,10 +14,12 @@ import _trainers
 import torch
 import trl.trainer.distillation_trainer as stable
 from _tiny import one_thread  # noqa: F401
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 import fastpo
 from fastpo.integrations.lazy import cell
 from fastpo.integrations.seams.saying import say_once
+from fastpo.integrations.trl import fused_pair
 from fastpo.ops.walks import divergence
 
 SAMPLED = {"max_completion_length": 4}
@@ -105,3 +107,64 @@ def test_a_weight_that_zero_3_takes_away(sharded, calls, caplog):
         found.append([*rows, *gradients])
     assert all(torch.equal(ours, own) for ours, own in zip(*found, strict=True))
     assert not calls and "lm_head.weight: expected a whole tensor, got a shard" in caplog.text
+
+
+MAPS = {
+    "temperature": 0.7,
+    "num_items_in_batch": 7,
+    "student_logit_scale": 0.5,
+    "teacher_logit_scale": 1.5,
+    "student_final_logit_softcapping": 3.0,
+    "teacher_final_logit_softcapping": 5.0,
+}
+
+
+def parts(mesh, dtype, taught, biased):
+    """Arguments of TRL's loss, the same each time: heads in float32 shards, as FSDP2 keeps them
+    beside hidden states of 16 bits; the teacher's in shards or whole."""
+    g, given = torch.Generator().manual_seed(0), {}
+    for side, width in {"student": 8, "teacher": 6}.items():
+        given[f"{side}_hidden_states"] = torch.randn(2, 4, width, generator=g).to(dtype)
+        for name, shape in {"weight": (90, width), "bias": (90,)}.items():
+            x = torch.randn(shape, generator=g).bfloat16().float()  # exact in 16 bits
+            if side == "student" or taught:
+                x = distribute_tensor(x, mesh, [Shard(0)])
+            if biased or name == "weight":
+                given[f"{side}_lm_head_{name}"] = x
+    leaves = [x.requires_grad_() for name, x in given.items() if name.startswith("student")]
+    return {**given, "completion_mask": torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]])}, leaves
+
+
+@pytest.mark.parametrize("options", [{}, MAPS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("taught", [True, False])
+def test_a_loss_of_heads_in_shards(taught, dtype, options, mesh, calls, monkeypatch):
+    """In one process, where TRL's own is right; of what fastpo serves nobody gathers words."""
+    skip_unless_served("distillation")
+    gathered, gather = [], DTensor.full_tensor
+    monkeypatch.setattr(DTensor, "full_tensor", lambda x, **y: gathered.append(x) or gather(x, **y))
+    found = []
+    for patched in (False, True):
+        gathered.clear()
+        given, leaves = parts(mesh, dtype, taught, bool(options))
+        with fastpo.patched() if patched else contextlib.nullcontext():
+            loss, entropy, count = stable._chunked_divergence_loss(**given, beta=0.3, **options)
+        assert fused_pair._heads.get() is None and not entropy.requires_grad
+        gradients = torch.autograd.grad(loss, leaves)
+        found.append([loss, entropy, count, gradients[0], *(x.to_local() for x in gradients[1:])])
+    served = dtype != torch.float64
+    assert bool(gathered) != served
+    assert [len(student.hidden) for (student, _), *_ in calls] == [int(count)] * served
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    if dtype == torch.bfloat16:
+        close = {"rtol": 1e-2, "atol": 1e-3}
+    torch.testing.assert_close(*found, **close)
+
+
+def test_a_teacher_of_more_words_is_refused_beside_shards(mesh):
+    """Those of the student's alone would be another teacher."""
+    skip_unless_served("distillation")
+    given, _ = parts(mesh, torch.float32, False, False)
+    given["teacher_lm_head_weight"] = torch.zeros(91, 6)
+    with fastpo.patched(), pytest.raises(ValueError, match="teacher_weight: expected"):
+        stable._chunked_divergence_loss(**given, beta=0.3)
