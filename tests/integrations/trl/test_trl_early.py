@@ -82,6 +82,7 @@ def test_trainers_train_the_same(name, tmp_path, monkeypatch, full_logits):
         assert bool(calls) == patched
     _trainers.assert_same(runs[1], runs[0])
     assert not full_logits
+    assert prefix == "SFT" or not all(spec.hidden_grad for spec in calls), "a reference's, too"
 
 
 LIGER = {
@@ -134,8 +135,9 @@ def test_the_chunked_head_is_ours():
 @pytest.mark.parametrize("items", [None, 7, torch.tensor(9)])
 @pytest.mark.parametrize("ignored", ["some", "all"])
 @pytest.mark.parametrize("shifted", [False, True])
-def test_the_chunked_loss(shifted, ignored, items):
+def test_the_chunked_loss(shifted, ignored, items, monkeypatch):
     """Loss, correct tokens, entropy and count, and gradients, of SFT's default loss."""
+    calls = tiny.count_calls(monkeypatch)
     sft = importlib.import_module("trl.trainer.sft_trainer")
     torch.manual_seed(0)
     inputs = HeadInputs(torch.randn(2, 6, 8), torch.randn(40, 8), torch.randint(0, 40, (2, 6)))
@@ -146,7 +148,7 @@ def test_the_chunked_loss(shifted, ignored, items):
     for patched in (False, True):
         leaf = inputs.like(torch.float32)
         named = {"shift_labels" if shifted else "labels": inputs.labels}
-        with fastpo.patched() if patched else contextlib.nullcontext():
+        with fastpo.patched(budget=1234, backend="torch") if patched else contextlib.nullcontext():
             found = sft._chunked_cross_entropy_loss(
                 leaf.hidden,
                 leaf.weight,
@@ -158,8 +160,10 @@ def test_the_chunked_loss(shifted, ignored, items):
                 lm_head_bias=bias,
             )
             found[0].backward()
+        assert not (patched and found[2].requires_grad)
         numbers = [float(x) for x in found]
         runs.append((numbers, leaf.hidden.grad, leaf.weight.grad))
+    assert [(spec.budget, spec.backend) for spec in calls] == [(1234, "torch")]
     assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-5, abs=1e-6)
     torch.testing.assert_close(runs[1][1:], runs[0][1:], rtol=1e-4, atol=1e-6)
 
