@@ -6,6 +6,7 @@ What is the same for every version is in the other `test_trl*.py`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import logging
 from importlib import metadata
@@ -39,7 +40,9 @@ TRAINERS = {
     "dpo": ("DPO", "gemma2", {"loss_type": ["sigmoid", "sft"]}, dict),
     "dpo_moe": ("DPO", "qwen2_moe", {"use_weighting": True}, dict),
     "dpo_lora_on_the_head": ("DPO", "llama", {}, "lora"),
+    "dpo_precomputed": ("DPO", "llama", {"precompute_ref_log_probs": True}, dict),
     "kto": ("KTO", "phi", {}, dict),
+    "kto_precomputed": ("KTO", "llama", {"precompute_ref_log_probs": True}, dict),
     "sft": ("SFT", "gemma2", {}, dict),
     "sft_scale_moe": ("SFT", "qwen2_moe", {}, dict),
     "sft_nll": ("SFT", "cohere", {"loss_type": "nll"}, dict),
@@ -77,12 +80,24 @@ def test_trainers_train_the_same(name, tmp_path, monkeypatch, full_logits):
     path = _trainers.saved(tmp_path, model)
     calls, runs = tiny.count_calls(monkeypatch), []
     for patched in (False, True):
+        if patched:
+            refuse_real_logits(prefix, monkeypatch)
         with fastpo.patched() if patched else contextlib.nullcontext():
             runs.append(_trainers.train(built(prefix, tmp_path, path, changes, **arguments(kind))))
         assert bool(calls) == patched
     _trainers.assert_same(runs[1], runs[0])
     assert not full_logits
-    assert prefix == "SFT" or not all(spec.hidden_grad for spec in calls), "a reference's, too"
+
+
+def refuse_real_logits(prefix, monkeypatch):
+    """A reference's, too, are a promise."""
+    module = importlib.import_module(f"trl.trainer.{prefix.lower()}_trainer")
+
+    @functools.wraps(module.selective_log_softmax)
+    def refuse(*args, **kwargs):
+        pytest.fail("real logits")
+
+    monkeypatch.setattr(module, "selective_log_softmax", refuse)
 
 
 LIGER = {
