@@ -284,7 +284,9 @@ def unguarded(gather, x, limit):
     second = (limit / 2).item() if limit > 0 else 0.0
     both = x / limit if limit > 0 and x > 0 else 0.0
     many = x / limit if limit > 1 else 0.0
-    return other, first, second, both, many
+    times = x * limit if limit > 0 else 0.0
+    beside = (x / limit if limit > 0 else 0.0) if x.sum() > 3 else 1.0
+    return other, first, second, both, many, times, beside
 
 
 def test_only_a_quotient_by_what_is_asked_is_guarded():

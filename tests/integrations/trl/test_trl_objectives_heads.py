@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 
@@ -78,6 +78,7 @@ def test_a_mixture_of_two_heads(policy, reference):
 
 def test_the_best_other_word(policy):
     own = (logits(policy) / 0.7).log_softmax(1)
+    policy.call = replace(policy.call, targets=own.argmax(1))
     expected = own.scatter(1, policy.head.targets[:, None], -torch.inf).amax(1)
     close(alternatives(policy, 1)(), expected)
 
@@ -103,26 +104,41 @@ def test_options_of_the_patch_are_those_of_every_walk(name, reference, monkeypat
 @dataclass
 class Output(ModelOutput):
     log_probs: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
 
 
 def test_virtual_tokens_stand_in_front_and_padding_behind():
     """Two rows of 5 tokens and a third text of 8, behind 3 tokens of prompt learning."""
+    given = []
 
-    def model(labels, **_):
+    def model(labels, **more):
+        given.append({"labels": labels, **more})
         rows, width = labels.shape
-        columns = torch.arange(-3, width - 1, dtype=torch.float32)
-        return Output(log_probs=columns.expand(rows, -1))
+        columns = torch.arange(-3, width - 1, dtype=torch.float32).expand(rows, -1)
+        return Output(log_probs=columns, entropy=columns + 10, log_sum_sq_probs=columns + 20)
 
-    def rows(count, width):
+    def rows(count, width, prompt=1):
         ids = torch.ones(count, width, dtype=torch.int64)
-        return {"input_ids": ids, "attention_mask": ids, "completion_mask": ids}
+        answer = (torch.arange(width) >= prompt) * ids
+        return {"input_ids": ids, "attention_mask": ids, "completion_mask": answer}
 
-    own, text = rows(2, 5), rows(1, 8)
+    own, text = rows(2, 5), rows(1, 8, 3)
     run = Pass(model, [text])
-    labels = own.pop("completion_mask")
+    labels = own.pop("completion_mask").masked_fill_(torch.arange(5) < 1, -100)
+    run(**own, labels=labels)
+    assert run.stats is None and given[0]["labels"] is labels, "nobody scores"
     output = run(**own, labels=labels, fused_lm_head=True)
+    assert given[1]["attention_mask"].tolist() == [[1] * 5 + [0] * 3] * 2 + [[1] * 8]
+    assert (given[1]["labels"] >= 0).tolist() == [[0] + [1] * 4 + [0] * 3] * 2 + [[0] * 3 + [1] * 5]
+    assert run.mask.tolist() == [[1] * 4 + [0] * 3] * 2 + [[0] * 2 + [1] * 5]
     assert run.logps.tolist() == [[0.0, 1, 2, 3, 4, 5, 6]] * 3
+    assert torch.equal(run.stats.entropy, run.logps + 10)
+    assert torch.equal(run.stats.log_sum_sq_probs, run.logps + 20)
     assert output.log_probs.tolist() == [[-3.0, -2, -1, 0, 1, 2, 3]] * 2
+    first = run.stats
+    run(**own, labels=labels, fused_lm_head=True)
+    assert run.stats is first
 
     with pytest.raises(ValueError, match="third texts: expected text-only batches, got pixel_va"):
         Pass(model, [text])(**own, labels=labels, fused_lm_head=True, pixel_values=labels)
