@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import fastpo
-from fastpo.planning.estimate import Session
+from fastpo.planning.estimate import Estimate, Session
 from fastpo.planning.fits import Depths, cut, depths
 from fastpo.planning.models import size_of
 from fastpo.planning.setting import HEADS, Lora, Setting
@@ -48,10 +48,11 @@ def _gemma4(layers, shared):
 
 
 TIED = LlamaConfig(**SIZES, num_hidden_layers=6, tie_word_embeddings=True)
+SHARDS = {"devices": 2, "strategy": "fsdp2"}
 CONFIGS = {
     "llama": (LLAMA, {}),
-    "lora": (LLAMA, {"lora": Lora()}),
-    "checkpointed": (LLAMA, {"checkpointing": "layers", "context": 96}),
+    "lora": (LLAMA, {"lora": Lora(), "devices": 2}),
+    "checkpointed": (LLAMA, {"checkpointing": "layers", "context": 96, **SHARDS}),
     "shared": (LLAMA, {"prompt_rows": 2, "prompt": 0.8}),
     "tied": (TIED, {"context": 16}),  # a few layers hold less than the embeddings' gradient
 }
@@ -92,6 +93,7 @@ def _check_all_layers(name, head, config, options):
     phases = whole.phases(setting)
     found = depths.estimate()
     assert found.phases == {phase: held.total() for phase, held in phases.items()}
+    assert found == Estimate.of(head, setting, phases, whole.trained, whole.gathered)
     assert sum(found.parts.values()) == found.peak
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import defaultdict
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +27,7 @@ from transformers.generation.logits_process import (
 
 import fastpo
 from fastpo.integrations.trl import sampled
+from fastpo.ops.shards.gathered import HeadOptions
 
 SAMPLED = {
     "num_generations": 2,
@@ -339,11 +342,26 @@ def test_a_head_for_fewer_tokens_than_were_sampled_is_refused():
     assert sampled._over.get() is None
 
 
+def test_heads_of_a_batch_in_parts_are_over_its_words_in_order():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 8, generator=g), torch.randn(6, 8, generator=g)
+    targets, kept = torch.tensor([0, 2, 4]), torch.eye(3).repeat_interleave(2, 1).bool()
+    replay, found = sampled.Replay(fastpo.Support.of([[0, 1], [2, 3], [4, 5]])), []
+    for part in (slice(0, 1), slice(1, 3)):
+        operands = hidden[part], weight, None, targets[part], HeadOptions()
+        found.append(replay.score(operands, lambda *_: contextlib.nullcontext(), None).logps)
+    torch.testing.assert_close(torch.cat(found), restricted(hidden @ weight.T, targets, kept)[0])
+    replay.finish()
+
+
 def test_tokens_that_a_tool_has_written_are_not_the_samplers():
     output = {"completion_mask": torch.tensor([[1, 1, 0]])}
     assert sampled._sampled(output).tolist() == [[True, True, False]]
     output["tool_mask"] = torch.tensor([[1, 0, 1]])
     assert sampled._sampled(output).tolist() == [[True, False, False]]
+    logged = SimpleNamespace(model=torch.nn.Identity(), _metrics={"train": defaultdict(list)})
+    sampled._log_mass(logged, sampled._Batch(mass=torch.tensor([0.5, 0.9])), output)
+    assert logged._metrics["train"] == {"fastpo/sampler_kept_mass": [0.5]}
 
 
 def test_a_trl_without_its_seams_is_refused(monkeypatch):
