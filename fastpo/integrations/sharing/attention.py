@@ -67,9 +67,11 @@ class _Mask:
             return self.original(*args, **kwargs)
         if args or kwargs.get("use_vmap") or kwargs.get("q_length") != layout.size:
             raise Refused("a mask rule of its own")
+        rule = kwargs.get("mask_function", masking_utils.causal_mask_function)
+        if _looks_ahead(rule):
+            raise Refused("attention that is not causal")
         if self.original is masking_utils.flash_attention_mask:
             return Flash(layout)
-        rule = kwargs.get("mask_function", masking_utils.causal_mask_function)
         if self.original is masking_utils.flex_attention_mask:
             return self._ask(kwargs, 0, layout.size, mask_function=_in_tree(layout, rule))
         row = functools.partial(self._ask, kwargs)
@@ -88,6 +90,12 @@ class _Mask:
             "attention_mask": None,
         }
         return self.original(**{**kwargs, **row, **changes})
+
+
+def _looks_ahead(rule: Callable[..., Any]) -> bool:
+    """Asked of the rule: in a model that is not trained yet the probe may not see it."""
+    first, second = (torch.tensor(i, device="cpu") for i in (0, 1))
+    return bool(rule(first, first, first, second))
 
 
 def _in_tree(layout: Layout, rule: Callable[..., Any]) -> Callable[..., Any]:

@@ -114,6 +114,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "mpt": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, REGISTRY),
     "doge": ("Doge", {}, "attention that is looked up in a registry of its own"),
     "bidirectional": ("Llama", {"is_causal": False}, "attention that is not causal"),
+    # Its weights are so small that no token's neighbours show in its hidden states.
+    "bert": ("Bert", {"initializer_range": 1e-3, **DRY}, "attention that is not causal"),
     "cross": ("GPT2", {"add_cross_attention": True, **DRY}, "attention to another sequence"),
     "opt": ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.0}, "off when packed"),
 }
