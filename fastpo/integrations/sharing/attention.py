@@ -94,7 +94,7 @@ class _Mask:
 
 def _looks_ahead(rule: Callable[..., Any]) -> bool:
     """Asked of the rule: in a model that is not trained yet the probe may not see it."""
-    first, second = (torch.tensor(i, device="cpu") for i in (0, 1))
+    first, second = (torch.tensor(i, dtype=torch.int64, device="cpu") for i in (0, 1))
     return bool(rule(first, first, first, second))
 
 

@@ -285,7 +285,8 @@ def _checksum(x: Tensor) -> int:
     cells = x.double().view(torch.int64) if x.is_floating_point() else x.long()
     # The lower half of a short float is 0, and a product loses its upper half.
     cells = cells ^ (cells >> 32)
-    places = torch.arange(1, cells.numel() + 1, device="cpu").mul_(0x9E3779B97F4A7C1).pow_(3)
+    places = torch.arange(1, cells.numel() + 1, dtype=torch.int64, device="cpu")
+    places = places.mul_(0x9E3779B97F4A7C1).pow_(3)
     return int((cells.flatten() * places).sum()) % 2**64
 
 
