@@ -44,7 +44,7 @@ with gpu.mode():
 @pytest.mark.parametrize(
     ("backend", "capability", "every", "expected"),
     [
-        ("anchored", 90, 11, {"anchored_fwd_tma_kernel", "anchored_fwd_kernel"}),
+        ("anchored", 90, 17, {"anchored_fwd_tma_kernel", "anchored_fwd_kernel"}),
         ("anchored", 80, 23, {"anchored_fwd_kernel", "anchored_fold_kernel"}),
         ("triton", 90, 13, {"rows_fwd_kernel", "rows_bwd_kernel", "finish_kernel"}),
     ],
