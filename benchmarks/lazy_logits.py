@@ -10,6 +10,7 @@ Losses and gradients are compared first, on fewer tokens.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,14 @@ def jensen_shannon(x: Tensor, y: Tensor) -> Tensor:
     return 0.5 * ((p.exp() * (p - mean)).sum(-1) + (q.exp() * (q - mean)).sum(-1))
 
 
+def generalised(x: Tensor, y: Tensor) -> Tensor:
+    """As TRL's GKD."""
+    s, t = x.log_softmax(-1), y.log_softmax(-1)
+    mean = torch.logsumexp(torch.stack([s + math.log(0.5), t + math.log(0.5)]), dim=0)
+    teacher, student = (F.kl_div(mean, z, reduction="none", log_target=True) for z in (t, s))
+    return 0.5 * teacher + 0.5 * student
+
+
 # Of logits [N, V] and labels [N].
 READINGS: dict[str, Reading] = {
     "cross-entropy": lambda x, y: F.cross_entropy(x, y),
@@ -55,6 +64,7 @@ READINGS: dict[str, Reading] = {
     "and entropy": lambda x, y: F.cross_entropy(x, y) - 0.01 * entropy(x).mean(),
     "one-hot labels by hand": one_hot,
     "KL of two models": lambda x, y: kl(x, 0.5 * x.detach()),
+    "Jensen-Shannon as GKD": lambda x, y: generalised(x, 0.5 * x.detach()).sum(),
     "Jensen-Shannon by hand": lambda x, y: jensen_shannon(x, 0.5 * x.detach()).sum(),
     "all logits": lambda x, y: x.cumsum(-1)[:, -1].sum(),
 }

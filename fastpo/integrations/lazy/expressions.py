@@ -40,6 +40,7 @@ _REDUCED = named("""
 _OF_ALL = named("sum nansum mean max min amax amin any all")
 _TWO_STEPS = named("sum nansum mean")
 _SUMS = named("sum")
+_MEANS = named("mean")
 _STACKED = named("sum mean logsumexp amax amin")
 _STACK = named("stack")
 _CAT = named("cat concat concatenate")
@@ -241,7 +242,11 @@ def _reduce(func: Any, args: Any, kwargs: Any) -> Any:
     if func not in _TWO_STEPS:
         return func(reduced(node, [], lambda x, _: _rows(func, x)))
     wide = dtype or (torch.float32 if node.dtype.is_floating_point else None)
-    rows = reduced(node, [], lambda x, _: func(x, -1, dtype=wide))
+    known = known_sum(node) if func in _SUMS | _MEANS else None
+    if known is None:
+        rows = reduced(node, [], lambda x, _: func(x, -1, dtype=wide))
+    else:
+        rows = known if func in _SUMS else known / node.words
     return func(rows).to(dtype or node.dtype if node.dtype.is_floating_point else rows.dtype)
 
 

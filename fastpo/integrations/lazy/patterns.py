@@ -7,13 +7,16 @@
     -(p * logq).sum(-1)        KL(p‖q) + H(p), of a p without gradient
     (p * logq).masked_fill(q_logits.isinf(), 0).sum(-1)        the same, where all is finite
     (mask * (p * logq)).sum(-1)        the same times what each row has one of
+    b * F.kl_div(logm, logq, log_target=True) + (1 - b) * F.kl_div(logm, logp, log_target=True)
+        β·KL(q‖m) + (1-β)·KL(p‖m) with logm = logsumexp(stack([logp + log(1 - b), logq + log b]))
 
 Three products of a head instead of four, and row kernels instead of blocks.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,8 @@ from .rowwise import Node, Root, Rowwise, Slot
 
 _PRODUCTS = (torch.mul, torch.multiply, Tensor.mul, Tensor.multiply, Tensor.__mul__)
 _DIFFERENCES = (torch.sub, torch.subtract, Tensor.sub, Tensor.subtract, Tensor.__sub__)
+_ADDS = (torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+_LOGSUMEXPS = (torch.logsumexp, Tensor.logsumexp)
 _EXPS = (torch.exp, Tensor.exp)
 _LOGS = (torch.log, Tensor.log)
 _SOFTMAXES = (torch.softmax, Tensor.softmax, F.softmax)
@@ -46,7 +51,8 @@ def known_sum(node: Node) -> Tensor | None:
     if factored is not None:
         found = known_sum(factored[0])
         return None if found is None else found * factored[1]
-    walks = (walk(node) for walk in (_expectation, _relative_entropy, _cross_entropy))
+    known = _expectation, _relative_entropy, _cross_entropy, _jensen_shannon
+    walks = (walk(node) for walk in known)
     return next((found for found in walks if found is not None), None)
 
 
@@ -65,11 +71,13 @@ def _relative_entropy(node: Rowwise) -> Tensor | None:
     return None if sides is None else _divergence(node, *sides)
 
 
-def _divergence(node: Rowwise, q: Promise, p: Promise) -> Tensor | None:
+def _divergence(
+    node: Rowwise, q: Promise, p: Promise, kind: str = "forward_kl", beta: float = 0.5
+) -> Tensor | None:
     if not (q.base.joins and p.base.joins):
         return None
     q, p = (side.view(side.rows.flatten()[node.rows]) for side in (q, p))
-    return divergence(q, p, "forward_kl")
+    return divergence(q, p, kind, beta)
 
 
 def _cross_entropy(node: Rowwise) -> Tensor | None:
@@ -85,6 +93,62 @@ def _cross_entropy(node: Rowwise) -> Tensor | None:
     return None
 
 
+def _jensen_shannon(node: Rowwise) -> Tensor | None:
+    """β·KL(q‖m) + (1-β)·KL(p‖m) with m = β·q + (1-β)·p, or that times a number."""
+    pair = _pair(node.root, _ADDS)
+    terms = [x for x in map(_from_mixture, pair or ()) if x is not None]
+    if len(terms) < 2 or terms[0].mixture is not terms[1].mixture:
+        return None
+    p, q = terms if terms[0].logits.requires_grad else terms[::-1]
+    whole, parts = p.weight + q.weight, _parts(p.mixture)
+    for term in terms:
+        share = next((share for x, share in parts if term.logits.alike(x)), math.nan)
+        if not abs(share - term.weight / whole) <= 4 * torch.finfo(node.dtype).eps:
+            return None
+    found = _divergence(node, p.logits, q.logits, "jsd", q.weight / whole)
+    return None if found is None else whole * found
+
+
+class _Term(NamedTuple):
+    """weight · KL(softmax(logits)‖mixture)"""
+
+    logits: Promise
+    weight: float
+    mixture: Node
+
+
+def _from_mixture(node: Node) -> _Term | None:
+    inner, weight = (isinstance(node, Rowwise) and _factored(node)) or (node, 1)
+    if not isinstance(inner, Rowwise) or not inner.fresh or inner.root.op is not F.kl_div:
+        return None
+    root, of_rows = inner.root, isinstance(weight, Tensor) and weight.ndim > 0
+    if of_rows or len(root.nodes) != 2 or root.numbers or not root.kwargs.get("log_target"):
+        return None
+    logits = _logarithm(root.nodes[1])
+    return None if logits is None else _Term(logits, float(weight), root.nodes[0])
+
+
+def _parts(mixture: Node) -> list[tuple[Promise, float]]:
+    """The two logits whose softmaxes are mixed, and their shares."""
+    if not isinstance(mixture, Rowwise) or not mixture.fresh:
+        return []
+    if mixture.root.op not in _LOGSUMEXPS or mixture.root.args != (Slot(0), Slot(1)):
+        return []
+    found = [_shifted(x) for x in mixture.root.nodes]
+    return [x for x in found if x is not None]
+
+
+def _shifted(node: Node) -> tuple[Promise, float] | None:
+    """log softmax + log share."""
+    if not isinstance(node, Rowwise) or not node.fresh or node.root.op not in _ADDS:
+        return None
+    by: Any = next((x for x in node.root.args if x != Slot(0)), None)
+    logits = _logarithm(node.root.nodes[0])
+    if logits is None or node.root.kwargs or not _is_number(by):
+        return None
+    return logits, math.exp(float(by))
+
+
 def _factored(node: Rowwise) -> tuple[Node, Any] | None:
     """What is multiplied by a number or by one of every row, and that."""
     root = node.root
@@ -98,7 +162,11 @@ def _factored(node: Rowwise) -> tuple[Node, Any] | None:
     if isinstance(factor, Slot):
         of_rows = root.numbers[0].shape[-1] == 1
         return (root.nodes[0], root.numbers[0].squeeze(-1)) if of_rows else None
-    return (root.nodes[0], factor) if isinstance(factor, int | float) else None
+    return (root.nodes[0], factor) if _is_number(factor) else None
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, int | float) or (isinstance(x, Tensor) and not x.ndim)
 
 
 def _unmasked(node: Rowwise) -> Rowwise | None:

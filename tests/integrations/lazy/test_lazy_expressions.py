@@ -67,14 +67,14 @@ def kl_div_of_some(x, y):
     return each.sum(-1)[MASK] + each[MASK].sum(dim=-1)
 
 
-def jsd(x, y, beta=0.3):
-    """As TRL's GKD has it."""
+def from_mixture(x, y, beta=0.3):
+    """Of other weights than TRL's GKD has, which a walk knows."""
     p, q = F.log_softmax(x / 0.9, dim=-1), F.log_softmax(y / 0.9, dim=-1)
     b = torch.tensor(beta, dtype=p.dtype)
     mixture = torch.logsumexp(torch.stack([p + torch.log1p(-b), q + torch.log(b)]), dim=0)
     to_p = F.kl_div(mixture, p, reduction="none", log_target=True)
     to_q = F.kl_div(mixture, q, reduction="none", log_target=True)
-    return (b * to_q + (1 - b) * to_p)[MASK].sum() / MASK.sum()
+    return ((1 - b) * to_q + b * to_p)[MASK].sum() / MASK.sum()
 
 
 def mean_of_two(x, y):
@@ -161,7 +161,7 @@ TWO = {
     ),
     "kl_of_some": kl_of_some,
     "kl_div_of_some": kl_div_of_some,
-    "jsd": jsd,
+    "from_mixture": from_mixture,
     "mean_of_two": mean_of_two,
     "distance": lambda x, y: (x - y).abs().sum(-1),
     "kl_divergence": lambda x, y: kl_divergence(

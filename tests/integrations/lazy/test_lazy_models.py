@@ -211,7 +211,8 @@ def test_a_compiled_model_has_real_logits(lazily, caplog):
     expected = model(**batch).logits
     lazily(model)
     torch.compiler.reset()
-    found = torch.compile(model, backend="eager", fullgraph=True)(**batch).logits
+    # No compiler takes the cache of transformers 4.55.
+    found = torch.compile(model, backend="eager", fullgraph=True)(**batch, use_cache=False).logits
     torch.testing.assert_close(torch.empty_like(expected).copy_(found), expected)
     assert caplog.text.count("LlamaForCausalLM keeps its full logits: it is compiled") == 1
 

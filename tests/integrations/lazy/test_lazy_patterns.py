@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -43,7 +45,36 @@ def scaled_rows(x, y):
     return (weight * (teacher(y) * x.log_softmax(-1))).sum(-1)
 
 
+def mixture(s, t, beta):
+    """What TRL's GKD sums, whose beta is a tensor."""
+    beta = torch.tensor(beta)
+    mean = torch.logsumexp(torch.stack([s + torch.log(1 - beta), t + torch.log(beta)]), dim=0)
+    teacher, student = (F.kl_div(mean, x, reduction="none", log_target=True) for x in (t, s))
+    return beta * teacher + (1 - beta) * student
+
+
+def halves(s, t):
+    half = math.log(0.5)
+    mean = torch.stack([t + half, s + half]).logsumexp(0)
+    both = [F.kl_div(mean, x, reduction="none", log_target=True) for x in (s, t)]
+    return 0.5 * (both[0] + both[1])
+
+
+def words(read):
+    return lambda x, y: read((x / 0.7).log_softmax(-1), (y / 0.7).log_softmax(-1))
+
+
+def of_teacher(read):
+    return lambda x, y: read(x.log_softmax(-1), y.detach().log_softmax(-1))
+
+
 WALKED = {
+    "mixture": words(lambda s, t: mixture(s, t, 0.3).sum(-1)),
+    "mixture_with_a_teacher": of_teacher(lambda s, t: mixture(s, t, 0.9)[MASK[..., 0] > 0].sum()),
+    "mixture_of_halves": of_teacher(lambda s, t: halves(s, t).mean()),
+    "all_of_a_kl": of_teacher(
+        lambda s, t: F.kl_div(s, t, reduction="none", log_target=True)[MASK[..., 0] > 0].mean()
+    ),
     "cross_entropy": lambda x, y: -(teacher(y) * x.log_softmax(-1)).sum(-1),
     "exp": lambda x, y: (x.log_softmax(-1) * y.detach().log_softmax(-1).exp()).sum(-1),
     "of_some_rows": lambda x, y: (teacher(y[:, 1:]) * x[:, 1:].log_softmax(-1)).sum(-1),
@@ -101,6 +132,24 @@ def test_a_trained_p_is_read_by_blocks():
     found, eager = results(read, True), results(read, False)
     for each in zip(found, eager, results(read, False, torch.float64), strict=True):
         assert_as_good_as_eager("both", *each)
+
+
+@pytest.mark.parametrize(
+    "shares", [(0.3, 0.7, 0.4, 0.6), (0.3, 0.3, 0.3, 0.7), (-0.5, 1.5, -0.5, 1.5), (0.7, 0.3) * 2]
+)
+def test_other_sums_of_two_divergences_from_a_mean(shares):
+    """Of other weights than the mean's own, or than any mean's."""
+
+    def read(x, y):
+        s, t = x.log_softmax(-1), y.log_softmax(-1)
+        of_s, of_t, a, b = shares
+        mean = torch.logsumexp(torch.stack([s + math.log(abs(a)), t + math.log(abs(b))]), dim=0)
+        from_s, from_t = (F.kl_div(mean, z, reduction="none", log_target=True) for z in (s, t))
+        return (of_t * from_t + of_s * from_s).sum(-1)
+
+    found, eager = results(read, True), results(read, False)
+    for each in zip(found, eager, results(read, False, torch.float64), strict=True):
+        assert_as_good_as_eager("mean", *each)
 
 
 @pytest.mark.parametrize("heads", [(0,), (0, 1)])
