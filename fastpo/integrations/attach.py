@@ -29,6 +29,7 @@ from .seams import hooks
 from .seams.calls import standing_in, unhidden
 from .seams.handle import Handle, attached
 from .seams.seam import Seam
+from .seams.wrappers import bare
 from .sharing import backbone
 
 LOSS = Seam(
@@ -59,8 +60,9 @@ def attach(
 ) -> Attached:
     """Called with labels, `model` returns its loss and per-token log-probabilities, and no logits.
 
-    model: a transformers causal language model, or one wrapped by PEFT (before or after). A head
-        that bitsandbytes or torchao quantised is read a tile of words at a time, and frozen.
+    model: a transformers causal language model, or one wrapped by PEFT (before or after) or by
+        torch.compile. A head that bitsandbytes or torchao quantised is read a tile of words at a
+        time, and frozen.
     temperature: the loss, too, is that of logits / temperature.
     outputs, budget, backend: as in `fastpo.linear_logps`; each output becomes a field of the
         model's result, [B, T - 1], or [B, T] with `shift_labels`; 0 where the label is ignored.
@@ -82,8 +84,7 @@ def attach(
     Raises ValueError for a model, RuntimeError for a head, a forward or hooks, that fastpo does not
     know.
     """
-    unwrap = getattr(model, "get_base_model", None)  # PEFT's
-    base = model if unwrap is None else unwrap()
+    base = bare(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model, got {type(base).__name__}")
     if attached(base):

@@ -13,6 +13,7 @@ from ..ops.walks.checks import DTYPES
 from .adapter import base_layer, has_own_forward, is_adapter, plain, unsupported
 from .seams import hooks
 from .seams.calls import beneath
+from .seams.wrappers import uncompiled
 
 
 def linear_head(model: Any) -> nn.Linear:
@@ -20,8 +21,7 @@ def linear_head(model: Any) -> nn.Linear:
 
     Read at each call: PEFT may come later.
     """
-    read = getattr(model, "get_output_embeddings", None)  # a wrapper of a script's may have none
-    head: Any = None if read is None else read()
+    head = output_layer(model)
     if head is not None and "modules_to_save" in head._modules:  # PEFT trains a copy of it whole
         chosen = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[chosen[0]] if chosen else head.original_module
@@ -53,6 +53,12 @@ def linear_head(model: Any) -> nn.Linear:
             f"lm_head.weight: expected dtype float32, bfloat16 or float16, got {weight.dtype}"
         )
     return head
+
+
+def output_layer(model: Any) -> Any:
+    """`get_output_embeddings()` without a compiler's wrapper; None where there is none."""
+    read = getattr(model, "get_output_embeddings", None)  # a wrapper of a script's may have none
+    return None if read is None else uncompiled(read())
 
 
 def _check_mean(model: Any, weight: DTensor) -> None:

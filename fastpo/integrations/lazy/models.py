@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from ...ops.shards.gathered import HeadOptions
+from ..heads import output_layer
 from ..seams.calls import answered
 from ..seams.handle import Handle, attached
 from ..seams.saying import say_once
+from ..seams.wrappers import bare
 from . import ddp
 from .head import lazy_head
 
@@ -42,8 +44,7 @@ def lazy_logits(
     Raises ValueError for a model without a head, or with a fastpo head already; RuntimeError when
     logits are read after the head's weight has changed.
     """
-    unwrap = getattr(model, "get_base_model", None)  # PEFT's
-    base = model if unwrap is None else unwrap()
+    base = bare(model)
     head = getattr(base, "get_output_embeddings", None)
     if head is None or head() is None:
         raise ValueError(f"model: expected one with output embeddings, got {type(base).__name__}")
@@ -88,7 +89,7 @@ def lazily(
 # While a compiler traces the call.
 @torch.compiler.assume_constant_result
 def _say_compiled(model: Any) -> None:
-    if not (_sampling() or answered(model.get_output_embeddings(), "forward")):
+    if not (_sampling() or answered(output_layer(model), "forward")):
         say_once(f"{type(model).__name__} keeps its full logits", "it is compiled")
 
 

@@ -24,6 +24,7 @@ from ...layout.tree import Layout, layout_of
 from ..seams.calls import standing_in, unhidden
 from ..seams.handle import OURS, Handle, attached
 from ..seams.saying import say_once
+from ..seams.wrappers import bare
 from . import attention, noise, probe, refusals
 from .attention import Refused
 from .look import Look, is_compiled, look
@@ -272,10 +273,8 @@ def layer_cost(model: nn.Module, device: torch.device | None = None) -> LayerCos
 
 
 def backbone_of(model: nn.Module) -> PreTrainedModel:
-    """What computes hidden states in a causal language model, perhaps one wrapped by PEFT."""
-    model = getattr(model, "_orig_mod", model)  # torch.compile's
-    unwrap = getattr(model, "get_base_model", None)  # PEFT's
-    inner = model if unwrap is None else unwrap()
+    """What computes hidden states in a causal language model, perhaps a wrapped one."""
+    inner = bare(model)
     backbone = getattr(inner, "base_model", None)
     if not isinstance(inner, PreTrainedModel) or not isinstance(backbone, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model, got {type(inner).__name__}")

@@ -14,6 +14,7 @@ from typing import Any
 
 from ...ops.tiles.known import is_quantised, refusal
 from ..adapter import base_layer, is_adapter, unsupported
+from ..heads import output_layer
 from ..seams.seam import Make, Replacement, Seam
 from .head import HEAD, adapted, unserved
 
@@ -46,7 +47,7 @@ class _AddHead(Replacement):
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> None:
         self.original(model, *args, **kwargs)
-        head = model.get_output_embeddings()
+        head = output_layer(model)
         own = is_adapter(head) or (is_quantised(head) and refusal(head) is None)
         if not own and self.sharing is None:
             return
@@ -61,7 +62,7 @@ class _AddHead(Replacement):
                 return fused(self, *args, **kwargs)
             with ExitStack() as stack:
                 if own:
-                    stack.enter_context(adapted(self.get_output_embeddings()))
+                    stack.enter_context(adapted(output_layer(self)))
                 if sharing is not None and _is_patched():
                     stack.enter_context(packing(self, sharing))
                 return fused(self, *args, fused_lm_head=True, **kwargs)

@@ -19,7 +19,7 @@ from ...ops.shards.gathered import HeadOptions
 from ...ops.shards.part import in_shards
 from ...ops.vocab_parallel_divergence import diverge_sharded
 from ...ops.walks.mixture import Operands
-from ..heads import tensor_parallel
+from ..heads import output_layer, tensor_parallel
 from ..seams.saying import say_once
 from ..seams.seam import Make, Method, Replacement, Seam
 from .head import Compact, unserved
@@ -76,7 +76,7 @@ class _Step(Method):
     """`DistillationTrainer._compute_loss`, where it cannot be right."""
 
     def __call__(self, trainer: Any, student: Any, *args: Any, **kwargs: Any) -> Any:
-        if tensor_parallel(student.get_output_embeddings()):
+        if tensor_parallel(output_layer(student)):
             raise RuntimeError(
                 "DistillationTrainer: expected a student that is not tensor-parallel, got one that "
                 "is: TRL draws other completions in each process, whose activations would be "

@@ -20,6 +20,7 @@ from ..lazy.head import lazy_head
 from ..lazy.logits import LazyLogits, promise_of, promised
 from ..lazy.promise import OWN, Promise
 from ..seams.seam import Make, Method, Replacement, Seam
+from ..seams.wrappers import bare
 
 
 class Reader(Method):
@@ -51,20 +52,12 @@ class Reader(Method):
             for one in models:
                 if one is None:
                     continue
-                inner = bare(trainer, one)
+                inner = bare(trainer.accelerator.unwrap_model(one))  # of DDP, too
                 who, shards = type(trainer).__name__, self.shards(trainer)
                 stack.enter_context(lazy_head(who, inner, self.options, shards))
                 if self.sharing is not None:
                     stack.enter_context(packing(inner, self.sharing))
             yield
-
-
-def bare(trainer: Any, model: Any) -> Any:
-    """The causal language model under DDP's, a compiler's and PEFT's wrappers."""
-    inner = trainer.accelerator.unwrap_model(model)
-    inner = getattr(inner, "_orig_mod", inner)  # accelerate keeps a compiler's
-    unwrap = getattr(inner, "get_base_model", None)
-    return inner if unwrap is None else unwrap()
 
 
 def real_outputs(result: Any) -> Any:

@@ -25,7 +25,7 @@ COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 @pytest.fixture(autouse=True)
 def nothing_compiled(monkeypatch):
-    for name in ("BACKEND", "MODE"):
+    for name in ("BACKEND", "MODE", "USE_REGIONAL_COMPILATION"):
         monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "no")
         monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
     AcceleratorState._reset_state(True)
@@ -50,6 +50,29 @@ def test_a_compiled_model_trains_the_same(case, path, tmp_path):
         logs, parameters = _trainers.train(trainer)
     assert hasattr(trainer.model_wrapped, "_orig_mod")
     _trainers.assert_same((logs, parameters), own)
+
+
+@pytest.fixture
+def regions(monkeypatch):
+    """What `accelerate launch --dynamo_use_regional_compilation` sets."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", "1")
+
+
+@pytest.mark.parametrize("case", [Case("DPO"), Case("CPO", data=tiny.preferences)])
+def test_lora_on_the_head_of_compiled_regions(case, path, tmp_path, regions):
+    own = {"target_modules": ["q_proj", "lm_head"], "init_lora_weights": False}
+    arguments, runs = {"peft_config": _trainers.lora(**own)}, []
+    for changes in (case.changes, {**case.changes, **COMPILED}):
+        torch.manual_seed(0)  # of the adapter's weights
+        with fastpo.patched():
+            trainer = Case(case.prefix, changes, data=case.data, arguments=arguments)
+            trainer = trainer.build(tmp_path, path)
+            runs.append(_trainers.train(trainer))
+        AcceleratorState._reset_state(True)
+    # By its loss alone: TRL logs these steps as an evaluation's, as `trainer.model` is not trained.
+    before, after = ([log["loss"] for log in logs if "loss" in log] for logs, _ in runs)
+    assert after == pytest.approx(before, rel=1e-5)
+    torch.testing.assert_close(runs[1][1], runs[0][1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_head_breaks_a_graph_once():
