@@ -64,7 +64,18 @@ class _Train(Method):
             if lacks:
                 why = f"it was built before fastpo.patch, and trains without {' and '.join(lacks)}"
                 say_once(type(trainer).__name__, why)
+            if self.sharing is not None and _compiles(trainer):
+                option = "shared_prompts" if self.sharing else "padding_free"
+                what = f"{type(trainer).__name__} leaves its backbone uncompiled"
+                say_once(what, f"{option} packs each batch before it")
         return self.original(trainer, *args, **kwargs)
+
+
+def _compiles(trainer: Any) -> bool:
+    """Its model as a whole? Regions that are compiled keep their padded batch, which says so."""
+    plugin = trainer.accelerator.state.dynamo_plugin
+    regions = getattr(plugin, "use_regional_compilation", False)
+    return plugin.backend != "NO" and not regions
 
 
 _BASE = _INIT.module, _INIT.name.partition(".")[0]

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from torch._dynamo.utils import counters
 
 import fastpo
+from fastpo.integrations.seams.saying import say_once
 from fastpo.integrations.trl.head import HEAD
 from fastpo.testing import make_head
 
@@ -30,6 +31,7 @@ def nothing_compiled(monkeypatch):
         monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
     AcceleratorState._reset_state(True)
     torch.compiler.reset()
+    say_once.cache_clear()
     yield
     AcceleratorState._reset_state(True)
 
@@ -73,6 +75,24 @@ def test_lora_on_the_head_of_compiled_regions(case, path, tmp_path, regions):
     before, after = ([log["loss"] for log in logs if "loss" in log] for logs, _ in runs)
     assert after == pytest.approx(before, rel=1e-5)
     torch.testing.assert_close(runs[1][1], runs[0][1], rtol=1e-4, atol=1e-5)
+
+
+SHARING = {
+    "regions": "LlamaModel keeps its padded batch: layers that are compiled",
+    "whole": "Trainer leaves its backbone uncompiled: shared_prompts packs each batch before it",
+}
+
+
+@pytest.mark.parametrize("how", SHARING)
+@pytest.mark.parametrize("prefix", ["DPO", "CPO"])
+def test_shared_prompts_say_what_is_not_compiled(how, prefix, path, tmp_path, request, caplog):
+    if how == "regions":
+        request.getfixturevalue("regions")
+    case = Case(prefix, COMPILED, data=tiny.preferences)
+    with fastpo.patched(shared_prompts=True):
+        logs, _ = _trainers.train(case.build(tmp_path, path))
+    assert caplog.text.count(SHARING[how]) == 1
+    assert any(log.get("fastpo/tokens_saved") for log in logs) == (how == "whole")
 
 
 def test_the_head_breaks_a_graph_once():
