@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from ..ops.shards.gathered import HeadOptions
 from ..ops.stats import TokenStats
 from ..ops.vocab_parallel_logps import score_sharded
+from ..ops.walks.checks import check_flag
 from ..ops.walks.derivatives import check_plain
 from . import predictions
 from .adapter import operands, rounded
@@ -84,6 +85,7 @@ def attach(
     Raises ValueError for a model, RuntimeError for a head, a forward or hooks, that fastpo does not
     know.
     """
+    check_flag("shared_prompts", shared_prompts)
     base = bare(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: expected a transformers model, got {type(base).__name__}")

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from ...layout.cost import LayerCost, is_worth
 from ...layout.tree import Layout, layout_of
+from ...ops.walks.checks import check_flag
 from ..seams.calls import standing_in, unhidden
 from ..seams.handle import OURS, Handle, attached
 from ..seams.saying import say_once
@@ -298,6 +299,8 @@ def shared_prompts(model: nn.Module, *, share: bool = True, always: bool = False
     `tokens.saved` is the share of tokens that was not computed. Raises ValueError for a model
     that is not transformers', or has a handle already.
     """
+    check_flag("share", share)
+    check_flag("always", always)
     backbone = backbone_of(model)
     if attached(backbone):
         raise ValueError("model: expected one without shared prompts, got one with them")

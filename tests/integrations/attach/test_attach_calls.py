@@ -160,3 +160,16 @@ def test_gradients_of_each_row_by_vmap_are_refused_by_name():
         for function in (loss, torch.func.grad(loss)):
             with pytest.raises(RuntimeError, match=r"^attach: .* outside torch\.func"):
                 torch.func.vmap(function, (None, 0, 0))(weights, *rows)
+
+
+@pytest.mark.parametrize("name", ["share", "always"])
+def test_flags_of_shared_prompts(name):
+    with pytest.raises(ValueError, match=f"{name}: expected True or False, got 'no'"):
+        fastpo.shared_prompts(tiny.model("llama"), **{name: "no"})
+
+
+def test_the_flag_of_attach():
+    model = tiny.model("llama")
+    with pytest.raises(ValueError, match="shared_prompts: expected True or False, got 'no'"):
+        fastpo.attach(model, shared_prompts="no")
+    fastpo.attach(model).detach()
