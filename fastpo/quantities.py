@@ -334,12 +334,13 @@ def _parse(name: str) -> tuple[str, str, str]:
     return name, "", ""
 
 
-def _positional(objective: Callable[..., Any]) -> tuple[dict[str, bool], Callable[..., Any]]:
+def _positional(objective: Any) -> tuple[dict[str, bool], Callable[..., Any]]:
     """Quantities an objective takes (name -> required?), and the function below its partials."""
     bound: set[str] = set()
-    if isinstance(objective, str):
+    if not callable(objective):
+        key = objective if isinstance(objective, str) else "dpo"
         raise ValueError(
-            f"objective: expected a function, as fastpo.objectives.get({objective!r}) gives, "
+            f"objective: expected a function, as fastpo.objectives.get({key!r}) gives, "
             f"got {objective!r}"
         )
     while isinstance(objective, functools.partial):

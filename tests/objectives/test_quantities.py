@@ -196,10 +196,10 @@ def test_what_was_not_given_is_named():
             q.rows(get(key))
     with pytest.raises(ValueError, match=r"^sampler_token_logps: .* or padded\(..., sampler=...\)"):
         singles["sampler_token_logps"]
-    with pytest.raises(
-        ValueError, match=r"^objective: .* fastpo.objectives.get\('dpo'\) gives, got"
-    ):
-        pairs.rows("dpo")
+    for one, got in (("dpo", "'dpo'"), (None, "None"), (["dpo"], r"\['dpo'\]")):
+        gives = rf"^objective: expected .* fastpo.objectives.get\('dpo'\) gives, got {got}$"
+        with pytest.raises(ValueError, match=gives):
+            pairs.rows(one)
     flat, offsets = policy.logps.flatten(), torch.tensor([0, 3])
     for call, name in (
         (lambda: quantities.padded(policy, [1]), "mask"),

@@ -97,7 +97,7 @@ def patch(
         reference_free=reference_free,
         score_prompts=score_prompts,
     )
-    models = references or {}
+    models = {} if references is None else references
     scoring = reference_free, score_prompts, mixing, alternatives
     setting = Setting(objective, hyperparameters, models, *scoring)
     by_name.check(setting)

@@ -190,6 +190,11 @@ def test_an_option_of_an_objective_without_one(options):
         fastpo.patch(**options)
 
 
+def test_references_without_names():
+    with pytest.raises(ValueError, match=r"^references: expected models by name, .* got a list$"):
+        fastpo.patch(objective="inpo", references=[torch.nn.Linear(1, 1)])
+
+
 @pytest.mark.parametrize(
     ("objective", "references", "message"),
     [

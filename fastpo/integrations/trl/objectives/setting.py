@@ -64,6 +64,10 @@ class Setting:
                 raise ValueError(f"{option}: expected an objective of {pattern}, got {got}")
 
     def _check_references(self) -> None:
+        given: Any = self.references
+        if not isinstance(given, Mapping):
+            got = type(given).__name__
+            raise ValueError(f"references: expected models by name, prev and history, got a {got}")
         unknown = set(self.references) - {"prev", "history"}
         if unknown:
             raise ValueError(f"references: expected prev and history, got {', '.join(unknown)}")
