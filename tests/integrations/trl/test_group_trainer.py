@@ -14,6 +14,7 @@ pytest.importorskip("datasets")
 import _tiny as tiny
 import _trainers
 import torch
+import transformers
 from _tiny import one_thread  # noqa: F401
 from datasets import Dataset
 
@@ -334,3 +335,16 @@ def test_a_hyperparameter_in_the_config(tmp_path):
         trainer(tmp_path, "infonca", beta=0.7)
     same = objectives.get("infonca", beta=0.7)
     assert trainer(tmp_path, same, beta=0.7).args.beta == 0.7
+
+
+@pytest.mark.parametrize("kind", [None, transformers.TrainingArguments])
+def test_arguments_of_another_trainer(kind, tmp_path):
+    args = None if kind is None else kind(output_dir=str(tmp_path))
+    got = "None" if kind is None else kind.__name__
+    with pytest.raises(ValueError, match=f"^args: expected a DPOConfig, got {got}$"):
+        fastpo.GroupTrainer("unread", args=args, objective="infonca", train_dataset=groups())
+
+
+def test_a_word_in_place_of_its_flag(tmp_path):
+    with pytest.raises(ValueError, match="reference_free: expected True or False, got 'no'"):
+        trainer(tmp_path, "infonca", reference_free="no")

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from trl import DPOTrainer
+from trl import DPOConfig, DPOTrainer
 
 from ....objectives._math import group_max, group_sum
+from ....ops.walks.checks import check_flag
 from ....quantities import Quantities, padded
 from ...seams.seam import fitting
 from . import by_name
@@ -77,11 +78,13 @@ class GroupTrainer(TextTrainer, DPOTrainer):
         reference_free: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_flag("reference_free", reference_free)
         setting = Setting(objective, reference_free=reference_free)
         fitting(by_name.replacements(setting))  # raises where TRL has no fused head
         term = Term(of_family(setting.bound(), self.families))
-        if args is None:
-            raise ValueError("args: expected a DPOConfig, got None")
+        if not isinstance(args, DPOConfig):
+            got = None if args is None else type(args).__name__
+            raise ValueError(f"args: expected a DPOConfig, got {got}")
         for name in _OF_PAIRS:
             if (got := getattr(args, name)) != default_of(args, name):
                 raise ValueError(f"{name}: expected it unset for groups, got {got!r}")
