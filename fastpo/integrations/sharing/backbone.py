@@ -216,7 +216,13 @@ class Sharing(Handle):
 
     def __init__(self, model: PreTrainedModel, packer: Packer) -> None:
         self.packer = packer
-        super().__init__(model)
+        try:
+            refusals.check_head(model)
+        except Refused as refused:  # its forward is left to the handle of a head
+            self.model, self.active = model, True
+            say_once(f"{type(model).__name__} keeps its padded batch", str(refused))
+        else:
+            super().__init__(model)
 
     @property
     def tokens(self) -> Tokens:
@@ -302,7 +308,7 @@ def shared_prompts(model: nn.Module, *, share: bool = True, always: bool = False
     check_flag("share", share)
     check_flag("always", always)
     backbone = backbone_of(model)
-    if attached(backbone):
+    if attached(backbone) and backbone.get_output_embeddings() is None:
         raise ValueError("model: expected one without shared prompts, got one with them")
     return Sharing(backbone, Packer(share, always))
 

@@ -31,11 +31,16 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 _ELSEWHERE = ("labels", "vision_feature_layer")
 
 
+def check_head(model: Any) -> None:
+    """Raises Refused for a model that is its own backbone."""
+    if model.get_output_embeddings() is not None:
+        raise Refused("its head is not on a backbone of its own")
+
+
 def check_model(model: Any) -> None:
     """Raises Refused for a backbone whose layers need neighbours in a row to be neighbours."""
     config = model.config.get_text_config()
-    if model.get_output_embeddings() is not None:
-        raise Refused("its head is not on a backbone of its own")
+    check_head(model)
     if getattr(model, "_is_stateful", False):
         raise Refused("a state along the row")
     kinds = set(getattr(config, "layer_types", None) or ()) - _KINDS

@@ -20,6 +20,7 @@ from _refusals import assert_as_before, fresh, llama, plain  # noqa: F401
 from _tiny import one_thread  # noqa: F401
 from transformers import DynamicCache, LlamaModel
 
+import fastpo
 from fastpo.integrations.sharing import attention, backbone, refusals
 from fastpo.integrations.sharing.attention import Refused
 from fastpo.integrations.sharing.backbone import shared_prompts
@@ -37,12 +38,26 @@ def test_models(name, caplog):
 
 
 def test_a_model_without_a_backbone_of_its_own(caplog):
-    def make():
-        return _architectures.model(
-            "Llama4Text", _architectures.MOE | {"intermediate_size_mlp": 48}
-        )
+    assert_as_before(headed, plain, "its head is not on a backbone of its own", caplog)
 
-    assert_as_before(make, plain, "its head is not on a backbone of its own", caplog)
+
+def headed():
+    return _architectures.model("Llama4Text", _architectures.MOE | {"intermediate_size_mlp": 48})
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("head", [fastpo.attach, fastpo.lazy_logits])
+def test_a_model_without_a_backbone_of_its_own_takes_a_head(head, first):
+    model = headed()
+    inputs = plain() | {"labels": plain()["input_ids"]}
+    expected = model(**inputs).loss
+    handles = [(head, shared_prompts)[i](model) for i in (first, 1 - first)]
+    output = model(**inputs)
+    torch.testing.assert_close(output.loss, expected)
+    assert type(output.logits) is not torch.Tensor  # none, or lazy ones
+    for handle in handles:
+        handle.detach()
+    assert "forward" not in vars(model) and type(model(**inputs).logits) is torch.Tensor
 
 
 def test_queries_scaled_by_their_place(caplog):
