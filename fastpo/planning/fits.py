@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses import fake_tensor
 
+from ..integrations.heads import linear_head
 from .estimate import Estimate, Session
 from .given import foreign, quiet
 from .models import Fake, adapted, backbone, bytes_of, fake, made, positions, size_of
@@ -30,7 +31,7 @@ MOST = {"context": 2**20, "batch": 2**14}
 
 def check_runs(setting: Setting, config: Any, name: str) -> None:
     """ValueError unless transformers runs a few tokens through its first layers, and back where it
-    is the model, and has a position for every one of the context.
+    is the model, and has a position for every one of the context, and fastpo knows its head.
 
     Apart from the step: what goes wrong in there is not the config's fault.
     """
@@ -52,6 +53,17 @@ def check_runs(setting: Setting, config: Any, name: str) -> None:
             hidden = backbone(model)(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
             if hidden.requires_grad:  # not where only a head is adapted
                 hidden.sum().backward()
+        _check_head(model, hidden.shape[-1], name)
+
+
+def _check_head(model: Any, width: int, name: str) -> None:
+    try:
+        found = linear_head(model).weight.shape[1]
+    except RuntimeError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if found != width:  # of Electra and RemBERT, with layers in between
+        wanted = f"a head of hidden size {width}, that of its backbone"
+        raise ValueError(f"{name}: expected {wanted}, got {found}")
 
 
 class Depths:

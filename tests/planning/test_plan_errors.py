@@ -19,7 +19,7 @@ pytest.importorskip("matplotlib")
 
 import _tiny as tiny
 import torch
-from transformers import AutoConfig, GPT2Config, Llama4TextConfig
+from transformers import CONFIG_MAPPING, AutoConfig, GPT2Config, Llama4TextConfig
 
 import fastpo
 from fastpo import cli
@@ -231,6 +231,23 @@ def test_what_only_training_meets(tmp_path, refused):
     (tmp_path / "config.json").write_text(json.dumps(xlstm))
     line = refused("--model", tmp_path, "--trainer", "sft")
     assert line.startswith("model: expected one whose layers run, got RuntimeError")
+
+
+def test_a_head_that_is_no_plain_layer(tmp_path, refused):
+    """Dory's has a factor for each word. As a RuntimeError the exit code was that of no room."""
+    if "dory" not in CONFIG_MAPPING:
+        pytest.skip("needs a transformers that has Dory")
+    layers = dict.fromkeys(("n_input_layers", "n_recurrent_layers", "n_output_layers"), 2)
+    dory = CONFIG | layers | {"model_type": "dory", "num_hidden_layers": 6}
+    (tmp_path / "config.json").write_text(json.dumps(dory))
+    line = refused("--model", tmp_path)
+    assert line.startswith("model: DoryForCausalLM.get_output_embeddings(): expected a torch.nn.L")
+
+
+def test_a_head_behind_layers_of_its_own(tmp_path, refused):
+    changes = {"model_type": "electra", "is_decoder": True, "embedding_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | changes))
+    assert refused("--model", tmp_path).startswith("model: expected a head of hidden size 64, ")
 
 
 def test_more_positions_than_a_table_has(tmp_path, refused):
