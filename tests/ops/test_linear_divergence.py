@@ -244,12 +244,10 @@ class Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# tokens kept of 48 -> (forward, backward) products of a KL; the others walk twice when they can not
-# read what was kept. The backward's own two are d hidden and d weight.
-BUDGETS = {48: (2, 2), 0: (2, 4), 16: (2, 2 + 2 * 32 / 48)}
-
-
-@pytest.mark.parametrize("kept", BUDGETS)
+# kept: tokens of 48, None: 16 by the planner's budget. The others are multiplied again: in the
+# backward, whose own two products are d hidden and d weight, and in a second walk, which a KL has
+# not.
+@pytest.mark.parametrize("kept", [48, 0, 16, None])
 @pytest.mark.parametrize("name", KINDS)
 def test_the_budget_changes_products_and_nothing_else(name, kept, monkeypatch, library_products):
     # Whole blocks of rows: of fewer, zeros would be multiplied, too.
@@ -261,7 +259,9 @@ def test_the_budget_changes_products_and_nothing_else(name, kept, monkeypatch, l
     expected = fastpo.linear_divergence(h, w, th, tw, budget=2**40, **options).divergence
     grads = torch.autograd.grad(expected.sum(), [h, w])
     product = 48 * 211 * 24
-    budget = kept * 8 * planner.kept_cells(211, 64)
+    row = 8 * planner.kept_cells(211, 64)
+    monkeypatch.setattr(planner, "default_budget", lambda *_: 16 * row)
+    budget, kept = (None, 16) if kept is None else (kept * row, kept)
     with Products() as forward:
         found = fastpo.linear_divergence(h, w, th, tw, budget=budget, **options).divergence
     with Products() as backward:
@@ -269,7 +269,7 @@ def test_the_budget_changes_products_and_nothing_else(name, kept, monkeypatch, l
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     for own, other in zip(grads, others, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-4, atol=1e-5)
-    first, second = BUDGETS[kept]
+    first, second = 2, 2 + 2 * (48 - kept) / 48
     first += 0 if "kl" in name else 2 * (48 - kept) / 48
     assert forward.count == pytest.approx(first * product)
     assert backward.count == pytest.approx(second * product)

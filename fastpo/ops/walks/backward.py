@@ -91,7 +91,7 @@ class BackwardWalk:
         if needs[1] and into is None:
             self.dweight = self._dweight(V, trained)
         self.dbias = head.zeros(V) if needs[2] else None
-        self.in_place = len(self._blocks()) <= 1 and head.weight.dtype == head.gemm
+        self.in_place = len(self._blocks()) == 1 and head.weight.dtype == head.gemm
         self._dx = head.empty(self._cells(), dtype=head.gemm)
 
     def run(self, tokens: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -108,8 +108,6 @@ class BackwardWalk:
                     self._add_bias(self.dbias[v0:v1], dx, a, b)
             if self.dweight is not None and slab is not None and not self.in_place:
                 self._round(self.dweight[v0:v1], slab)
-        if self.dweight is not None and not len(head.hidden) and not self.adds:
-            self.dweight.zero_()
         return self._dhidden(tokens), self.dweight, self.dbias
 
     def _tiles(self) -> Iterable[tuple[int, int, int]]:

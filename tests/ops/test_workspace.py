@@ -1,0 +1,93 @@
+"""Bytes that a call takes beside its operands, results and what it keeps: as the planner says."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import fastpo
+from fastpo import planner
+from fastpo.ops.rows.backend import LogitMap
+from fastpo.ops.rows.registry import choose
+from fastpo.ops.walks.forward import HeadSpec, forward
+from fastpo.planning.live import Live
+
+TOKENS, VOCAB, HIDDEN = 512, 1024, 8
+TILE = 4 * 256 * 256
+# What is as long as the tokens, and sums of d hidden and of a tile's d weight.
+SMALL = 96 * 2**10
+
+
+@pytest.fixture(autouse=True)
+def tiles_beside_which_rows_are_small(monkeypatch, library_products):
+    monkeypatch.setattr(planner, "tile_shape", lambda *_: planner.Tiles(256, 256))
+
+
+def operands(dtype=torch.float32, head=True, tokens=TOKENS, width=HIDDEN):
+    hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, width).to(dtype).requires_grad_(head)
+    return hidden, weight
+
+
+@contextmanager
+def bytes_of(live, expected, results=()):
+    """Of what is done in the block, whose results `results` then has."""
+    before = live.now
+    live.forget_peak()
+    yield
+    found = live.peak - before - sum(x.nbytes for x in results)
+    assert expected <= found < expected + SMALL
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_forward_of_a_head(frozen, dtype):
+    """Not by its public name: nobody sees what PyTorch's operator does."""
+    backend = choose(None, torch.device("cpu"))
+    spec = HeadSpec(LogitMap(), None, ("logps",), dtype, backend, frozen, False, None)
+    plan = fastpo.plan(TOKENS, VOCAB, HIDDEN, dtype=dtype, train_hidden=frozen, train_head=False)
+    with Live() as live:
+        given = *operands(dtype), None, torch.arange(TOKENS)
+        with bytes_of(live, plan.workspace_bytes):
+            forward(*given, spec)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "width"), [*((x, TOKENS, HIDDEN) for x in DTYPES), (DTYPES[0], 16, 512)]
+)
+def test_the_backward_of_a_head(dtype, tokens, width):
+    """Of one block of tokens d weight is summed where it stays."""
+    plan = fastpo.plan(tokens, VOCAB, width, dtype=dtype, budget=0)
+    with Live() as live:
+        given = operands(dtype, tokens=tokens, width=width)
+        logps = fastpo.linear_logps(*given, torch.arange(tokens), budget=0).logps
+        with bytes_of(live, plan.workspace_bytes, found := []):
+            found += torch.autograd.grad(logps.sum(), given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_backward_of_a_divergence(dtype):
+    """A teacher that is not trained has its products, and nothing more."""
+    expected = planner.pair_workspace(TOKENS, VOCAB, (HIDDEN, HIDDEN), dtype, "cpu")
+    with Live() as live:
+        given = *operands(dtype), *operands(dtype)
+        loss = fastpo.linear_divergence(*given, kind="jsd", budget=0).divergence.sum()
+        with bytes_of(live, expected, found := []):
+            found += torch.autograd.grad(loss, given[:2])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_mixture_of_three_heads(train):
+    """The products of one of them, and the mixture's."""
+    with torch.set_grad_enabled(train), Live() as live:
+        hiddens, weights = zip(*(operands(head=train) for _ in range(3)), strict=True)
+        given = hiddens, weights, (0.5, 0.3, 0.2), torch.arange(TOKENS)
+        with bytes_of(live, 2 * TILE, found := []):
+            logps = fastpo.mixed_linear_logps(*given).logps
+            if train:
+                found += torch.autograd.grad(logps.sum(), [*hiddens, *weights])
