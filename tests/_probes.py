@@ -1,4 +1,4 @@
-"""What tests watch while something runs: sizes of tensors, calls of the primitive, one thread."""
+"""What tests watch while something runs: sizes of tensors, products, calls, one thread."""
 
 from __future__ import annotations
 
@@ -42,6 +42,18 @@ class Widest(TorchDispatchMode):
 
     def counts(self, x: torch.Tensor) -> bool:
         return True
+
+
+class Products(TorchDispatchMode):
+    """Counts multiplications of the matrix products in its block."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            a, b = args[-2:]
+            self.count += a.shape[0] * a.shape[1] * b.shape[1]
+        return func(*args, **(kwargs or {}))
 
 
 def count_calls(monkeypatch: Any) -> list[HeadSpec]:

@@ -7,9 +7,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from _pair_problem import sides
-from _probes import COMPARING, Widest
+from _probes import COMPARING, Products, Widest
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastpo
 from fastpo import objectives, planner, reference
@@ -229,19 +228,6 @@ def test_no_tensor_is_as_wide_as_the_logits():
         )
         found.divergence.sum().backward()
     assert widest.elements <= w.numel() + 1000 * 16 < 200 * 1000
-
-
-class Products(TorchDispatchMode):
-    """Counts multiplications of the matrix products in its block."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        if name in ("mm", "addmm", "addmm_"):
-            a, b = args[-2:]
-            self.count += a.shape[0] * a.shape[1] * b.shape[1]
-        return function(*args, **(kwargs or {}))
 
 
 # kept: tokens of 48, None: 16 by the planner's budget. The others are multiplied again: in the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from _draws import assert_draws
-from _probes import Widest
+from _probes import Products, Widest
 from test_linear_logps import BACKENDS as ALL
 from test_linear_logps import DEVICE, DIFFERENTIABLE, dtypes_of, weights
 from torch import Tensor
@@ -305,6 +305,18 @@ def test_no_tensor_of_tokens_times_words(softcaps, monkeypatch):
         )  # fmt: skip
         gradients(x, stats, ("logps", "lse"))
     assert widest.elements <= max(32 * 256, 4000 * 8)
+
+
+@pytest.mark.parametrize(("trained", "backward"), [((0,), 5), ((1,), 4), ((0, 1), 7)])
+def test_products_of_the_heads_that_are_trained(trained, backward, library_products):
+    """Both logits again, and of each trained head d hidden, d weight, and z if it is capped."""
+    hiddens, weights = ([torch.randn(n, 8) for _ in range(2)] for n in (32, 64))
+    wanted = [x.requires_grad_() for i in trained for x in (hiddens[i], weights[i])]
+    given = hiddens, weights, (0.7, 0.3), torch.arange(32)
+    loss = fastpo.mixed_linear_logps(*given, softcaps=(9.0, None)).logps.sum()
+    with Products() as products:
+        torch.autograd.grad(loss, wanted)
+    assert products.count == backward * 32 * 64 * 8
 
 
 H, V = 4, 10

@@ -91,3 +91,13 @@ def test_a_mixture_of_three_heads(train):
             logps = fastpo.mixed_linear_logps(*given).logps
             if train:
                 found += torch.autograd.grad(logps.sum(), [*hiddens, *weights])
+
+
+def test_lists_of_words_of_a_frozen_head():
+    """There is nothing as large as the head."""
+    with Live() as live:
+        hidden, weight = operands(head=False, tokens=16, width=256)
+        words = torch.arange(16 * 7).view(16, 7), torch.full((16, 7), -2.0)
+        with bytes_of(live, 0):
+            found = fastpo.linear_topk_divergence(hidden, weight, *words, kind="jsd", tail=False)
+            torch.autograd.grad(found.sum(), hidden)
