@@ -190,8 +190,8 @@ def _extent(real: Tensor) -> tuple[Tensor, Tensor]:
 def _common(distinct: Tensor, least: int) -> list[int]:
     """Tokens that each sorted row [first column, cells] shares with the one before."""
     first, cells = distinct[:, 0], distinct[:, 1:]
-    column = (cells[1:] != cells[:-1]).int().argmax(1)
-    shared = torch.where(first[1:] == first[:-1], column - first[1:], 0)
+    # Of one that begins earlier it already differs there: less than none.
+    shared = (cells[1:] != cells[:-1]).int().argmax(1) - first[1:]
     shared = torch.where(shared >= least, shared, 0)
     return [0, *shared.tolist()]
 

@@ -63,6 +63,8 @@ def test_singles_and_triples():
     total = (policy.logps * scored).sum(-1)
     torch.testing.assert_close(triple["third_logps"], total[2 * B :])
     assert triple["third_lengths"].tolist() == scored[2 * B :].sum(-1).tolist()
+    both = quantities.padded(policy, scored, sides=("", "third", "unlabeled"))
+    torch.testing.assert_close(both["unlabeled_logps"], total[2 * B :])
 
 
 def test_history_sums_per_policy():
@@ -129,8 +131,25 @@ def test_masked_positions_do_not_matter():
     rows = q.rows(get("dpo"))
     assert rows.isfinite().all()
     assert torch.autograd.grad(rows.sum(), leaf)[0].isfinite().all()
-    half = quantities.padded(policy.logps.bfloat16(), scored)["chosen_logps"]
-    assert half.dtype == torch.float32
+    given = {"mask": scored.flatten(), "reference_free": True}
+    flat = quantities.packed(leaf.flatten(), torch.tensor([0, T, 2 * T]), **given)
+    torch.testing.assert_close(flat.rows(get("dpo")), rows)
+    assert torch.autograd.grad(flat.rows(get("dpo")).sum(), leaf)[0].isfinite().all()
+
+
+def test_half_precision_is_summed_and_subtracted_in_float32():
+    logps, scored = stats(2, T).logps.bfloat16(), torch.ones(2, T)
+    padded = quantities.padded(logps, scored, ref=logps / 3)
+    offsets = torch.tensor([0, T, 2 * T])
+    flat = logps.flatten()
+    packed = quantities.packed(flat, offsets, mask=scored.flatten(), ref=flat / 3)
+    given = Quantities({n: padded[n].bfloat16() for n in ("chosen_logps", "ref_chosen_logps")})
+    for q in (padded, packed, given):
+        expected = q["chosen_logps"].float() - q["ref_chosen_logps"].float()
+        assert torch.equal(q["chosen_logratios"], expected)
+    assert padded["chosen_logps"].dtype == packed["chosen_logps"].dtype == torch.float32
+    torch.testing.assert_close(packed["chosen_logps"], padded["chosen_logps"])
+    assert padded["chosen_mask"].dtype == torch.bool and padded["chosen_lengths"].tolist() == [T]
 
 
 def test_reference_is_constant_and_never_invented():
@@ -259,6 +278,8 @@ def test_weights_of_rows():
         torch.testing.assert_close(q.rows(get(key), beta=0.3), w * get(key)(a, -a, beta=0.3))
     tokens = {n: torch.zeros(B, T) for n in ("chosen_token_logps", "rejected_token_logps")}
     tokens |= {n: torch.ones(B, T).bool() for n in ("chosen_mask", "rejected_mask")}
+    also = (q | {"sample_weights": 2 * w}).rows(get("dpo"))
+    torch.testing.assert_close(also, 2 * w * w * get("dpo")(a, -a))
     twice = (q | tokens).rows(compose("dpo", "wpo_weights"))
     torch.testing.assert_close(twice, w * get("dpo")(a, -a))
     with pytest.raises(ValueError, match=r"^pair_weights: expected shape \(3,\), got \(2,\)"):

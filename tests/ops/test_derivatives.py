@@ -42,6 +42,29 @@ def test_a_second_derivative_is_refused_by_whichever_way(case, mesh):
                 torch.autograd.grad(total, leaf, retain_graph=True)
 
 
+class Nothing(torch.autograd.Function):
+    """Gives no gradient, which is not one of zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("case", TRAINED)
+def test_no_gradient_is_one_of_zeros(case, mesh):
+    call = TRAINED[case]
+    leaves = call.leaves()
+    trained = [leaves[name] for name in call.trained]
+    found = torch.autograd.grad(
+        Nothing.apply(loss(call.outputs(leaves))), trained, allow_unused=True
+    )
+    assert not any(x is not None and x.any() for x in found)
+
+
 def test_a_gradient_that_is_added_to_another_is_refused_as_well():
     call = replace(PRIMITIVES["fastpo"], function=partial(_score, accumulate=True, budget=2**40))
     leaves = call.leaves()

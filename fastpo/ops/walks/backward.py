@@ -37,8 +37,7 @@ def backward(
             g = grads["logps"]
             g = torch.zeros_like(saved.logps) if g is None else g
             return (saved.direction * g.unsqueeze(1)).to(hidden.dtype), None, None
-        overwrites = needs[1] and spec.lends
-        overwrites = overwrites and spec.plan(hidden, weight).shared_bytes > 0
+        overwrites = spec.lends and spec.plan(hidden, weight).shared_bytes > 0
         with (loan or Loan()).claim(overwrites) as (reads, overwrites):
             spec = replace(spec, lends=overwrites)
             if not reads:

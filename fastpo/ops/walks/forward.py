@@ -185,7 +185,7 @@ def _write_direction(
     # The clamp keeps the lookup inside the weight where a label is another process's, or nobody's:
     # then its log-probability is NaN.
     labels = head.labels[a:b]
-    here = labels.clamp(0, max(head.plan.vocab - 1, 0))
+    here = labels.clamp(0, head.plan.vocab - 1)
     own = -torch.expm1(logps_of(state)) * logit_map.cap_slope(state[R.TARGET])
     if head.spec.shard is not None:
         own = own.where(here == labels, 0)
