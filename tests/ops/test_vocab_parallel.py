@@ -31,6 +31,8 @@ CASES = [
 ]
 TOKENS = (5, 0, 9)  # own tokens of the processes, turn by turn
 DIFFERENTIABLE = ("logps", "entropy", "lse")
+# mode -> what the loss is of: of log-probabilities alone a frozen head's forward makes d hidden.
+LOSSES = {"frozen": ("logps",)}
 
 
 def problem(dtype: torch.dtype = torch.float64, tokens: int = 23) -> HeadInputs:
@@ -39,9 +41,9 @@ def problem(dtype: torch.dtype = torch.float64, tokens: int = 23) -> HeadInputs:
     return inputs.like(dtype)
 
 
-def loss_of(stats: fastpo.TokenStats, rows: slice = slice(None), tokens: int = 23) -> torch.Tensor:
+def loss_of(stats: fastpo.TokenStats, rows=slice(None), names=DIFFERENTIABLE) -> torch.Tensor:
     g = torch.Generator().manual_seed(1)
-    factors = {name: torch.randn(tokens, generator=g)[rows] for name in DIFFERENTIABLE}
+    factors = {name: torch.randn(23, generator=g)[rows] for name in names}
     return sum((getattr(stats, name) * f.to(stats.logps)).sum() for name, f in factors.items())
 
 
@@ -67,7 +69,10 @@ def call(inputs: HeadInputs, rank: int, mode: str, **options):
     )
     leaves = {"dhidden": hidden, "dweight": weight, "dbias": bias}
     leaves = {name: x for name, x in leaves.items() if x.requires_grad}
-    found = torch.autograd.grad(loss_of(stats), list(leaves.values())) if leaves else ()
+    found = ()
+    if leaves:
+        loss = loss_of(stats, names=LOSSES.get(mode, DIFFERENTIABLE))
+        found = torch.autograd.grad(loss, list(leaves.values()))
     return values(stats), dict(zip(leaves, found, strict=True))
 
 
@@ -91,12 +96,13 @@ def found(tmp_path_factory):
     return _processes.loaded(folder)
 
 
-def own_way(inputs: HeadInputs, **options):
+def own_way(inputs: HeadInputs, mode: str, **options):
     stats = reference.linear_logps(
         inputs.hidden, inputs.weight, inputs.labels, bias=inputs.bias, **options
     )
     leaves = inputs.leaves()
-    grads = torch.autograd.grad(loss_of(stats), list(leaves.values()))
+    loss = loss_of(stats, names=LOSSES.get(mode, DIFFERENTIABLE))
+    grads = torch.autograd.grad(loss, list(leaves.values()))
     return values(stats), dict(zip(leaves, grads, strict=True))
 
 
@@ -104,8 +110,8 @@ def own_way(inputs: HeadInputs, **options):
 def test_as_a_head_in_one_process(case, found):
     (first, first_grads), (second, second_grads) = (each[case] for each in found)
     _, mode, options, dtype = case
-    truth, truth_grads = own_way(problem(), **OPTIONS[options])
-    eager, eager_grads = own_way(problem(DTYPES[dtype]), **OPTIONS[options])
+    truth, truth_grads = own_way(problem(), mode, **OPTIONS[options])
+    eager, eager_grads = own_way(problem(DTYPES[dtype]), mode, **OPTIONS[options])
     for name, value in first.items():
         assert torch.equal(value, second[name]), f"{name}: expected the same bits"
         if name == "is_top1":
