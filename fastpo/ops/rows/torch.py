@@ -144,9 +144,7 @@ def finish(state: Tensor, stats: tuple[str, ...], ignored: Tensor | None) -> dic
         values["entropy"] = (log_mass - moment / mass).clamp_min(0)
     if "log_sum_sq_probs" in stats:
         squares = state[R.SQUARES] + own.square()
-        # One logarithm rounds once; of a peaked row the ratio would be near 1 and lose its digits.
-        ratio = (squares / mass.square()).log()
-        values["log_sum_sq_probs"] = torch.where(mass < 2, squares.log() - 2 * log_mass, ratio)
+        values["log_sum_sq_probs"] = squares.log() - 2 * log_mass
     values = {name: value.float() for name, value in values.items()}
     if "is_top1" in stats:
         values["is_top1"] = (target >= m) & (target > state[R.BEFORE])
