@@ -59,3 +59,22 @@ def test_statistics_beside_a_label_that_is_no_word(backend):
     assert found.logps.isneginf().all() and not found.is_top1.any()
     for name in ("entropy", "log_sum_sq_probs", "lse"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_digits_of_the_gradient_of_a_peaked_row(backend, listed):
+    """1 - p of the word that has all the mass is the sum of the others' p."""
+    others = torch.tensor([-60.0, -70.0], device=DEVICE)
+    hidden, weight = torch.ones(1, 1, device=DEVICE), torch.zeros(3, 1, device=DEVICE)
+    weight[1:, 0] = others
+    weight.requires_grad_()
+    if listed:
+        found = fastpo.linear_topk(hidden, weight, 1, backend=backend).values
+    else:
+        label = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        found = fastpo.linear_logps(hidden, weight, label, backend=backend).logps
+    (grad,) = torch.autograd.grad(found.sum(), weight)
+    p = others.double().exp()
+    expected = torch.cat((p.sum()[None], -p))[:, None]
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=0)
