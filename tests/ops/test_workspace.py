@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from _probes import Widest, count_calls
 
 import fastpo
 from fastpo import planner
@@ -101,3 +102,14 @@ def test_lists_of_words_of_a_frozen_head():
         with bytes_of(live, 0):
             found = fastpo.linear_topk_divergence(hidden, weight, *words, kind="jsd", tail=False)
             torch.autograd.grad(found.sum(), hidden)
+
+
+def test_nothing_is_kept_without_grad_mode(monkeypatch):
+    """Of operands that are trained."""
+    calls = count_calls(monkeypatch)
+    hidden, weight = operands()
+    with torch.no_grad(), Widest() as widest:
+        fastpo.linear_logps(hidden, weight, torch.arange(TOKENS), budget=2**40)
+        fastpo.linear_topk(hidden, weight, 3, budget=2**40)
+    assert [(spec.hidden_grad, spec.head_grad) for spec in calls] == [(False, False)]
+    assert widest.elements <= TILE // 4
