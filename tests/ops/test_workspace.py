@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from _probes import Widest, count_calls
+from _probes import Products, Widest, count_calls
 
 import fastpo
 from fastpo import planner
@@ -113,3 +113,20 @@ def test_nothing_is_kept_without_grad_mode(monkeypatch):
         fastpo.linear_topk(hidden, weight, 3, budget=2**40)
     assert [(spec.hidden_grad, spec.head_grad) for spec in calls] == [(False, False)]
     assert widest.elements <= TILE // 4
+
+
+def test_d_hidden_that_nobody_wants_is_no_product():
+    hidden, weight = operands()
+    given = hidden.detach(), weight
+    words = torch.arange(TOKENS)
+    teacher = {"kind": "reverse_kl", "budget": 2**40}
+    losses = {
+        "kept": (fastpo.linear_logps(*given, words, budget=2**40).logps, 1),
+        "multiplied again": (fastpo.linear_logps(*given, words, budget=0).logps, 2),
+        "mixed": (fastpo.mixed_linear_logps(*([x] for x in given), (1.0,), words).logps, 2),
+        "pair": (fastpo.linear_divergence(*given, *operands(), **teacher).divergence, 1),
+    }
+    for name, (loss, expected) in losses.items():
+        with Products() as products:
+            torch.autograd.grad(loss.sum(), weight)
+        assert products.count == expected * TOKENS * VOCAB * HIDDEN, name
