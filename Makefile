@@ -10,7 +10,7 @@ ZIG := $(VENV)/zig
 NATIVE := $(shell find csrc -type f)
 FORMATTED := $(filter %.h %.cpp %.cu %.cuh,$(NATIVE)) $(wildcard tests/*/*.cpp tests/*/*.h)
 
-.PHONY: setup downloads demo demo-real test fuzz lint format docs wheels hub versions soak release-check triton quantised cuda emulated bench figures gpu gpu-wheels matrix frameworks clean
+.PHONY: setup downloads demo demo-real test fuzz lint format docs wheels hub versions architectures soak release-check triton quantised cuda emulated bench figures gpu gpu-wheels matrix frameworks clean
 
 setup: $(READY)
 
@@ -138,6 +138,12 @@ versions: $(ZIG)
 # Before a release, beside .ci/run.
 release-check: $(READY) $(ZIG)
 	bash .ci/release-check
+
+# A tiny model of each causal type of transformers, read in every way.
+architectures: $(DEMO)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures/run.py \
+	  --out benchmarks/results/architectures.json
+	$(BIN)/fastpo bench readme docs/architectures.md
 
 # 10,000 patches, attachments and steps, and runs that are killed: an hour and more.
 soak: $(DEMO)

@@ -41,6 +41,7 @@ NAVIGATION = {
     "What it is worth": {
         "Benchmarks": "benchmarks",
         "Kernels": "kernels",
+        "Architectures": "architectures",
         "Reliability": "reliability",
         "Limits": "limits",
     },

@@ -17,7 +17,7 @@ from typing import Any
 from .errors import BenchError
 from .report import Report, read, token_counts
 from .shapes import Shape
-from .tables import sampling, soak
+from .tables import architectures, sampling, soak
 
 _BLOCK = re.compile(r"(<!-- bench: (\S+) -->\n)(.*?)(<!-- end of bench -->)", re.DOTALL)
 _MOST_LOAD = 1.5
@@ -71,6 +71,7 @@ def render(report: Report, name: str) -> str:
         "supports": sampling.supports,
         "sampler": sampling.sampler,
         "soak": soak.soak,
+        "architectures": architectures.architectures,
     }
     if report["what"] not in parts:
         raise BenchError(f"{name}: expected a report of {', '.join(parts)}, got {report['what']}")

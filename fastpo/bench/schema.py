@@ -75,6 +75,11 @@ def _soak_row(row: dict[str, Any]) -> dict[str, Any]:
     return {"part": TEXT, "times": COUNT} | {key: NUMBER for key in numbers if key in row}
 
 
+def _architecture_row(row: dict[str, Any]) -> dict[str, Any]:
+    served = dict.fromkeys(("lazy", "attach", "shared"), TEXT) | {"largest": NUMBER}
+    return {"type": TEXT, "model": TEXT} | (served if row.get("model") == "built" else {})
+
+
 _MACHINE = {
     **dict.fromkeys(("created", "device", "device_type", "capability", "dtype"), TEXT),
     "threads": COUNT,
@@ -153,6 +158,11 @@ WHATS: dict[str, dict[str, Any]] = {
             dict.fromkeys(("model", "way", "head"), TEXT)
             | dict.fromkeys(("context", "batch"), NUMBER)
         ],
+    },
+    "architectures": {
+        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        "versions": {"torch": VERSION, "trl": VERSION, "transformers": TEXT},
+        "rows": [_architecture_row],
     },
 }
 

@@ -105,9 +105,10 @@ def tensor_parallel(head: Any) -> bool:
 def logit_map(config: Any) -> tuple[float | None, float]:
     """Soft-cap and factor of the logits, by the names the model families give them."""
     config = config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap is None:
-        softcap = getattr(config, "logits_soft_cap", None)  # RecurrentGemma
+    # Gemma; RecurrentGemma; xLSTM
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    caps = (getattr(config, name, None) for name in names)
+    softcap = next((cap for cap in caps if cap is not None), None)
     # Cohere; Muse Glimmer; Falcon-H1
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
         factor = getattr(config, name, None)
