@@ -180,6 +180,7 @@ def test_ragged_supports(data, vocab, tokens):
         ({"top_p": 0.55}, [True, True, True, False, False]),
         ({"min_p": 0.45}, [True, True, True, False, False]),
         ({"top_k": 4, "top_p": 0.999}, [True, True, True, True, False]),
+        ({"top_k": 9, "top_p": 0.99}, [True] * 5),
         ({"top_k": -1, "top_p": 1.0, "min_p": 0.0}, [True] * 5),
     ],
 )
@@ -192,7 +193,8 @@ def test_rules_keep_what_samplers_keep(rule, expected):
     torch.testing.assert_close(stats.logps, (kept[:1] / kept.sum()).log())
 
 
-def test_a_rule_sees_the_temperature_of_each_token():
+def test_a_rule_sees_the_temperature_of_each_token(monkeypatch):
+    monkeypatch.setattr(planner, "tile_shape", lambda *_: planner.Tiles(4, 64))
     x = make_head(6, V, H, seed=3)
     own = torch.tensor([0.3, 1.0, 2.0, 0.5, 1.5, 0.7])
     rule = fastpo.Support.rule(top_p=0.7)

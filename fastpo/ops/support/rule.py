@@ -113,7 +113,7 @@ def _kept(z: Tensor, rule: Rule) -> Tensor:  # [n, V] bool
     if rule.top_k is not None and rule.top_k < z.shape[1]:
         least = z.topk(rule.top_k).values[:, -1]
     if rule.top_p is not None:
-        least = torch.maximum(least, _nucleus(z, least, rule.top_p, rule.top_k))
+        least = _nucleus(z, least, rule.top_p, rule.top_k)
     if rule.min_p is not None:
         least = torch.maximum(least, z.amax(1) + math.log(rule.min_p))
     return ~(z < least.unsqueeze(1))
@@ -124,7 +124,7 @@ def _nucleus(z: Tensor, least: Tensor, top_p: float, top_k: int | None) -> Tenso
     words = z.shape[1]
     # One more than top_k: that one closes the row, but where it ties with the last that stays.
     most = words if top_k is None else min(top_k + 1, words)
-    lse = z.masked_fill(z < least.unsqueeze(1), float("-inf")).logsumexp(1).double()
+    lse = z.masked_fill(z < least.unsqueeze(1), float("-inf")).logsumexp(1)
     found, open_rows = z.amax(1), torch.arange(len(z), dtype=torch.int64, device=z.device)
     for width in (min(_FIRST, most), words):
         largest = z[open_rows].topk(width).values

@@ -138,18 +138,16 @@ def _resolved(support: Tensor | Support | Rule, own: _Problem, scored: Tensor) -
 
 
 def _whole(own: _Problem) -> tuple[Tensor, Tensor | Adapted, Tensor | None, HeadSpec]:
-    """What a rule looks at: the adapter's columns beside the others, no gradient."""
+    """What a rule looks at: the adapter's columns beside the others."""
     if own.options.shard is not None:
         raise ValueError("support: expected word ids where the head lies in shards, got a rule")
     spec = own.options.spec(own.hidden, (False, False), own.weight)
     spec = replace(spec, logit_map=replace(spec.logit_map, inverse=own.inverse))
-    hidden, head = own.hidden.detach(), own.weight.detach()
-    whole: Tensor | Adapted = head
-    if own.adapter is not None:
-        down, up = (x.detach() for x in own.adapter)
-        hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
-        whole = Adapted(head, up, slice(None))
-    return hidden, whole, own.bias, spec
+    if own.adapter is None:
+        return own.hidden, own.weight, own.bias, spec
+    down, up = own.adapter
+    hidden = torch.cat((own.hidden, down.to(own.hidden.dtype)), 1)
+    return hidden, Adapted(own.weight, up, slice(None)), own.bias, spec
 
 
 class _Block(NamedTuple):

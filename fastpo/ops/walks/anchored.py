@@ -49,10 +49,10 @@ def score_block(head: Head, state: Tensor, kept: Tensor, anchors: Tensor, a: int
     from ...kernels.anchored import Exponentials
 
     plan, e = head.plan, None
-    split = min(max(plan.kept_tokens, a), b)
-    if split > a:
+    stored = min(plan.kept_tokens, b) - a
+    if stored > 0:
         cells = head.kept_cells(kept)
-        e = Exponentials(cells, plan.kept_tokens, plan.block_words, a, split - a)
+        e = Exponentials(cells, plan.kept_tokens, plan.block_words, a, stored)
     unit = _fold(head, state[:, a:b], a, b, head.words(0, plan.vocab), e)
     if anchors.numel():
         anchors[0, a:b] = unit
