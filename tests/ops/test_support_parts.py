@@ -67,3 +67,10 @@ def test_parts_of_a_support():
     for call in (lambda: support[0], lambda: list(support)):
         with pytest.raises(TypeError, match="tokens: expected a slice, got int"):
             call()
+
+
+def test_a_word_of_nan_is_among_those_of_a_rule():
+    """Without it the others' log-probabilities would be numbers."""
+    hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [torch.nan], [0.5], [0.0]])
+    rule, labels = fastpo.Support.rule(top_k=3), torch.zeros(1, dtype=torch.int64)
+    assert fastpo.linear_logps(hidden, weight, labels, support=rule).logps.isnan().all()
