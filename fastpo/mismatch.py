@@ -34,6 +34,7 @@ class Mismatch(NamedTuple):
         return {prefix + name: float(x) for name, x in found if x is not None and name != "tokens"}
 
 
+@torch.no_grad()
 def diagnose(
     sampler_logps: Tensor,
     logps: Tensor,
@@ -68,7 +69,7 @@ def diagnose(
     counted = ~sampler_logps.isnan()
     if mask is not None:
         counted = counted & (mask != 0)
-    gap = (logps.detach().double() - sampler_logps.detach().double())[counted]
+    gap = (logps.double() - sampler_logps)[counted]
     if not gap.numel():
         raise ValueError("mask: expected sampled tokens, got none")
     ratio = gap.exp()
@@ -77,9 +78,7 @@ def diagnose(
     levels = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64, device=gap.device)
     numbers = [ratio.mean(), outside, *_quantiles(gap, levels), gap.abs().max()]
     if whole_logps is not None:
-        numbers.append(
-            (whole_logps.detach().double() - logps.detach().double())[counted].exp().mean()
-        )
+        numbers.append((whole_logps.double() - logps)[counted].exp().mean())
     return Mismatch(gap.numel(), *torch.stack(numbers).tolist())
 
 

@@ -53,8 +53,11 @@ def test_tokens_that_do_not_count_are_left_out():
     logps = torch.tensor([-1.0, -2.5, -1.0, 9.0])
     found = fastpo.diagnose(sampler, logps, mask=torch.tensor([1, 1, 1, 0]))
     assert (found.tokens, found.largest, found.outside) == (2, 0.5, 0.5)
-    one = fastpo.diagnose(sampler, logps, mask=torch.tensor([0, 1, 1, 0]))
+    one = fastpo.diagnose(sampler, logps, mask=torch.tensor([0, 1, 1, 0]), whole_logps=2 * logps)
+    assert one.kept_mass == math.exp(-2.5)
     assert (one.tokens, one.q01, one.median, one.q99) == (1, -0.5, -0.5, -0.5)
+    # But not what the trainer does not know.
+    assert math.isnan(fastpo.diagnose(logps, sampler).mean)
     names = {"mean", "outside", "q01", "median", "q99", "largest"}
     assert set(found.log("s/")) == {f"s/{name}" for name in names}
 
