@@ -10,7 +10,7 @@ from _cutlass import stand_in
 
 pytest.importorskip("triton")
 
-from fastpo.kernels.anchored import Exponentials
+from fastpo.kernels.anchored import SUMS, Exponentials
 
 from fastpo import planner
 from fastpo.ops.rows import anchored_cutlass as cutlass
@@ -53,6 +53,7 @@ def test_sums_are_of_the_same_words_whether_e_is_stored_or_not(
     alone = walk.product(head, rows, base, None, stats)
     beside = walk.product(head, rows, base, e, stats)
     assert torch.equal(alone, beside)  # cuts, hence bits
+    assert len(alone) == (SUMS.value if stats else 1)
     expected = ((z - origin.unsqueeze(1)).double() * 1.25).exp()
     expected = expected.masked_fill(torch.arange(V) == labels.unsqueeze(1), 0)
     torch.testing.assert_close(alone[0].sum(0).double(), expected.sum(1), rtol=1e-5, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -237,3 +238,13 @@ def test_what_the_hardware_copies_as_blocks():
     assert all(map(anchored_cutlass.in_blocks, (x, x[1:], x[:, :32], narrow[::2])))
     one = x[:1].expand(8, 64)
     assert not any(map(anchored_cutlass.in_blocks, (x[:, 1:33], narrow, one, x.t()[:, :8])))
+
+
+def test_a_temperature_whose_inverse_is_0_in_float32():
+    """All words are alike; probabilities are computed again without a division by it."""
+    x = make_head(6, 300, 8).like(torch.float32)
+    logps = fastpo.linear_logps(
+        x.hidden, x.weight, x.labels, temperature=1e300, budget=0, backend="anchored"
+    ).logps
+    torch.testing.assert_close(logps, torch.full((6,), -math.log(300)))
+    assert all((g == 0).all() for g in torch.autograd.grad(logps.sum(), (x.hidden, x.weight)))
