@@ -59,7 +59,7 @@ def int8_words(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
 
 def one_scale(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
     values = (_draw(V, H) * 20).to(torch.float8_e5m2)
-    made = fastpo.BlockScaled(values, torch.full((1, 1), 0.01), (V, H), dtype)
+    made = fastpo.BlockScaled(values, torch.full((1, 1), 0.01), (128, 32), dtype)
     return made, (values.double() * torch.tensor(0.01).double()).float().to(dtype)
 
 
@@ -69,24 +69,29 @@ def nvfp4(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
     codes = torch.randint(0, 16, (V, H), generator=torch.Generator().manual_seed(3))
     packed = (codes[:, ::2] + 16 * codes[:, 1::2]).to(torch.uint8)
     scales = (_draw(V, H // 16).abs() * 9).to(torch.float8_e4m3fn)
-    every = scales.double().repeat_interleave(16, 1) * 2**-7
-    made = fastpo.NVFP4(packed, scales, torch.tensor(2.0**-7), dtype)
+    scale = torch.tensor(33 / 4096)  # of more digits than 16 bits have beside the blocks' own
+    every = scales.double().repeat_interleave(16, 1) * scale
+    made = fastpo.NVFP4(packed, scales, scale, dtype)
     return made, (table[codes].double() * every).float().to(dtype)
 
 
-def packed_integers(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
-    """Four bits and zero points; 24 numbers share a scale."""
+def packed_integers(dtype: torch.dtype, bits: int = 4) -> tuple[TileSource, Tensor]:
+    """Integers and zero points; 24 numbers share a scale."""
     g = torch.Generator().manual_seed(3)
-    codes, points = (torch.randint(0, 16, (V, n), generator=g) for n in (H, 2))
-    shifted = codes.view(V, -1, 8) << torch.arange(0, 32, 4)
+    codes, points = (torch.randint(0, 2**bits, (V, n), generator=g) for n in (H, 2))
+    shifted = codes.view(V, -1, 32 // bits) << torch.arange(0, 32, bits)
     packed = torch.where(shifted.sum(-1) >= 2**31, shifted.sum(-1) - 2**32, shifted.sum(-1))
-    scales = _draw(V, 2).abs() / 9
-    made = fastpo.PackedIntegers(packed.to(torch.int32), scales, 4, H, points - 8, dtype)
+    scales, middle = _draw(V, 2).abs() / 2**bits, 2 ** (bits - 1)
+    made = fastpo.PackedIntegers(packed.to(torch.int32), scales, bits, H, points - middle, dtype)
     whole = (codes - points.repeat_interleave(24, 1)).double()
     return made, (whole * scales.repeat_interleave(24, 1).double()).float().to(dtype)
 
 
-_ALL = (sliced, float8_blocks, int8_words, one_scale, nvfp4, packed_integers)
+def packed_bytes(dtype: torch.dtype) -> tuple[TileSource, Tensor]:
+    return packed_integers(dtype, 8)
+
+
+_ALL = (sliced, float8_blocks, int8_words, one_scale, nvfp4, packed_integers, packed_bytes)
 SOURCES: dict[str, Callable[[torch.dtype], tuple[TileSource, Tensor]]] = {
     made.__name__: made for made in _ALL
 }

@@ -36,9 +36,15 @@ def test_the_words(name, dtype):
     ids = torch.tensor([[V - 1, 0], [2047, 2048], [3, 3]])
     assert torch.equal(head[ids], weight[ids])
     assert torch.equal(head.index_select(0, ids[1]), weight[ids[1]])
-    assert_as_good_as_eager(
-        "mean", head.mean(0), weight.float().mean(0).to(dtype), weight.double().mean(0)
-    )
+    assert head.index_select(0, torch.tensor([-1, V])).isnan().all()
+    means = (weight.to(kind).mean(0) for kind in (torch.float32, torch.float64))
+    assert_as_good_as_eager("mean", head.mean(0, dtype=torch.float32), *means)
+
+
+def test_words_that_nobody_asks_for_are_not_made():
+    source, _ = SOURCES["sliced"](torch.float32)
+    tiled(source).index_select(0, torch.tensor([3, 1]))
+    assert source.asked == [(0, 2048)]
 
 
 def problem(dtype: torch.dtype = torch.float32, bias: bool = True) -> dict[str, Any]:

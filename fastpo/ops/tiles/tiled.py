@@ -176,7 +176,7 @@ def _slice(
     first, last, _ = slice(start, end).indices(weight.shape[0])
     if last - first > weight.width:
         raise RuntimeError(f"weight: expected {weight.width} words at most, got [{first}, {last})")
-    return weight.words(first, max(first, last))
+    return weight.words(first, last)
 
 
 def _index_select(weight: Tiled, dim: int, index: Tensor) -> Tensor:  # [n] -> [n, H]
