@@ -206,7 +206,15 @@ def test_the_loss_of_a_router_is_added(tmp_path):
 
 
 def test_no_reference_is_loaded_when_none_is_asked_for(tmp_path):
-    assert trainer(tmp_path, "infonca", reference_free=True).ref_model is None
+    built = trainer(tmp_path, "infonca", reference_free=True)
+    assert built.ref_model is None
+    batch = next(iter(built.get_train_dataloader()))
+    loss = built.compute_loss(built.model, dict(batch))
+    given = {name: x for name, x in batch.items() if name in SHAPES}
+    given |= by_the_book(built.model, built.model, batch)
+    given["ref_token_logps"] = torch.zeros_like(given["ref_token_logps"])
+    expected = Quantities(given).rows(objectives.get("infonca")).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_long_groups_are_dropped_and_completions_truncated(tmp_path):
@@ -216,6 +224,8 @@ def test_long_groups_are_dropped_and_completions_truncated(tmp_path):
     kept = built.train_dataset["prompt_ids"]
     assert 0 < len(kept) < len(groups())
     assert next(iter(built.get_train_dataloader()))["input_ids"].shape[1] == longest
+    ends = trainer(tmp_path, "infonca", max_length=longest, truncation_mode="keep_end")
+    assert len(ends.train_dataset) == len(groups()), "of which something is left in any case"
 
 
 def test_the_chat_template_is_given_its_columns(tmp_path):

@@ -194,8 +194,8 @@ def _ranking(
     """How well the rewards know the best scored completion of each group that has worse ones."""
     best = scores == group_max(scores, groups, count)[groups]
     several = group_sum(best.float(), groups, count)
-    ranked = (several > 0) & (several < sizes)
-    mean = group_sum(rewards * best, groups, count) / several.clamp(min=1)
+    ranked = several < sizes
+    mean = group_sum(rewards * best, groups, count) / several
     rest = group_sum(rewards * ~best, groups, count) / (sizes - several).clamp(min=1)
     top, other = (
         group_max(torch.where(members, rewards, -torch.inf), groups, count)
