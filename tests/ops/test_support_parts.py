@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import fastpo
+from fastpo import planner
+from fastpo.ops.shards.gathered import HeadOptions
+from fastpo.ops.support.score import kept_words
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (6,), (0, 3)])
@@ -74,3 +77,17 @@ def test_a_word_of_nan_is_among_those_of_a_rule():
     hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [torch.nan], [0.5], [0.0]])
     rule, labels = fastpo.Support.rule(top_k=3), torch.zeros(1, dtype=torch.int64)
     assert fastpo.linear_logps(hidden, weight, labels, support=rule).logps.isnan().all()
+
+
+def test_a_word_that_was_drawn_is_kept_beside_those_of_a_rule(monkeypatch):
+    """Whatever rounding put it behind the others; of every block of tokens its own."""
+    monkeypatch.setattr(planner, "tile_shape", lambda *_: planner.Tiles(4, 8))
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(6, 8, generator=g), torch.randn(11, 8, generator=g)
+    z = hidden @ weight.t()
+    words = torch.cat((z.topk(2).indices, z.argmin(1, keepdim=True)), 1)
+    found, mass = kept_words(
+        fastpo.Support.rule(top_k=2), hidden, weight, None, words[:, 2], HeadOptions()
+    )
+    assert torch.equal(found.ids.view(6, 3), words.sort().values)
+    torch.testing.assert_close(mass, z.softmax(1).gather(1, words).sum(1))
