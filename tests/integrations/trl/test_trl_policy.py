@@ -157,6 +157,18 @@ def test_weights_of_a_sampler_and_tokens_of_tools(loss_type, corrects, tmp_path)
     assert gradients[0].abs().max() > 0
 
 
+def test_a_samplers_log_probabilities_are_an_objectives_to_read(tmp_path):
+    def objective(token_logps, sampler_token_logps):
+        return (0 * token_logps + sampler_token_logps).sum(1)
+
+    with fastpo.patched(objective=objective):
+        one = trainer(tmp_path)
+        given = batch(one)
+        given["sampling_per_token_logps"] = torch.full(given["completion_ids"].shape, -2.0)
+        one.current_gradient_accumulation_steps = 1
+        assert one._compute_loss(one.model, given) == -2.0 * given["completion_ids"].shape[1]
+
+
 def test_a_key_in_the_config_takes_its_options(tmp_path):
     """What TRL has no loss type for."""
     changes = {"epsilon": 0.01, "beta": 0.1}
