@@ -20,6 +20,9 @@ from fastpo.testing import assert_as_good_as_eager
 
 pytest.importorskip("triton")
 
+from fastpo.kernels.finish import finish
+from fastpo.kernels.row_grads import row_grads
+
 pytestmark = MARKS
 
 N = 300  # of several programs
@@ -78,11 +81,22 @@ def test_certain_labels_keep_their_digits():
 )
 def test_what_is_no_number_is_what_it_is_in_pytorch(field, value):
     state = folded()
-    state[field, 5] = value
+    state[field, 5:7] = value  # of a label below the maximum, and of one that is it
     ours, eager = (x.finish(state, STATS, None) for x in (rows_triton, rows_torch))
     for name, expected in eager.items():
         assert torch.equal(ours[name].isnan(), expected.isnan()), name
         assert torch.equal(ours[name] == -math.inf, expected == -math.inf), name
+
+
+def test_a_tie_before_the_label_and_an_entropy_below_0():
+    state = folded()
+    before = rows_triton.finish(state, STATS, None)
+    assert before["is_top1"][6]
+    state[R.BEFORE, 6] = state[R.TARGET, 6]
+    state[R.MOMENT, 9] = 1e6  # as rounding may have it beside a label that is far below
+    found = rows_triton.finish(state, STATS, None)
+    assert not found["is_top1"][6] and found["entropy"][9] == 0
+    assert torch.equal(found["entropy"][:9], before["entropy"][:9])
 
 
 def exact(numbers: tuple) -> list[Tensor | None]:
@@ -111,6 +125,37 @@ def test_row_gradients_match_float64(logit_map, wanted):
     ours, eager, truth = (x[:, ~ignored] for x in (ours, eager, truth))
     for i in range(R.GRADS):
         assert_as_good_as_eager(f"row {i}", ours[i], eager[i], truth[i])
+
+
+def test_gradients_of_certain_labels_keep_their_digits():
+    """And of labels without any mass."""
+    logps = torch.cat((-torch.logspace(-38, 3, 42), torch.tensor([0.0, -math.inf]))).to(DEVICE)
+    zeros, ones = torch.zeros_like(logps), torch.ones_like(logps)
+    saved, wide = R.Saved(logps, zeros, zeros, zeros, zeros), logps.double()
+    for upstream, truth in (
+        (R.Upstream(ones, None, None), -torch.expm1(wide)),
+        (R.Upstream(None, ones, None), -wide.exp() * wide.clamp_min(R.LOG_FLOOR)),
+    ):
+        found = rows_triton.row_grads(saved, upstream, R.LogitMap(), None)[R.LABEL]
+        assert ((found - truth).abs() <= truth * 2**-23 + 2**-149).all()
+
+
+@pytest.mark.parametrize("n", [1, 256, N])
+def test_writes_inside_its_slice(n):
+    """All of it: as long as programs, and longer."""
+    state, ignored = folded()[:, :n], torch.arange(n, device=DEVICE) % 7 == 3
+    results = rows_triton.finish(state, STATS, ignored)
+    wide = {x: torch.full((n + 2,), 1, device=DEVICE).to(y.dtype) for x, y in results.items()}
+    finish(state, ignored, {x: y[1:-1] for x, y in wide.items()})
+    saved = R.Saved(*(results[x] for x in ("logps", "maximum", "log_mass", "target", "entropy")))
+    upstream = R.Upstream(results["lse"], None, None)
+    grads = torch.full((R.GRADS, n + 2), 1.0, device=DEVICE)
+    given = {"inverse": None, "softcap": False, "cap": 0.0, "factor": 1.0}
+    row_grads(saved, upstream, ignored, grads[:, 1:-1], **given)
+    expected = rows_triton.row_grads(saved, upstream, R.LogitMap(), ignored)
+    for found, inside in ((grads, expected), *((wide[x], results[x]) for x in results)):
+        assert torch.equal(found[..., 1:-1], inside)
+        assert (found[..., [0, -1]] == 1).all()
 
 
 def test_no_rows():
