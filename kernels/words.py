@@ -34,7 +34,7 @@ def word_products_kernel(
     j = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     ids = tl.load(ids_ptr + n * k + j, mask=j < k, other=-1)
     there = ids >= 0
-    rows = tl.where(there, ids, 0) * stride_weight
+    rows = ids * stride_weight
     sums = tl.zeros((BLOCK_K,), tl.float32)
     for start in range(0, h, BLOCK_H):
         c = start + tl.arange(0, BLOCK_H)
@@ -67,7 +67,7 @@ def word_sums_kernel(
         j = start + tl.arange(0, BLOCK_J)
         index = tl.load(index_ptr + j, mask=j < end, other=-1)
         scale = tl.load(coefficients_ptr + j, mask=index >= 0, other=0.0)
-        places = tl.where(index >= 0, index, 0)[:, None] * stride_rows + c[None, :]
+        places = index[:, None] * stride_rows + c[None, :]
         mask = (index >= 0)[:, None] & (c < h)[None, :]
         rows = tl.load(rows_ptr + places, mask=mask, other=0.0).to(tl.float32)
         sums += tl.sum(rows * scale[:, None], 0)

@@ -95,6 +95,31 @@ def test_a_word_that_is_not_named_is_not_read(kernels):
     assert out.isfinite().all() and sums.isfinite().all()
 
 
+def test_what_is_no_number_reaches_no_cell_without_a_word(kernels):
+    hidden, weight, ids, cells = problem(7, torch.float32)
+    out, sums = torch.empty(N, K), torch.empty(N, 7)
+    kernels.products(torch.full_like(hidden, float("nan")), weight, ids, out)
+    assert torch.equal(out.isnan(), ids >= 0) and (out[ids < 0] == 0).all()
+    cells[ids < 0] = float("nan")
+    kernels.sums(cells.flatten(), ids.flatten(), torch.arange(N + 1) * K, weight, sums)
+    assert sums.isfinite().all()
+
+
+def test_rows_may_lie_apart(kernels):
+    """And have more words than a program takes."""
+    hidden, weight, ids, cells = problem(37, torch.float32)
+    wide, out, again = torch.full((N, 44), 7.0), torch.empty(N, K), torch.empty(N, 2 * K)
+    wide[:, 3:40] = hidden
+    kernels.products(hidden, weight, ids, out)
+    kernels.products(wide[:, 3:40], weight, ids.repeat(1, 2), again)
+    assert torch.equal(again, out.repeat(1, 2))
+    given, sums = (cells.flatten(), ids.flatten(), torch.arange(N + 1) * K), torch.empty(N, 37)
+    kernels.sums(*given, weight, sums)
+    kernels.sums(*given, weight, wide[:, 3:40])
+    assert torch.equal(wide[:, 3:40], sums)
+    assert (wide[:, :3] == 7).all() and (wide[:, 40:] == 7).all()
+
+
 def test_nothing_of_nothing(kernels):
     none = torch.zeros(0, dtype=torch.int64)
     kernels.products(torch.ones(3, 4), torch.ones(5, 4), none.view(3, 0), torch.empty(3, 0))
