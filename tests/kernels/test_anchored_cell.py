@@ -1,4 +1,4 @@
-"""What the epilogue on CUTLASS adds up, compiled for the host, against its twin in Triton."""
+"""What the epilogue adds up: Triton's against float64, and CUTLASS's, compiled for the host."""
 
 from __future__ import annotations
 
@@ -53,9 +53,13 @@ def truth(z: Tensor, origin: Tensor, labels: Tensor, factor: float) -> Tensor:
 BLOCKS = _blocks.GemmBlocks(16, 64, 32, 2, 1, num_stages=2, num_warps=4, tma=False)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products are for the CPU")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="float32 products are for the CPU"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+]
+
+
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("factor", [1.0, -0.8])
 def test_the_same_sums_as_in_triton(factor, biased, tmp_path):
@@ -89,3 +93,30 @@ def test_the_same_sums_as_in_triton(factor, biased, tmp_path):
                                rtol=1e-5, atol=1e-4)  # fmt: skip
     torch.testing.assert_close(sums[4], expected[4].amax(0), rtol=1e-5, atol=1e-4)
     assert (sums[4] > 0).any() and (sums[4, :20] < 0).all()
+
+
+def summed(x: Tensor, words: Tensor, labels: Tensor) -> Tensor:  # [4, n], beside 0
+    partial = torch.empty(5, -(-len(words) // BLOCKS.v), len(x))
+    anchored.anchored_fwd(
+        x, words, labels, None, torch.zeros(len(x)), partial, None, BLOCKS, 3, factor=1.0, stats=15
+    )
+    return partial[:4].sum(1)
+
+
+@pytest.mark.parametrize("label", [0, 63, 64, 127, 128, 140])
+def test_a_label_at_an_edge_of_a_block_of_words(label):
+    """One row: for another's label the block would be looked at cell by cell."""
+    g, labels = torch.Generator().manual_seed(0), torch.tensor([label])
+    x, words = torch.randn(1, 8, generator=g), torch.randn(141, 8, generator=g)
+    expected = truth(x @ words.t(), torch.zeros(1), labels, 1.0)
+    torch.testing.assert_close(summed(x, words, labels).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_rows_and_words_may_lie_among_others():
+    """Of a hidden size of no whole steps, where no product takes away what is behind."""
+    g, labels = torch.Generator().manual_seed(0), torch.arange(20)
+    apart = torch.full((162, 70), math.nan)
+    apart[:-1, 8:48] = torch.randn(161, 40, generator=g)
+    x, words = apart[:20, 8:48], apart[20:-1, 8:48]
+    expected = summed(x.contiguous(), words.contiguous(), labels)
+    assert torch.equal(summed(x, words, labels), expected) and expected.isfinite().all()
