@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from fastpo import planner
 from fastpo.kernels import _blocks, anchored
 
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -120,3 +121,9 @@ def test_rows_and_words_may_lie_among_others():
     x, words = apart[:20, 8:48], apart[20:-1, 8:48]
     expected = summed(x.contiguous(), words.contiguous(), labels)
     assert torch.equal(summed(x, words, labels), expected) and expected.isfinite().all()
+
+
+def test_blocks_are_what_the_kernels_can_walk():
+    for blocks in (_blocks.gemm_blocks(False), _blocks.gemm_blocks(True), _blocks.repair_blocks()):
+        # Blocks of E are multiples of a granule, and no block of the product reaches beyond one.
+        assert planner.GRANULE % blocks.v == 0 and blocks.h * 2 % 16 == 0

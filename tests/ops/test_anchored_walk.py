@@ -117,6 +117,16 @@ def test_a_label_that_a_large_bias_removes(monkeypatch, mode, below):
         torch.testing.assert_close(ours, classic)
 
 
+def test_a_removed_label_has_log_probability_minus_infinity():
+    inputs = make_head(3, 40, 8, bias=True)
+    inputs.labels[1], inputs.bias[7] = 7, float("-inf")
+    inputs.labels[[0, 2]] = 9
+    logps = fastpo.linear_logps(
+        inputs.hidden, inputs.weight, inputs.labels, bias=inputs.bias, backend="anchored"
+    ).logps
+    assert logps.isneginf().tolist() == [False, True, False]
+
+
 def test_probabilities_computed_again_are_those_that_would_have_been_kept(small_blocks):
     """In a row of hundreds of nats, too, of which every rounded origin has its share."""
     draws = []
