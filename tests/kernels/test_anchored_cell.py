@@ -15,7 +15,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fastpo import planner
-from fastpo.kernels import _blocks, anchored
+from fastpo.kernels import _blocks, anchored, anchored_target
 
 CSRC = Path(__file__).parents[2] / "csrc"
 SUMS = """
@@ -121,6 +121,15 @@ def test_rows_and_words_may_lie_among_others():
     x, words = apart[:20, 8:48], apart[20:-1, 8:48]
     expected = summed(x.contiguous(), words.contiguous(), labels)
     assert torch.equal(summed(x, words, labels), expected) and expected.isfinite().all()
+
+
+def test_a_label_s_product_is_rounded_once():
+    g, labels = torch.Generator().manual_seed(0), torch.arange(20)
+    wide, words = torch.randn(20, 2600, generator=g), torch.randn(20, 2500, generator=g)
+    x, (target, origin, base) = wide[:, 50:-50], torch.empty(3, 20)
+    anchored_target.anchored_target(x, words, labels, None, target, origin, base, factor=1.0)
+    assert torch.equal(target, (x.double() * words).sum(1).float())
+    assert torch.equal(origin, target)
 
 
 def test_blocks_are_what_the_kernels_can_walk():

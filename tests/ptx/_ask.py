@@ -37,10 +37,14 @@ def kernels(backend: str, every: int, *more: object) -> set[str]:
     return {name for row in rows for name in row["launches"]}
 
 
-def invariant(backend: str, **more: object) -> int:
-    """How many tests of batch invariance pass on the GPU that is not there; none may fail."""
-    tests = (HERE.parent / "ops" / "test_invariance.py", "-k", f"duplicate and {backend}")
+def passed(tests: str, chosen: str, **more: object) -> int:
+    """How many of these tests pass on the GPU that is not there; none may fail."""
     plugin = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "_emulated_gpu")
-    last = run(*plugin, *tests, **more).splitlines()[-1]
+    last = run(*plugin, HERE.parent / tests, "-k", chosen, **more).splitlines()[-1]
     assert "passed" in last and "skipped" not in last, last
     return int(last.split()[0])
+
+
+def invariant(backend: str, **more: object) -> int:
+    """How many tests of batch invariance pass there."""
+    return passed("ops/test_invariance.py", f"duplicate and {backend}", **more)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from _ask import HERE, invariant, kernels, run
+from _ask import HERE, invariant, kernels, passed, run
 
 # Prints how many variants of kernels are asked for, of which none is compiled.
 ASKED_FOR = f"""
@@ -56,6 +56,11 @@ def test_smoke(backend, capability, every, expected):
 def test_a_token_has_the_same_bits_in_batches_of_all_sizes():
     """The interpreter cannot tell: Triton lays a sum out by what it knows of the sizes."""
     assert invariant("anchored") == 2
+
+
+def test_what_is_no_number_stays():
+    """The interpreter cannot tell: its plain maximum keeps a NaN, which a GPU's passes over."""
+    assert passed("kernels/test_kernels.py", "bad_product") == 8
 
 
 def test_a_block_of_rows_may_start_anywhere():
