@@ -77,6 +77,18 @@ def test_a_row_has_the_same_bits_in_products_of_all_sizes(way, threads):
 
 
 @needs_own
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bf16)])
+def test_a_row_has_the_same_bits_where_its_terms_are_packed_in_parts(dtype, monkeypatch):
+    """The more rows a block has, the fewer terms of each fit; a sum's chains are not cut there."""
+    take(monkeypatch, OWN)
+    torch.manual_seed(0)
+    a, b = torch.randn(200, 3000).to(dtype), torch.randn(3000, 5).to(dtype)
+    whole = products.mm_rows_(torch.empty(200, 5), a, b)
+    for n in (1, 100, 150):
+        assert torch.equal(products.mm_rows_(torch.empty(n, 5), a[:n], b), whole[:n]), n
+
+
+@needs_own
 @pytest.mark.parametrize("shape", [(3, 40, 600), (40, 3, 600), (1100, 700, 10), (600, 900, 300)])
 def test_threads_change_no_bit(shape, monkeypatch):
     take(monkeypatch, OWN)
