@@ -32,9 +32,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def problem(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """hidden, weight, ids and coefficients; weight's rows are columns of a wider buffer."""
+    """hidden, weight, ids and coefficients; rows of both matrices are columns of wider buffers."""
     g = torch.Generator().manual_seed(width)
-    hidden = torch.randn(N, width, generator=g).to(dtype).float()
+    hidden = torch.randn(N, width + 2, generator=g).to(dtype).float()[:, :width]
     weight = torch.randn(V, width + 3, generator=g).to(dtype)[:, :width]
     ids = torch.randint(-1, V, (N, K), generator=g)
     ids[3] = -1
@@ -74,8 +74,10 @@ def test_sums(kernels, width, dtype, of):
         words, order = ids.flatten().sort(stable=True)
         rows, index, numbers = hidden.to(dtype), order // K, cells.flatten()[order]
         offsets = torch.searchsorted(words, torch.arange(V + 1))
-    out = torch.full((len(offsets) - 1, width), 7.0, dtype=dtype)
+    buffer = torch.full((len(offsets) - 1, width + 1), 7.0, dtype=dtype)
+    out = buffer[:, :width]
     kernels.sums(numbers, index, offsets, rows, out)
+    assert (buffer[:, width] == 7).all(), "wrote behind its rows"
 
     def eager(dtype):
         dense = whole(ids, cells.to(dtype))
