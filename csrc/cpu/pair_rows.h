@@ -94,8 +94,7 @@ template <class S>
 [[gnu::flatten, gnu::noinline]] double moment_of(const PairBlock<S>& block) {
   auto sum = S::set(0.0f);
   packs<S>(block, [&](int64_t i) {
-    const auto gap = S::max(S::set(fastpo::kLogFloor), S::load(block.log_p[0] + i));
-    sum = S::fma(S::load(block.p[0] + i), gap, sum);
+    sum = S::fma(S::load(block.p[0] + i), S::load(block.log_p[0] + i), sum);
   });
   return S::sum_of(sum);
 }
@@ -120,8 +119,7 @@ inline void fold_pair(const PairSoftmaxes& t, float* state, const float* maxima,
     field(fastpo::kPairCross) = static_cast<float>(::exp(shift[a]) * moved + totals.cross);
   }
   if (t.entropy) {
-    const double moved =
-        field(fastpo::kPairMoment) + at_least(fastpo::kLogFloor, shift[0]) * mass[0];
+    const double moved = field(fastpo::kPairMoment) + shift[0] * mass[0];
     field(fastpo::kPairMoment) = static_cast<float>(::exp(shift[0]) * moved + totals.moment);
   }
 }
