@@ -113,7 +113,7 @@ def assert_turn(
 def test_state_matches_float64(backend: Backend, over: int | None, maps: Maps) -> None:
     for seed, (n, v) in enumerate(SIZES):
         problem = make_problem(n, v, maps, bias=seed % 2 == 0, seed=seed)
-        assert_state(backend, problem, over, entropy=seed % 3 == 0)
+        assert_state(backend, problem, over, entropy=seed % 3 == 2)  # the longest, too
 
 
 @maps_table
