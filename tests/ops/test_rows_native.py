@@ -270,6 +270,18 @@ def test_exp_is_exact_to_two_ulps(backend: Backend) -> None:
     assert (folded.kept[0][0, -4:] == 0).all()
 
 
+def test_x_log_x_is_exact_to_two_ulps(backend: Backend) -> None:
+    x = torch.cat([torch.linspace(1e-6, 0.9999, 300_001), torch.logspace(-44, 0, 100_000)[:-1]])
+    out, grads = torch.empty(1, len(x), device=backend.device), torch.zeros(R.GRADS, 1)
+    grads[R.ENTROPY] = -1.0
+    label, anchors = torch.tensor([-1]), torch.zeros(1)
+    kept, anchors, label, grads = (
+        t.to(backend.device) for t in (x.unsqueeze(0), anchors, label, grads)
+    )
+    backend.kernels.backward(kept, anchors, 0, label, None, grads, R.LogitMap(), True, out)
+    assert ulps(out[0].cpu(), torch.special.xlogy(x.double(), x.double())) <= 2
+
+
 def test_softcap_is_exact_to_1e_6(backend: Backend) -> None:
     x = torch.cat([torch.logspace(-9, 2, 30_001), -torch.logspace(-9, 2, 30_001)])
     problem = Problem(
