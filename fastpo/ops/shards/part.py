@@ -49,13 +49,14 @@ def part_of(
 
 def alike_in(given: Mapping[str, Any]) -> dict[str, Any]:
     """Of all arguments of a primitive those that `part_of` compares, as it does."""
-    own = given.get("own_tokens", False)
-    told: dict[str, Any] = {"own_tokens": own}
+    own = given.get("own_tokens") is True  # what else it may be is an error, later
+    told = {"own_tokens": given.get("own_tokens")}  # what others depend on
     for name, value in given.items():
         if name in (_OWN | _ROWS if own else _OWN):
             continue
         if name in _HIDDENS:
-            asks = torch.is_grad_enabled() and (name != "teacher_hidden" or given["teacher_grad"])
+            trained = name != "teacher_hidden" or given["teacher_grad"] is True
+            asks = torch.is_grad_enabled() and trained
             several = isinstance(value, tuple | list)
             forms = [told_of_form(x, asks=asks, own=own) for x in (value if several else [value])]
             value = forms if several else forms[0]

@@ -252,10 +252,14 @@ def check_names(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected a tuple of {', '.join(known)}, got {value!r}")
 
 
+_SUMMED = {torch.float64, *DTYPES, torch.int64, torch.int32, torch.int16, torch.int8}
+_SUMMED |= {torch.uint8, torch.bool}
+
+
 def told_of(value: Any) -> str:
     """What processes compare of a value; of other values it is another, of any type something."""
     if isinstance(value, Tensor):
-        plain = value.layout == torch.strided and not value.is_nested
+        plain = value.layout == torch.strided and not value.is_nested and value.dtype in _SUMMED
         here = plain and value.device.type == "cpu" and not hasattr(value, "placements")
         return told_of_form(value) + (f" of checksum {_checksum(value):#x}" if here else "")
     if isinstance(value, (tuple, list)):
@@ -273,6 +277,8 @@ def told_of_form(value: Any, *, asks: bool = False, own: bool = False) -> str:
     """
     if not isinstance(value, Tensor):
         return told_of(value)
+    if value.is_nested:
+        return "a nested tensor"
     if own:
         return f"{value.dtype} {shape_text('...', *value.shape[-1:])}"
     asks = asks and value.requires_grad
