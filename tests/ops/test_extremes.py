@@ -77,4 +77,4 @@ def test_digits_of_the_gradient_of_a_peaked_row(backend, listed):
     (grad,) = torch.autograd.grad(found.sum(), weight)
     p = others.double().exp()
     expected = torch.cat((p.sum()[None], -p))[:, None]
-    torch.testing.assert_close(grad.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double().cpu(), expected.cpu(), rtol=1e-5, atol=0)
