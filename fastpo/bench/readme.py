@@ -345,7 +345,7 @@ def _real_steps(report: Report) -> Iterator[str]:
     yield "| --- |" + " --- |" * 3
     for row in report["steps"]:
         times = (f"{statistics.median(row[clock]):.1f} s" for clock in ("cpu_s", "wall_s"))
-        name = {"trl": "trl", "fastpo": "trl + fastpo"}[row["head"]]
+        name = "trl + fastpo" if row["head"] == "fastpo" else row["head"]
         yield f"| {name} | {' | '.join(times)} | {row['extra_mib']:,.0f} MiB |"
 
 
