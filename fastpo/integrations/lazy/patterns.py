@@ -103,7 +103,7 @@ def _jensen_shannon(node: Rowwise) -> Tensor | None:
     whole, parts = p.weight + q.weight, _parts(p.mixture)
     for term in terms:
         share = next((share for x, share in parts if term.logits.alike(x)), math.nan)
-        if not abs(share - term.weight / whole) <= 4 * torch.finfo(node.dtype).eps:
+        if not abs(share * whole - term.weight) <= 4 * torch.finfo(node.dtype).eps * abs(whole):
             return None
     found = _divergence(node, p.logits, q.logits, "jsd", q.weight / whole)
     return None if found is None else whole * found
@@ -146,7 +146,7 @@ def _shifted(node: Node) -> tuple[Promise, float] | None:
     logits = _logarithm(node.root.nodes[0])
     if logits is None or node.root.kwargs or not _is_number(by):
         return None
-    return logits, math.exp(float(by))
+    return logits, math.exp(by) if by < 1 else math.inf
 
 
 def _factored(node: Rowwise) -> tuple[Node, Any] | None:

@@ -135,7 +135,15 @@ def test_a_trained_p_is_read_by_blocks():
 
 
 @pytest.mark.parametrize(
-    "shares", [(0.3, 0.7, 0.4, 0.6), (0.3, 0.3, 0.3, 0.7), (-0.5, 1.5, -0.5, 1.5), (0.7, 0.3) * 2]
+    "shares",
+    [
+        (0.3, 0.7, 0.4, 0.6),
+        (0.3, 0.3, 0.3, 0.7),
+        (-0.5, 1.5, -0.5, 1.5),
+        (0.7, 0.3) * 2,
+        (-1.0, 1.0, 0.4, 0.6),  # nothing together
+        (0.3, 0.7, 10**400, 1),  # beyond any float
+    ],
 )
 def test_other_sums_of_two_divergences_from_a_mean(shares):
     """Of other weights than the mean's own, or than any mean's."""
