@@ -45,8 +45,7 @@ def lazy_logits(
     logits are read after the head's weight has changed.
     """
     base = bare(model)
-    head = getattr(base, "get_output_embeddings", None)
-    if head is None or head() is None:
+    if output_layer(base) is None:
         raise ValueError(f"model: expected one with output embeddings, got {type(base).__name__}")
     if attached(base):
         raise ValueError(
