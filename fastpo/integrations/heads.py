@@ -21,7 +21,7 @@ def linear_head(model: Any) -> nn.Linear:
 
     Read at each call: PEFT may come later.
     """
-    head = output_layer(model)
+    around = head = output_layer(model)
     if head is not None and "modules_to_save" in head._modules:  # PEFT trains a copy of it whole
         chosen = [] if head.disable_adapters else head.active_adapters
         head = head.modules_to_save[chosen[0]] if chosen else head.original_module
@@ -35,11 +35,12 @@ def linear_head(model: Any) -> nn.Linear:
             f"{type(model).__name__}.get_output_embeddings(): expected a torch.nn.Linear, or "
             f"bitsandbytes' own, got {type(head).__module__}.{type(head).__name__}"
         )
-    for hook in hooks.hooks(head, hooks.BACKWARD):
-        raise RuntimeError(
-            f"lm_head: expected no backward hook, got {hooks.name(hook)}: there are no logits "
-            "whose gradient it could be given"
-        )
+    for layer in (model.get_output_embeddings(), around, head):
+        for hook in hooks.hooks(layer, hooks.BACKWARD):
+            raise RuntimeError(
+                f"lm_head: expected no backward hook, got {hooks.name(hook)}: there are no logits "
+                "whose gradient it could be given"
+            )
     weight = stored_weight(head)
     if weight.device.type == "meta":
         raise RuntimeError("lm_head.weight: expected a tensor in memory, got an offloaded one")

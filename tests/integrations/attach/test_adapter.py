@@ -147,6 +147,26 @@ def test_hooks_on_layers_that_do_not_run_are_refused():
         model(**inputs)
 
 
+@pytest.mark.parametrize("around", ["a copy of PEFT's", "a compiler"])
+def test_backward_hooks_on_what_is_around_the_head_are_refused(around):
+    model, inputs = tiny.model("llama"), tiny.batch()
+    if around == "a compiler":
+        model.lm_head = torch.compile(model.lm_head, backend="eager")
+    else:
+        saved = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = peft.get_peft_model(model, saved).get_base_model()
+    with fastpo.attach(model):
+        model.lm_head.register_full_backward_pre_hook(halved_gradient)
+        with pytest.raises(RuntimeError, match="expected no backward hook, got halved_gradient"):
+            model(**inputs)
+    with fastpo.lazy_logits(model):
+        assert not isinstance(model(**inputs).logits, LazyLogits)
+
+
+def halved_gradient(layer, given):
+    return (given[0] / 2,)
+
+
 def halved(layer, given, output):
     return output / 2
 
