@@ -271,7 +271,7 @@ def _words(logits: Promise, index: Tensor) -> Tensor:
 
 def topk(logits: Promise, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     """As the logits have them, so that k words reach the last; their gradient is that of words."""
-    if not _last(logits, dim):
+    if not _last(logits, dim) or fits_one_block(logits):  # whose copies are compared with all
         return NotImplemented
     with torch.no_grad():
         found = reduced(logits, [], lambda x, _: x.topk(k, -1, largest, sorted))
