@@ -34,6 +34,8 @@ def linear_head(model: Any) -> nn.Linear:
         raise RuntimeError(
             f"{type(model).__name__}.get_output_embeddings(): expected a torch.nn.Linear, or "
             f"bitsandbytes' own, got {type(head).__module__}.{type(head).__name__}"
+            + " with another forward"
+            * foreign
         )
     for layer in (model.get_output_embeddings(), around, head):
         for hook in hooks.hooks(layer, hooks.BACKWARD):
