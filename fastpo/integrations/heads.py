@@ -31,11 +31,11 @@ def linear_head(model: Any) -> nn.Linear:
         if reason is not None:
             raise RuntimeError(f"{type(model).__name__}: expected a head of LoRA, got {reason}")
     elif foreign or not (plain(head) or is_quantised(head)):
+        kind = f"{type(head).__module__}.{type(head).__name__}"
+        got = "none" if head is None else f"{kind} with another forward" if foreign else kind
         raise RuntimeError(
             f"{type(model).__name__}.get_output_embeddings(): expected a torch.nn.Linear, or "
-            f"bitsandbytes' own, got {type(head).__module__}.{type(head).__name__}"
-            + " with another forward"
-            * foreign
+            f"bitsandbytes' own, got {got}"
         )
     for layer in (model.get_output_embeddings(), around, head):
         for hook in hooks.hooks(layer, hooks.BACKWARD):

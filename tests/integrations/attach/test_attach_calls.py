@@ -173,3 +173,8 @@ def test_the_flag_of_attach():
     with pytest.raises(ValueError, match="shared_prompts: expected True or False, got 'no'"):
         fastpo.attach(model, shared_prompts="no")
     fastpo.attach(model).detach()
+
+
+def test_a_model_without_a_head():
+    with pytest.raises(RuntimeError, match="LlamaModel.get_output_embeddings.*, got none"):
+        fastpo.attach(tiny.model("llama").model)
