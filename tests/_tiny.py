@@ -168,8 +168,8 @@ def processor() -> Any:
     )
 
 
-def vision_language_model(*, seed: int = 0) -> PreTrainedModel:
-    """A Llama behind a CLIP tower, for images of 8 x 8 points."""
+def vision_language_model(text: str = "llama", *, seed: int = 0) -> PreTrainedModel:
+    """One of the models above behind a CLIP tower, for images of 8 x 8 points."""
     tower = transformers.CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -179,10 +179,12 @@ def vision_language_model(*, seed: int = 0) -> PreTrainedModel:
         patch_size=4,
     )
     image = len(tokenizer())  # the processor's one word more
-    text = transformers.LlamaConfig(**{**_settings(), "vocab_size": image + 1})
+    prefix, config = MODELS[text]
+    settings = {**_settings(), **config, "vocab_size": image + 1}
+    words = getattr(transformers, f"{prefix}Config")(**settings)
     torch.manual_seed(seed)
     return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(vision_config=tower, text_config=text, image_token_index=image)
+        transformers.LlavaConfig(vision_config=tower, text_config=words, image_token_index=image)
     ).eval()
 
 

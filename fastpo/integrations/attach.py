@@ -109,7 +109,7 @@ class Attached(Handle):
         self, model: PreTrainedModel, options: HeadOptions, sharing: backbone.Sharing | None
     ) -> None:
         self.options, self.sharing = options, sharing
-        self.known: Any = None  # the treatment of logits that a probe has shown
+        self.known: Any = None  # config and hooks, and the factor and cap that a probe has shown
         self.own_loss = LOSS.read()
         kind: Any = type(model)
         self.parameters = backbone.parameters(kind)
@@ -246,29 +246,36 @@ class _Call:
         return rows, score_sharded(*operand, own_tokens=self.own_tokens)
 
     def check(self, logits: Tensor, vocab_size: int | None) -> Tensor:  # one boolean
-        """Whether the logits are what the options say.
+        """Whether the logits are what the config says, or as the head gave them.
 
-        An error where not, for which it waits for the device once, and again when something has
+        An error where neither, for which it waits for the device once, and again when something has
         changed; in between statistics are NaN where not.
         """
-        probe, options = self.probe(), self.options
-        expected = probe * options.logit_scale
-        if options.softcap is not None:
-            expected = options.softcap * torch.tanh(expected / options.softcap)
-        if vocab_size not in (None, probe.shape[-1]) or logits.shape != expected.shape:
+        probe, stated = self.probe(), (self.options.logit_scale, self.options.softcap)
+        if vocab_size not in (None, probe.shape[-1]) or logits.shape != probe.shape:
             raise self.unknown(f"its loss sees logits of shape {(*logits.shape[:-1], vocab_size)}")
-        eps = torch.finfo(logits.dtype).eps
-        same = torch.isclose(logits.float(), expected, rtol=8 * eps, atol=8 * eps).all()
-        treatment = (options.logit_scale, options.softcap, hooks.numbers(self.head))
-        if treatment == self.attached.known and _waits(same):
-            return same
-        self.attached.known = treatment if same else None
-        if not same:
-            raise self.unknown(
-                "its forward, or a hook, changes its logits in another way than "
-                f"logit_scale={options.logit_scale}, softcap={options.softcap}"
-            )
-        return same
+        state = (*stated, hooks.numbers(self.head))
+        known, treatment = self.attached.known or (None, stated)
+        if known == state:
+            same = _treated(probe, logits, *treatment)
+            if _waits(same):
+                self.treat(*treatment)
+                return same
+        # A model for pictures may leave out what the config of its text says, as Aya Vision does.
+        for treatment in (stated, (1.0, None)):
+            same = _treated(probe, logits, *treatment)
+            if same:
+                self.treat(*treatment)
+                self.attached.known = state, treatment
+                return same
+        self.attached.known = None
+        raise self.unknown(
+            "its forward, or a hook, changes its logits in another way than "
+            f"logit_scale={stated[0]}, softcap={stated[1]}"
+        )
+
+    def treat(self, logit_scale: float, softcap: float | None) -> None:
+        self.options = replace(self.options, logit_scale=logit_scale, softcap=softcap)
 
     @torch.compiler.disable
     def check_unread(self, loss: Any) -> None:
@@ -289,6 +296,15 @@ class _Call:
             f"{type(self.model).__name__}: expected a causal language model whose logits are "
             f"get_output_embeddings() of its hidden states, scaled and soft-capped; {why}"
         )
+
+
+def _treated(probe: Tensor, logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Whether these are the probe scaled and capped, one boolean."""
+    expected = probe * scale
+    if softcap is not None:
+        expected = softcap * torch.tanh(expected / softcap)
+    eps = torch.finfo(logits.dtype).eps
+    return torch.isclose(logits.float(), expected, rtol=8 * eps, atol=8 * eps).all()
 
 
 def _waits(x: Tensor) -> bool:

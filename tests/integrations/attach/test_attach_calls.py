@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import fastpo
+from fastpo.integrations import attach
 from fastpo.integrations.heads import logit_map
 
 
@@ -178,3 +179,25 @@ def test_the_flag_of_attach():
 def test_a_model_without_a_head():
     with pytest.raises(RuntimeError, match="LlamaModel.get_output_embeddings.*, got none"):
         fastpo.attach(tiny.model("llama").model)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+@pytest.mark.parametrize("text", ["cohere", "granite", "gemma2"])
+def test_a_model_for_pictures_whose_forward_treats_no_logits(text, waits, monkeypatch):
+    """Only that of its text would scale or cap them, as the config says."""
+    monkeypatch.setattr(attach, "_waits", lambda x: waits)
+    model, inputs = tiny.vision_language_model(text), tiny.batch()
+    assert logit_map(model.config) != (None, 1.0)
+    expected = model(**inputs).loss
+    expected_gradients = torch.autograd.grad(expected, model.lm_head.weight)
+    fastpo.attach(model)
+    for _ in range(2):
+        loss = model(**inputs).loss
+        torch.testing.assert_close(loss, expected)
+        gradients = torch.autograd.grad(loss, model.lm_head.weight)
+        torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
+    handle = model.lm_head.register_forward_hook(lambda module, given, logits: logits * 2)
+    with pytest.raises(RuntimeError, match="changes its logits in another way than logit_scale="):
+        model(**inputs)
+    handle.remove()
+    torch.testing.assert_close(model(**inputs).loss, expected)
