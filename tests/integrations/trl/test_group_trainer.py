@@ -358,3 +358,22 @@ def test_arguments_of_another_trainer(kind, tmp_path):
 def test_a_word_in_place_of_its_flag(tmp_path):
     with pytest.raises(ValueError, match="reference_free: expected True or False, got 'no'"):
         trainer(tmp_path, "infonca", reference_free="no")
+
+
+def test_metrics_of_logits(tmp_path):
+    """They were refused in the first evaluation only, after steps of training."""
+
+    def build(**changes):
+        return fastpo.GroupTrainer(
+            _trainers.saved(tmp_path),
+            args=_trainers.config("DPO", tmp_path, changes),
+            objective="infonca",
+            train_dataset=groups(),
+            eval_dataset=groups(),
+            processing_class=tiny.tokenizer(),
+            compute_metrics=lambda predictions: {},
+        )
+
+    with pytest.raises(ValueError, match="compute_metrics: expected none, or prediction_loss_only"):
+        build()
+    assert build(prediction_loss_only=True).evaluate()["eval_loss"] > 0

@@ -59,7 +59,7 @@ class GroupTrainer(TextTrainer, DPOTrainer):
     are not logged where there are none.
 
     Raises ValueError for an objective of another family, a missing column, a list of another
-    length than `completions`, and options of DPOConfig that are about pairs.
+    length than `completions`, options of DPOConfig that are about pairs, and `compute_metrics`.
     """
 
     own = ()
@@ -88,6 +88,11 @@ class GroupTrainer(TextTrainer, DPOTrainer):
         for name in _OF_PAIRS:
             if (got := getattr(args, name)) != default_of(args, name):
                 raise ValueError(f"{name}: expected it unset for groups, got {got!r}")
+        if kwargs.get("compute_metrics") is not None and not args.prediction_loss_only:
+            raise ValueError(
+                "compute_metrics: expected none, or prediction_loss_only=True, for groups, which "
+                "have no logits to return, got one"
+            )
         heard = {"beta": term.beta} | term.parameters
         refuse_unheard(args, term, heard, "fastpo.objectives.get")
         self.prepare_objective([term], [], setting, train_dataset)
