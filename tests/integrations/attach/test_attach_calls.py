@@ -177,7 +177,7 @@ def test_the_flag_of_attach():
 
 
 def test_a_model_without_a_head():
-    with pytest.raises(RuntimeError, match="LlamaModel.get_output_embeddings.*, got none"):
+    with pytest.raises(RuntimeError, match=r"LlamaModel.get_output_embeddings.*, got none"):
         fastpo.attach(tiny.model("llama").model)
 
 
