@@ -30,6 +30,7 @@ class Slot:
 
     index: int
     number: bool = False
+    single: bool = False  # one number for all rows, which decides no dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,8 @@ class Root:
 
     def of(self, parents: Sequence[Tensor], numbers: Sequence[Tensor]) -> Tensor:
         def put(slot: Slot) -> Tensor:
-            return (numbers if slot.number else parents)[slot.index]
+            x = (numbers if slot.number else parents)[slot.index]
+            return x.flatten()[:1].sum() if slot.single else x  # of no rows, too
 
         args, kwargs = tree_map_only(Slot, put, (self.args, self.kwargs))
         made: Tensor = self.func(*args, **kwargs)
@@ -196,8 +198,8 @@ def recorded(func: Any, args: Any, kwargs: Any) -> Any:
         if _constant(x, node):
             # As it is now, and for blocks, which have one dimension before the words.
             return x.clone().view(x.shape[-1:])
-        numbers.append(_number(x, node))
-        return Slot(len(numbers) - 1, number=True)
+        numbers.append(_number(x if x.ndim else x.view(1), node))
+        return Slot(len(numbers) - 1, number=True, single=not x.ndim)
 
     if not fits or not all(_allowed(x, node) for x in tree_leaves((args, kwargs))):
         return NotImplemented
@@ -214,9 +216,10 @@ def _allowed(x: Any, node: Node) -> bool:
     """Does this argument belong to rows, or to all of them alike?"""
     if isinstance(x, (Operand, *NUMBERS)):
         return True
-    if not isinstance(x, Tensor) or (x.ndim and x.device != node.device):
+    learned = isinstance(x, Tensor) and x.requires_grad
+    if not isinstance(x, Tensor) or ((x.ndim or learned) and x.device != node.device):
         return False
-    return _constant(x, node) or _of_rows(x, node)
+    return x.ndim == 0 or _constant(x, node) or _of_rows(x, node)
 
 
 def _constant(x: Tensor, node: Node) -> bool:

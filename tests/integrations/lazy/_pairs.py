@@ -25,10 +25,10 @@ def nothing_told(monkeypatch):
     monkeypatch.setattr(cell, "told", set())
 
 
-def pair():
+def pair(dtype=torch.float32):
     """Lazy logits, the real ones of the same head, and the leaves."""
     torch.manual_seed(0)
-    head, hidden = nn.Linear(H, V), torch.randn(B, T, H, requires_grad=True)
+    head, hidden = nn.Linear(H, V).to(dtype), torch.randn(B, T, H).to(dtype).requires_grad_()
     return promised(Promise.of(head, hidden)), head(hidden), [hidden, *head.parameters()]
 
 

@@ -71,6 +71,23 @@ def test_values_and_gradients(name):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", [torch.div, torch.Tensor.div_])
+def test_a_learned_temperature_without_dimensions(change, dtype):
+    """It decides no dtype."""
+    found = []
+    for x in pair(dtype)[:2]:
+        by = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+        scaled = change(x, by)
+        assert scaled.dtype == dtype
+        read = scaled.logsumexp(-1), scaled[:, :0].logsumexp(-1), (scaled * by).square().mean(-1)
+        read = [x.double() for x in read]
+        found.append((read, torch.autograd.grad(sum(x.sum() for x in read), by)))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(*found, rtol=50 * eps, atol=10 * eps)
+    assert not cell.told
+
+
 class WidestCopy(Widest):
     def counts(self, x):
         own = {y.untyped_storage().data_ptr() for y in (SOFT, ONE_HOT, TURNED)}
