@@ -42,6 +42,51 @@ def test_more_by_position_than_it_takes():
         attached.model(*[None] * 99, labels=inputs["labels"])
 
 
+class _Unscored(transformers.LlamaForCausalLM):
+    """Has no use for labels."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class _Twice(transformers.LlamaForCausalLM):
+    """A second look at all positions, of which its own forward takes some."""
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, output_hidden_states=True, **kwargs)
+        output.logits = self.lm_head(output.hidden_states[-1])
+        return output
+
+
+class _Early(transformers.LlamaForCausalLM):
+    """A loss of what no head has made."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        words = self.config.vocab_size
+        loss = self.loss_function(torch.zeros(3, 12, words), labels, vocab_size=words)
+        return super().forward(*args, **kwargs) | {"loss": loss}
+
+
+# Forward -> what is given beside the batch, and the error.
+CALLS = {
+    _Unscored: ({}, RuntimeError, "forward does not go through get_output_embeddings and loss"),
+    _Twice: ({}, RuntimeError, "its forward calls the head twice"),
+    _Early: ({}, RuntimeError, "its loss comes before get_output_embeddings"),
+    _Passing: ({"return_dict": False}, ValueError, "return_dict: expected True, got a tuple"),
+    # The model's own, before it comes to its head.
+    transformers.LlamaForCausalLM: ({"input_ids": None}, ValueError, "^You must specify"),
+}
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_what_goes_wrong_is_told(kind):
+    given, error, message = CALLS[kind]
+    model = tiny.model("llama")
+    model.__class__ = kind
+    with fastpo.attach(model), pytest.raises(error, match=message):
+        model(**tiny.batch() | given)
+
+
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_what_it_returns_is_pickled_and_copied(name):
     model = tiny.model(name).requires_grad_(False)

@@ -57,7 +57,7 @@ def scaled_inputs(module, inputs):
 
 
 def cut_off(module, inputs, output):
-    return output.clamp(-100, 100)
+    return output.clamp(max=100)
 
 
 def looking(module, inputs, logits):
@@ -211,12 +211,9 @@ ANOTHER_WAY = "or a hook, changes its logits in another way than logit_scale={},
 TREATED = ANOTHER_WAY.format(1.0, None)
 REFUSED = {
     "hook": ("llama", lambda m: m.lm_head.register_forward_hook(scaled), TREATED),
-    "hook that cuts off": ("llama", lambda m: m.lm_head.register_forward_hook(cut_off), TREATED),
-    "hook on positions": (
-        "llama",
-        lambda m: m.lm_head.register_forward_hook(later_positions),
-        TREATED,
-    ),
+    "cut off": ("llama", lambda m: m.lm_head.register_forward_hook(cut_off), TREATED),
+    "relu": ("llama", lambda m: m.lm_head.register_forward_hook(lambda *x: x[2].relu()), TREATED),
+    "positions": ("llama", lambda m: m.lm_head.register_forward_hook(later_positions), TREATED),
     "hook that leaves out": (
         "llama",
         lambda m: m.lm_head.register_forward_hook(last_position),
