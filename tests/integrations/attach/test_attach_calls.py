@@ -173,6 +173,15 @@ def test_another_label_may_be_ignored(ignored):
     assert torch.equal(found.logps != 0, scored)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_logits_that_a_hook_rounds(name):
+    model = tiny.model(name)
+    model.lm_head.register_forward_hook(lambda *given: given[-1].bfloat16())
+    own = model(**tiny.batch()).loss.float()
+    with fastpo.attach(model):
+        torch.testing.assert_close(model(**tiny.batch()).loss, own, rtol=1e-2, atol=0)
+
+
 FACTORS = {
     "Cohere": ({"logit_scale": 0.5}, 0.5),
     "MuseGlimmer": ({"output_multiplier": 0.5}, 0.5),
