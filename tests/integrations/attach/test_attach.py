@@ -100,7 +100,7 @@ def test_statistics(name):
     }
     for key, value in expected.items():
         assert_same(found[key].double(), value * scored)
-    assert torch.equal(found.is_top1, (logits.argmax(-1) == labels) & scored)
+    assert_same(found.is_top1, (logits.argmax(-1) == labels) & scored)
     assert_same(found.loss, -found.logps.sum() / scored.sum())
 
 
