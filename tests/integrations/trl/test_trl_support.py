@@ -352,6 +352,9 @@ def test_heads_of_a_batch_in_parts_are_over_its_words_in_order():
         found.append(replay.score(operands, lambda *_: contextlib.nullcontext(), None).logps)
     torch.testing.assert_close(torch.cat(found), restricted(hidden @ weight.T, targets, kept)[0])
     replay.finish()
+    other = sampled.Replay(fastpo.Support.of([[2, 3], [5]]))
+    with pytest.raises(ValueError, match="got label 4 at token 1"):
+        other.score(operands, lambda *_: contextlib.nullcontext(), None)
 
 
 def test_tokens_that_a_tool_has_written_are_not_the_samplers():
