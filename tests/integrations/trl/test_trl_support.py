@@ -301,16 +301,15 @@ def test_a_truncated_completion_is_not_scored(tmp_path):
 
 
 def test_a_report_of_another_length_is_refused(tmp_path):
+    report = rollouts([3, 5] * 8, lambda row, vocab: [[word] for word in row[1:]])
+    message = "sampling_mask: expected a list of word ids for each"
     with fastpo.patched(support=True):
-        built = trainer(
-            trl.GRPOTrainer,
-            "GRPO",
-            tmp_path,
-            {},
-            rollout_func=rollouts([3, 5] * 8, lambda row, vocab: [[word] for word in row[1:]]),
-        )
-        with pytest.raises(ValueError, match="sampling_mask: expected a list of word ids for each"):
+        built = trainer(trl.GRPOTrainer, "GRPO", tmp_path, {}, rollout_func=report)
+        with pytest.raises(ValueError, match=message):
             built.train()
+    for sizes in ([1], [2, 2]):
+        with pytest.raises(ValueError, match=message):
+            sampled._words([fastpo.Support.of([[1], [2]])], sizes)
 
 
 def test_outside_of_a_step_all_words_count(tmp_path):
@@ -362,9 +361,28 @@ def test_tokens_that_a_tool_has_written_are_not_the_samplers():
     assert sampled._sampled(output).tolist() == [[True, True, False]]
     output["tool_mask"] = torch.tensor([[1, 0, 1]])
     assert sampled._sampled(output).tolist() == [[True, False, False]]
-    logged = SimpleNamespace(model=torch.nn.Identity(), _metrics={"train": defaultdict(list)})
-    sampled._log_mass(logged, sampled._Batch(mass=torch.tensor([0.5, 0.9])), output)
-    assert logged._metrics["train"] == {"fastpo/sampler_kept_mass": [0.5]}
+    model, metrics = torch.nn.Identity(), {"train": defaultdict(list), "eval": defaultdict(list)}
+    logged = SimpleNamespace(model=model, _metrics=metrics)
+    batch = sampled._Batch(mass=torch.tensor([0.5, 0.9]))
+    sampled._log_mass(logged, batch, output)
+    assert metrics["train"] == {"fastpo/sampler_kept_mass": [0.5]}
+    model.eval()
+    own = {"old_per_token_logps": torch.tensor([[-1.0, -9.0, -9.0]])}
+    sampled._log(logged, output | own | {"sampling_per_token_logps": -torch.ones(1, 3)})
+    assert metrics["eval"]["fastpo/sampler_mean"] == [1.0] and len(metrics["train"]) == 1
+    count = len(metrics["eval"])
+    sampled._log(logged, output | {"sampling_per_token_logps": -torch.ones(1, 3)})
+    sampled._log_mass(logged, batch, output | {"tool_mask": torch.zeros(1, 3)})
+    assert {len(x) for x in metrics["eval"].values()} == {1} and len(metrics["eval"]) == count
+
+
+def test_the_policy_is_no_reference_after_it():
+    """Where a trainer asks it once more in the same batch."""
+    adapter = sampled._Adapter(lambda *_: contextlib.nullcontext())
+    with sampled._of(sampled._Batch()) as batch:
+        with adapter(None, None):
+            assert batch.reference is not None
+        assert batch.reference is None
 
 
 def test_a_trl_without_its_seams_is_refused(monkeypatch):
