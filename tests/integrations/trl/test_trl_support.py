@@ -37,8 +37,8 @@ SAMPLED = {
     "num_iterations": 2,
     "learning_rate": 0.5,
 }
-KEPT = {"top_k": 20, "top_p": 0.8, "min_p": 0.02}
-WARPERS = LogitsProcessorList([TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.02)])
+KEPT = {"top_k": 20, "top_p": 0.6, "min_p": 0.25}
+WARPERS = LogitsProcessorList([TopKLogitsWarper(20), TopPLogitsWarper(0.6), MinPLogitsWarper(0.25)])
 
 
 def completions(model, input_ids, attention_mask, keep):
