@@ -54,7 +54,8 @@ def trainer(folder, *, data=None, ref_model=None, **changes):
 
 def with_columns(key, folder):
     data = tiny.unpaired()
-    names = [name for name in quantities_of(objectives.get(key)) if name in COLUMNS]
+    asked = {*quantities_of(objectives.get(key)), "sample_weights"}  # which weigh rows of all
+    names = sorted(asked & COLUMNS.keys())
     lengths = [len(ids) for ids in trainer(folder).train_dataset["completion_ids"]]
     for name in names:
         data = data.add_column(name, [COLUMNS[name](i, n) for i, n in enumerate(lengths)])
@@ -69,6 +70,7 @@ def test_the_loss_is_that_of_full_logits(key, tmp_path):
         built = trainer(tmp_path, data=data, ref_model=reference)
         batch = next(iter(built.get_train_dataloader()))
         loss = built.compute_loss(built.model, dict(batch))
+    assert "sample_weights" in batch
     loss.backward()
     gradient = built.model.lm_head.weight.grad.clone()
     built.model.zero_grad()
