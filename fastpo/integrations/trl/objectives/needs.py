@@ -183,22 +183,22 @@ class Needs:
     """What the terms of one trainer ask for, and where each comes from."""
 
     required: frozenset[str]
-    optional: frozenset[str]
+    asked: frozenset[str]  # whatever is required, and what is optional
     sides: tuple[str, ...]
     setting: Setting
 
     @classmethod
     def of(cls, terms: Iterable[Term], sides: tuple[str, ...], setting: Setting) -> Needs:
         required: set[str] = set()
-        wanted: set[str] = set()
+        asked: set[str] = set()
         for term in terms:
-            wanted |= set(quantities_of(term.function))
+            asked |= set(quantities_of(term.function))
             required |= required_of(term.function)
-        return cls(frozenset(required), frozenset(wanted - required), sides, setting)
+        return cls(frozenset(required), frozenset(asked), sides, setting)
 
     @property
     def names(self) -> frozenset[str]:
-        return self.required | self.optional | {"pair_weights", "sample_weights"}
+        return self.asked | {"pair_weights", "sample_weights"}
 
     def of_reference(self, columns: Iterable[str]) -> set[str]:
         """What the reference model must give, beside these columns."""
@@ -227,7 +227,7 @@ class Needs:
         return any(name in self.required for name in (f"{kind}_logps", f"ref_{kind}_logps"))
 
     def asks(self, ending: str) -> bool:
-        return any(name.endswith(ending) for name in self.required | self.optional)
+        return any(name.endswith(ending) for name in self.asked)
 
     def columns(self) -> tuple[str, ...]:
         """Dataset columns worth carrying: constants of the objective, and masks."""
