@@ -217,9 +217,10 @@ def test_a_tokens_bits_do_not_depend_on_the_others(limit):
     assert len(values) == 1
 
 
-def test_an_adapted_head(limit):
+@pytest.mark.parametrize("biased", [True, False])
+def test_an_adapted_head(biased, limit):
     """LoRA's columns beside a frozen head, their gradient over the words alone."""
-    inputs = make_head(N, V, H, bias=True, ignored=0.2, seed=5)
+    inputs = make_head(N, V, H, bias=biased, ignored=0.2, seed=5)
     lora = make_head(N, V, 3, seed=6)
     ids = padded(lists_of(inputs.labels, 5))
 
@@ -227,15 +228,15 @@ def test_an_adapted_head(limit):
         x, low = inputs.like(dtype), lora.like(dtype)
         x.weight.requires_grad_(False)
         if fused:
-            options = HeadOptions(outputs=("logps",), ignore_index=-100)
-            operands = ids, "error", x.hidden, x.weight, x.bias, x.labels, options
-            logps = score_over(*operands, adapter=(low.hidden, low.weight)).logps
+            own = x.hidden, x.weight, x.bias, x.labels, HeadOptions(ignore_index=-100)
+            logps = score_over(ids, "error", *own, adapter=(low.hidden, low.weight)).logps
         else:
             both = torch.cat((x.hidden, low.hidden), 1), torch.cat((x.weight, low.weight), 1)
             logps = reference.linear_logps(*both, x.labels, bias=x.bias, support=ids).logps
         (logps * torch.linspace(-1, 2, N, dtype=dtype)).sum().backward()
-        grads = {"dhidden": x.hidden.grad, "ddown": low.hidden.grad, "dup": low.weight.grad}
-        return {"logps": logps.detach(), "dbias": x.bias.grad, **grads}
+        leaves = {"dhidden": x.hidden, "dbias": x.bias, "ddown": low.hidden, "dup": low.weight}
+        grads = {name: leaf.grad for name, leaf in leaves.items() if leaf is not None}
+        return {"logps": logps.detach(), **grads}
 
     kinds = ((torch.float32, True), (torch.float32, False), (torch.float64, False))
     assert_draws([tuple(scored(*kind) for kind in kinds)])
