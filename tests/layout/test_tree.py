@@ -215,3 +215,13 @@ def test_one_token_in_all_rows():
     """Its place is the only one, which looks like a batch of one."""
     layout = layout_of(torch.full((2, 1), 5))
     assert layout.put_back(torch.zeros(1, 4)).shape == (2, 1, 4)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_ids_below_zero_are_tokens(share):
+    """Placeholders of soft prompts and pictures: -1 was taken for a pad."""
+    ids = torch.tensor([[-1, -1, 5, -1], [-1, -1, 6, -1]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    assert layout_of(ids, share=share).real == (4, 4)
+    layout = layout_of(ids, mask, share=share)
+    assert layout.real == (4, 3) and layout.size == (5 if share else 7)
