@@ -115,7 +115,8 @@ class Packer:
         config, device = model.config.get_text_config(), _device(model, inputs)
         implementation = config._attn_implementation
         causal = getattr(config, "is_causal", True)
-        key = implementation, next(model.parameters()).dtype, device.type, causal
+        # Layers may mix tokens in one mode alone.
+        key = implementation, next(model.parameters()).dtype, device.type, causal, seen.modes
         changed = self.parts not in (None, seen.parts)
         if seen.parts != self.parts:
             self.parts, self.known, self.draws = seen.parts, {}, {}

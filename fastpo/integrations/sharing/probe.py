@@ -23,12 +23,21 @@ _HALVES = (torch.bfloat16, torch.float16)
 
 
 def check(packer: Any, model: Any, own: Any, device: torch.device) -> None:
-    """Raises Refused where they differ; every module keeps its mode."""
+    """Raises Refused where they differ; every module keeps its mode.
+
+    A forward that draws noise is compared in evaluation: drawn in another shape, noise differs.
+    """
     training = [module for module in model.modules() if module.training]
     try:
-        _set(training, False)
-        with torch.no_grad(), _uncached(), _stirred(model):
-            _compare(packer, own, device, model.config)
+        with torch.no_grad(), _uncached(), _stirred(model), noise.kept(device):
+            before = noise.states(device)
+            try:
+                _compare(packer, own, device, model.config)
+            except Refused:
+                if not noise.moved(before, device):
+                    raise
+                _set(training, False)
+                _compare(packer, own, device, model.config)
     except (Refused, torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # of a model that looks at its mask, its ids or their shape itself

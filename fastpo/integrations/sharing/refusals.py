@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import modeling_utils
 
 from ...layout.tree import Layout
@@ -53,6 +54,8 @@ def check_model(model: Any) -> None:
         raise Refused("attention that is looked up in a registry of its own")
     if getattr(config, "is_causal", True) is False:
         raise Refused("attention that is not causal")
+    if any(isinstance(layer, _BatchNorm) and layer.training for layer in model.modules()):
+        raise Refused("statistics over a batch")  # which a probe would change
     if getattr(config, "attn_temperature_tuning", False):
         # Llama 4's, by the place in the tensor that it is called with: no probe is as long.
         raise Refused("queries that are scaled by their place in the tensor")

@@ -63,6 +63,49 @@ class Convolved(nn.Module):
         return self.mlp(x) + along.transpose(1, 2)
 
 
+class Shifting(nn.Module):
+    """Looks along the row in training alone."""
+
+    def forward(self, x):
+        return x + x.roll(1, 1) if self.training else x
+
+
+@pytest.mark.parametrize("layer", [Shifting(), nn.Sequential(Shifting(), nn.Dropout(0.0))])
+def test_a_layer_that_mixes_tokens_in_training_alone(layer, caplog):
+    model = llama().model
+    model.layers[1].mlp = nn.Sequential(model.layers[1].mlp, layer)
+    with shared_prompts(model, always=True) as handle:
+        model.eval()(**plain())
+        assert handle.tokens.saved > 0.3
+        saved = handle.tokens.computed
+        model.train()(**plain())
+    assert handle.tokens.computed == saved + plain()["input_ids"].numel()
+    assert "off when packed" in caplog.text
+
+
+class Normed(nn.Module):
+    def __init__(self, mlp):
+        super().__init__()
+        self.mlp, self.norm = mlp, nn.BatchNorm1d(32)
+
+    def forward(self, x):
+        return self.norm(self.mlp(x).transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("options", [{}, {"share": False}])
+def test_statistics_over_a_batch(options, caplog):
+    """As the padded batch's, and no probe is among them."""
+    found = []
+    for shared in (False, True):
+        model = llama().model.train()
+        model.layers[1].mlp = Normed(model.layers[1].mlp)
+        with shared_prompts(model, always=True, **options) if shared else contextlib.nullcontext():
+            hidden = model(**plain()).last_hidden_state
+        found.append((hidden, *model.layers[1].mlp.norm.buffers()))
+    assert all(map(torch.equal, *found))
+    assert "statistics over a batch" in caplog.text
+
+
 def test_what_zeros_hide(caplog):
     model = llama().model
     model.layers[1].mlp = Convolved(model.layers[1].mlp)
