@@ -188,10 +188,11 @@ class Packer:
         }
         with attention.active(layout):
             output = own(**{**inputs, **row})
-        for name in _PER_TOKEN:
-            value = getattr(output, name, None)
-            if value is not None:
+        for name, value in list(output.items()):
+            if name in _PER_TOKEN:
                 output[name] = _put_back(value, layout)
+            elif isinstance(value, Tensor) and value.is_floating_point():
+                raise Refused(f"an output of its own, {name}")  # a mean over tokens, say
         return output
 
 

@@ -16,6 +16,7 @@ import torch
 from _refusals import fresh, llama, plain  # noqa: F401
 from _tiny import one_thread  # noqa: F401
 from torch import nn
+from transformers import LlamaModel
 
 from fastpo.integrations.sharing import backbone, probe
 from fastpo.integrations.sharing.backbone import shared_prompts
@@ -81,6 +82,24 @@ def test_a_layer_that_mixes_tokens_in_training_alone(layer, caplog):
         model.train()(**plain())
     assert handle.tokens.computed == saved + plain()["input_ids"].numel()
     assert "off when packed" in caplog.text
+
+
+class Balanced(LlamaModel):
+    """Gives back a loss over all tokens, as a backbone with a router of its own may."""
+
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        output["aux_loss"] = output.last_hidden_state.pow(2).mean()
+        return output
+
+
+def test_an_output_of_its_own(caplog):
+    model = llama().model
+    model.__class__ = Balanced
+    expected = model(**plain()).aux_loss
+    with shared_prompts(model, always=True):
+        assert torch.equal(model(**plain()).aux_loss, expected)
+    assert "an output of its own, aux_loss" in caplog.text
 
 
 class Normed(nn.Module):
