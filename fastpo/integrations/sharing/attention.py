@@ -24,7 +24,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ...layout.tree import Layout
 from ..seams.seam import Seam
-from .packed import Flash, Packed, Rows, Sdpa
+from .packed import Flash, Packed, Refused, Rows, Sdpa
 
 # Models serve "eager" themselves, each file its own function, as the default of this lookup.
 _EAGER = Seam(
@@ -35,10 +35,6 @@ _EAGER = Seam(
 )
 # What a mask function is asked by, besides what is passed through.
 _ASKED = {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "attention_mask"}
-
-
-class Refused(Exception):
-    """This call runs as it did before, and why."""
 
 
 _active: ContextVar[Layout | None] = ContextVar("fastpo_layout", default=None)

@@ -27,9 +27,8 @@ from ..seams.handle import OURS, Handle, attached
 from ..seams.saying import say_once
 from ..seams.wrappers import bare
 from . import attention, noise, probe, refusals
-from .attention import Refused
 from .look import Look, is_compiled, look
-from .packed import runs_at_once
+from .packed import Refused, runs_at_once
 
 # Common tokens below it cost a row its causal attention without a mask.
 _LEAST = 16

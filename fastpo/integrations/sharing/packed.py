@@ -22,13 +22,24 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ...layout.tree import Layout, Row
 
 Function = Callable[..., Any]
+_WHOLE = (slice(None), slice(0, None))
 _WIDEST = 256  # head size of flash kernels
 _HALVES = (torch.bfloat16, torch.float16)
+
+
+class Refused(Exception):
+    """This call runs as it did before, and why."""
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
     layout: Layout
+
+    def __getitem__(self, part: tuple[Any, ...]) -> Packed:
+        """As Gemma 4 takes the last `logits_to_keep` queries, all if it is 0."""
+        if not all(isinstance(x, slice) and x in _WHOLE for x in part):
+            raise Refused("a part of its mask is taken")
+        return self
 
     def attend(
         self,

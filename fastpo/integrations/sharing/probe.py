@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...layout.tree import layout_of
 from . import noise, refusals
-from .attention import Refused
+from .packed import Refused
 
 # In float32 right models differ by 2e-5 at most, one with 0.3 % of a row's mean mixed in by 1e-3.
 _LIMIT = 1e-3

@@ -13,7 +13,7 @@ from transformers import modeling_utils
 
 from ...layout.tree import Layout
 from ..seams import hooks
-from .attention import Refused
+from .packed import Refused
 
 _KINDS = {"full_attention", "sliding_attention", "chunked_attention"}
 # Whose forward hooks are known to take a packed row as any other.

@@ -41,6 +41,14 @@ _NOISE = (
     "router_jitter_noise",
 )
 DRY = dict.fromkeys(_NOISE, 0.0)
+SHARED_KEYS: dict[str, Any] = {
+    **WINDOW,
+    "vocab_size_per_layer_input": 320,
+    "hidden_size_per_layer_input": 8,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -76,6 +84,7 @@ RIGHT: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("StableLm", {}),
     "modernbert": ("ModernBertDecoder", {"local_attention": 8}),
     "gemma4": ("Gemma4Text", {**WINDOW, "vocab_size_per_layer_input": 320}),
+    "gemma4_shared_keys": ("Gemma4Text", SHARED_KEYS),
     "glm4": ("Glm4", {}),
     "glm4_moe": ("Glm4Moe", MLA),
     "exaone4": ("Exaone4", WINDOW),

@@ -22,8 +22,8 @@ from transformers import DynamicCache, LlamaModel
 
 import fastpo
 from fastpo.integrations.sharing import attention, backbone, refusals
-from fastpo.integrations.sharing.attention import Refused
 from fastpo.integrations.sharing.backbone import shared_prompts
+from fastpo.integrations.sharing.packed import Refused
 
 
 @pytest.mark.parametrize("name", _architectures.REFUSED)

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import _architectures
 import torch
 from _refusals import assert_as_before, fresh, llama, plain  # noqa: F401
 from _tiny import one_thread  # noqa: F401
@@ -145,3 +146,19 @@ def test_a_model_that_fails_in_the_probe(caplog, monkeypatch):
 def test_what_mask_functions_of_transformers_take(name):
     mask = masking_utils.AttentionMaskInterface._global_mapping[name]
     assert set(inspect.signature(mask).parameters) >= attention._ASKED
+
+
+def test_a_part_of_the_queries(caplog):
+    """Gemma 4's layers that share keys are given the last tokens alone."""
+
+    def last():
+        return {**plain(), "logits_to_keep": 3}
+
+    def make():
+        return _architectures.model(*_architectures.RIGHT["gemma4_shared_keys"])
+
+    model, expected = make(), make()(**last()).logits
+    with shared_prompts(model, always=True) as handle:
+        torch.testing.assert_close(model(**last()).logits, expected, rtol=0, atol=0)
+        assert handle.tokens.saved == 0
+    assert "a part of its mask is taken" in caplog.text
