@@ -118,10 +118,16 @@ class Quantities:
         kind = _parse(name)[2]
         if kind == "lengths":
             return inputs[0].bool().sum(-1)
+        names = self._inputs(name)
         if kind == "logps":
+            # Of several policies (history) there is one such table each.
+            _check(names[0], inputs[0], (*inputs[0].shape[: -inputs[1].ndim], *inputs[1].shape))
             return torch.where(inputs[1].bool(), _promote(inputs[0]), 0).sum(-1)
         policy, *reference = map(_promote, inputs)
-        return policy - reference[0].detach() if reference else policy
+        if not reference:
+            return policy
+        _check(names[1], reference[0], tuple(policy.shape))  # broadcast, it would be other rows'
+        return policy - reference[0].detach()
 
     def _expected(self, name: str) -> str:
         """What would give it: a column, what it is derived from, an argument."""

@@ -320,6 +320,14 @@ def test_a_reference_is_not_broadcast():
             function(**{**given, "ref_chosen_logps": torch.zeros(1)})
     finally:
         objectives._registry._TABLE.pop("halves_of_a_test")
+    q = quantities.padded(torch.zeros(6, 2), torch.ones(6, 2))
+    for column in (torch.zeros(1), torch.zeros(3, 1)):
+        sums = {"ref_chosen_logps": column, "ref_rejected_logps": torch.zeros(3)}
+        with pytest.raises(ValueError, match=r"^ref_chosen_logps: expected shape \(3,\), got"):
+            (q | sums).rows(get("dpo"))
+    tokens = {"ref_chosen_token_logps": torch.zeros(3, 1)}
+    with pytest.raises(ValueError, match=r"^ref_chosen_token_logps: expected shape \(3, 2\), got"):
+        (q | tokens)["ref_chosen_logps"]
 
 
 def test_the_pairs_of_annotators_take_terms():
