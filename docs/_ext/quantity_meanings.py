@@ -42,7 +42,8 @@ MEANINGS = {
     "logratios": "log-probability under the policy minus that under the reference",
     "kl_logratios": "log-ratios of mismatched prompts and responses, for KTO's estimate of a KL",
     "lengths": "number of scored tokens",
-    "scores": "score or reward of a response, higher is better; NaN: not known",
+    "scores": "score or reward of a response, higher is better; NaN: not known, which"
+    " `group_advantages` and `rloo_advantages` take",
     "labels": "whether a row is desirable, chosen or in the preferred set",
     "groups": "index of the prompt (or annotator) that a row belongs to, ascending from 0",
     "sample_weights": "factor of a row's loss",

@@ -88,13 +88,15 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return avg(masked_sum(x, mask), mask.sum(-1))
 
 
-def group_count(groups: Tensor, num_groups: int | None) -> int:
+def group_count(groups: Tensor, num_groups: int | None, scores: Tensor | None = None) -> int:
     """G. Without num_groups it is read from the device: the one synchronisation allowed.
 
     With it nothing may wait: ids that do not fit, or do not rise from 0 on, are an error where they
     can be read at once. On a GPU and in a compiled function such rows fall out of the loss, or an
-    index faults the device.
+    index faults the device. `scores` are those that the groups are compared by.
     """
+    if scores is not None and can_be_read(scores):
+        _check_known(scores)
     if can_be_read(groups):
         _check_rising(groups)
     elif num_groups is not None:
@@ -112,6 +114,13 @@ def _check_rising(groups: Tensor) -> None:
         raise ValueError(
             f"groups: expected ids that rise from 0 on, got {int(groups[row])} in row {row}"
         )
+
+
+def _check_known(scores: Tensor) -> None:
+    """A NaN is neither above nor below another score: its row would count as the best, or worse."""
+    unknown = scores.isnan().nonzero()
+    if len(unknown):
+        raise ValueError(f"scores: expected numbers, got NaN in row {int(unknown[0])}")
 
 
 def can_be_read(x: Tensor) -> bool:

@@ -2,8 +2,8 @@
 
 `h_k = β·logratio_k` and S_k (higher is better) belong to member k of the K members of a group.
 Here are the objectives of the group as a set, in segment operations; those of its ranking or its
-pairs are in `groups_rankings`. `num_groups` may exceed the ids that are present; an id beyond it is
-an error on a CPU, and undefined on a GPU, where nobody waits to see it.
+pairs are in `groups_rankings`. `num_groups` may exceed the ids that are present; an id beyond it
+and a score that is NaN are errors on a CPU, and undefined on a GPU, where nobody waits to see them.
 """
 
 import math
@@ -53,7 +53,7 @@ def infonca(
     (β = 1/τ; q from a teacher: scores = log q, α = 1). The released recipe's α = 1e-4 makes q
     one-hot unless scores tie. One row: 0.
     """
-    count = group_count(groups, num_groups)
+    count = group_count(groups, num_groups, scores)
     log_target = _log_target(scores, groups, count, alpha)
     gap = -group_log_softmax(beta * logratios, groups, count)
     if subtract_entropy:
@@ -72,7 +72,7 @@ def nca(
     num_groups: NumGroups = None,
 ) -> Tensor:  # [G] nats
     """-Σ_k [q_k·log σ(h_k) + log σ(-h_k)/K], q = softmax(S/α); h = β·logratio."""
-    count = group_count(groups, num_groups)
+    count = group_count(groups, num_groups, scores)
     target = _log_target(scores, groups, count, alpha).exp()
     share = group_sizes(groups, count).clamp(min=1).to(logratios.dtype).reciprocal()[groups]
     h = beta * logratios
@@ -94,7 +94,7 @@ def swepo(
 
     Positive: S_k > mean S. No positive (all scores equal, one row): 0.
     """
-    count = group_count(groups, num_groups)
+    count = group_count(groups, num_groups, scores)
     deviation = group_center(scores, groups, count)
     # |deviation|**power leaves float32; 0·inf and the difference of two infinities are NaN.
     powers = (deviation.abs() ** power).clamp(max=torch.finfo(deviation.dtype).max)
@@ -153,7 +153,7 @@ def brain(
     log α = log softmax(S/temperature + ref - sampler), log b = log softmax(logps - sampler), both
     in the group; α is constant. One row: 0.
     """
-    count = group_count(groups, num_groups)
+    count = group_count(groups, num_groups, scores)
     strengths = scores / temperature + ref_logps - sampler_logps
     posterior = group_log_softmax(strengths, groups, count).clamp(min=-_FAR)
     policy = group_log_softmax(logps - sampler_logps, groups, count)

@@ -59,7 +59,7 @@ def dpo_plackett_luce(
     num_groups: NumGroups = None,
 ) -> Tensor:  # [G] nats
     """Σ_k [log Σ_{j ranked k or later} e^{h_j} - h_k], h = β·logratio."""
-    return plackett_luce(beta * logratios, scores, groups, group_count(groups, num_groups))
+    return plackett_luce(beta * logratios, scores, groups, group_count(groups, num_groups, scores))
 
 
 @objective("pro_ranking", paper="arXiv:2306.17492", family="groups")
@@ -77,7 +77,7 @@ def pro_ranking(
     k and i in rank order, T_ki = S_k - S_i, T_kk = max_{i>k} T_ki; logp_1 is the best row's sum.
     One row: 0.
     """
-    count = group_count(groups, num_groups)
+    count = group_count(groups, num_groups, scores)
     ahead = _ahead(scores, groups)
     mean = avg(logps, lengths)
     lowest = -group_max(-scores, groups, count)  # it gives T_kk, and 0 for the last in rank
@@ -108,7 +108,7 @@ def aft(
     detached: plain, ŝ_j without gradient. Scores 1/0 give the binary form, graded ones the ranking
     form. No pair: the last term.
     """
-    count = group_count(groups, num_groups)
+    count = group_count(groups, num_groups, scores)
     better = _better(scores, groups)
     mean = avg(logps, lengths)
     pushed = mean.detach() if variant == "detached" else mean
@@ -144,7 +144,7 @@ def knowpat(
     k and j in rank order, s_k = logp_k / max(n_k, 1)^length_power, w_k = (s_k - min s)/(max s -
     min s) without gradient, 0 if all s are equal. One row: only -ŝ_1.
     """
-    count = group_count(groups, num_groups)
+    count = group_count(groups, num_groups, scores)
     ahead = _ahead(scores, groups)
     s = avg(logps, lengths, length_power)
     low, high = -group_max(-s, groups, count)[groups], group_max(s, groups, count)[groups]
@@ -178,7 +178,7 @@ def trpa(
     means over the batch, all pairs and all scored tokens: a group's row has its own sums over the
     batch's counts, times G. No pair in the batch: only the KL.
     """
-    count = group_count(groups, num_groups)
+    count = group_count(groups, num_groups, scores)
     better = _better(scores, groups)
     drift = masked_mean(token_logps - ref_token_logps, mask)
     factor = torch.where(scores >= top_score, top_factor * beta, torch.full_like(drift, beta))
@@ -210,7 +210,7 @@ def lambda_rank(
     (LiPO-λ, arXiv:2402.01878); RankDPO is this by score on denoising errors. 2^S stops growing at
     e^40; scores are meant to be grades or lie in [0, 1].
     """
-    count = group_count(groups, num_groups)
+    count = group_count(groups, num_groups, scores)
     ranked = scores if rank_by == "scores" else logratios
     rank = 1 + _ahead(ranked, groups).sum(0)
     discount = (1 + rank).to(logratios.dtype).log().reciprocal()

@@ -209,7 +209,7 @@ def rm_listmle(
     `dpo_plackett_luce` on rewards with beta 1. Equal scores rank in row order; an empty group
     gives 0.
     """
-    return plackett_luce(rewards, scores, groups, group_count(groups, num_groups))
+    return plackett_luce(rewards, scores, groups, group_count(groups, num_groups, scores))
 
 
 @objective("rm_regression", paper="arXiv:2402.18571", family="rewards", shapes={"rewards": "N M"})

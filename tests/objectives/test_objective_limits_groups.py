@@ -138,6 +138,17 @@ def test_groups_rise_from_0_on(key, num_groups):
     close(get(key)(**q | {"groups": q["groups"].to(torch.int16)}), get(key)(**q))
 
 
+@pytest.mark.parametrize(
+    "key", [*(key for key in KEYS if "scores" in quantities_of(get(key))), "rm_listmle"]
+)
+def test_a_score_that_is_not_known(key):
+    """It is neither above nor below another: to some it was the best of its group."""
+    q = problem(key, [2, 0, 3])
+    q["scores"] = q["scores"].index_fill(0, torch.tensor(3), math.nan)
+    with pytest.raises(ValueError, match=r"^scores: expected numbers, got NaN in row 3$"):
+        get(key)(**q, num_groups=3)
+
+
 @pytest.mark.parametrize("key", ["infonca", "swepo", "dpo_plackett_luce"])
 def test_a_number_of_groups_keeps_the_graph_whole(key):
     """The check of the ids would read them in the middle of it."""
