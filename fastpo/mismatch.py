@@ -74,7 +74,7 @@ def diagnose(
         raise ValueError("mask: expected sampled tokens, got none")
     ratio = gap.exp()
     least, most = _BAND
-    outside = ((ratio < least) | (ratio > most)).double().mean()
+    outside = (~((ratio >= least) & (ratio <= most))).double().mean()  # also one that is NaN
     levels = torch.tensor(list(_QUANTILES.values()), dtype=torch.float64, device=gap.device)
     numbers = [ratio.mean(), outside, *_quantiles(gap, levels), gap.abs().max()]
     if whole_logps is not None:

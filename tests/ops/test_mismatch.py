@@ -57,7 +57,8 @@ def test_tokens_that_do_not_count_are_left_out():
     assert one.kept_mass == math.exp(-2.5)
     assert (one.tokens, one.q01, one.median, one.q99) == (1, -0.5, -0.5, -0.5)
     # But not what the trainer does not know.
-    assert math.isnan(fastpo.diagnose(logps, sampler).mean)
+    unknown = fastpo.diagnose(logps, sampler)
+    assert math.isnan(unknown.mean) and unknown.outside == 0.75
     names = {"mean", "outside", "q01", "median", "q99", "largest"}
     assert set(found.log("s/")) == {f"s/{name}" for name in names}
 
