@@ -88,6 +88,30 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return avg(masked_sum(x, mask), mask.sum(-1))
 
 
+def truths(labels: Tensor) -> Tensor:
+    """[N] bool. A number that is neither 0 nor 1 is an error where it can be read at once.
+
+    -1 is how others write "no", and any number but 0 would be a yes.
+    """
+    if labels.dtype != torch.bool and can_be_read(labels):
+        _check_labels(labels, (labels != 0) & (labels != 1), "0 or 1")
+    return labels.bool()
+
+
+def shares(labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N] numbers in [0, 1], checked likewise."""
+    if labels.dtype != torch.bool and can_be_read(labels):
+        _check_labels(labels, ~((labels >= 0) & (labels <= 1)), "numbers in [0, 1]")
+    return labels.to(dtype)
+
+
+def _check_labels(labels: Tensor, wrong: Tensor, expected: str) -> None:
+    rows = wrong.nonzero()
+    if len(rows):
+        row = int(rows[0])
+        raise ValueError(f"labels: expected {expected}, got {labels[row].item()} in row {row}")
+
+
 def group_count(groups: Tensor, num_groups: int | None, scores: Tensor | None = None) -> int:
     """G. Without num_groups it is read from the device: the one synchronisation allowed.
 

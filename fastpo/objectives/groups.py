@@ -22,6 +22,7 @@ from ._math import (
     group_sizes,
     group_sum,
     softplus,
+    truths,
 )
 from ._registry import NonNegative, OneOf, Positive, objective
 
@@ -124,7 +125,7 @@ def mdpo_multisample(
     m = mean log-ratio of the labelled rows - mean of the others. A group without one of the
     sides: 0.
     """
-    count, labels = group_count(groups, num_groups), labels.bool()
+    count, labels = group_count(groups, num_groups), truths(labels)
 
     def mean_and_size(members: Tensor) -> tuple[Tensor, Tensor]:
         size = group_sum(members.to(logratios.dtype), groups, count)

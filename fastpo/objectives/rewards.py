@@ -19,6 +19,7 @@ from ._math import (
     group_sum,
     logistic,
     plackett_luce,
+    truths,
 )
 from ._registry import Interval, NonNegative, OneOf, Positive, objective
 
@@ -185,7 +186,7 @@ def contextual_quality(
     No row labelled: the outside option was chosen. Several: the mean of their rewards. An empty
     group gives 0.
     """
-    count, labels = group_count(groups, num_groups), labels.bool()
+    count, labels = group_count(groups, num_groups), truths(labels)
     offsets = group_starts(groups, count)
     # Starting at 0, the largest reward of the group or of the outside option: no exponent below
     # is positive.

@@ -9,7 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._math import REDUCTIONS, exp_cap, logistic, masked_sum, mean_or_zero, nll_term
+from ._math import (
+    REDUCTIONS,
+    exp_cap,
+    logistic,
+    masked_sum,
+    mean_or_zero,
+    nll_term,
+    shares,
+    truths,
+)
 from ._registry import NonNegative, OneOf, Positive, Unit, objective
 
 
@@ -124,7 +133,7 @@ def kto(
     """
     z = beta * (logratios - mean_or_zero(kl_logratios).clamp(min=0))
     good, bad = desirable_weight * torch.sigmoid(-z), undesirable_weight * torch.sigmoid(z)
-    return torch.where(labels.bool(), good, bad)
+    return torch.where(truths(labels), good, bad)
 
 
 @objective(
@@ -144,7 +153,7 @@ def kto_apo_zero(
     """Desirable: w·σ(-β·x); undesirable: w·σ(β·x)."""
     z = beta * logratios
     good, bad = desirable_weight * torch.sigmoid(-z), undesirable_weight * torch.sigmoid(z)
-    return torch.where(labels.bool(), good, bad)
+    return torch.where(truths(labels), good, bad)
 
 
 @objective("bco", paper="arXiv:2404.04656", family="singles")
@@ -159,7 +168,7 @@ def bco(
 
     δ is the caller's running mean of rewards.
     """
-    return logistic(beta * logratios - delta, labels.bool().to(logratios.dtype))
+    return logistic(beta * logratios - delta, truths(labels).to(logratios.dtype))
 
 
 @objective("depo", paper="arXiv:2511.15392", family="singles")
@@ -186,7 +195,7 @@ def depo(
     z = beta * (logratios - mean_or_zero(kl_logratios).clamp(min=0))
     bonus = alpha_token / per_token + alpha_step / per_step
     good = desirable_weight * torch.sigmoid(-(z + bonus))
-    return torch.where(labels.bool(), good, undesirable_weight * torch.sigmoid(z))
+    return torch.where(truths(labels), good, undesirable_weight * torch.sigmoid(z))
 
 
 @objective("ulma", paper="arXiv:2312.02554", family="singles")
@@ -198,7 +207,7 @@ def ulma(
     beta: Annotated[float, Positive] = 0.1,
 ) -> Tensor:  # [N] nats
     """Desirable: -log p; undesirable: -log σ(-β·x)."""
-    return torch.where(labels.bool(), -logps, -F.logsigmoid(-beta * logratios))
+    return torch.where(truths(labels), -logps, -F.logsigmoid(-beta * logratios))
 
 
 @objective("pointwise_dpo", paper="arXiv:2312.02554", family="singles")
@@ -209,7 +218,7 @@ def pointwise_dpo(
     beta: Annotated[float, Positive] = 0.1,
 ) -> Tensor:  # [N] nats
     """L(β·x; labels)."""
-    return logistic(beta * logratios, labels.to(logratios.dtype))
+    return logistic(beta * logratios, shares(labels, logratios.dtype))
 
 
 @objective("pmpo", paper="arXiv:2410.04166", family="singles")
@@ -225,7 +234,7 @@ def pmpo(
 
     Unbounded below for α < 1 and β = 0.
     """
-    good = labels.bool()
+    good = truths(labels)
     count = torch.where(good, good.sum(), (~good).sum()).to(logps.dtype)
     rows = torch.where(good, -alpha * logps, (1 - alpha) * logps) * (len(good) / count)
     if beta == 0:

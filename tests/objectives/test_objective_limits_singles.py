@@ -28,6 +28,19 @@ def gradient(rows, x):
     return torch.autograd.grad(rows.sum(), x)[0]
 
 
+@pytest.mark.parametrize("key", [*LABELLED, "mdpo_multisample", "contextual_quality"])
+def test_labels_that_are_no_truths(key):
+    """-1 and 1 are how others write them, and -1 was a yes."""
+    q = make_inputs(get(key))
+    numbers = q["labels"].int()
+    torch.testing.assert_close(get(key)(**q | {"labels": numbers}), get(key)(**q))
+    numbers[2:4] = torch.tensor([1, -1])
+    expected = "numbers in \\[0, 1\\]" if key == "pointwise_dpo" else "0 or 1"
+    for labels in (numbers, numbers.float().masked_fill(numbers == -1, math.nan)):
+        with pytest.raises(ValueError, match=rf"^labels: expected {expected}, got \S+ in row 3$"):
+            get(key)(**q | {"labels": labels})
+
+
 @pytest.mark.parametrize("key", LABELLED)
 @pytest.mark.parametrize("extreme", [False, True])
 @pytest.mark.parametrize("label", [False, True])
