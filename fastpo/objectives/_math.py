@@ -198,13 +198,13 @@ def group_logsumexp(x: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     """[N] or [N, M] -> [G] log Σ e^x over all numbers of a group's rows.
 
     An x of -inf is left out, with gradient 0. Over nothing it is -inf, again with gradient 0, where
-    torch.logsumexp has NaN.
+    torch.logsumexp has NaN. Beside a NaN or inf it is NaN.
     """
     wide = x[:, None] if x.ndim == 1 else x
     top = group_max(wide.detach().amax(1), groups, num_groups)
     top = torch.where(top > -math.inf, top, 0)
     mass = group_sum((wide - top[groups][:, None]).exp().sum(1), groups, num_groups)
-    some = mass > 0
+    some = mass != 0
     return torch.where(some, top + torch.where(some, mass, 1).log(), -math.inf)
 
 

@@ -106,7 +106,7 @@ def swepo(
 
     positive, negative = total(deviation > 0), total(deviation <= 0)
     # log(P + Q) - log P = log(1 + Q/P): no difference of two large numbers
-    gap = torch.where(positive > -math.inf, negative - positive, -math.inf)
+    gap = torch.where(positive != -math.inf, negative - positive, -math.inf)
     return softplus(gap)
 
 

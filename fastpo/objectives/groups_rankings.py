@@ -44,6 +44,11 @@ def _ahead(scores: Tensor, groups: Tensor) -> Tensor:
     return _better(scores, groups) | (tied & (row[:, None] < row[None, :]))
 
 
+def _gaps(x: Tensor, better: Tensor) -> Tensor:
+    """[i, j] x_j - x_i of the pairs alone: times 0 the NaN of another group would be one here."""
+    return torch.where(better, x[None, :] - x[:, None], 0)
+
+
 def _of_first(x: Tensor, ahead: Tensor, groups: Tensor, count: int) -> Tensor:
     """[N] -> [G] x of the row that ranks first; 0 for an empty group."""
     return group_sum(torch.where(ahead.any(0), 0, x), groups, count)
@@ -182,7 +187,7 @@ def trpa(
     better = _better(scores, groups)
     drift = masked_mean(token_logps - ref_token_logps, mask)
     factor = torch.where(scores >= top_score, top_factor * beta, torch.full_like(drift, beta))
-    losses = softplus(factor[:, None] * (drift[None, :] - drift[:, None]))
+    losses = softplus(factor[:, None] * _gaps(drift, better))
     ranking = group_sum(torch.where(better, losses, 0).sum(1), groups, count)
     kl = group_sum(masked_sum(k3(old_token_logps - token_logps), mask), groups, count)
     pairs, tokens = (chosen.sum().clamp(min=1).to(kl.dtype) for chosen in (better, mask))
@@ -218,6 +223,6 @@ def lambda_rank(
     power = exp_cap(math.log(2) * scores)[:, None]
     gain = -power * (math.log(2) * (scores[None, :] - scores[:, None])).expm1()
     weight = gain * (discount[:, None] - discount[None, :]).abs()
-    h = beta * logratios
-    pairs = torch.where(_better(scores, groups), weight, 0) * softplus(h[None, :] - h[:, None])
+    h, better = beta * logratios, _better(scores, groups)
+    pairs = torch.where(better, weight, 0) * softplus(_gaps(h, better))
     return group_sum(pairs.sum(1), groups, count)

@@ -149,6 +149,21 @@ def test_a_score_that_is_not_known(key):
         get(key)(**q, num_groups=3)
 
 
+@pytest.mark.parametrize("key", KEYS)
+def test_a_model_that_says_nan_is_heard_in_its_group_alone(key):
+    q = problem(key, [3, 2])
+    if "scores" in q:
+        q["scores"] = torch.tensor([0.0, 2.0, 1.0, 1.0, 2.0], dtype=torch.float64)
+    q |= {"labels": torch.tensor([0, 1, 0, 1, 0]), "mask": torch.ones(5, 5)}
+    q = {name: q[name] for name in quantities_of(get(key))}
+    for x in (leaves := leaves_of(q)).values():
+        x.data[1] = math.nan
+    rows = get(key)(**q)
+    assert rows.isnan().tolist() == [True, False]
+    for gradient in torch.autograd.grad(rows[1], leaves.values(), allow_unused=True):
+        assert gradient is None or gradient[3:].isfinite().all()
+
+
 @pytest.mark.parametrize("key", ["infonca", "swepo", "dpo_plackett_luce"])
 def test_a_number_of_groups_keeps_the_graph_whole(key):
     """The check of the ids would read them in the middle of it."""
