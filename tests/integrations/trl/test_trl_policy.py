@@ -321,6 +321,16 @@ REFUSED = {
         "vllm_importance_sampling_mode: expected token_truncate or token_mask with vespo, got seq",
     ),
     "values": ({"objective": "ppo_value"}, {}, "ppo_value: expected an objective of what GRPO"),
+    "own": (
+        {"objective": lambda logps, advantages: -logps * advantages},
+        {},
+        "<lambda>: expected an objective of what GRPOTrainer has, .* got one of logps",
+    ),
+    "misspelt": (
+        {"objective": lambda token_logps, advantage: -token_logps.sum(1) * advantage},
+        {},
+        "objective: expected parameters named as quantities are, got advantage",
+    ),
     "prompts": (
         {"objective": "gspo", "score_prompts": True},
         {},

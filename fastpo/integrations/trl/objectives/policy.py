@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ....objectives._quantities import SHAPES
 from ....objectives._registry import entry_of
 from ....quantities import Quantities
 from .base import ObjectiveTrainer, standing_in
@@ -65,11 +66,17 @@ class PolicyTrainer(ObjectiveTrainer):
 
     @classmethod
     def takes(cls, function: Objective) -> bool:
-        """Not one of another family, or a function of what only other trainers have."""
+        """Not one of another family, or a function of what only other trainers have.
+
+        One of advantages, or of a name that nobody has, is no other trainer's: whatever else is
+        wrong with it is an error.
+        """
         entry = entry_of(function)
         if entry is not None:
             return entry.family in cls.families
-        return required_of(function).issubset(_GIVEN)
+        required = required_of(function)
+        ours = "advantages" in required or not required <= SHAPES.keys()
+        return ours or required.issubset(_GIVEN)
 
     def prepare_objective(
         self, terms: list[Term], own: list[tuple[str, float]], setting: Setting, dataset: Any
