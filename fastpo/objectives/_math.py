@@ -150,10 +150,12 @@ def _check_known(scores: Tensor) -> None:
 def can_be_read(x: Tensor) -> bool:
     """Without waiting for a device: is there a value, and has it one?
 
-    Subclasses of Tensor, as of torch.compile and of plans, may have none.
+    Subclasses of Tensor, as of torch.compile and of plans, may have none, and under torch.vmap it
+    is many.
     """
     at_once = type(x) is Tensor and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return at_once and x.numel() > 0
+    many = at_once and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return at_once and not many and x.numel() > 0
 
 
 def group_starts(groups: Tensor, num_groups: int) -> Tensor:

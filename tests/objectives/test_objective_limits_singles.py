@@ -230,3 +230,16 @@ def test_beta_to_zero(key):
     free = {"alpha_token": 0.0, "alpha_step": 0.0} if key == "depo" else {}
     limit = math.log(2) if key in ("bco", "pointwise_dpo") else 0.5
     close(get(key)(**q, beta=1e-14, **free), torch.full_like(q["logratios"], limit))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("key", ["kto", "pointwise_dpo", "dpo_plackett_luce", "restricted_ce"])
+def test_checks_of_values_leave_vmap_alone(key):
+    """They would read a value of many."""
+    q = make_inputs(get(key)) | {"groups": torch.tensor([0, 0, 1, 1, 2, 2])}
+    q = {n: x.int() if n == "labels" else x for n, x in q.items() if n in quantities_of(get(key))}
+    moved = {name: None if name == "groups" else 0 for name in q}
+    twice = {n: x if moved[n] is None else torch.stack([x, x]) for n, x in q.items()}
+    fixed = {"num_groups": 3} if "groups" in q else {}
+    rows = torch.vmap(lambda given: get(key)(**given, **fixed), (moved,))(twice)
+    close(rows, get(key)(**q).expand_as(rows))
