@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 EMBEDDED = (HERE / "pairs_train.jsonl", HERE / "pairs_heldout.jsonl")
 # These change what the model reads; to leave them out silently would be to train on other data.
 UNSUPPORTED = ("image", "images", "tools", "chat_template_kwargs")
+OF_MESSAGES = ("tool_calls", "reasoning_content", "thinking")
 HELD_OUT_SHARE = 6
 HELD_OUT_MAX = 64
 
@@ -151,9 +152,7 @@ def check_row(row: Any, place: str) -> Row:
     if missing:
         got = ", ".join(key if key.isprintable() else ascii(key) for key in row) or "no keys"
         raise DemoError(f"{place}: expected {', '.join(KEYS)}, got {got}: {missing[0]} is missing")
-    for key in UNSUPPORTED:
-        if row.get(key):
-            raise DemoError(f"{place}: {key}: not supported, the demo trains on text only")
+    _refuse(UNSUPPORTED, row, f"{place}: ")
     checked = {key: _check_side(row[key], f"{place}: {key}") for key in KEYS}
     kinds = {key: _kind(value) for key, value in checked.items()}
     if len(set(kinds.values())) > 1:
@@ -162,6 +161,12 @@ def check_row(row: Any, place: str) -> Row:
     if checked["chosen"] == checked["rejected"]:
         raise DemoError(f"{place}: chosen and rejected are the same, nothing is preferred")
     return checked
+
+
+def _refuse(keys: Iterable[str], found: dict[str, Any], name: str) -> None:
+    for key in keys:
+        if found.get(key):
+            raise DemoError(f"{name}{key}: not supported, the demo trains on text only")
 
 
 def _prompted(row: Row, place: str) -> Row:
@@ -205,6 +210,7 @@ def _check_text(text: str, name: str) -> str:
 def _check_message(message: Any, name: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise DemoError(f"{name}: expected a message with role and content, got {_kind(message)}")
+    _refuse(OF_MESSAGES, message, f"{name}.")
     for key in ("role", "content"):
         if not isinstance(message.get(key), str):
             got = _kind(message[key]) if key in message else "nothing"

@@ -51,6 +51,18 @@ MALFORMED = {
     ),
     "other format": (chat("a", "b", "c"), "expected strings as in the first row"),
     "images": (GOOD | {"images": ["x.png"]}, "images: not supported, the demo trains on text only"),
+    "calls": (
+        chat("a", "b", "c") | {"chosen": [{"role": "assistant", "tool_calls": [{"type": "x"}]}]},
+        "chosen[0].tool_calls: not supported, the demo trains on text only",
+    ),
+    "thoughts alone": (
+        {
+            "prompt": [{"role": "user", "content": "a", "tool_calls": None}],
+            "chosen": [{"role": "assistant", "content": "b", "reasoning_content": "Right."}],
+            "rejected": [{"role": "assistant", "content": "b", "reasoning_content": "Wrong."}],
+        },
+        "chosen[0].reasoning_content: not supported",
+    ),
     "surrogate": (
         '{"prompt": "\\ud800", "chosen": "b", "rejected": "c"}',
         "prompt: expected valid",
