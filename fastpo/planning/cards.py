@@ -26,7 +26,7 @@ _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 
 def memory_of(text: str) -> int:
     """Bytes of a card by name, or of a size: `80GiB`, `24g`. Anything else is a ValueError."""
-    name = str(text).strip().lower().removeprefix("rtx").removeprefix("-")
+    name = re.sub("^rtx[- ]?", "", str(text).strip().lower())
     if name in CARDS:
         return int(CARDS[name] * GIB)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:ib|b)?", name)

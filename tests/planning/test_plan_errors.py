@@ -73,6 +73,7 @@ WRONG = {
     "no model": (["--model", "nowhere"], "model: expected a folder or a config.json, got"),
     "none": ([], "--model: expected a folder"),
     "gpu": (["--gpu", "h1000"], "gpu: expected a size as 80GiB or one of b200, "),
+    "gpu below none": (["--gpu=-5GiB"], "gpu: expected a size as 80GiB or one of b200, "),
     "trainer": (["--trainer", "ppo"], "trainer: expected one of dpo, "),
     "dtype": (["--dtype", "int8"], "dtype: expected one of bf16, "),
     "optimizer": (["--optimizer", "lion"], "optimizer: expected one of adamw, "),

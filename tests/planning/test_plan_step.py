@@ -386,9 +386,9 @@ def test_a_ratio_says_how_prompts_are():
 
 
 def test_cards():
-    assert memory_of("H100") == int(CARDS["h100"] * 2**30) and memory_of("rtx-4090") > 23 * 2**30
+    assert memory_of("H100") == int(CARDS["h100"] * 2**30) and memory_of("RTX 4090") > 23 * 2**30
     assert memory_of("80GiB") == memory_of("80g") == 80 * 2**30
-    assert memory_of("1.5 TiB") == int(1.5 * 2**40)
+    assert memory_of("1.5 TiB") == int(1.5 * 2**40) and memory_of("rtx-4090") == memory_of("4090")
 
 
 @pytest.mark.parametrize("checkpointing", ["layers", "offload"])
