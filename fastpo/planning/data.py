@@ -72,14 +72,15 @@ def _distinct(batch: list[list[int]]) -> int:
 
 def _rows(path: Path) -> list[Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"data: expected a readable file, got {path}: {error}") from error
     try:
         if text.lstrip().startswith("["):
             found: list[Any] = json.loads(text)
             return found
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
+        # Not splitlines: a string of JSON may hold U+2028, which ends no line of the file.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:  # no JSON, or a number or depth out of bounds
         raise ValueError(f"data: expected JSON lines in {path}, got {error}") from error
 

@@ -21,7 +21,8 @@ def lengths(tmp_path_factory):
 
     def read(rows):
         data = folder / "data.jsonl"
-        data.write_text("\n".join(map(json.dumps, rows)))
+        lines = (json.dumps(row, ensure_ascii=False) for row in rows)
+        data.write_text("\r\n".join(lines), encoding="utf-8-sig")
         return read_lengths(data, folder)
 
     return read
@@ -44,3 +45,7 @@ def test_means_pads_and_what_is_shared(lengths):
 def test_a_context_of_nearly_all_rows(lengths):
     found = lengths([{"text": 5 * "#"}] * 298 + [{"text": 60 * "#"}] * 2)
     assert (found.context, found.longest) == (5, 60)
+
+
+def test_a_separator_of_lines_inside_a_string(lengths):
+    assert lengths([{"text": "#\u2028#\x85"}] * 2).rows == 2
