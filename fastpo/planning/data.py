@@ -96,13 +96,22 @@ def _texts(row: Any, path: Path, number: int) -> tuple[Any, list[Any]]:
     texts = [*answers, prompt] if prompt else answers
     # A string beside turns would be left out by the tokenizer's template.
     if answers and (all(isinstance(x, str) for x in texts) or all(map(_is_chat, texts))):
-        return prompt, answers
+        pair = {"chosen", "rejected"} <= filled.keys() and row.get("prompt") is None
+        return _in_common(filled) if pair else (prompt, answers)
     wanted = "prompt with chosen and rejected or completion, or text, or messages"
     kinds = (f"{name} ({type(value).__name__})" for name, value in filled.items())
     raise ValueError(
         f"data: expected {wanted}, all of them strings or lists of turns, in {path} row {number}, "
         f"got {', '.join(kinds) or 'none'}"
     )
+
+
+def _in_common(pair: dict[str, Any]) -> tuple[Any, list[Any]]:
+    """The prompt of a pair that has none of its own: what both begin with, as TRL takes it."""
+    from trl.data_utils import extract_prompt
+
+    found = extract_prompt(pair)
+    return found["prompt"], [found["chosen"], found["rejected"]]
 
 
 def _is_chat(x: Any) -> bool:

@@ -47,5 +47,18 @@ def test_a_context_of_nearly_all_rows(lengths):
     assert (found.context, found.longest) == (5, 60)
 
 
+def test_the_prompt_that_a_pair_has_in_common(lengths):
+    """Many sets of pairs have no prompt of their own: TRL takes it from the two answers."""
+    found = lengths([{"chosen": 30 * "#" + 10 * "<", "rejected": 30 * "#" + 20 * ">"}] * 2)
+    assert (found.rows, found.prompt, found.answer, found.longest) == (4, 30, 15, 50)
+    said = [[{"role": "user", "content": "#"}, {"role": "assistant", "content": x}] for x in "<>"]
+    pairs = {"chosen": said[0], "rejected": said[1]}
+    split = {"prompt": said[0][:1], "chosen": said[0][1:], "rejected": said[1][1:]}
+    assert lengths([pairs] * 2) == lengths([split] * 2)
+    assert lengths([pairs] * 2).prompt > 0
+    own = lengths([{"prompt": "", "chosen": "##<", "rejected": "##>"}] * 2)
+    assert (own.prompt, own.answer) == (0, 3)
+
+
 def test_a_separator_of_lines_inside_a_string(lengths):
     assert lengths([{"text": "#\u2028#\x85"}] * 2).rows == 2
