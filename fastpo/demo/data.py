@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from ..records import read_records
 from .errors import DemoError
 
 KEYS = ("prompt", "chosen", "rejected")
@@ -85,7 +85,7 @@ def _places(numbered: list[tuple[int, Row]], path: Path) -> tuple[list[Row], dic
 def read_rows(path: Path) -> list[tuple[int, Row]]:
     """(number, row) of every row, a line's in JSONL; DemoError names the file and the row."""
     rows: list[tuple[int, Row]] = []
-    for number, found in _objects(path):
+    for number, found in _records(path):
         place = f"{path}, row {number}"
         row = check_row(found, place)
         if rows and is_conversational(row) != is_conversational(rows[0][1]):
@@ -98,49 +98,11 @@ def read_rows(path: Path) -> list[tuple[int, Row]]:
     return rows
 
 
-def _objects(path: Path) -> Iterable[tuple[int, Any]]:
-    """What a file of JSON lines, of one JSON array, or of Parquet holds, numbered from 1."""
-    if path.suffix == ".parquet" and path.is_file():
-        return enumerate(_read_parquet(path), start=1)
-    text = _read_text(path)
-    if text.lstrip().startswith("["):
-        return enumerate(_parse(text, str(path), "one JSON array"), start=1)
-    lines = enumerate(text.split("\n"), start=1)
-    each = "one JSON object per line"
-    return ((n, _parse(line, f"{path}, row {n}", each)) for n, line in lines if line.strip())
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    import pyarrow  # of datasets
-    from pyarrow import parquet
-
+def _records(path: Path) -> Iterable[tuple[int, Any]]:
     try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise DemoError(f"{path}: cannot be read: {error}") from None
-    return rows
-
-
-def _read_text(path: Path) -> str:
-    if path.is_dir():
-        raise DemoError(f"{path}: expected a file of pairs, got a folder")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DemoError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise DemoError(
-            f"{path}: expected UTF-8 text, got byte {error.start}: {error.reason}"
-        ) from None
-    except OSError as error:
-        raise DemoError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _parse(text: str, place: str, expected: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DemoError(f"{place}: expected {expected}, got {_short(text)} ({error})") from None
+        yield from read_records(path)
+    except ValueError as error:
+        raise DemoError(str(error)) from None
 
 
 def check_row(row: Any, place: str) -> Row:
@@ -225,7 +187,3 @@ def _kind(value: Any) -> str:
     if value is None:
         return "null"
     return names.get(type(value), "a number")
-
-
-def _short(text: str, limit: int = 40) -> str:
-    return repr(text if len(text) <= limit else text[:limit] + "…")

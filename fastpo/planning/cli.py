@@ -78,7 +78,7 @@ def _add_step(option: Any) -> None:
     )
     option("--budget", type=int, metavar="BYTES", help="what fastpo's head may keep")
     option("--devices", type=int, metavar="N")
-    option("--data", type=Path, metavar="FILE", help="lengths from a JSONL of prompt, chosen, …")
+    option("--data", type=Path, metavar="FILE", help="lengths of its rows: JSONL, JSON, Parquet")
 
 
 def _add_head(commands: Any) -> None:
@@ -89,10 +89,16 @@ def _add_head(commands: Any) -> None:
         epilog="example: fastpo plan head 8192 151936 896 --frozen-head",
     )
     head.set_defaults(command=_head)
-    option = head.add_argument
-    option("tokens", type=int, help="scored tokens")
-    option("vocab", type=int, help="words of the head")
-    option("hidden", type=int, help="hidden size")
+
+    def option(name: str, **settings: Any) -> None:
+        head.add_argument(name, dest=f"head_{name.lstrip('-').replace('-', '_')}", **settings)
+
+    def size(name: str, text: str) -> None:
+        head.add_argument(f"head_{name}", metavar=name, type=int, help=text)
+
+    size("tokens", "scored tokens")
+    size("vocab", "words of the head")
+    size("hidden", "hidden size")
     option("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     option("--device", choices=("cpu", "cuda"), default="cuda", help="default: cuda")
     option("--frozen-head", action="store_true", help="the head is not trained (LoRA)")
@@ -135,16 +141,20 @@ def _head(options: argparse.Namespace) -> int:
 
     from ..planner import plan
 
+    given = {name: value for name, value in vars(options).items() if name != "command"}
+    of_step = [name for name in given if not name.startswith("head_")]
+    if of_step:
+        return _complain(ValueError(f"head: expected no options before it, got {of_step[0]}"))
     try:
         made = plan(
-            options.tokens,
-            options.vocab,
-            options.hidden,
-            dtype=getattr(torch, options.dtype),
-            device=options.device,
-            train_hidden=not options.no_grad,
-            train_head=not (options.no_grad or options.frozen_head),
-            budget=options.budget,
+            options.head_tokens,
+            options.head_vocab,
+            options.head_hidden,
+            dtype=getattr(torch, options.head_dtype),
+            device=options.head_device,
+            train_hidden=not options.head_no_grad,
+            train_head=not (options.head_no_grad or options.head_frozen_head),
+            budget=options.head_budget,
         )
     except ValueError as error:
         return _complain(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from ..layout.tree import layout_of
+from ..records import read_records
 from .given import foreign
 
 _ANSWERS = ("chosen", "rejected", "completion")
@@ -43,7 +43,11 @@ def read_lengths(path: Path, model: Any) -> Lengths:
         raise ValueError(f"data: expected a model folder with a tokenizer beside it, got {model!r}")
     with foreign(f"data: expected a tokenizer in {model}"):
         tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
-    items = [_texts(row, path, i) for i, row in enumerate(_rows(path), 1)]
+    try:
+        rows = list(read_records(path))
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from None
+    items = [_texts(row, path, number) for number, row in rows]
     if not items:
         raise ValueError(f"data: expected rows in {path}, got none")
     tokens = [[_both(tokenizer, prompt, answer) for answer in answers] for prompt, answers in items]
@@ -68,21 +72,6 @@ def _distinct(batch: list[list[int]]) -> int:
     ids = torch.tensor([row + [0] * (width - len(row)) for row in batch])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch])
     return layout_of(ids, mask).size
-
-
-def _rows(path: Path) -> list[Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"data: expected a readable file, got {path}: {error}") from error
-    try:
-        if text.lstrip().startswith("["):
-            found: list[Any] = json.loads(text)
-            return found
-        # Not splitlines: a string of JSON may hold U+2028, which ends no line of the file.
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (ValueError, RecursionError) as error:  # no JSON, or a number or depth out of bounds
-        raise ValueError(f"data: expected JSON lines in {path}, got {error}") from error
 
 
 def _texts(row: Any, path: Path, number: int) -> tuple[Any, list[Any]]:

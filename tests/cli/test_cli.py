@@ -112,6 +112,10 @@ def test_objectives_of_one_family_and_one_key(capsys):
     [
         (["plan", "head", "-1", "32000", "64"], "tokens: expected an integer >= 0, got -1"),
         (["plan", "head", "1", "0", "64"], "vocab: expected an integer >= 1, got 0"),
+        (
+            ["plan", "--device", "cpu", "head", "1", "2", "3"],
+            "head: expected no options before it, got device",
+        ),
         (["objectives", "nothing"], "objective: expected one of "),
         (["objectives", "--family", "nothing"], "family: expected one of transforms"),
         (["objectives", "dpo", "--family", "nothing"], "family: expected one of transforms"),

@@ -98,7 +98,7 @@ def test_unusable_files_are_named(content, message, tmp_path):
     with pytest.raises(DemoError, match=r"pairs\.jsonl: ") as error:
         data.load_pairs(path, seed=0)
     assert message in str(error.value)
-    with pytest.raises(DemoError, match="expected a file of pairs, got a folder"):
+    with pytest.raises(DemoError, match="expected a file of rows, got a folder"):
         data.load_pairs(tmp_path, seed=0)
 
 

@@ -10,6 +10,7 @@ pytest.importorskip("trl", minversion="1.16")
 pytest.importorskip("peft")
 
 import _tiny as tiny
+import datasets
 
 from fastpo.planning.data import read_lengths
 
@@ -25,6 +26,7 @@ def lengths(tmp_path_factory):
         data.write_text("\r\n".join(lines), encoding="utf-8-sig")
         return read_lengths(data, folder)
 
+    read.folder = folder
     return read
 
 
@@ -62,3 +64,13 @@ def test_the_prompt_that_a_pair_has_in_common(lengths):
 
 def test_a_separator_of_lines_inside_a_string(lengths):
     assert lengths([{"text": "#\u2028#\x85"}] * 2).rows == 2
+
+
+def test_an_array_and_parquet(lengths, tmp_path):
+    """As the demo reads them."""
+    rows = [{"prompt": "##", "chosen": x * "<", "rejected": ">"} for x in (1, 5)]
+    expected, folder = lengths(rows), lengths.folder
+    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows.json", "rows.parquet"):
+        assert read_lengths(tmp_path / name, folder) == expected

@@ -91,7 +91,7 @@ WRONG = {
     "adapted head": (["--lora", "targets=lm_head"], "lora: expected targets below the head"),
     "4 bits": (["--load-in-4bit"], "load_in_4bit: expected an adapter (lora) with it, got none"),
     "adapter": (["--reference", "adapter-off"], "reference: expected an adapter"),
-    "data": (["--data", "nowhere.jsonl"], "data: expected a readable file, got nowhere.jsonl"),
+    "data": (["--data", "nowhere.jsonl"], "data: nowhere.jsonl: no such file"),
     "no picture": (["--plot", "x.word"], "plot: expected a picture's path, got x.word"),
     "picture": (["--plot", "no/x.png"], "plot: expected a file in a folder to write to, got 'no/x"),
     "picture of a folder": (["--plot", "."], "plot: expected a file to write, got the folder '.'"),
@@ -292,7 +292,7 @@ def test_files_out_of_bounds(name, tmp_path, folder, refused):
     data = tmp_path / "data.jsonl"
     data.write_text(DEEP[name])
     line = refused("--model", folder, "--data", data)
-    assert line.startswith(f"data: expected JSON lines in {data}, got ")
+    assert line.startswith(f"data: {data}") and "expected one JSON " in line
 
 
 TURNS = [{"role": "user", "content": "why"}]
