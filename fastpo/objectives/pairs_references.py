@@ -43,8 +43,9 @@ def spa(
     threshold is the caller's running quantile of recent g; g carries no gradient.
     """
     mixed = mixed_chosen_logps - mixed_rejected_logps
-    confident = beta * (mixed - (ref_chosen_logps - ref_rejected_logps)) > threshold
-    labels = 1 - alpha * (~confident).to(mixed.dtype)
+    gap = beta * (mixed - (ref_chosen_logps - ref_rejected_logps))
+    labels = 1 - alpha * (gap <= threshold).to(mixed.dtype)
+    labels = labels.masked_fill(gap.isnan(), math.nan)
     return dpo(chosen_logratios, rejected_logratios, soft_labels=labels, beta=beta)
 
 

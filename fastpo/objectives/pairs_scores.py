@@ -4,6 +4,7 @@
 carry no gradient. All return [B].
 """
 
+import math
 from typing import Annotated
 
 import torch
@@ -48,7 +49,7 @@ def odpo(
     gap = chosen_scores - rejected_scores
     if kind == "linear":
         return dpo(chosen_logratios, rejected_logratios, margins=alpha * gap, beta=beta)
-    won = gap > 0
+    won = ~(gap <= 0)  # a NaN stays one
     offset = alpha * torch.where(won, gap, 1.0).log()
     rows = dpo(chosen_logratios, rejected_logratios, margins=offset, beta=beta)
     return torch.where(won, rows, 0.0)
@@ -167,4 +168,7 @@ def online_dpo(
     first = chosen_scores >= rejected_scores
     better = torch.where(first, chosen_logratios, rejected_logratios)
     worse = torch.where(first, rejected_logratios, chosen_logratios)
+    # A NaN is in no order: then the row is one, and so is its gradient into both sides.
+    unknown = chosen_scores.isnan() | rejected_scores.isnan()
+    better = better + torch.zeros_like(better).masked_fill(unknown, math.nan)
     return (dpo if loss == "sigmoid" else ipo)(better, worse, beta=beta)

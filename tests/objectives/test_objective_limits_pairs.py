@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastpo.objectives import compose, get
+from fastpo.objectives._registry import quantities_of
 
 few = settings(max_examples=15, deadline=None)
 seeds = st.integers(0, 2**20)
@@ -254,6 +255,28 @@ def test_without_a_reference(seed):
     close(logic(variant="cpo"), get("simpo")(*sides, beta=0.7, gamma=0.0))
     odds = get("orpo")(*sides, beta=1.0) + c / n_c
     close(get("dpa_logic")(*sides, variant="orpo", beta=1.0), odds)
+
+
+@pytest.mark.parametrize(
+    ("key", "hidden"),
+    [
+        ("odpo", "chosen_scores"),
+        ("online_dpo", "chosen_scores"),
+        ("online_dpo", "rejected_scores"),
+        ("spa", "mixed_chosen_logps"),
+        ("spa", "ref_rejected_logps"),
+    ],
+)
+def test_what_is_not_known_is_no_side_of_a_comparison(key, hidden):
+    """The row was left out, or the pair taken the other way round."""
+    names = quantities_of(get(key))
+    q = dict(zip(names, columns(3, len(names)), strict=True))
+    q[hidden] = q[hidden].index_fill(0, torch.tensor(1), math.nan)
+    leaf = q["rejected_logratios"].requires_grad_()
+    rows = get(key)(**q)
+    assert rows.isnan().tolist() == [False, True, False, False, False]
+    (gradient,) = torch.autograd.grad(rows.sum(), leaf)
+    assert gradient.isnan().tolist() == rows.isnan().tolist()
 
 
 @pytest.mark.parametrize("c", [0.0, -1e-12, -1e-6, -500.0])
