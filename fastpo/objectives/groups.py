@@ -104,7 +104,8 @@ def swepo(
     def total(members: Tensor) -> Tensor:
         return group_logsumexp(torch.where(members, strengths, -math.inf), groups, count)
 
-    positive, negative = total(deviation > 0), total(deviation <= 0)
+    # ~(<=): beside an infinite score deviations are NaN, which shall not be "no positive".
+    positive, negative = total(~(deviation <= 0)), total(deviation <= 0)
     # log(P + Q) - log P = log(1 + Q/P): no difference of two large numbers
     gap = torch.where(positive != -math.inf, negative - positive, -math.inf)
     return softplus(gap)

@@ -87,7 +87,7 @@ def pro_ranking(
     mean = avg(logps, lengths)
     lowest = -group_max(-scores, groups, count)  # it gives T_kk, and 0 for the last in rank
     own = mean * (scores - lowest[groups])
-    other = mean[None, :] * (scores[:, None] - scores[None, :])
+    other = mean[None, :] * -_gaps(scores, ahead)
     gap = torch.where(ahead, other - own[:, None], -math.inf)
     # Not logsumexp: its gradient takes the exponential of a difference of larger numbers.
     contrast = group_sum(-F.pad(gap, (1, 0)).log_softmax(1)[:, 0], groups, count)

@@ -164,6 +164,15 @@ def test_a_model_that_says_nan_is_heard_in_its_group_alone(key):
         assert gradient is None or gradient[3:].isfinite().all()
 
 
+@pytest.mark.parametrize("key", ["pro_ranking", "swepo"])
+def test_an_infinite_score_is_heard_in_its_group_alone(key):
+    q = problem(key, [3, 2]) | {"scores": torch.tensor([0.0, math.inf, 1.0, 1.0, 2.0]).double()}
+    (leaf,) = leaves_of(q).values()
+    rows = get(key)(**q)
+    assert rows.isfinite().tolist() == [False, True]
+    assert torch.autograd.grad(rows[1], leaf)[0].isfinite()[3:].all()
+
+
 @pytest.mark.parametrize("key", ["infonca", "swepo", "dpo_plackett_luce"])
 def test_a_number_of_groups_keeps_the_graph_whole(key):
     """The check of the ids would read them in the middle of it."""
