@@ -268,8 +268,9 @@ def high_entropy_mask(
 ) -> Quantities:
     """1 where scored and entropy ≥ the 1 - top quantile over all scored tokens, else 0.
 
-    Tokens whose entropies differ by rounding alone are on one side, above. The bonus of an
-    objective's entropy_coef stays that of all scored tokens; TRL's is that of the tokens above.
+    Tokens whose entropies differ by rounding alone are on one side, above; one that is NaN is on
+    none and has weight NaN. The bonus of an objective's entropy_coef stays that of all scored
+    tokens; TRL's is that of the tokens above.
     """
     entropy = entropy.detach()
     if entropy.numel() == 0:
@@ -283,7 +284,8 @@ def high_entropy_mask(
     at_low, at_high = ranked.take(low), ranked.take(torch.minimum(low + 1, last))
     quantile = torch.lerp(at_low, at_high, (position - low).to(entropy.dtype))
     least = lowest(entropy, mask & (entropy >= quantile))
-    return {"is_weights": (mask & reaches(entropy, least)).to(entropy.dtype)}
+    weights = (mask & reaches(entropy, least)).to(entropy.dtype)
+    return {"is_weights": weights.masked_fill(entropy.isnan(), math.nan)}
 
 
 @transform("sampler_is_weights", outputs=("is_weights",))

@@ -160,6 +160,17 @@ def test_the_sampler_may_not_know_a_token():
         assert weights(broken, sampler, mask)["is_weights"].isnan()[0, 0]
 
 
+def test_an_entropy_that_is_nan_is_not_low():
+    """As -(p·log p) is beside words that a sampler left out: every token fell out of the loss."""
+    entropy, mask = torch.rand(3, 4), torch.ones(3, 4, dtype=torch.bool)
+    mask[1] = False
+    weights = get("high_entropy_mask")(entropy.fill_(math.nan), mask)["is_weights"]
+    assert torch.equal(weights.isnan(), mask)
+    entropy[0, 1:] = torch.tensor([0.3, 2.0, 0.1])
+    weights = get("high_entropy_mask", top=0.6)(entropy, mask)["is_weights"]
+    assert torch.equal(weights.isnan(), mask & entropy.isnan())
+
+
 def test_batch_reduction_averages_to_the_token_mean():
     logps, n = torch.tensor([-3.0, 0.0, -8.0]), lengths(2, 0, 4)
     close(get("sft")(logps, n).mean(), torch.tensor(11 / 6), rtol=1e-6)
