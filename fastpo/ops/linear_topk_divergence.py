@@ -62,11 +62,11 @@ def linear_topk_divergence(
     The teacher's is 1 - Σ q; of a list that holds all of its mass, at most 1e-6.
 
     hidden: [..., H] float32, bfloat16 or float16.  weight, bias: [V, H] and [V].
-    teacher_ids: [..., K] int64, in [0, V).
+    teacher_ids: [..., K] int64, in [0, V), no word twice for a token.
     teacher_logps: [..., K] nats, over the whole vocabulary; -inf for a word that is none: lists of
         several lengths are filled up with it, and any id. The student's mass on it belongs to the
-        rest; a list without words gives 0, whatever its hidden state is. On a CPU NaN and numbers
-        above 0 raise.
+        rest; a list without words gives 0, whatever its hidden state is. On a CPU NaN, numbers
+        above 0 and a word that is listed twice raise.
 
     mask: [...] bool, as there, as are budget, backend and errors. Gradient flows to hidden, weight
         and bias.
@@ -89,6 +89,7 @@ def linear_topk_divergence(
         x.masked_fill(~scored.unsqueeze(-1), 0) for x in (hidden, teacher_logps.detach())
     )
     _check_values(teacher_ids, teacher, len(weight))
+    _check_once(teacher_ids, scored.unsqueeze(-1) & ~none)
     registry.choose(backend, hidden.device)  # raises where there is no walk that would
     given = R.LogitMap.of(temperature, softcap, logit_scale), budget, backend
     lists = _Lists(teacher_ids, none & scored.unsqueeze(-1), scored)
@@ -255,4 +256,19 @@ def _check_values(ids: Tensor, logps: Tensor, vocab: int) -> None:
         raise ValueError(
             f"teacher_logps: expected logarithms of probabilities, at most 0, "
             f"got {logps[place].item()} at {place}"
+        )
+
+
+def _check_once(ids: Tensor, words: Tensor) -> None:
+    """Likewise. A word that is listed twice would count twice, in the list and against its rest."""
+    if ids.device.type != "cpu" or not ids.numel():
+        return
+    others = torch.arange(-ids.shape[-1], 0)  # what is no word may be listed twice
+    ranked = torch.where(words, ids, others).sort(-1).values
+    twice = ranked[..., 1:] == ranked[..., :-1]
+    if bool(twice.any()):
+        place = tuple(twice.nonzero()[0].tolist())
+        raise ValueError(
+            f"teacher_ids: expected each word once for a token, "
+            f"got {int(ranked[place])} twice at {place[:-1]}"
         )

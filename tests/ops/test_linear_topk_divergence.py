@@ -321,7 +321,7 @@ def test_a_filled_list_beside_a_mask():
     mask = torch.arange(13) > 4
     with pytest.raises(ValueError, match=r"teacher_ids: expected values in \[0, 211\)"):
         fastpo.linear_topk_divergence(h, w, ids, filled, kind="forward_kl", mask=mask)
-    ids = torch.where(mask.unsqueeze(1), 7, ids)
+    ids = torch.where(mask.unsqueeze(1), torch.arange(7, 12), ids)
     assert fastpo.linear_topk_divergence(h, w, ids, filled, kind="jsd", mask=mask)[5:].all()
 
 
@@ -333,6 +333,10 @@ LISTS = [
     ({"teacher_ids": torch.zeros(13, 0).long()}, r"teacher_ids: expected .* got .* \(13, 0\)"),
     ({"teacher_logps": torch.zeros(13, 2)}, r"teacher_logps: expected shape \(13, 3\)"),
     ({"teacher_ids": torch.full((13, 3), 211)}, r"teacher_ids: expected values in \[0, 211\)"),
+    (
+        {"teacher_ids": torch.tensor([[4, 9, 2]] * 5 + [[7, 3, 7]] * 8)},
+        r"teacher_ids: expected each word once for a token, got 7 twice at \(5,\)",
+    ),
     (
         {"teacher_ids": torch.zeros(13, 3, dtype=torch.int64, device="meta")},
         "teacher_ids: expected device cpu, got meta",
@@ -355,7 +359,7 @@ LISTS = [
 @pytest.mark.parametrize(("change", "message"), LISTS)
 def test_lists_that_cannot_be_raise(change, message):
     h, w, *_ = (x.detach() for x in sides())
-    ids, logps = torch.zeros(13, 3, dtype=torch.int64), torch.full((13, 3), -2.0)
+    ids, logps = torch.arange(3).expand(13, 3), torch.full((13, 3), -2.0)
     given = {"teacher_ids": ids, "teacher_logps": logps, "kind": "forward_kl"}
     with pytest.raises(ValueError, match=message):
         fastpo.linear_topk_divergence(h, w, **{**given, **change})
