@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...ops.products import mm_
 from ...ops.tiles.tiled import dense
+from ...ops.walks.saving import retained
 from .base import Base
 from .promise import Promise
 from .rowwise import Node
@@ -260,7 +261,10 @@ class _Blocks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.saved_tensors  # noqa: B018 of none: PyTorch's error where it has freed them
         plan: _Plan = ctx.plan
+        if not retained():  # whoever keeps a loss keeps its nodes
+            ctx.plan = None
         weights = plan.weights()
         sums = _Sums(plan, weights, ctx.needs_input_grad[1:])
         for where in plan.blocks():

@@ -85,7 +85,7 @@ def of_fsdp(logits: Any, hook: Any) -> bool:
     """FSDP2 gathers weights for the backward when it comes by what a module gave: it may wait for
     the hidden states, which every gradient reaches unless the head alone is trained."""
     own = getattr(hook, "__qualname__", "") == "FSDPState._pre_backward"
-    return own and logits._cell.graph.promise.base.hidden.requires_grad
+    return own and logits._cell.promise.base.hidden.requires_grad
 
 
 def here(func: Any, device: torch.device) -> Any:

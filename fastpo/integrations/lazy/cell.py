@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...ops.walks.saving import saving_hooks
+from ...ops.walks.saving import retained, saving_hooks
 from .base import Watch
 from .blocks import fits_one_block, reduced
 from .rowwise import Node, Rowwise
@@ -23,10 +23,14 @@ told: set[tuple[str, str]] = set()  # operation and place
 
 
 class Graph:
-    """From the operands of a head to its logits, and back; holds no logits itself."""
+    """From the operands of a head to its logits, and back; holds no logits itself.
+
+    promise: None after the backward of its node, when PyTorch frees what nodes have saved. Whoever
+    keeps a loss keeps its nodes, and with the operands may keep logits that these are made of.
+    """
 
     def __init__(self, promise: Node) -> None:
-        self.promise = promise
+        self.promise: Node | None = promise
         self.leaves: tuple[Tensor | None, ...] = ()
         self.edge: Any = None
 
@@ -40,6 +44,7 @@ class Graph:
 
     def _whole(self, name: str) -> Tensor:
         node = self.promise
+        assert node is not None
         if node.dtype == torch.bool and isinstance(node, Rowwise) and not node.rearranged:
             # Of blocks, as are the numbers that words were compared with, to the last bit.
             made: Tensor = reduced(node, [], lambda x, _: x)
@@ -47,14 +52,25 @@ class Graph:
         self.leaves = node.leaves(name)
         return node.whole(self.leaves)
 
-    def gradients(self, grad: Tensor, needs: tuple[bool, ...]) -> list[Tensor | None]:
-        """Of hidden states, weight, bias and adapter, from d logits [..., V]."""
+    def gradients(
+        self, ctx: Any, grad: Tensor | None, needs: tuple[bool, ...]
+    ) -> list[Tensor | None]:
+        """Of hidden states, weight, bias and adapter, from d logits [..., V]; ctx: of the node."""
+        if grad is None:
+            return self.freed([None] * len(needs))
+        ctx.saved_tensors  # noqa: B018 of none: PyTorch's error where it has freed them
         if self.edge is None:
             self.logits("its gradient")
         wanted = [leaf for leaf, need in zip(self.leaves, needs, strict=True) if need]
-        options = {"retain_graph": True, "allow_unused": True}
+        options = {"retain_graph": retained(), "allow_unused": True}
         found = iter(torch.autograd.grad(self.edge, wanted, grad, **options))  # type: ignore[arg-type]
-        return [next(found) if need else None for need in needs]
+        return self.freed([next(found) if need else None for need in needs])
+
+    def freed(self, found: Any) -> Any:
+        """What its node has found in a backward, which may have been the last one."""
+        if not retained():
+            self.promise, self.leaves, self.edge = None, (), None
+        return found
 
 
 class Cell:
@@ -74,7 +90,8 @@ class Cell:
         if self.values is None:
             assert self.graph is not None and self.promise is not None
             self.tell(name)
-            self.values = self.graph.logits(name)
+            live = self.graph.promise is not None
+            self.values = (self.graph if live else Graph(self.promise)).logits(name)
             self.watch.see(self.values)
             self.promise.family.add(self.watch)
         return self.values
@@ -142,7 +159,7 @@ class Scaled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None]:
-        return None if grad is None else grad * ctx.factor, None, None
+        return ctx.graph.freed((None if grad is None else grad * ctx.factor, None, None))
 
 
 class Rewritten(torch.autograd.Function):
@@ -158,9 +175,7 @@ class Rewritten(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[2:]
-        found = [None] * len(needs) if grad is None else ctx.graph.gradients(grad, needs)
-        return (None, None, *found)
+        return (None, None, *ctx.graph.gradients(ctx, grad, ctx.needs_input_grad[2:]))
 
 
 class Changed(torch.autograd.Function):

@@ -77,7 +77,7 @@ class LazyLogits(Tensor):
         name, args, kwargs = name_of(func), *positional(args, dict(kwargs or {}))
         first: Any = args[0] if args else None
         if name == "register_hook" and of_fsdp(*args):
-            return first._cell.graph.promise.base.hidden.register_hook(*args[1:])
+            return first._cell.promise.base.hidden.register_hook(*args[1:])
         if name == "grad" and func.__name__ == "__get__":  # as Dynamo reads it of its inputs
             return _natively(func, args, kwargs)
         if name in GRADIENTS or name == "backward":
@@ -213,9 +213,7 @@ class _Made(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
-        found = [None] * len(needs) if grad is None else ctx.graph.gradients(grad, needs)
-        return (None, *found)
+        return (None, *ctx.graph.gradients(ctx, grad, ctx.needs_input_grad[1:]))
 
 
 def promised(promise: Node) -> LazyLogits:

@@ -14,6 +14,11 @@ def saving_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
+def retained() -> bool:
+    """May the backward that is under way be run again?"""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
 def checkpointed() -> bool:
     hooks = saving_hooks()
     return hooks is not None and hooks[0].__module__ == "torch.utils.checkpoint"

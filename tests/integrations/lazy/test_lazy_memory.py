@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -229,3 +232,32 @@ def test_logits_of_a_block_are_computed_without_a_word(name, monkeypatch):
     monkeypatch.setattr(cell, "told", told := set())
     torch.testing.assert_close(read(lazy), read(real))
     assert not told
+
+
+KEPT_LOSSES = {
+    "entropy": lambda x: torch.distributions.Categorical(logits=x).entropy(),
+    "sorted": lambda x: x.log_softmax(-1).sort(-1).values,
+    "by_rows": lambda x: scaled(x).square().sum(-1),
+    "in_place": lambda x: x.div_(0.7).softmax(-1).cumsum(-1),
+    "in_place_by_rows": lambda x: x.div_(torch.ones(T, 1)).softmax(-1).cumsum(-1),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_LOSSES)
+def test_a_loss_that_is_kept_holds_nothing_after_its_backward(name):
+    """As with the model's own logits, after the backward that frees the graph and not before."""
+    x, real, leaves = pair()
+    base = weakref.ref(x._cell.promise.base)
+    loss, expected = KEPT_LOSSES[name](x).sum(), KEPT_LOSSES[name](real).sum()
+    options = {"rtol": 1e-4, "atol": 1e-5}
+    for retained in (True, False):
+        found = (torch.autograd.grad(y, leaves, retain_graph=retained) for y in (loss, expected))
+        torch.testing.assert_close(*found, **options)
+        assert base() is not None
+    torch.testing.assert_close(x + 0, real + 0, **options)  # still to be read
+    for y in (loss, expected):
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            y.backward()
+    del x
+    gc.collect()
+    assert base() is None
