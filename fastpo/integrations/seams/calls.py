@@ -9,12 +9,12 @@ compilers and other wrappers find nothing of ours.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -38,7 +38,13 @@ _handlers: ContextVar[Mapping[StandIn, Handler]] = ContextVar(
     "fastpo_handlers", default=MappingProxyType({})
 )
 _lock = threading.Lock()
-_under_way: Counter[StandIn] = Counter()
+
+
+class _Call:
+    """Under way as long as its block holds it: a KeyboardInterrupt may leave that at any point."""
+
+
+_under_way: dict[StandIn, WeakSet[_Call]] = {}
 
 
 @contextmanager
@@ -47,24 +53,25 @@ def standing_in(owner: Any, name: str, handler: Handler, read: str | None = None
 
     read: where the owner gives what answers everywhere else, if not at `name`.
     """
+    before, call = _handlers.get(), _Call()
     with _lock:
         stand_in = vars(owner).get(name)
         if not isinstance(stand_in, StandIn):
             stand_in = StandIn(owner, name, read or name)
             # Past __setattr__: properties and PyTorch's modules have their own ideas.
             owner.__dict__[name] = stand_in
-        _under_way[stand_in] += 1
-    token = _handlers.set({**_handlers.get(), stand_in: handler})
+        _under_way.setdefault(stand_in, WeakSet()).add(call)
     try:
+        _handlers.set({**before, stand_in: handler})
         yield
     finally:
-        _handlers.reset(token)
+        _handlers.set(before)
         with _lock:
-            _leave(owner, name, stand_in)
+            _leave(owner, name, stand_in, call)
 
 
-def _leave(owner: Any, name: str, stand_in: StandIn) -> None:
-    _under_way[stand_in] -= 1
+def _leave(owner: Any, name: str, stand_in: StandIn, call: _Call) -> None:
+    _under_way[stand_in].discard(call)
     if _under_way[stand_in]:
         return
     del _under_way[stand_in]

@@ -6,6 +6,9 @@ import asyncio
 import copy
 import threading
 
+import pytest
+
+from fastpo.integrations.seams import calls
 from fastpo.integrations.seams.calls import beneath, standing_in, unhidden
 
 
@@ -114,3 +117,30 @@ def test_a_copy_made_meanwhile_is_free_of_the_call():
     with standing_in(twin, "ring", lambda: "ours"):
         assert twin.ring() == "ours"
     assert vars(twin) == {"tone": "twin's"}
+
+
+class Interrupted:
+    """The variable of handlers; once, a KeyboardInterrupt comes right after it was set."""
+
+    def __init__(self, variable, after):
+        self.get, self.own, self.after = variable.get, variable.set, after
+
+    def set(self, value):
+        self.own(value)
+        self.after -= 1
+        if not self.after:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [1, 2], ids=["on entry", "on exit"])
+def test_an_interrupted_call_is_over(after, monkeypatch):
+    """It answers for nobody, at once; what it left on the instance goes with the next call."""
+    bell = Bell()
+    with monkeypatch.context() as patch:
+        patch.setattr(calls, "_handlers", Interrupted(calls._handlers, after))
+        with pytest.raises(KeyboardInterrupt), standing_in(bell, "ring", lambda: "ours"):
+            pass
+    assert bell.ring() == ["own"]
+    with standing_in(bell, "ring", lambda: "next"):
+        assert bell.ring() == "next"
+    assert not vars(bell)
