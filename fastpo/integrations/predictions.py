@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
 
+from .seams.during import during
 from .seams.seam import Method, Seam, replace_when_imported, restore
 
 STEP = Seam(
@@ -34,11 +35,8 @@ class _Step(Method):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        token = _asked.set(not prediction_loss_only and "logits" not in (ignore_keys or ()))
-        try:
+        with during(_asked, not prediction_loss_only and "logits" not in (ignore_keys or ())):
             return self.original(trainer, model, inputs, prediction_loss_only, ignore_keys)
-        finally:
-            _asked.reset(token)
 
 
 def watch(handle: Any) -> None:

@@ -18,6 +18,8 @@ from weakref import WeakSet
 
 import torch
 
+from .during import during
+
 Handler = Callable[..., Any]
 
 
@@ -53,7 +55,7 @@ def standing_in(owner: Any, name: str, handler: Handler, read: str | None = None
 
     read: where the owner gives what answers everywhere else, if not at `name`.
     """
-    before, call = _handlers.get(), _Call()
+    call = _Call()
     with _lock:
         stand_in = vars(owner).get(name)
         if not isinstance(stand_in, StandIn):
@@ -62,10 +64,9 @@ def standing_in(owner: Any, name: str, handler: Handler, read: str | None = None
             owner.__dict__[name] = stand_in
         _under_way.setdefault(stand_in, WeakSet()).add(call)
     try:
-        _handlers.set({**before, stand_in: handler})
-        yield
+        with during(_handlers, {**_handlers.get(), stand_in: handler}):
+            yield
     finally:
-        _handlers.set(before)
         with _lock:
             _leave(owner, name, stand_in, call)
 

@@ -23,6 +23,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from ...layout.tree import Layout
+from ..seams.during import during
 from ..seams.seam import Seam
 from .packed import Flash, Packed, Refused, Rows, Sdpa
 
@@ -43,11 +44,8 @@ _active: ContextVar[Layout | None] = ContextVar("fastpo_layout", default=None)
 @contextmanager
 def active(layout: Layout) -> Iterator[None]:
     """Masks asked for in this block are those of the layout's rows."""
-    token = _active.set(layout)
-    try:
+    with during(_active, layout):
         yield
-    finally:
-        _active.reset(token)
 
 
 class _Mask:

@@ -20,6 +20,7 @@ from ...ops.shards.part import in_shards
 from ...ops.vocab_parallel_divergence import diverge_sharded
 from ...ops.walks.mixture import Operands
 from ..heads import output_layer, tensor_parallel
+from ..seams.during import during
 from ..seams.saying import say_once
 from ..seams.seam import Make, Method, Replacement, Seam
 from .head import Compact, unserved
@@ -98,11 +99,8 @@ class _Loss(Replacement):
             return self.original(*args, **kwargs)
         # What TRL is given in their place it hands on unread.
         here = {name: x.to_local() for name, x in tensors.items() if isinstance(x, DTensor)}
-        token = _heads.set((tuple(given[1:3]), tuple(given[4:6])))
-        try:
+        with during(_heads, (tuple(given[1:3]), tuple(given[4:6]))):
             return self.original(**{**bound.arguments, **here})
-        finally:
-            _heads.reset(token)
 
 
 class _Divergence(Replacement):

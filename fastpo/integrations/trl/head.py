@@ -20,6 +20,7 @@ from ...ops.shards.gathered import HeadOptions, score
 from ...ops.tiles.known import is_quantised
 from ...ops.walks.checks import DTYPES
 from ..adapter import operands, rounded
+from ..seams.during import during
 from ..seams.saying import say_once
 from ..seams.seam import Replacement, Seam
 from . import sampled
@@ -89,11 +90,8 @@ _recording: ContextVar[list[HeadCall] | None] = ContextVar("fastpo_recording", d
 def recording() -> Iterator[list[HeadCall]]:
     """The calls of fused heads in the block, in order."""
     calls: list[HeadCall] = []
-    token = _recording.set(calls)
-    try:
+    with during(_recording, calls):
         yield calls
-    finally:
-        _recording.reset(token)
 
 
 _adapter: ContextVar[list[Any] | None] = ContextVar("fastpo_adapter", default=None)
@@ -103,8 +101,7 @@ _adapter: ContextVar[list[Any] | None] = ContextVar("fastpo_adapter", default=No
 def adapted(layer: Any) -> Iterator[None]:
     """The head of the next call is this layer, of PEFT or quantised: TRL hands over a weight."""
     waiting = [layer]
-    token = _adapter.set(waiting)
-    try:
+    with during(_adapter, waiting):
         yield
         if waiting:
             raise RuntimeError(
@@ -112,8 +109,6 @@ def adapted(layer: Any) -> Iterator[None]:
                 "because TRL's own head ignores the adapter on lm_head, or that it is quantised; "
                 "got TRL's own head"
             )
-    finally:
-        _adapter.reset(token)
 
 
 _light: ContextVar[bool] = ContextVar("fastpo_light", default=False)
@@ -122,11 +117,8 @@ _light: ContextVar[bool] = ContextVar("fastpo_light", default=False)
 @contextmanager
 def light_passes() -> Iterator[None]:
     """Calls without gradient in the block compute log-probabilities only."""
-    token = _light.set(True)
-    try:
+    with during(_light, True):
         yield
-    finally:
-        _light.reset(token)
 
 
 def unserved(**tensors: Tensor | None) -> str | None:

@@ -24,6 +24,7 @@ from ...ops.shards.gathered import HeadOptions
 from ...ops.stats import TokenStats
 from ...ops.support.score import kept_words, score_over
 from ...ops.support.words import Rule, Support
+from ..seams.during import during
 from ..seams.seam import Make, Method, Replacement, Seam
 
 _VERSIONS = ("1.15", "1.16")
@@ -109,13 +110,10 @@ def scored(operands: Operands, gather: Any, adapter: Any) -> TokenStats | None:
 
 @contextmanager
 def _scoring(over: Replay | Record | None) -> Iterator[None]:
-    token = _over.set(over)
-    try:
+    with during(_over, over):
         yield
         if isinstance(over, Replay):
             over.finish()
-    finally:
-        _over.reset(token)
 
 
 @dataclass
@@ -137,11 +135,8 @@ _batch: ContextVar[_Batch | None] = ContextVar("fastpo_sampled_batch", default=N
 
 @contextmanager
 def _of(batch: _Batch) -> Iterator[_Batch]:
-    token = _batch.set(batch)
-    try:
+    with during(_batch, batch):
         yield batch
-    finally:
-        _batch.reset(token)
 
 
 class _Generates(Method):
