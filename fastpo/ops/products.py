@@ -18,6 +18,7 @@ from .rows.native import DTYPES, compiled
 # A library's product of fewer rows than its kernel takes at once, or of a rest of them, rounds in
 # another order: a token's bits would depend on how many there are.
 ROWS = 16
+_WORDS = 4096  # that become float32 at once
 CPU_INFO = Path("/proc/cpuinfo")  # of Linux
 
 
@@ -51,6 +52,19 @@ def mm_rows_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
         rest = a.new_zeros(ROWS, a.shape[1])
         rest[: len(a) - whole] = a[whole:]
         out[whole:] = torch.mm(rest, b)[: len(a) - whole]
+    return out
+
+
+def wide_products(hidden: Tensor, weight: Tensor) -> Tensor:  # [N, V] float32
+    """hidden·weightᵀ of 16 bits, not rounded again; on a CPU of `weight` as it is stored."""
+    out = hidden.new_empty(len(hidden), len(weight), dtype=torch.float32)
+    own = _is_own(hidden) and weight.dtype == hidden.dtype
+    if own or hidden.device.type == "cuda":
+        return mm_(out, hidden, weight.to(hidden.dtype).t())
+    hidden = hidden.float()
+    # A few words at a time: no float32 copy of the weight.
+    for words, part in zip(weight.split(_WORDS), out.split(_WORDS, 1), strict=True):
+        mm_(part, hidden, words.float().t())
     return out
 
 

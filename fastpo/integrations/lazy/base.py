@@ -9,10 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from ...ops.products import mm_
+from ...ops.products import mm_, wide_products
 from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.tiles.tiled import Tiled, dense
 
@@ -108,22 +109,49 @@ class Base:
         down = self.adapter and (self.adapter[0].index_select(0, rows), self.adapter[1])
         return self.hidden.index_select(0, rows), down
 
-    def products(self, hidden: Tensor, down: Tensor | None, weight: Tensor | None = None) -> Tensor:
-        """Of rows of the hidden states and of the adapter's: [N, V].
+    def products(
+        self, hidden: Tensor, down: Tensor | None, dtype: torch.dtype, weight: Tensor | None = None
+    ) -> Tensor:
+        """Of rows of the hidden states and of the adapter's: [N, V], float32 where that is wanted.
 
-        weight: in their dtype, of a block, which nobody differentiates.
+        Rounded to 16 bits first they would not fit the log-sum-exp, which is of float32 products.
+
+        dtype: of the logits that are wanted.
+        weight: of a block, which nobody differentiates.
         """
-        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        whole = dense(self.weight) if weight is None else weight
+        wide = hidden.dtype.itemsize < 4 <= dtype.itemsize
+        bias = None if self.bias is None else self.bias.to(torch.float32 if wide else hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            if weight is not None and hidden.dtype == torch.float32:
+            if wide:
+                x = _Wide.apply(hidden, whole)
+                x = x if bias is None else x + bias
+            elif weight is not None and hidden.dtype == torch.float32:
                 x = mm_(hidden.new_empty(len(hidden), len(weight)), hidden, weight.t())
                 x = x if bias is None else x.add_(bias)
             else:
-                weight = dense(self.weight).to(hidden.dtype) if weight is None else weight
-                x = F.linear(hidden, weight, bias)
+                x = F.linear(hidden, whole.to(hidden.dtype), bias)
             if down is not None and self.adapter is not None:
                 x = x + down.to(x.dtype) @ self.adapter[1].to(x.dtype).t()
         return x
+
+
+class _Wide(torch.autograd.Function):
+    """Products in float32; their gradient has the dtype that it has behind 16-bit logits."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return wide_products(hidden, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(hidden.dtype)
+        dhidden = grad @ weight.to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        dweight = (grad.t() @ hidden).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return dhidden, dweight
 
 
 def _mark(x: Tensor | None) -> Mark:

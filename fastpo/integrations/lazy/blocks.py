@@ -113,13 +113,18 @@ class _Plan:
         return [*(x for base in self.bases for x in base.operands), *self.numbers]
 
     def weights(self) -> list[Tensor]:
-        """In the dtype of the products; perhaps copies, so that a plan must not hold them."""
-        return [dense(x.weight.detach()).to(x.hidden.dtype) for x in self.bases]
+        """As products read them; perhaps copies, so that a plan must not hold them."""
+        return [_read(dense(x.weight.detach()), x.hidden) for x in self.bases]
 
     def blocks(self) -> Iterator[Tensor]:
         """Which rows of the node's; at least one block, perhaps of none."""
         rows = torch.arange(self.node.rows.numel(), dtype=torch.int64, device=self.node.device)
         yield from rows.split(_rows(self.node))
+
+
+def _read(weight: Tensor, hidden: Tensor) -> Tensor:
+    """On a CPU as it is: its float32 products are of that."""
+    return weight if hidden.device.type == "cpu" else weight.to(hidden.dtype)
 
 
 class _Block:
@@ -148,14 +153,14 @@ class _Block:
         return self.known[key][1]
 
     def product(self, node: Promise, where: Tensor) -> Tensor:
-        key = (id(node.base), id(node.dense), id(where))
+        key = (id(node.base), id(node.dense), id(where), node.dtype)
         if key not in self.known:
             rows = node.dense.flatten().index_select(0, where).clamp(min=0)
             which = next(i for i, base in enumerate(self.plan.bases) if base is node.base)
             hidden, adapter = node.base.select(rows)
             with torch.no_grad():
                 down = None if adapter is None else adapter[0]
-                found = node.base.products(hidden, down, self.weights[which])
+                found = node.base.products(hidden, down, node.dtype, self.weights[which])
             self.products.append((which, rows, found.requires_grad_(node.requires_grad)))
             self.known[key] = ((node, where), found)
         return self.known[key][1]
@@ -198,13 +203,14 @@ class _Sums:
 
     def head(self, which: int, rows: Tensor, grad: Tensor) -> None:
         """What d products [n, V] are of hidden states, weight, bias and adapter."""
-        base = self.plan.bases[which]
+        base, weight = self.plan.bases[which], self.weights[which]
+        grad = grad.to(weight.dtype)
         if self.needs[id(base.hidden)]:
-            weight = self.weights[which]
             whole = mm_(grad.new_empty(len(grad), weight.shape[1]), grad, weight)
             self.rows(base.hidden, rows, whole)
         if self.needs[id(base.weight)]:
-            self.product(base.weight, grad.t(), base.hidden.detach().index_select(0, rows))
+            hidden = base.hidden.detach().index_select(0, rows)
+            self.product(base.weight, grad.t(), hidden.to(grad.dtype))
         if base.bias is not None and self.needs[id(base.bias)]:
             self.plus(base.bias, grad.sum(0, dtype=torch.float32))
         if base.adapter is not None:

@@ -324,7 +324,7 @@ class Promise:
         base = self.base.gathered
         hidden, adapter = base.select(self.rows.flatten().clamp(min=0))
         down = None if adapter is None else adapter[0]
-        return self.read(base.products(hidden, down)).view(self.shape)
+        return self.read(base.products(hidden, down, self.dtype)).view(self.shape)
 
     def read(self, x: Tensor) -> Tensor:
         """What this reading makes of the head's products [N, V]."""

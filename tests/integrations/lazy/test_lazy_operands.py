@@ -11,8 +11,13 @@ import torch.nn.functional as F
 from _pairs import B, T, V, nothing_told, pair, results, size  # noqa: F401
 from _probes import Widest
 from _tiny import one_thread  # noqa: F401
+from torch import nn
+from torch.distributions import Categorical
 
 from fastpo.integrations.lazy import blocks, cell
+from fastpo.integrations.lazy.logits import promised
+from fastpo.integrations.lazy.promise import Promise
+from fastpo.testing import assert_as_good_as_eager
 
 GENERATOR = torch.Generator().manual_seed(1)
 LABELS = torch.randint(0, V, (B, T), generator=GENERATOR)
@@ -86,6 +91,33 @@ def test_a_learned_temperature_without_dimensions(change, dtype):
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(*found, rtol=50 * eps, atol=10 * eps)
     assert not cell.told
+
+
+AROUND_A_SUM = {
+    "entropy": lambda x: Categorical(logits=x).entropy(),
+    "collision": lambda x: (2 * (x - x.logsumexp(-1, keepdim=True))).exp().sum(-1),
+    "greatest": lambda x: x.amax(-1) - x.logsumexp(-1),
+    "distance": lambda x: x.topk(3).values.sum(-1) - 3 * x.gather(-1, LABELS[..., None])[..., 0],
+}
+
+
+@pytest.mark.parametrize("name", AROUND_A_SUM)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_float32_of_16_bits_fits_what_walks_compute(name, dtype, mixed):
+    """Logits of 60 in bfloat16 are off by 1/8, and their log-sum-exp of float32 products is not."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, V).to(torch.float32 if mixed else dtype)
+    hidden = (torch.randn(B, T, 16) * 30).to(dtype).requires_grad_()
+    leaves = [hidden, *head.parameters()]
+    with torch.autocast("cpu", dtype, enabled=mixed):
+        both = promised(Promise.of(head, hidden)), head(hidden)
+    ours, eager = (results(AROUND_A_SUM[name], x.float(), leaves) for x in both)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    truth = results(AROUND_A_SUM[name], F.linear(*exact), exact)
+    for which, (x, other, true) in enumerate(zip(ours, eager, truth, strict=True)):
+        slack = 0 if which else 1e-4  # a difference of numbers of 60
+        assert_as_good_as_eager(f"{name} {which}", x, other, true, slack=slack)
 
 
 class WidestCopy(Widest):
