@@ -16,6 +16,7 @@ from torch import Tensor
 from ..ops.shards.gathered import whole
 from ..ops.tiles.known import is_quantised, layer_dtype, refusal, tile_source
 from ..ops.tiles.tiled import Tiled, tiled
+from ..ops.walks.head import beside
 from .seams import hooks
 from .seams.calls import beneath
 
@@ -142,7 +143,7 @@ def operands(
         ups.append(whole(head.lora_B[name].weight))
     if not downs:
         return base, None
-    return base, (torch.cat(downs, 1), torch.cat(ups, 1))
+    return base, (beside(*downs), beside(*ups))
 
 
 def _down(layer: Any, inputs: Tensor) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ...ops.linear_divergence import DivergenceOptions
 from ...ops.vocab_parallel_divergence import diverge_sharded
+from ...ops.walks.head import beside
 from ...ops.walks.mixture import Operands
 from .promise import Promise
 
@@ -46,5 +46,5 @@ def _operands(side: Promise, rows: Tensor) -> Operands:
     if adapter is None:
         return Operands(hidden, weight, bias)
     down, up = (part.to(hidden.dtype) for part in adapter)
-    hidden, weight = torch.cat((hidden, down), 1), torch.cat((weight.to(hidden.dtype), up), 1)
+    hidden, weight = beside(hidden, down), beside(weight.to(hidden.dtype), up)
     return Operands(hidden, weight, bias)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...ops.shards.gathered import HeadOptions, score
 from ...ops.tiles.known import is_quantised
 from ...ops.walks.checks import DTYPES
+from ...ops.walks.head import beside
 from ..adapter import operands, rounded
 from ..seams.during import during
 from ..seams.saying import say_once
@@ -80,7 +81,7 @@ class HeadCall:
         if self.adapter is None:
             return self.hidden, self.weight
         down, up = (part.to(self.hidden.dtype) for part in self.adapter)
-        return torch.cat((self.hidden, down), 1), torch.cat((self.weight, up), 1)
+        return beside(self.hidden, down), beside(self.weight, up)
 
 
 _recording: ContextVar[list[HeadCall] | None] = ContextVar("fastpo_recording", default=None)

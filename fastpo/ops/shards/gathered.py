@@ -19,6 +19,7 @@ from ..stats import TokenStats
 from ..walks import forward as driver
 from ..walks.checks import OUTPUTS, check_flag, check_options, check_tensors, compute_dtype
 from ..walks.derivatives import check_plain, first_derivatives
+from ..walks.head import beside
 from ..walks.lending import Loan
 from ..walks.mask import WordMask
 from ..walks.saving import stays
@@ -132,7 +133,7 @@ def score(
         up = None
         if adapter is not None:
             down, up = adapter
-            hidden = torch.cat((hidden, down.to(hidden.dtype)), 1)
+            hidden = beside(hidden, down.to(hidden.dtype))
         spec = options.spec(hidden, (grad and hidden.requires_grad, grad and head_grad), weight)
         spec = replace(spec, logit_map=replace(spec.logit_map, inverse=inverse), mask=mask)
         if mask is not None and options.softcap is not None:

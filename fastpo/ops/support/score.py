@@ -16,7 +16,7 @@ from ..shards.gathered import HeadOptions, gathered, score
 from ..stats import TokenStats
 from ..tiles.tiled import Tiled
 from ..walks.checks import check_tensors
-from ..walks.head import Adapted, HeadSpec, check_labels
+from ..walks.head import Adapted, HeadSpec, beside, check_labels
 from ..walks.mask import WordMask, unpacked
 from .few import FewCall, score_few
 from .resolve import Resolved, resolve
@@ -146,7 +146,7 @@ def _whole(own: _Problem) -> tuple[Tensor, Tensor | Adapted, Tensor | None, Head
     if own.adapter is None:
         return own.hidden, own.weight, own.bias, spec
     down, up = own.adapter
-    hidden = torch.cat((own.hidden, down.to(own.hidden.dtype)), 1)
+    hidden = beside(own.hidden, down.to(own.hidden.dtype))
     return hidden, Adapted(own.weight, up, slice(None)), own.bias, spec
 
 

@@ -111,6 +111,12 @@ class Forward(NamedTuple):
     direction: Tensor
 
 
+def beside(*parts: Tensor) -> Tensor:
+    """Columns side by side; autocast refuses to concatenate 16 bits of the other kind."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts, 1)
+
+
 @dataclass(frozen=True)
 class Adapted:
     """A head [V, H + r]: `weight` [V, H] and an adapter's `up` [V, r], joined tile by tile.

@@ -60,6 +60,22 @@ def test_the_layer_s_own_products(name, model, mode):
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_16_bits_under_autocast_of_the_other_kind():
+    """Which refuses to concatenate them."""
+    built = adapted_model().bfloat16()
+    inputs = tiny.batch()
+    with torch.autocast("cpu", torch.float16):
+        own = built(**inputs).loss
+        fastpo.attach(built)
+        assert torch.allclose(built(**inputs).loss, own, rtol=0.02)
+        head, hidden = built.get_output_embeddings(), torch.randn(7, 32).bfloat16()
+        weight, adapter = operands(head, hidden)
+        given = hidden, weight, None, torch.arange(7), HeadOptions()
+        found = score(*given, adapter=adapter).logps
+        own = head(hidden).float().log_softmax(-1)[range(7), range(7)]
+    torch.testing.assert_close(found, own, rtol=0.02, atol=0.02)
+
+
 def test_base_weight_and_adapter_may_both_train():
     head = adapted_model().get_base_model().get_output_embeddings()
     head.weight.requires_grad_(True)
