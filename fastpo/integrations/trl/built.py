@@ -13,7 +13,6 @@ from ..seams.saying import say_once
 from ..seams.seam import Make, Method, Seam
 from .adapter import SHARES
 from .objectives.base import ObjectiveTrainer
-from .objectives.by_name import TAKING
 
 _INIT = Seam(
     "trl.trainer.base_trainer",
@@ -36,15 +35,15 @@ _BUILT: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 class _Init(Method):
     """`__init__` of what all trainers of TRL are."""
 
-    def __init__(self, original: Any, objective: bool) -> None:
+    def __init__(self, original: Any, taking: str) -> None:
         super().__init__(original)
-        self.objective = objective
+        self.taking = taking
 
     def __call__(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
         self.original(trainer, *args, **kwargs)
-        _BUILT[trainer] = self.objective
-        if self.objective and not isinstance(trainer, ObjectiveTrainer):
-            why = f"it trains its own loss; those that take patch(objective=...) are {TAKING}"
+        _BUILT[trainer] = bool(self.taking)
+        if self.taking and not isinstance(trainer, ObjectiveTrainer):
+            why = f"it trains its own loss; patch(objective=...) is taken by {self.taking}"
             say_once(type(trainer).__name__, why)
 
 
@@ -97,10 +96,11 @@ def _takes_head(forward: Any) -> bool:
     return "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters
 
 
-def replacements(objective: bool, sharing: bool | None) -> dict[Seam, Make]:
-    if not objective and sharing is None:
+def replacements(taking: str, sharing: bool | None) -> dict[Seam, Make]:
+    """taking: the trainers that take the patch's objective, "" if it has none."""
+    if not taking and sharing is None:
         return {}
     return {
-        _INIT: partial(_Init, objective=objective),
-        _TRAIN: partial(_Train, objective=objective, sharing=sharing),
+        _INIT: partial(_Init, taking=taking),
+        _TRAIN: partial(_Train, objective=bool(taking), sharing=sharing),
     }

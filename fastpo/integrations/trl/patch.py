@@ -203,7 +203,7 @@ def _all(
         **early.replacements(own),
         **early.heads(own),
         **shared.replacements(sharing, whole_groups),
-        **built.replacements(setting.objective is not None, sharing),
+        **built.replacements(by_name.taking(setting), sharing),
         **(sampled.replacements() if support else {}),
     }
     plain = HeadOptions(budget=own.budget, backend=own.backend)
@@ -212,7 +212,7 @@ def _all(
 
 _ADDED = (
     *shared.replacements(True, True),
-    *built.replacements(True, True),
+    *built.replacements("DPOTrainer", True),
     *sampled.replacements(),
 )
 SEAMS = tuple(_all(Setting(), HeadOptions(), True, True, True))

@@ -369,10 +369,15 @@ def of_pairs(chosen_logps, rejected_logps):
 
 
 @pytest.mark.parametrize(
-    ("kind", "objective"),
-    [("SFT", "gspo"), ("GMPO", "gspo"), ("GRPO", "simpo"), ("GRPO", of_pairs)],
+    ("kind", "objective", "taking"),
+    [
+        ("SFT", "gspo", "GRPOTrainer"),
+        ("GMPO", "gspo", "GRPOTrainer"),
+        ("GRPO", "simpo", "DPOTrainer"),
+        ("GRPO", of_pairs, "DPOTrainer, KTOTrainer"),
+    ],
 )
-def test_another_trainer_says_that_its_loss_is_its_own(kind, objective, tmp_path, caplog):
+def test_another_trainer_says_that_its_loss_is_its_own(kind, objective, taking, tmp_path, caplog):
     changes = {} if kind == "SFT" else TWICE
     given = {} if kind == "SFT" else {"reward_funcs": _trainers.reward}
     runs = []
@@ -388,4 +393,5 @@ def test_another_trainer_says_that_its_loss_is_its_own(kind, objective, tmp_path
     (said,) = [
         record.getMessage() for record in caplog.records if "own loss" in record.getMessage()
     ]
-    assert said.startswith(f"fastpo: {kind}Trainer: it trains its own loss")
+    own = f"fastpo: {kind}Trainer: it trains its own loss"
+    assert said == f"{own}; patch(objective=...) is taken by {taking}"

@@ -83,7 +83,17 @@ _TRAINERS: tuple[tuple[type[ObjectiveTrainer], dict[str, Seam]], ...] = (
 )
 
 
-TAKING = ", ".join(seams["__init__"].name.split(".")[0] for _, seams in _TRAINERS)
+def taking(setting: Setting) -> str:
+    """The trainers that take its objective; "" without one."""
+    if setting.objective is None:
+        return ""
+    function = setting.bound()
+    entry = entry_of(function)
+    return ", ".join(
+        seams["__init__"].name.split(".")[0]
+        for mixin, seams in _TRAINERS
+        if mixin.takes(function) and (entry is None or entry.family in mixin.families)
+    )
 
 
 def replacements(setting: Setting) -> dict[Seam, Make]:
