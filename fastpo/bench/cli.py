@@ -356,5 +356,6 @@ def _readme(options: argparse.Namespace) -> int:
 
     stale = rewrite(options.readme, write=not options.check)
     for name in stale:
-        print(f"{options.readme}: {name}: {'differs from' if options.check else 'rewritten from'}")
+        done = "differs from" if options.check else "rewritten from"
+        print(f"{options.readme}: {done} {name}")
     return 1 if stale and options.check else 0

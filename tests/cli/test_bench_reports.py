@@ -54,7 +54,7 @@ def test_readme_takes_its_tables_from_reports(tmp_path, capsys):
     page.write_text(text)
     assert cli.main(["bench", "readme", str(page), "--check"]) == 1
     assert page.read_text() == text
-    assert "r.json: differs from" in capsys.readouterr().out
+    assert ": differs from r.json\n" in capsys.readouterr().out
     assert cli.main(["bench", "readme", str(page)]) == 0
     new = page.read_text()
     assert new.startswith("before\n<!-- bench: r.json -->\nHead of N 16, V 100, H 8, float32, ")
