@@ -243,7 +243,7 @@ def test_the_chat_template_is_given_its_columns(tmp_path):
 
 ERRORS = {
     "dpo": r"dpo: expected an objective of groups, got pairs",
-    "mdpo_multisample": r"labels: expected a dataset column 'labels'",
+    "mdpo_multisample": r"column 'labels' \(one list per row, a number for every completion",
 }
 
 

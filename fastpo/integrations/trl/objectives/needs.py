@@ -242,7 +242,8 @@ class Needs:
         for name in sorted(self.required):
             if name not in q:
                 got = f"columns {sorted(given)} in dataset {dataset!r}"
-                raise ValueError(f"{name}: expected {_how(name)}, got {got}")
+                how = _how(name, grouped="completions" in given)
+                raise ValueError(f"{name}: expected {how}, got {got}")
 
     def _placeholder(self, columns: set[str]) -> Quantities:
         zeros = torch.zeros(len(self.sides), 1, dtype=torch.float32, device="cpu")
@@ -302,7 +303,8 @@ _MADE = ("token_kl",)
 _KL_SUM = "ref_KL_logps"  # TRL's column: of the mismatched rows that kl_logratios are of
 
 
-def _how(name: str) -> str:
+def _how(name: str, *, grouped: bool) -> str:
+    """grouped: a row is a group of completions."""
     if name.startswith(("third_", "unlabeled_", "ref_third_")):
         text = "unlabeled" if name.startswith("unlabeled") else "third"
         return f"a dataset column {text!r} with a text for every row"
@@ -312,7 +314,11 @@ def _how(name: str) -> str:
         model = name.partition("_")[0]
         return f"a dataset column {name!r}, or references={{{model!r}: ...}} in fastpo.patch"
     dimensions = SHAPES.get(name, ((),))[0]
-    per = "one list per row, a number for every token" if "T" in dimensions else "a number per row"
+    along = "T" in dimensions
+    if grouped:
+        per = f"one list per row, {'a list' if along else 'a number'} for every completion"
+    else:
+        per = "one list per row, a number for every token" if along else "a number per row"
     return f"a dataset column {name!r} ({per})"
 
 
