@@ -269,7 +269,7 @@ class _LinearTopK(torch.autograd.Function):
 def _check_lists(
     labels: Tensor, vocab: int, k: int, exclude: Tensor | None, mask: Tensor | None
 ) -> None:
-    most = vocab - (exclude is not None)
+    most = vocab if exclude is None else vocab - 1  # no difference of a bool: torch 2.11
     check_integer("k", k, f"an integer in [1, {most}]", lambda x: 1 <= x <= most)
     lists = {"exclude": (exclude, torch.int64), "mask": (mask, torch.bool)}
     for name, (tensor, dtype) in lists.items():

@@ -16,7 +16,7 @@ from torch import nn
 
 from ...ops.shards.gathered import HeadOptions
 from ..heads import output_layer
-from ..seams.calls import answered
+from ..seams.calls import answering
 from ..seams.handle import Handle, attached
 from ..seams.saying import say_once
 from ..seams.wrappers import bare
@@ -77,7 +77,7 @@ def lazily(
 ) -> Any:
     """`own(*args, **kwargs)`, the model's forward, with a promise of logits."""
     if torch.compiler.is_compiling():
-        _say_compiled(model)
+        _say_compiled(type(model).__name__)
         return own(*args, **kwargs)
     if _sampling():
         return own(*args, **kwargs)
@@ -85,11 +85,11 @@ def lazily(
         return own(*args, **kwargs)
 
 
-# While a compiler traces the call.
+# While a compiler traces the call; up to torch 2.12 it takes no model for a constant.
 @torch.compiler.assume_constant_result
-def _say_compiled(model: Any) -> None:
-    if not (_sampling() or answered(output_layer(model), "forward")):
-        say_once(f"{type(model).__name__} keeps its full logits", "it is compiled")
+def _say_compiled(model: str) -> None:
+    if not (_sampling() or answering()):
+        say_once(f"{model} keeps its full logits", "it is compiled")
 
 
 def _sampling() -> bool:

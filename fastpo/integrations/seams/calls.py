@@ -87,6 +87,11 @@ def answered(owner: Any, name: str) -> bool:
     return vars(owner).get(name) in _handlers.get()
 
 
+def answering() -> bool:
+    """Does somebody stand in for anything here, in this thread or task?"""
+    return bool(_handlers.get())
+
+
 def beneath(owner: Any, name: str) -> Any:
     """What the instance itself holds under this name between calls; None for nothing."""
     held = getattr(owner, "__dict__", {}).get(name)
