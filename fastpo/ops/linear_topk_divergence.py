@@ -263,7 +263,8 @@ def _check_once(ids: Tensor, words: Tensor) -> None:
     """Likewise. A word that is listed twice would count twice, in the list and against its rest."""
     if ids.device.type != "cpu" or not ids.numel():
         return
-    others = torch.arange(-ids.shape[-1], 0)  # what is no word may be listed twice
+    # What is no word may be listed twice.
+    others = torch.arange(-ids.shape[-1], 0, dtype=ids.dtype, device=ids.device)
     ranked = torch.where(words, ids, others).sort(-1).values
     twice = ranked[..., 1:] == ranked[..., :-1]
     if bool(twice.any()):
