@@ -174,6 +174,8 @@ def test_a_key_in_the_config_takes_its_options(tmp_path):
     changes = {"epsilon": 0.01, "beta": 0.1}
     with fastpo.patched():
         named = _trainers.train(trainer(tmp_path, loss_type="gmpo", **changes))
+        (term,) = trainer(tmp_path, loss_type="gspo", epsilon=0.1)._fastpo.terms
+    assert term.parameters["epsilon_high"] is None  # as epsilon, not the paper's 0.0004
     with fastpo.patched(objective="gmpo", epsilon_low=0.01, beta=0.1):
         given = _trainers.train(trainer(tmp_path))
     _trainers.assert_same(named, given)

@@ -143,13 +143,16 @@ def _check_parameters(function: Objective) -> None:
 def _configured(config: Any, key: str) -> dict[str, Any]:
     """Hyperparameters whose value in the config was changed; the others keep the paper's."""
     known = lookup(key).parameters
-    return {
+    changed = {
         name: getattr(config, option)
         for name, option in CONFIGURED.items()
         if name in known
         and hasattr(config, option)
         and getattr(config, option) != default_of(config, option)
     }
+    if "epsilon_low" in changed and "epsilon_high" in known:
+        changed.setdefault("epsilon_high", None)  # the config's default: as epsilon
+    return changed
 
 
 def refuse_unheard(
