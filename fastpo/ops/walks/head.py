@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
@@ -113,7 +114,9 @@ class Forward(NamedTuple):
 
 def beside(*parts: Tensor) -> Tensor:
     """Columns side by side; autocast refuses to concatenate 16 bits of the other kind."""
-    with torch.autocast(parts[0].device.type, enabled=False):
+    kind = parts[0].device.type
+    known = torch.amp.is_autocast_available(kind)  # not of tensors without memory
+    with torch.autocast(kind, enabled=False) if known else nullcontext():
         return torch.cat(parts, 1)
 
 
