@@ -255,17 +255,14 @@ class _Call:
         if vocab_size not in (None, probe.shape[-1]) or logits.shape != probe.shape:
             raise self.unknown(f"its loss sees logits of shape {(*logits.shape[:-1], vocab_size)}")
         state = (*stated, hooks.numbers(self.head))
-        known, treatment = self.attached.known or (None, stated)
-        if known == state:
-            same = _treated(probe, logits, *treatment)
-            if _waits(same):
-                self.treat(*treatment)
-                return same
+        before, shown = self.attached.known or (None, stated)
+        known = before == state
         # A model for pictures may leave out what the config of its text says, as Aya Vision does.
-        for treatment in (stated, (1.0, None)):
+        for treatment in dict.fromkeys((shown if known else stated, stated, (1.0, None))):
             same = _treated(probe, logits, *treatment)
-            if same:
-                self.treat(*treatment)
+            if (known and _waits(same)) or same:
+                scale, cap = treatment
+                self.options = replace(self.options, logit_scale=scale, softcap=cap)
                 self.attached.known = state, treatment
                 return same
         self.attached.known = None
@@ -273,9 +270,6 @@ class _Call:
             "its forward, or a hook, changes its logits in another way than "
             f"logit_scale={stated[0]}, softcap={stated[1]}"
         )
-
-    def treat(self, logit_scale: float, softcap: float | None) -> None:
-        self.options = replace(self.options, logit_scale=logit_scale, softcap=softcap)
 
     @torch.compiler.disable
     def check_unread(self, loss: Any) -> None:
