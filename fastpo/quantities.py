@@ -114,11 +114,11 @@ class Quantities:
         return ()
 
     def _compute(self, name: str) -> Tensor:
-        inputs = [self[one] for one in self._inputs(name)]
+        names = self._inputs(name)
+        inputs = [self[one] for one in names]
         kind = _parse(name)[2]
         if kind == "lengths":
             return inputs[0].bool().sum(-1)
-        names = self._inputs(name)
         if kind == "logps":
             # Of several policies (history) there is one such table each.
             _check(names[0], inputs[0], (*inputs[0].shape[: -inputs[1].ndim], *inputs[1].shape))

@@ -141,8 +141,7 @@ def _head(options: argparse.Namespace) -> int:
 
     from ..planner import plan
 
-    given = {name: value for name, value in vars(options).items() if name != "command"}
-    of_step = [name for name in given if not name.startswith("head_")]
+    of_step = [x for x in vars(options) if x != "command" and not x.startswith("head_")]
     if of_step:
         return _complain(ValueError(f"head: expected no options before it, got {of_step[0]}"))
     try:

@@ -216,8 +216,9 @@ def _allowed(x: Any, node: Node) -> bool:
     """Does this argument belong to rows, or to all of them alike?"""
     if isinstance(x, (Operand, *NUMBERS)):
         return True
-    learned = isinstance(x, Tensor) and x.requires_grad
-    if not isinstance(x, Tensor) or ((x.ndim or learned) and x.device != node.device):
+    if not isinstance(x, Tensor):
+        return False
+    if x.device != node.device and (x.ndim or x.requires_grad):
         return False
     return x.ndim == 0 or _constant(x, node) or _of_rows(x, node)
 
