@@ -118,7 +118,10 @@ def _quantities() -> Iterator[str]:
     yield (
         "`fastpo.quantities` derives sums, lengths and log-ratios from token log-probabilities "
         "([an example](primitives.md#from-statistics-to-a-loss)). Add any other one with "
-        "`q | {name: tensor}`. An objective's entry says if its shape is narrower than here."
+        "`q | {name: tensor}`. An objective's entry says if its shape is narrower than here. "
+        "Labels that are neither 0 nor 1, groups that do not ascend, and NaN scores by which rows "
+        "are compared are errors on a CPU. On a GPU and in a compiled function nobody waits for "
+        "them: the loss and its gradient are NaN."
     )
     rows = []
     for name, meaning in MEANINGS.items():

@@ -88,63 +88,67 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return avg(masked_sum(x, mask), mask.sum(-1))
 
 
-def truths(labels: Tensor) -> Tensor:
-    """[N] bool. A number that is neither 0 nor 1 is an error where it can be read at once.
+def truths(labels: Tensor) -> tuple[Tensor, Tensor | None]:
+    """[N] bool, and which are `wrong_rows`: a number that is neither 0 nor 1.
 
     -1 is how others write "no", and any number but 0 would be a yes.
     """
-    if labels.dtype != torch.bool and can_be_read(labels):
-        _check_labels(labels, (labels != 0) & (labels != 1), "0 or 1")
-    return labels.bool()
+    if labels.dtype == torch.bool:
+        return labels, None
+    wrong = (labels != 0) & (labels != 1)
+    return labels.bool(), wrong_rows("labels", labels, wrong, "0 or 1")
 
 
-def shares(labels: Tensor, dtype: torch.dtype) -> Tensor:
+def shares(labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """[N] numbers in [0, 1], checked likewise."""
-    if labels.dtype != torch.bool and can_be_read(labels):
-        _check_labels(labels, ~((labels >= 0) & (labels <= 1)), "numbers in [0, 1]")
-    return labels.to(dtype)
+    wrong = ~((labels >= 0) & (labels <= 1))
+    return labels.to(dtype), wrong_rows("labels", labels, wrong, "numbers in [0, 1]")
 
 
-def _check_labels(labels: Tensor, wrong: Tensor, expected: str) -> None:
-    rows = wrong.nonzero()
-    if len(rows):
-        row = int(rows[0])
-        raise ValueError(f"labels: expected {expected}, got {labels[row].item()} in row {row}")
-
-
-def group_count(groups: Tensor, num_groups: int | None, scores: Tensor | None = None) -> int:
-    """G. Without num_groups it is read from the device: the one synchronisation allowed.
+def group_count(
+    groups: Tensor, num_groups: int | None, scores: Tensor | None = None
+) -> tuple[int, Tensor | None]:
+    """G, and if it cannot be read at once: is one of the `wrong_rows` among them? Without
+    num_groups G is read from the device: the one synchronisation allowed.
 
     With it nothing may wait: ids that do not fit, or do not rise from 0 on, are an error where they
-    can be read at once. On a GPU and in a compiled function such rows fall out of the loss, or an
-    index faults the device. `scores` are those that the groups are compared by.
+    can be read at once; on a GPU and in a compiled function all of the loss is NaN, or an index
+    faults the device. `scores` are those that the groups are compared by: a NaN is neither above
+    nor below another, and its row would count as the best, or worse.
     """
-    if scores is not None and can_be_read(scores):
-        _check_known(scores)
-    if can_be_read(groups):
-        _check_rising(groups)
-    elif num_groups is not None:
-        return num_groups
-    largest = int(groups.max()) if groups.numel() else -1
-    if num_groups is not None and largest >= num_groups:
-        raise ValueError(f"groups: expected ids below num_groups = {num_groups}, got {largest}")
-    return largest + 1 if num_groups is None else num_groups
+    falls = groups.diff(prepend=groups.new_zeros(1)) < 0
+    wrong = [wrong_rows("groups", groups, falls, "ids that rise from 0 on")]
+    if scores is not None:
+        wrong.append(wrong_rows("scores", scores, scores.isnan(), "numbers"))
+    if num_groups is not None:
+        expected = f"ids below num_groups = {num_groups}"
+        wrong.append(wrong_rows("groups", groups, groups >= num_groups, expected))
+        count = num_groups
+    else:
+        count = int(groups.max()) + 1 if groups.numel() else 0
+    unread = [rows for rows in wrong if rows is not None]
+    return count, torch.stack(unread).any() if unread else None
 
 
-def _check_rising(groups: Tensor) -> None:
-    falls = (groups.diff(prepend=groups.new_zeros(1)) < 0).nonzero()
-    if len(falls):
-        row = int(falls[0])
-        raise ValueError(
-            f"groups: expected ids that rise from 0 on, got {int(groups[row])} in row {row}"
-        )
+def wrong_rows(name: str, given: Tensor, wrong: Tensor, expected: str) -> Tensor | None:
+    """An error where a row is wrong and can be read at once; else `wrong` [N], for `marked`."""
+    if not can_be_read(given):
+        return wrong
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        got = str(given[row].item()).replace("nan", "NaN")
+        raise ValueError(f"{name}: expected {expected}, got {got} in row {row}")
+    return None
 
 
-def _check_known(scores: Tensor) -> None:
-    """A NaN is neither above nor below another score: its row would count as the best, or worse."""
-    unknown = scores.isnan().nonzero()
-    if len(unknown):
-        raise ValueError(f"scores: expected numbers, got NaN in row {int(unknown[0])}")
+def marked(x: Tensor, *wrong: Tensor | None) -> Tensor:
+    """x [N], a loss, with NaN, and a gradient of NaN, in its wrong rows. If its rows are others',
+    as those of groups, all are NaN as soon as one is wrong."""
+    for rows in wrong:
+        if rows is not None:
+            rows = rows if rows.shape == x.shape else rows.any()
+            x = x * torch.ones_like(rows, dtype=x.dtype).masked_fill(rows, math.nan)
+    return x
 
 
 def can_be_read(x: Tensor) -> bool:

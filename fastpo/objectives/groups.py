@@ -21,6 +21,7 @@ from ._math import (
     group_max,
     group_sizes,
     group_sum,
+    marked,
     softplus,
     truths,
 )
@@ -54,12 +55,12 @@ def infonca(
     (β = 1/τ; q from a teacher: scores = log q, α = 1). The released recipe's α = 1e-4 makes q
     one-hot unless scores tie. One row: 0.
     """
-    count = group_count(groups, num_groups, scores)
+    count, wrong = group_count(groups, num_groups, scores)
     log_target = _log_target(scores, groups, count, alpha)
     gap = -group_log_softmax(beta * logratios, groups, count)
     if subtract_entropy:
         gap = gap + log_target
-    return group_sum(log_target.exp() * gap, groups, count)
+    return marked(group_sum(log_target.exp() * gap, groups, count), wrong)
 
 
 @objective("nca", paper="arXiv:2402.05369")
@@ -73,11 +74,12 @@ def nca(
     num_groups: NumGroups = None,
 ) -> Tensor:  # [G] nats
     """-Σ_k [q_k·log σ(h_k) + log σ(-h_k)/K], q = softmax(S/α); h = β·logratio."""
-    count = group_count(groups, num_groups, scores)
+    count, wrong = group_count(groups, num_groups, scores)
     target = _log_target(scores, groups, count, alpha).exp()
     share = group_sizes(groups, count).clamp(min=1).to(logratios.dtype).reciprocal()[groups]
     h = beta * logratios
-    return group_sum(target * softplus(-h) + share * softplus(h), groups, count)
+    rows = target * softplus(-h) + share * softplus(h)
+    return marked(group_sum(rows, groups, count), wrong)
 
 
 @objective("swepo", paper="arXiv:2412.04628")
@@ -95,7 +97,7 @@ def swepo(
 
     Positive: S_k > mean S. No positive (all scores equal, one row): 0.
     """
-    count = group_count(groups, num_groups, scores)
+    count, wrong = group_count(groups, num_groups, scores)
     deviation = group_center(scores, groups, count)
     # |deviation|**power leaves float32; 0·inf and the difference of two infinities are NaN.
     powers = (deviation.abs() ** power).clamp(max=torch.finfo(deviation.dtype).max)
@@ -108,7 +110,7 @@ def swepo(
     positive, negative = total(~(deviation <= 0)), total(deviation <= 0)
     # log(P + Q) - log P = log(1 + Q/P): no difference of two large numbers
     gap = torch.where(positive != -math.inf, negative - positive, -math.inf)
-    return softplus(gap)
+    return marked(softplus(gap), wrong)
 
 
 @objective("mdpo_multisample", paper="arXiv:2410.12138")
@@ -126,7 +128,8 @@ def mdpo_multisample(
     m = mean log-ratio of the labelled rows - mean of the others. A group without one of the
     sides: 0.
     """
-    count, labels = group_count(groups, num_groups), truths(labels)
+    count, wrong = group_count(groups, num_groups)
+    labels, no_labels = truths(labels)
 
     def mean_and_size(members: Tensor) -> tuple[Tensor, Tensor]:
         size = group_sum(members.to(logratios.dtype), groups, count)
@@ -136,7 +139,7 @@ def mdpo_multisample(
     (won, winners), (lost, losers) = mean_and_size(labels), mean_and_size(~labels)
     margin = won - lost
     rows = -F.logsigmoid(beta * margin) if loss == "sigmoid" else (margin - 0.5 / beta).square()
-    return torch.where((winners > 0) & (losers > 0), rows, 0)
+    return marked(torch.where((winners > 0) & (losers > 0), rows, 0), wrong, no_labels)
 
 
 @objective("brain", paper="arXiv:2402.02479")
@@ -155,8 +158,8 @@ def brain(
     log α = log softmax(S/temperature + ref - sampler), log b = log softmax(logps - sampler), both
     in the group; α is constant. One row: 0.
     """
-    count = group_count(groups, num_groups, scores)
+    count, wrong = group_count(groups, num_groups, scores)
     strengths = scores / temperature + ref_logps - sampler_logps
     posterior = group_log_softmax(strengths, groups, count).clamp(min=-_FAR)
     policy = group_log_softmax(logps - sampler_logps, groups, count)
-    return group_sum(posterior.exp() * (posterior - policy), groups, count)
+    return marked(group_sum(posterior.exp() * (posterior - policy), groups, count), wrong)

@@ -22,6 +22,7 @@ from ._math import (
     group_sizes,
     group_sum,
     k3,
+    marked,
     masked_mean,
     masked_sum,
     plackett_luce,
@@ -64,7 +65,8 @@ def dpo_plackett_luce(
     num_groups: NumGroups = None,
 ) -> Tensor:  # [G] nats
     """Σ_k [log Σ_{j ranked k or later} e^{h_j} - h_k], h = β·logratio."""
-    return plackett_luce(beta * logratios, scores, groups, group_count(groups, num_groups, scores))
+    count, wrong = group_count(groups, num_groups, scores)
+    return marked(plackett_luce(beta * logratios, scores, groups, count), wrong)
 
 
 @objective("pro_ranking", paper="arXiv:2306.17492", family="groups")
@@ -82,7 +84,7 @@ def pro_ranking(
     k and i in rank order, T_ki = S_k - S_i, T_kk = max_{i>k} T_ki; logp_1 is the best row's sum.
     One row: 0.
     """
-    count = group_count(groups, num_groups, scores)
+    count, wrong = group_count(groups, num_groups, scores)
     ahead = _ahead(scores, groups)
     mean = avg(logps, lengths)
     lowest = -group_max(-scores, groups, count)  # it gives T_kk, and 0 for the last in rank
@@ -92,7 +94,8 @@ def pro_ranking(
     # Not logsumexp: its gradient takes the exponential of a difference of larger numbers.
     contrast = group_sum(-F.pad(gap, (1, 0)).log_softmax(1)[:, 0], groups, count)
     rounds = (group_sizes(groups, count) - 1).to(logps.dtype).square()
-    return contrast - sft_weight * rounds * _of_first(logps, ahead, groups, count)
+    rows = contrast - sft_weight * rounds * _of_first(logps, ahead, groups, count)
+    return marked(rows, wrong)
 
 
 @objective("aft", paper="arXiv:2309.02144", family="groups")
@@ -113,7 +116,7 @@ def aft(
     detached: plain, ŝ_j without gradient. Scores 1/0 give the binary form, graded ones the ranking
     form. No pair: the last term.
     """
-    count = group_count(groups, num_groups, scores)
+    count, wrong = group_count(groups, num_groups, scores)
     better = _better(scores, groups)
     mean = avg(logps, lengths)
     pushed = mean.detach() if variant == "detached" else mean
@@ -130,7 +133,7 @@ def aft(
     top = scores == group_max(scores, groups, count)[groups]
     best = group_sum(torch.where(top, mean, 0), groups, count)
     winners = group_sum(top.to(mean.dtype), groups, count).clamp(min=1)
-    return softplus(group_logsumexp(terms, groups, count)) - best / winners
+    return marked(softplus(group_logsumexp(terms, groups, count)) - best / winners, wrong)
 
 
 @objective("knowpat", paper="arXiv:2311.06503", family="groups")
@@ -149,7 +152,7 @@ def knowpat(
     k and j in rank order, s_k = logp_k / max(n_k, 1)^length_power, w_k = (s_k - min s)/(max s -
     min s) without gradient, 0 if all s are equal. One row: only -ŝ_1.
     """
-    count = group_count(groups, num_groups, scores)
+    count, wrong = group_count(groups, num_groups, scores)
     ahead = _ahead(scores, groups)
     s = avg(logps, lengths, length_power)
     low, high = -group_max(-s, groups, count)[groups], group_max(s, groups, count)[groups]
@@ -159,7 +162,7 @@ def knowpat(
     terms = torch.where(behind > 0, weight * (softplus(-s) + rest), 0)
     rounds = (group_sizes(groups, count) - 1).clamp(min=1).to(s.dtype)
     best = _of_first(avg(logps, lengths), ahead, groups, count)
-    return lam * group_sum(terms, groups, count) / rounds - best
+    return marked(lam * group_sum(terms, groups, count) / rounds - best, wrong)
 
 
 @objective("trpa", paper="arXiv:2504.04524", family="groups")
@@ -183,7 +186,7 @@ def trpa(
     means over the batch, all pairs and all scored tokens: a group's row has its own sums over the
     batch's counts, times G. No pair in the batch: only the KL.
     """
-    count = group_count(groups, num_groups, scores)
+    count, wrong = group_count(groups, num_groups, scores)
     better = _better(scores, groups)
     drift = masked_mean(token_logps - ref_token_logps, mask)
     factor = torch.where(scores >= top_score, top_factor * beta, torch.full_like(drift, beta))
@@ -191,7 +194,7 @@ def trpa(
     ranking = group_sum(torch.where(better, losses, 0).sum(1), groups, count)
     kl = group_sum(masked_sum(k3(old_token_logps - token_logps), mask), groups, count)
     pairs, tokens = (chosen.sum().clamp(min=1).to(kl.dtype) for chosen in (better, mask))
-    return count * (ranking / pairs + kl_coef * kl / tokens)
+    return marked(count * (ranking / pairs + kl_coef * kl / tokens), wrong)
 
 
 @objective(
@@ -215,7 +218,7 @@ def lambda_rank(
     (LiPO-λ, arXiv:2402.01878); RankDPO is this by score on denoising errors. 2^S stops growing at
     e^40; scores are meant to be grades or lie in [0, 1].
     """
-    count = group_count(groups, num_groups, scores)
+    count, wrong = group_count(groups, num_groups, scores)
     ranked = scores if rank_by == "scores" else logratios
     rank = 1 + _ahead(ranked, groups).sum(0)
     discount = (1 + rank).to(logratios.dtype).log().reciprocal()
@@ -225,4 +228,4 @@ def lambda_rank(
     weight = gain * (discount[:, None] - discount[None, :]).abs()
     h, better = beta * logratios, _better(scores, groups)
     pairs = torch.where(better, weight, 0) * softplus(_gaps(h, better))
-    return group_sum(pairs.sum(1), groups, count)
+    return marked(group_sum(pairs.sum(1), groups, count), wrong)

@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import (
-    can_be_read,
     expm1_cap,
     group_count,
     group_starts,
     group_sum,
     logistic,
+    marked,
     plackett_luce,
     truths,
+    wrong_rows,
 )
 from ._registry import Interval, NonNegative, OneOf, Positive, objective
 
@@ -167,10 +168,11 @@ def maxmin_rm(
     That is the head with the largest Σ log σ(r_w - r_l) over the group, the first of equals (hard
     E-step, without gradient).
     """
+    count, wrong = group_count(groups, num_groups)
     fit = F.logsigmoid(chosen_rewards - rejected_rewards)
-    totals = group_sum(fit.detach(), groups, group_count(groups, num_groups))
+    totals = group_sum(fit.detach(), groups, count)
     head = totals.argmax(1)[groups]
-    return -fit.gather(1, head[:, None]).squeeze(1)
+    return marked(-fit.gather(1, head[:, None]).squeeze(1), wrong)
 
 
 @objective("contextual_quality", family="rewards", shapes={"rewards": "N"})
@@ -186,7 +188,8 @@ def contextual_quality(
     No row labelled: the outside option was chosen. Several: the mean of their rewards. An empty
     group gives 0.
     """
-    count, labels = group_count(groups, num_groups), truths(labels)
+    count, wrong = group_count(groups, num_groups)
+    labels, no_labels = truths(labels)
     offsets = group_starts(groups, count)
     # Starting at 0, the largest reward of the group or of the outside option: no exponent below
     # is positive.
@@ -194,7 +197,7 @@ def contextual_quality(
     mass = (-top).exp() + group_sum((rewards - top[groups]).exp(), groups, count)
     picked = group_sum(labels.to(rewards.dtype), groups, count).clamp(min=1)
     chosen = group_sum(torch.where(labels, rewards, 0), groups, count) / picked
-    return top + mass.log() - chosen
+    return marked(top + mass.log() - chosen, wrong, no_labels)
 
 
 @objective("rm_listmle", family="rewards", shapes={"rewards": "N"})
@@ -210,7 +213,8 @@ def rm_listmle(
     `dpo_plackett_luce` on rewards with beta 1. Equal scores rank in row order; an empty group
     gives 0.
     """
-    return plackett_luce(rewards, scores, groups, group_count(groups, num_groups, scores))
+    count, wrong = group_count(groups, num_groups, scores)
+    return marked(plackett_luce(rewards, scores, groups, count), wrong)
 
 
 @objective("rm_regression", paper="arXiv:2402.18571", family="rewards", shapes={"rewards": "N M"})
@@ -231,15 +235,13 @@ def restricted_ce(
 ) -> Tensor:  # [N] nats
     """-Σ_c q_c·log p_c, p = softmax over the C candidates only, q = (1-ε)·one-hot + ε/C.
 
-    An id outside [0, C) is an error on a CPU; elsewhere it has no one-hot part.
+    An id outside [0, C) is an error on a CPU; elsewhere its row is NaN.
     """
     words = label_logits.shape[1]
-    if can_be_read(label_ids):
-        low, high = map(int, label_ids.aminmax())
-        if low < 0 or high >= words:
-            raise ValueError(f"label_ids: expected ids in [0, {words}), got {low} to {high}")
+    outside = (label_ids < 0) | (label_ids >= words)
+    wrong = wrong_rows("label_ids", label_ids, outside, f"ids in [0, {words})")
     word = torch.arange(words, dtype=torch.int64, device=label_ids.device)
     # Compared, not indexed: a bad id then cannot fault the device.
     hot = label_ids[:, None] == word
     target = (1 - label_smoothing) * hot.to(label_logits.dtype) + label_smoothing / max(words, 1)
-    return -(target * label_logits.log_softmax(1)).sum(1)
+    return marked(-(target * label_logits.log_softmax(1)).sum(1), wrong)

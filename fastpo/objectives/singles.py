@@ -13,6 +13,7 @@ from ._math import (
     REDUCTIONS,
     exp_cap,
     logistic,
+    marked,
     masked_sum,
     mean_or_zero,
     nll_term,
@@ -131,9 +132,10 @@ def kto(
 
     z0 = max(0, mean(kl_logratios)) without gradient, 0 if there are none.
     """
+    desirable, wrong = truths(labels)
     z = beta * (logratios - mean_or_zero(kl_logratios).clamp(min=0))
     good, bad = desirable_weight * torch.sigmoid(-z), undesirable_weight * torch.sigmoid(z)
-    return torch.where(truths(labels), good, bad)
+    return marked(torch.where(desirable, good, bad), wrong)
 
 
 @objective(
@@ -151,9 +153,10 @@ def kto_apo_zero(
     undesirable_weight: Annotated[float, NonNegative] = 1.0,
 ) -> Tensor:  # [N]
     """Desirable: w·σ(-β·x); undesirable: w·σ(β·x)."""
+    desirable, wrong = truths(labels)
     z = beta * logratios
     good, bad = desirable_weight * torch.sigmoid(-z), undesirable_weight * torch.sigmoid(z)
-    return torch.where(truths(labels), good, bad)
+    return marked(torch.where(desirable, good, bad), wrong)
 
 
 @objective("bco", paper="arXiv:2404.04656", family="singles")
@@ -168,7 +171,9 @@ def bco(
 
     δ is the caller's running mean of rewards.
     """
-    return logistic(beta * logratios - delta, truths(labels).to(logratios.dtype))
+    desirable, wrong = truths(labels)
+    rows = logistic(beta * logratios - delta, desirable.to(logratios.dtype))
+    return marked(rows, wrong)
 
 
 @objective("depo", paper="arXiv:2511.15392", family="singles")
@@ -190,12 +195,14 @@ def depo(
     Desirable: w·σ(-(β·(x - z0) + alpha_token / T_token + alpha_step / T_step)); undesirable and
     z0 as in kto. T_step = max(steps, 1), T_token = max(lengths / T_step, 1).
     """
+    desirable, wrong = truths(labels)
     per_step = steps.clamp(min=1).to(logratios.dtype)
     per_token = (lengths / per_step).clamp(min=1)
     z = beta * (logratios - mean_or_zero(kl_logratios).clamp(min=0))
     bonus = alpha_token / per_token + alpha_step / per_step
     good = desirable_weight * torch.sigmoid(-(z + bonus))
-    return torch.where(truths(labels), good, undesirable_weight * torch.sigmoid(z))
+    rows = torch.where(desirable, good, undesirable_weight * torch.sigmoid(z))
+    return marked(rows, wrong)
 
 
 @objective("ulma", paper="arXiv:2312.02554", family="singles")
@@ -207,7 +214,8 @@ def ulma(
     beta: Annotated[float, Positive] = 0.1,
 ) -> Tensor:  # [N] nats
     """Desirable: -log p; undesirable: -log σ(-β·x)."""
-    return torch.where(truths(labels), -logps, -F.logsigmoid(-beta * logratios))
+    desirable, wrong = truths(labels)
+    return marked(torch.where(desirable, -logps, -F.logsigmoid(-beta * logratios)), wrong)
 
 
 @objective("pointwise_dpo", paper="arXiv:2312.02554", family="singles")
@@ -218,7 +226,8 @@ def pointwise_dpo(
     beta: Annotated[float, Positive] = 0.1,
 ) -> Tensor:  # [N] nats
     """L(β·x; labels)."""
-    return logistic(beta * logratios, shares(labels, logratios.dtype))
+    desirable, wrong = shares(labels, logratios.dtype)
+    return marked(logistic(beta * logratios, desirable), wrong)
 
 
 @objective("pmpo", paper="arXiv:2410.04166", family="singles")
@@ -234,9 +243,10 @@ def pmpo(
 
     Unbounded below for α < 1 and β = 0.
     """
-    good = truths(labels)
+    good, wrong = truths(labels)
     count = torch.where(good, good.sum(), (~good).sum()).to(logps.dtype)
     rows = torch.where(good, -alpha * logps, (1 - alpha) * logps) * (len(good) / count)
+    rows = marked(rows, wrong)
     if beta == 0:
         return rows
     if forward_kl is None:

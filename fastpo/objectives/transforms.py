@@ -16,6 +16,7 @@ from ._math import (
     group_center,
     group_count,
     group_sum,
+    marked,
     masked_mean,
     masked_sum,
 )
@@ -180,8 +181,9 @@ def group_advantages(
     std has n - 1 in the denominator; for one row it is 0. Equal scores: A = 0. A score that is NaN
     (no reward) has A = 0 and counts in no mean and no std.
     """
-    count, known = group_count(groups, num_groups), ~scores.isnan()
-    advantages = group_center(scores, groups, count, known)
+    known = ~scores.isnan()
+    count, wrong = group_count(groups, num_groups)
+    advantages = marked(group_center(scores, groups, count, known), wrong)
     if scale == "group":
         squares = group_sum(advantages.square(), groups, count)
         sizes = group_sum(known.to(scores.dtype), groups, count)
@@ -219,11 +221,12 @@ def rloo_advantages(
                 f"got beta {beta} without them"
             )
         rewards = scores - beta * masked_sum(old_token_logps - ref_token_logps, mask)
-    count, known = group_count(groups, num_groups), ~scores.isnan()
+    known = ~scores.isnan()
+    count, wrong = group_count(groups, num_groups)
     sizes = group_sum(known.to(scores.dtype), groups, count)[groups]
     # r_i - (Σ_j r_j - r_i)/(n - 1) = (r_i - mean)·n/(n - 1)
     centered = group_center(rewards, groups, count, known)
-    return {"advantages": centered * sizes / (sizes - 1).clamp(min=1)}
+    return {"advantages": marked(centered * sizes / (sizes - 1).clamp(min=1), wrong)}
 
 
 @transform("lsc_scores", paper="arXiv:2402.00742", outputs=("scores",))

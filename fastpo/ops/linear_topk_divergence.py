@@ -65,8 +65,8 @@ def linear_topk_divergence(
     teacher_ids: [..., K] int64, in [0, V), no word twice for a token.
     teacher_logps: [..., K] nats, over the whole vocabulary; -inf for a word that is none: lists of
         several lengths are filled up with it, and any id. The student's mass on it belongs to the
-        rest; a list without words gives 0, whatever its hidden state is. On a CPU NaN, numbers
-        above 0 and a word that is listed twice raise.
+        rest; a list without words gives 0, whatever its hidden state is. NaN, numbers above 0 and
+        a word that is listed twice raise on a CPU; elsewhere the token is NaN.
 
     mask: [...] bool, as there, as are budget, backend and errors. Gradient flows to hidden, weight
         and bias.
@@ -88,8 +88,7 @@ def linear_topk_divergence(
     hidden, teacher = (
         x.masked_fill(~scored.unsqueeze(-1), 0) for x in (hidden, teacher_logps.detach())
     )
-    _check_values(teacher_ids, teacher, len(weight))
-    _check_once(teacher_ids, scored.unsqueeze(-1) & ~none)
+    wrong = _wrong_lists(teacher_ids, teacher, scored.unsqueeze(-1) & ~none, len(weight))
     registry.choose(backend, hidden.device)  # raises where there is no walk that would
     given = R.LogitMap.of(temperature, softcap, logit_scale), budget, backend
     lists = _Lists(teacher_ids, none & scored.unsqueeze(-1), scored)
@@ -103,6 +102,8 @@ def linear_topk_divergence(
     # Of a word that a side excludes, 0·(-inf) would be NaN: as in `linear_divergence`.
     student, teacher = student.clamp_min(LOWEST), teacher.clamp_min(LOWEST)
     found = rule.terms(student, teacher)[0].sum(-1)
+    # Times NaN: its gradient is NaN as well.
+    found = found * torch.ones_like(found).masked_fill(wrong, torch.nan)
     return torch.where(scored, found, 0.0).float()
 
 
@@ -243,30 +244,28 @@ def _check_lists(hidden: Tensor, ids: Tensor, logps: Tensor) -> None:
             raise ValueError(f"{name}: expected device {hidden.device}, got {x.device}")
 
 
-def _check_values(ids: Tensor, logps: Tensor, vocab: int) -> None:
-    """On a CPU; elsewhere reading them would wait for the device."""
-    if ids.device.type != "cpu" or not ids.numel():
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= vocab:
-        raise ValueError(f"teacher_ids: expected values in [0, {vocab}), got {low} to {high}")
+def _wrong_lists(ids: Tensor, logps: Tensor, words: Tensor, vocab: int) -> Tensor:  # [...] bool
+    """On a CPU an error; elsewhere nobody waits, and such tokens become NaN."""
     wrong = ~(logps <= _LARGEST_LOGP)  # of NaN, too
+    # What is no word may be listed twice.
+    others = torch.arange(-ids.shape[-1], 0, dtype=ids.dtype, device=ids.device)
+    ranked = torch.where(words, ids, others).sort(-1).values
+    twice = ranked[..., 1:] == ranked[..., :-1]
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = map(int, ids.aminmax())
+        if low < 0 or high >= vocab:
+            raise ValueError(f"teacher_ids: expected values in [0, {vocab}), got {low} to {high}")
+        _raise_first(wrong, twice, logps, ranked)
+    return wrong.any(-1) | twice.any(-1)
+
+
+def _raise_first(wrong: Tensor, twice: Tensor, logps: Tensor, ranked: Tensor) -> None:
     if bool(wrong.any()):
         place = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(
             f"teacher_logps: expected logarithms of probabilities, at most 0, "
             f"got {logps[place].item()} at {place}"
         )
-
-
-def _check_once(ids: Tensor, words: Tensor) -> None:
-    """Likewise. A word that is listed twice would count twice, in the list and against its rest."""
-    if ids.device.type != "cpu" or not ids.numel():
-        return
-    # What is no word may be listed twice.
-    others = torch.arange(-ids.shape[-1], 0, dtype=ids.dtype, device=ids.device)
-    ranked = torch.where(words, ids, others).sort(-1).values
-    twice = ranked[..., 1:] == ranked[..., :-1]
     if bool(twice.any()):
         place = tuple(twice.nonzero()[0].tolist())
         raise ValueError(

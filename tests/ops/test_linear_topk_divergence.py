@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from _pair_problem import sides
@@ -10,6 +12,8 @@ import fastpo
 from fastpo import objectives, planner
 from fastpo.ops.rows import registry
 from fastpo.testing import assert_as_good_as_eager
+
+topk_divergence = importlib.import_module("fastpo.ops.linear_topk_divergence")
 
 
 @pytest.fixture(autouse=True)
@@ -363,3 +367,19 @@ def test_lists_that_cannot_be_raise(change, message):
     given = {"teacher_ids": ids, "teacher_logps": logps, "kind": "forward_kl"}
     with pytest.raises(ValueError, match=message):
         fastpo.linear_topk_divergence(h, w, **{**given, **change})
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_a_list_that_nobody_waits_for(kind, monkeypatch):
+    """As on a GPU: a token whose list is none is NaN, and so is its gradient."""
+    monkeypatch.setattr(topk_divergence, "_raise_first", lambda *_: None)
+    h, w, *_ = (x.detach() for x in sides())
+    ids = torch.tensor([4, 9, 2]).repeat(13, 1)
+    logps = torch.tensor([-1.0, -2.0, -3.0]).repeat(13, 1)
+    right = fastpo.linear_topk_divergence(h, w, ids, logps, kind=kind)
+    ids[1], logps[2, 1], logps[3, 0] = torch.tensor([7, 3, 7]), torch.nan, 0.6
+    found = fastpo.linear_topk_divergence(h.requires_grad_(), w, ids, logps, kind=kind)
+    assert found.isnan().nonzero().flatten().tolist() == [1, 2, 3]
+    assert found[4:].equal(right[4:])
+    moved = torch.autograd.grad(found.sum(), h)[0]
+    assert moved.isnan().all(-1).nonzero().flatten().tolist() == [1, 2, 3]
