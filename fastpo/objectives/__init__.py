@@ -32,18 +32,8 @@ from . import (
 )
 from ._compose import compose
 from ._describe import describe
-from ._registry import (
-    Interval,
-    NonNegative,
-    OneOf,
-    Positive,
-    Unit,
-    available,
-    families,
-    get,
-    objective,
-    transform,
-)
+from ._parameters import Interval, NonNegative, OneOf, Positive, Unit
+from ._registry import available, families, get, objective, transform
 
 __all__ = [
     "Interval",

@@ -9,17 +9,9 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from ._math import REDUCTIONS, nll_term, promote
+from ._parameters import NonNegative, OneOf, parameters_of
 from ._quantities import SHAPES, check_like, check_tensor
-from ._registry import (
-    NonNegative,
-    OneOf,
-    entry_of,
-    lookup,
-    of_table,
-    parameters_of,
-    quantities_of,
-    unwrap,
-)
+from ._registry import entry_of, lookup, of_table, quantities_of, unwrap
 
 _LOGPS_OF = {
     "chosen_logratios": "chosen_logps",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._math import exp_cap, k3, masked_mean, masked_sum
-from ._registry import Interval, NonNegative, OneOf, Positive
+from ._parameters import Interval, NonNegative, OneOf, Positive
 
 Level = Annotated[str, OneOf("token", "sequence", "sequence_token")]
 Epsilon = Annotated[float, NonNegative]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ._math import exp_cap, masked_sum
-from ._registry import NonNegative, Positive, objective
+from ._parameters import NonNegative, Positive
+from ._registry import objective
 from .pairs import dpo
 from .transforms import denoising_logratios
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ._math import EXP_CAP, cut, log1mexp, masked_sum
-from ._registry import NonNegative, OneOf, Positive, Unit, objective
+from ._parameters import NonNegative, OneOf, Positive, Unit
+from ._registry import objective
 
 _LOWEST = -1e30  # of a word that a side excludes: -inf - -inf and 0·inf are NaN
 _NEAR = 1e-6  # an alpha this close to 0 or 1 is that limit: the formula divides 0 by 0 there

@@ -25,7 +25,8 @@ from ._math import (
     softplus,
     truths,
 )
-from ._registry import NonNegative, OneOf, Positive, objective
+from ._parameters import NonNegative, OneOf, Positive
+from ._registry import objective
 
 NumGroups = Annotated[int | None, NonNegative]
 

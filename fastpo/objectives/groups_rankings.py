@@ -28,7 +28,8 @@ from ._math import (
     plackett_luce,
     softplus,
 )
-from ._registry import NonNegative, OneOf, Positive, objective
+from ._parameters import NonNegative, OneOf, Positive
+from ._registry import objective
 
 NumGroups = Annotated[int | None, NonNegative]
 

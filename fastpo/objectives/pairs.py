@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import REDUCTIONS, avg, exp_cap, logistic, nll_term
-from ._registry import Interval, NonNegative, OneOf, Positive, Unit, objective
+from ._parameters import Interval, NonNegative, OneOf, Positive, Unit
+from ._registry import objective
 from .transforms import f_divergence
 
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import avg, mean_or_zero
-from ._registry import Positive, Unit, objective
+from ._parameters import Positive, Unit
+from ._registry import objective
 from .pairs_logps import simpo
 
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import REDUCTIONS, avg, cut, log1mexp, logistic, nll_term
-from ._registry import NonNegative, OneOf, Positive, Unit, objective
+from ._parameters import NonNegative, OneOf, Positive, Unit
+from ._registry import objective
 from .transforms import f_divergence
 
 

@@ -11,7 +11,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from ._registry import NonNegative, Positive, Unit, objective
+from ._parameters import NonNegative, Positive, Unit
+from ._registry import objective
 from .pairs import dpo
 
 Weights = Annotated[Sequence[float] | None, NonNegative]

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._registry import NonNegative, OneOf, Positive, objective
+from ._parameters import NonNegative, OneOf, Positive
+from ._registry import objective
 from .pairs import dpo, ipo
 from .transforms import score_labels
 

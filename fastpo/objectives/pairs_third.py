@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import REDUCTIONS, logistic, nll_term
-from ._registry import NonNegative, OneOf, Positive, Unit, objective
+from ._parameters import NonNegative, OneOf, Positive, Unit
+from ._registry import objective
 from .pairs import dpo
 from .pairs_logps import simpo
 

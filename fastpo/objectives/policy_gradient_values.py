@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ._math import group_sum, k3, masked_mean
+from ._parameters import NonNegative, Positive
 from ._policy import Coefficient, token_mean
-from ._registry import NonNegative, Positive, objective
+from ._registry import objective
 
 _VALUES = {"values": "N T"}
 

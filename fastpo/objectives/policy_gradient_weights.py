@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import REDUCTIONS, exp_cap, masked_mean, masked_sum
+from ._parameters import Interval, NonNegative, OneOf, Positive
 from ._policy import (
     Batch,
     Coefficient,
@@ -23,7 +24,7 @@ from ._policy import (
     per_token,
     token_mean,
 )
-from ._registry import Interval, NonNegative, OneOf, Positive, objective
+from ._registry import objective
 
 _LOG_BOUND = 20.0  # VESPO's and TRL's bounds of a log-ratio, above and
 _SMALLEST = 1e-8  # of a ratio, below

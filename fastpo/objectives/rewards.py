@@ -22,7 +22,8 @@ from ._math import (
     truths,
     wrong_rows,
 )
-from ._registry import Interval, NonNegative, OneOf, Positive, objective
+from ._parameters import Interval, NonNegative, OneOf, Positive
+from ._registry import objective
 
 NumGroups = Annotated[int | None, NonNegative]
 _SCALARS = {"chosen_rewards": "B", "rejected_rewards": "B"}

@@ -20,7 +20,8 @@ from ._math import (
     shares,
     truths,
 )
-from ._registry import NonNegative, OneOf, Positive, Unit, objective
+from ._parameters import NonNegative, OneOf, Positive, Unit
+from ._registry import objective
 
 
 @objective("nll", family="singles")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import EXP_CAP, exp_cap, masked_mean, masked_sum
-from ._registry import NonNegative, OneOf, Positive, Unit, objective
+from ._parameters import NonNegative, OneOf, Positive, Unit
+from ._registry import objective
 from .pairs import dpo
 from .transforms import ld_logps, wpo_weights
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._math import masked_sum
-from ._registry import NonNegative, OneOf, Positive, objective
+from ._parameters import NonNegative, OneOf, Positive
+from ._registry import objective
 
 
 @objective(

@@ -20,7 +20,8 @@ from ._math import (
     masked_mean,
     masked_sum,
 )
-from ._registry import NonNegative, OneOf, Positive, Unit, transform
+from ._parameters import NonNegative, OneOf, Positive, Unit
+from ._registry import transform
 
 # Objectives of Δ alone: there the partition function cancels.
 _DIFFERENCE_ONLY = frozenset(

@@ -51,6 +51,21 @@ def test_union_of_quantities():
     assert required(more) == [*sides, "chosen_logps", "chosen_lengths", "third_logps"]
 
 
+def test_what_a_partial_binds_by_position():
+    def mine(scale, chosen_logratios, rejected_logratios):
+        return scale * (chosen_logratios - rejected_logratios)
+
+    once = partial(mine, 0.5)
+    assert required(compose(once)) == ["chosen_logratios", "rejected_logratios"]
+    assert compose(once)(torch.ones(2), torch.zeros(2)).tolist() == [0.5, 0.5]
+    twice = partial(Again(mine, 0.5), torch.ones(2))
+    assert compose(twice)(torch.zeros(2)).tolist() == [0.5, 0.5]
+
+
+class Again(partial):
+    """functools flattens partials of partials, but not of its subclasses."""
+
+
 def test_ld_logps_takes_the_reference_along():
     """Log-ratios are derived after the truncation of both."""
     function = compose("dpo", get("ld_logps", ld_alpha=0.3))

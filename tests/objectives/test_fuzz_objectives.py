@@ -15,7 +15,8 @@ from test_objectives import KEYS, evaluate, truth_of
 from torch import Tensor
 
 from fastpo import objectives
-from fastpo.objectives._registry import Interval, OneOf, Parameter, lookup, quantities_of
+from fastpo.objectives._parameters import Interval, OneOf, Parameter
+from fastpo.objectives._registry import lookup, quantities_of
 
 # There are 140 of them.
 some = settings(max_examples=max(2, settings.default.max_examples // 10))

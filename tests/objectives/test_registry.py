@@ -8,7 +8,7 @@ from torch import Tensor, ones
 
 from fastpo import objectives
 from fastpo.objectives import Interval, NonNegative, Positive, _registry
-from fastpo.objectives._registry import parameters_of
+from fastpo.objectives._parameters import parameters_of
 
 
 def test_registering():
@@ -80,6 +80,15 @@ def test_hints_that_only_a_type_checker_imports():
     def mine(chosen_logps: "Imported", *, beta: "Annotated[float, NonNegative]" = 0.1): ...  # noqa: F821
 
     assert parameters_of(mine)["beta"].range is NonNegative
+
+
+def test_hints_of_names_that_only_a_function_has():
+    def mine(*, beta: "Annotated[float, Mine]" = 0.1): ...  # noqa: F821
+
+    with pytest.raises(
+        ValueError, match=r"mine: expected annotations of names .*, got one of Mine$"
+    ):
+        objectives.objective("mine", family="pairs")(mine)
 
 
 def test_a_key_that_is_none():
