@@ -22,7 +22,7 @@ from ..walks.derivatives import check_plain, first_derivatives
 from ..walks.head import beside
 from ..walks.lending import Loan
 from ..walks.mask import WordMask
-from ..walks.saving import stays
+from ..walks.saving import adds_to, stays
 from ..walks.vocab_shard import VocabShard
 
 # Held while d weight is added to a gradient: of two threads one would lose its sums.
@@ -162,7 +162,9 @@ class _Call:
             return None  # whoever differentiates it shall be told, see `first_derivatives`
         grad = weight.grad
         plain = type(grad) is Tensor and grad.layout == torch.strided
-        return grad if plain and grad is not None and grad.shape == weight.shape else None
+        if not plain or grad is None or grad.shape != weight.shape:
+            return None
+        return grad if adds_to(weight) else None
 
     def head(self, weight: Tensor, up: Tensor | None) -> Tensor | driver.Adapted:
         if up is None:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def saving_hooks() -> Any:
@@ -17,6 +18,18 @@ def saving_hooks() -> Any:
 def retained() -> bool:
     """May the backward that is under way be run again?"""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def adds_to(leaf: Tensor) -> bool:
+    """Will the backward that is under way add to the gradient of this leaf?
+
+    Not where `torch.autograd.grad` or `backward(inputs=...)` was asked for others, or for itself.
+    """
+    node = torch.autograd.graph.get_gradient_edge(leaf).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # PyTorch's of a leaf whose gradient autograd.grad returns
+        return False
 
 
 def checkpointed() -> bool:

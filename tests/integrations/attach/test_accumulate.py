@@ -95,6 +95,25 @@ def test_a_weight_that_is_no_leaf_gets_its_gradient_from_autograd():
     assert torch.equal(x.weight.grad, twice.weight.grad)
 
 
+ASKED = {
+    "autograd.grad": lambda loss, leaf: torch.autograd.grad(loss, leaf)[0],
+    "backward(inputs=...)": lambda loss, leaf: loss.backward(inputs=[leaf]),
+}
+
+
+@pytest.mark.parametrize("how", ASKED)
+@pytest.mark.parametrize("of", ["hidden", "weight"])
+def test_only_what_is_asked_for_gets_a_gradient(how, of):
+    results = []
+    for accumulate in (False, True):
+        x, options = head(), HeadOptions(accumulate=accumulate)
+        backward(x, 1, options)
+        loss = score(x.hidden, x.weight, None, x.labels, options).logps.square().sum()
+        found = ASKED[how](loss, getattr(x, of))
+        results.append((found, x.hidden.grad, x.weight.grad))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_with_tied_words_under_attach(tied):
     ids = torch.randint(5, 60, (2, 11), generator=torch.Generator().manual_seed(0))
