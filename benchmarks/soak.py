@@ -45,7 +45,9 @@ def main() -> None:
     options = parser.parse_args()
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     torch.set_num_threads(1)
-    report = machine.facts("cpu") | {"what": "soak", "dtype": "float32", "rows": []}
+    command = f"python benchmarks/soak.py --times {options.times} --steps {options.steps}"
+    report = machine.facts("cpu") | {"what": "soak", "command": command, "dtype": "float32"}
+    report["rows"] = []
     parts: dict[str, Callable[[], Row]] = {
         "patch, unpatch": functools.partial(fresh, patches, options.times),
         "attach, detach": functools.partial(fresh, attaches, options.times),

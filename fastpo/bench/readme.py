@@ -120,8 +120,9 @@ def _head(report: Report) -> Iterator[str]:
         rows = [r for r in report["rows"] if all(r[k] == v for k, v in size._asdict().items())]
         for case in ("score", "frozen", "trainable"):
             best = f" bare products | {floor[case] / floor['score']:.2f} |" if timed else " |"
+            if not (shown := _shown(rows, case, report["backend"])):
+                continue
             yield f"| **{_HEAD_NAMES[case]}**{best} | |"
-            shown = _shown(rows, case, report["backend"])
             for row in sorted(shown, key=lambda row: row["median_ms"]) if timed else shown:
                 yield _head_row(row, timed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -164,9 +165,10 @@ def fit(options: Options, pairs: Pairs, tokenizer: Any, config: Any) -> Fitted:
         if max(sides) <= max_length:
             continue
         if not options.truncate:
+            way = "raise it, or pass" if max(sides) <= _positions(config) else "pass"
             raise DemoError(
                 f"{pairs.places[id(row)]}: prompt and answer are {max(sides)} tokens long, over "
-                f"--max-length {max_length}; raise it, or pass --truncate"
+                f"--max-length {max_length}; {way} --truncate"
             )
         truncated += 1
         if prompt >= max_length:
@@ -177,16 +179,21 @@ def fit(options: Options, pairs: Pairs, tokenizer: Any, config: Any) -> Fitted:
 
 
 def _max_length(options: Options, config: Any) -> int:
-    text = None if config is None else config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None) or MAX_LENGTH
+    positions = _positions(config)
     if options.max_length is None:
-        return min(MAX_LENGTH, positions)
-    if config is not None and options.max_length > positions:
+        return int(min(MAX_LENGTH, positions))
+    if options.max_length > positions:
         raise DemoError(
             f"--max-length: expected at most {positions}, the positions of {options.model}, "
             f"got {options.max_length}"
         )
     return options.max_length
+
+
+def _positions(config: Any) -> float:
+    """Of a model that has any number of them, or is still to be made, infinity."""
+    text = None if config is None else config.get_text_config()
+    return getattr(text, "max_position_embeddings", None) or math.inf
 
 
 def build_model(shape: Shape, seed: int, max_length: int, stage: Stage) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from _preference_rows import GOOD, chat, write
+from transformers import GPT2Config, MambaConfig
 
 from fastpo.demo import data, jobs, make_data, objective, plot, prepare, report
 from fastpo.demo.errors import DemoError, DemoFailure
@@ -78,13 +79,13 @@ def test_tokenizer_has_the_whole_vocabulary():
     assert prompt < min(chosen, rejected)
 
 
-def fit(rows, **options):
+def fit(rows, *, config=None, **options):
     options = Options(**options)
     pairs = data.Pairs(
         "x.jsonl", rows[:-1], rows[-1:], {id(r): f"row {i}" for i, r in enumerate(rows)}
     )
     tokenizer = train_tokenizer(texts_of(rows), 512)
-    return prepare.fit(options, pairs, tokenizer, None)
+    return prepare.fit(options, pairs, tokenizer, config)
 
 
 def test_rows_that_are_too_long():
@@ -101,6 +102,19 @@ def test_rows_that_are_too_long():
     with pytest.raises(DemoError, match="expected at least 2 rows that fit"):
         fit([long_prompt, GOOD], max_length=64, truncate=True)
     assert fit(rows, max_length=2048).truncated == 0
+
+
+def test_a_length_that_a_model_has_no_positions_for():
+    long_answer = GOOD | {"chosen": "word " * 200 + "end"}
+    rows, config = [GOOD, long_answer], GPT2Config(n_positions=64)
+    with pytest.raises(DemoError, match=r"over --max-length 64; pass --truncate$"):
+        fit(rows, config=config)
+    with pytest.raises(DemoError, match=r"^--max-length: expected at most 64, the positions of"):
+        fit(rows, config=config, max_length=65)
+    rows[1] = GOOD | {"chosen": "word " * 1100 + "end"}
+    with pytest.raises(DemoError, match=r"over --max-length 1024; raise it, or pass --truncate$"):
+        fit(rows, config=MambaConfig())  # which has no positions to run out of
+    assert fit(rows, config=MambaConfig(), max_length=8192).longest > 1024
 
 
 def test_a_chat_template_that_fails():

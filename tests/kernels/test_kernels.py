@@ -15,6 +15,7 @@ from _triton import DEVICE, MARKS
 from torch import Tensor
 
 from fastpo.ops.rows import backend as R
+from fastpo.ops.rows import registry
 from fastpo.ops.rows import torch as rows_torch
 from fastpo.ops.rows import triton as rows_triton
 from fastpo.testing import max_error, rounding
@@ -378,6 +379,8 @@ def test_unavailable_says_why(monkeypatch):
     compiled = triton.runtime.jit.JITFunction(interpreted.fn)
     monkeypatch.setattr(rows, "rows_fwd_kernel", compiled)
     assert "TRITON_INTERPRET=1" in rows_triton.unavailable(torch.device("cpu"))
+    assert "TRITON_INTERPRET=1" in registry.unavailable("anchored", torch.device("cpu"))
+    assert "TRITON" not in registry.unavailable("cutlass", torch.device("cpu"))
 
 
 def test_fastpo_imports_without_triton():

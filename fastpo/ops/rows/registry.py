@@ -58,10 +58,8 @@ def word_kernels(backend: str) -> WordKernels:
 
 def unavailable(backend: str, device: torch.device) -> str | None:
     """Why a backend of BACKENDS cannot serve the device; None when it can."""
-    reason = kernels(backend).unavailable(device)
-    if reason is None and backend == "cutlass":
-        reason = anchored_cutlass.unavailable(device)
-    return reason
+    own = anchored_cutlass.unavailable(device) if backend == "cutlass" else None
+    return own or kernels(backend).unavailable(device)
 
 
 def check(backend: str | None) -> None:
