@@ -152,3 +152,23 @@ def test_a_third_text_beside_images(tmp_path):
     message = "third: expected a dataset of texts alone, got 'images'"
     with fastpo.patched(objective="tpo_triple"), pytest.raises(ValueError, match=message):
         trainer("DPO", tmp_path, str(tmp_path / "model"), **given)
+
+
+@pytest.mark.parametrize(("prefix", "objective"), [("DPO", "dpo"), ("KTO", "kto")])
+def test_objectives_by_name_see_images(prefix, objective, tmp_path, calls):
+    """The reference, too, of which TRL's KTOTrainer asks the texts alone."""
+    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("PIL")
+    path = tmp_path / "model"
+    tiny.vision_language_model().save_pretrained(path)
+    reference = tiny.vision_language_model(seed=1)
+    given = {
+        "data": tiny.with_images(_trainers.DATA[prefix]()),
+        "processing_class": tiny.processor(),
+        "ref_model": reference,
+    }
+    own = _trainers.train(trainer(prefix, tmp_path, str(path), **given))
+    with fastpo.patched(objective=objective):
+        ours = _trainers.train(trainer(prefix, tmp_path, str(path), **given))
+    assert calls
+    _trainers.assert_same(ours, own)

@@ -23,6 +23,10 @@ _TRANSFORMS = {
 
 
 _SUMS = ("ref_chosen_logps", "ref_rejected_logps")
+# Of a batch of KTOTrainer: what is no input of a model, or is handed on by TRL. "KL_" starts those
+# of the mismatched rows, token types among them.
+_ROWS = ("input_ids", "attention_mask", "completion_mask", "label", "ref_logps", "ref_KL_logps")
+_KL = "KL_"
 
 
 class PairTrainer(TextTrainer):
@@ -172,6 +176,12 @@ class SingleTrainer(TextTrainer):
         with standing_in(config, loss_type=loss_type), super().configured(config):
             yield
 
+    def compute_ref_log_probs(self, model: Any, inputs: Mapping[str, Any]) -> Any:
+        """TRL's asks with ids and masks alone, as it is for datasets of texts."""
+        if isinstance(model, Pass):  # of a batch, from which columns have been taken
+            model.model = _BesideIds(model.model, inputs)
+        return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
+
     def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
         plain = getattr(model, "model", model) if isinstance(model, Pass) else model
         self._fastpo.kl_logps = super()._compute_kl_logps(plain, batch)  # type: ignore[misc]
@@ -216,3 +226,23 @@ class SingleTrainer(TextTrainer):
         free = self._fastpo.setting.reference_free
         q = padded(policy.stats, policy.mask, sides=("",), reference_free=free) | given
         return self._add(result, q)
+
+
+class _BesideIds:
+    """A model, called with what else the batch holds of the rows in question, such as images."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Any]) -> None:
+        self.model = model
+        mismatched = {k.removeprefix(_KL): x for k, x in inputs.items() if k.startswith(_KL)}
+        self.kl_ids = mismatched.get("input_ids")
+        self.own = {k: x for k, x in inputs.items() if k not in _ROWS and not k.startswith(_KL)}
+        self.kl = self.own | {k: x for k, x in mismatched.items() if k not in _ROWS}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":
+            raise AttributeError(name)  # of an instance that is being made
+        return getattr(self.model, name)
+
+    def __call__(self, **arguments: Any) -> Any:
+        beside = self.kl if arguments["input_ids"] is self.kl_ids else self.own
+        return self.model(**beside | arguments)
