@@ -172,3 +172,19 @@ def test_objectives_by_name_see_images(prefix, objective, tmp_path, calls):
         ours = _trainers.train(trainer(prefix, tmp_path, str(path), **given))
     assert calls
     _trainers.assert_same(ours, own)
+
+
+def test_groups_beside_images(tmp_path):
+    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("PIL")
+    data = tiny.with_images(tiny.preferences()).map(
+        lambda row: {"completions": [row["chosen"], row["rejected"]], "scores": [1.0, 0.0]}
+    )
+    with pytest.raises(ValueError, match="train_dataset: expected texts alone for groups, got 'im"):
+        fastpo.GroupTrainer(
+            tiny.vision_language_model(),
+            args=_trainers.config("DPO", tmp_path, {}),
+            objective="infonca",
+            train_dataset=data,
+            processing_class=tiny.processor(),
+        )
