@@ -54,6 +54,9 @@ FACTOR = {"cuda": 4.0, "cpu": 10.0}[DEVICE]
 # Seconds that a case may take, the first of a process with imports and kernels to compile. None
 # takes QUIET once it runs.
 PATIENCE, STARTING, QUIET = (30, 60, 20) if DEVICE == "cuda" else (300, 300, 20)
+# Bytes that a process may hold between two cases: the float64 of the largest leaves it 26 GB and
+# more, and five backends side by side would have to find theirs in an H200's 150.
+HELD = 2**32
 WORKERS: set[subprocess.Popen[str]] = set()
 # bf16 is wrong in Triton's interpreter itself; there these run in float32, which they are not for.
 INTERPRETED = ("triton", "anchored") if DEVICE == "cpu" else ()
@@ -213,6 +216,8 @@ def work(backend: str, first: int) -> None:
         print(json.dumps(row | {"seconds": round(time.perf_counter() - start, 2)}), flush=True)
         if row["status"] == "error" and lost():
             leave(LOST)  # its last row says so
+        if DEVICE == "cuda" and torch.cuda.memory_reserved() > HELD:
+            torch.cuda.empty_cache()
 
 
 def lost() -> bool:

@@ -111,6 +111,22 @@ s.work("torch", 0)"""
     assert [(row["index"], row["status"]) for row in rows] == [(i, "error") for i in range(done)]
 
 
+def test_a_large_case_leaves_no_memory_to_its_process():
+    """Other processes' cases want it: one that finds none is an error, and its backend is out."""
+    program = """
+import gpu_smoke as s
+held = [2**20, 26 * 10**9, 2**20]
+s.DEVICE, s.check, s.cases = "cuda", lambda *_: ({}, 0.0), lambda _: range(3)
+s.torch.cuda.memory_reserved = lambda: held.pop(0)
+s.torch.cuda.empty_cache = lambda: print('"given back"')
+s.work("torch", 0)"""
+    found = subprocess.run(
+        [sys.executable, "-c", program], cwd=SCRIPTS, capture_output=True, text=True, timeout=300
+    )
+    said = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [x if isinstance(x, str) else x["index"] for x in said] == [0, 1, "given back", 2]
+
+
 @pytest.mark.parametrize(("quiet", "status"), [(0, "hung"), (1000, "unfinished")])
 def test_an_interrupted_run_says_what_did_not_end(smoke, monkeypatch, tmp_path, quiet, status):
     worker, out = tmp_path / "worker.py", tmp_path / "smoke.json"
