@@ -32,10 +32,10 @@ class Copies:
 
     @classmethod
     def of(cls, runs: Sequence[Run], size: int, targets: int, device: torch.device) -> Copies:
-        index = torch.zeros(targets, dtype=torch.int64)
-        merged = _merged(runs)
+        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+        index, merged = torch.zeros(targets, **host), _merged(runs)
         for run in merged:
-            numbers = torch.arange(run.source, run.source + run.length, dtype=torch.int64)
+            numbers = torch.arange(run.source, run.source + run.length, **host)
             index[run.target : run.target + run.length] = numbers
         return cls(merged, size, index.to(device, non_blocking=True))
 

@@ -225,3 +225,14 @@ def test_ids_below_zero_are_tokens(share):
     assert layout_of(ids, share=share).real == (4, 4)
     layout = layout_of(ids, mask, share=share)
     assert layout.real == (4, 3) and layout.size == (5 if share else 7)
+
+
+def test_another_default_device():
+    """A script on a GPU may have one; batches are read on the host all the same."""
+    ids, mask = padded([(0, [0, 1, 0, 1]), (0, [0, 1, 1]), (2, [1, 1])])
+    expected = layout_of(ids, mask)
+    with torch.device("meta"):
+        found = layout_of(ids, mask)
+        tensors = (found.tokens, found.places.index, *found.sequences[:2], *found.tree)
+    wanted = (expected.tokens, expected.places.index, *expected.sequences[:2], *expected.tree)
+    assert found.rows == expected.rows and all(map(torch.equal, tensors, wanted))
