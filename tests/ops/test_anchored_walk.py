@@ -250,6 +250,15 @@ def test_what_the_hardware_copies_as_blocks():
     assert not any(map(anchored_cutlass.in_blocks, (x[:, 1:33], narrow, one, x.t()[:, :8])))
 
 
+def test_what_cutlass_takes():
+    """It refuses rows that end within 16 bytes, wherever the next one starts."""
+    x = torch.zeros(8, 64, dtype=torch.bfloat16)
+    for given in ((x, x), (x[:3], x), (x[:, :32], x[:, :32])):
+        assert anchored_cutlass.serves(*given, None)
+    for given in ((x[:, :60], x[:, :60]), (x, x[:7]), (x.float(), x.float())):
+        assert not anchored_cutlass.serves(*given, None)
+
+
 def test_a_temperature_whose_inverse_is_0_in_float32():
     """All words are alike; probabilities are computed again without a division by it."""
     x = make_head(6, 300, 8).like(torch.float32)

@@ -70,14 +70,14 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def serves(x: Tensor, words: Tensor, bias: Tensor | None) -> bool:
-    """All rows, those of e too, start where blocks can be copied.
+    """All rows, those of e too, start where blocks can be copied, and none ends within a copy.
 
     The same whether e is wanted or not, so that all modes have the same bits.
     """
     if x.dtype != torch.bfloat16 or words.dtype != torch.bfloat16:
         return False
     aligned = bias is None or bias.data_ptr() % _ALIGNMENT == 0
-    whole = len(words) * x.itemsize % _ALIGNMENT == 0
+    whole = all(size * x.itemsize % _ALIGNMENT == 0 for size in words.shape)
     return aligned and whole and in_blocks(x) and in_blocks(words)
 
 
