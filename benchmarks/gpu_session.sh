@@ -110,7 +110,9 @@ compiled() {
         --no-build-isolation -C build-dir="$work/build" -C "cmake.define.CMAKE_CUDA_ARCHITECTURES=${here/#90/90a}-real" \
         --wheel-dir "$work" "$@" . &&
         "$python" -m zipfile -e "$work"/fastpo-*.whl "$work/wheel" &&
-        cp "$work"/wheel/fastpo/_C*.so fastpo/
+        cp "$work"/wheel/fastpo/_C*.so fastpo/whole &&
+        # At once: what starts meanwhile would load half of a file.
+        mv fastpo/whole "fastpo/$(basename "$work"/wheel/fastpo/_C*.so)"
 }
 
 # built SECOND: waits for the extension, at most until then.
