@@ -119,9 +119,29 @@ def test_where_logits_are_read(name, tmp_path, layouts):
 
 @pytest.mark.parametrize("name", TAUGHT)
 def test_student_and_teacher(name, tmp_path, layouts):
-    make = lambda: test_trl_distillation.trainer(name, tmp_path)  # noqa: E731
+    made = []
+    make = lambda: made.append(test_trl_distillation.trainer(name, tmp_path)) or made[-1]  # noqa: E731
     assert_trains_the_same(make, layouts, shared_prompts=True)
     assert len(layouts) == 6, "two models, three steps"
+    assert not backbone.take_tokens([made[-1].teacher_model]).padded, "the log has them"
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_student_and_teacher_without_padding_alone(share, tmp_path, layouts):
+    options = {"shared_prompts" if share else "padding_free": True}
+    with fastpo.patched(**options):
+        trainer = test_trl_distillation.trainer("distillation", tmp_path)
+        trainer.train()
+    packers = backbone._packers_of([trainer.model, trainer.teacher_model])
+    assert [packer.share for packer in packers] == [share, share] and layouts
+
+
+def test_tokens_of_the_reference_are_in_the_log(tmp_path, layouts):
+    with fastpo.patched(shared_prompts=True):
+        trainer = CASES["dpo"].build(tmp_path)
+        trainer.train()
+    assert len(layouts) > 1 and trainer.ref_model is not None
+    assert not backbone.take_tokens([trainer.model, trainer.ref_model]).padded
 
 
 def earlier():
@@ -251,7 +271,7 @@ def test_whole_groups_are_of_shared_prompts():
 
 def test_everything_of_a_group_moves_with_it():
     rows = {
-        "prompt_ids": torch.tensor([[1], [1], [2], [3], [3], [3]]),
+        "prompt_ids": torch.tensor([[2], [2], [1], [3], [3], [3]]),
         "nothing": None,
         "number": torch.tensor(3.0),
         "texts": list("aabccc"),
