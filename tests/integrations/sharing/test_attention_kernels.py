@@ -17,6 +17,7 @@ from test_models import assert_same
 from torch.nn.attention import flex_attention
 from transformers import masking_utils, modeling_flash_attention_utils
 from transformers.integrations import flex_attention as flex_integration
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fastpo.integrations.sharing import attention, backbone, packed
 from fastpo.integrations.sharing.backbone import shared_prompts
@@ -172,17 +173,20 @@ def test_torchs_kernel_knows_no_chunks():
     layout = layout_of(_batches.right()[0])
     own = masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64))
     window = masking_utils.sliding_window_causal_mask_function(4)
+    parts = masking_utils.sliding_window_overlay(4), masking_utils.causal_mask_function
     for rule, size, found in (
         (own, 4, None),
         (window, 4, (3, 0)),
         (window, 5, None),
+        (masking_utils.and_masks(*parts), 4, (3, 0)),
+        (masking_utils.and_masks(*parts, own), 4, None),
         (masking_utils.causal_mask_function, None, (-1, 0)),
         (masking_utils.bidirectional_mask_function, None, None),
     ):
         assert packed.Sdpa(layout, lambda *_: None, rule=rule, size=size).window == found
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 12, 40])
+@pytest.mark.parametrize("window", [None, 1, 4, 12, 23, 40])
 @pytest.mark.parametrize("batch", [_batches.right, _batches.identical, _batches.begins_another])
 def test_masks_of_one_line_are_transformers_own(batch, window):
     layout = layout_of(*batch())
@@ -200,6 +204,28 @@ def test_masks_of_one_line_are_transformers_own(batch, window):
         whole = not row.shared and (window is None or row.length <= window)
         assert (skipping._backwards(row, torch.float32) is None) == whole
     assert found.untyped_storage().nbytes() <= 8 * max(layout.lengths)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_options_by_name_are_those_by_position(window, request):
+    """By position they go row by row, with masks as transformers makes them."""
+    layout, module, own = layout_of(*_batches.right()), torch.nn.Module(), sdpa_attention_forward
+    rule = masking_utils.causal_mask_function
+    if window is not None:
+        rule = masking_utils.sliding_window_causal_mask_function(window)
+
+    def mask(shared, owned):
+        about = {"q_length": owned, "kv_length": shared + owned, "q_offset": shared}
+        return masking_utils.sdpa_mask(1, **about, mask_function=rule, local_size=window)
+
+    rows = packed.Sdpa(layout, mask, rule=rule, size=window)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(1, 2, layout.size, 8, generator=generator) for _ in range(3)]
+    expected = rows.attend(own, module, *given, 0.0, 0.7)[0]
+    assert (rows.attend(own, module, *given)[0] - expected).abs().max() > 1e-2
+    torch.testing.assert_close(rows.attend(own, module, *given, scaling=0.7)[0], expected)
+    request.getfixturevalue("varlen")
+    torch.testing.assert_close(rows.attend(own, module, *given, scaling=0.7)[0], expected)
 
 
 def fake(head=64, value=None, dtype=torch.bfloat16, device="cuda"):

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import _architectures
+import _batches
 import torch
 from _refusals import assert_as_before, fresh, llama, plain  # noqa: F401
 from _tiny import one_thread  # noqa: F401
@@ -18,6 +19,8 @@ from transformers import masking_utils, modeling_utils
 
 from fastpo.integrations.sharing import attention
 from fastpo.integrations.sharing.backbone import shared_prompts
+from fastpo.integrations.sharing.packed import Refused
+from fastpo.layout.tree import layout_of
 
 
 def replaced_mask(model):
@@ -97,6 +100,19 @@ def test_a_mask_rule_of_its_own(caplog, monkeypatch):
         monkeypatch.setattr("transformers.models.llama.modeling_llama.create_causal_mask", changed)
 
     assert_as_before(llama, plain, "a mask rule of its own", caplog, with_a_rule)
+
+
+def test_what_a_mask_is_asked_for():
+    """For all queries of the packed row, by name; what it may leave out is kept for the rows."""
+    layout, asked = layout_of(_batches.right()[0]), attention._Mask(masking_utils.sdpa_mask)
+    given = {"batch_size": 1, "q_length": layout.size, "kv_length": layout.size, "local_size": 7}
+    with attention.active(layout):
+        for skips in (True, False):
+            found = asked(**given, allow_is_causal_skip=skips)
+            assert found.skips is skips and found.size == 7
+        for args, changes in (((1,), {}), ((), {"q_length": layout.size - 1})):
+            with pytest.raises(Refused, match="a mask rule of its own"):
+                asked(*args, **{**given, **changes})
 
 
 class Odd:
