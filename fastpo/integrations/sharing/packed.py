@@ -118,7 +118,7 @@ class Sdpa(Rows):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         plain = attention is sdpa_attention_forward and not args
-        if not plain or self.window is None or kwargs.get("position_bias") is not None:
+        if not plain or self.window is None:
             return super().attend(attention, module, query, key, value, *args, **kwargs)
         kernel = _varlen_attn() if _fits_varlen(query, value, kwargs) else None
         if kernel is not None:
