@@ -190,8 +190,8 @@ class Packer:
         for name, value in list(output.items()):
             if name in _PER_TOKEN:
                 output[name] = _put_back(value, layout)
-            elif isinstance(value, Tensor) and value.is_floating_point():
-                raise Refused(f"an output of its own, {name}")  # a mean over tokens, say
+            elif name != "attentions":  # of a probe, which nobody tells what the call is told
+                raise Refused(f"an output of its own, {name}")  # of tokens, or a mean over them
         return output
 
 

@@ -93,13 +93,34 @@ class Balanced(LlamaModel):
         return output
 
 
-def test_an_output_of_its_own(caplog):
+class Routed(LlamaModel):
+    """Gives back where each token went."""
+
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        output["expert"] = output.last_hidden_state.argmax(-1)
+        return output
+
+
+class Gated(LlamaModel):
+    """Gives back numbers of every layer."""
+
+    def forward(self, **kwargs):
+        output = super().forward(**kwargs)
+        output["gates"] = (output.last_hidden_state.sigmoid(),) * 2
+        return output
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Balanced, "aux_loss"), (Routed, "expert"), (Gated, "gates")]
+)
+def test_an_output_of_its_own(kind, name, caplog):
     model = llama().model
-    model.__class__ = Balanced
-    expected = model(**plain()).aux_loss
+    model.__class__ = kind
+    expected = model(**plain())[name]
     with shared_prompts(model, always=True):
-        assert torch.equal(model(**plain()).aux_loss, expected)
-    assert "an output of its own, aux_loss" in caplog.text
+        torch.testing.assert_close(model(**plain())[name], expected, rtol=0, atol=0)
+    assert f"an output of its own, {name}" in caplog.text
 
 
 class Normed(nn.Module):
