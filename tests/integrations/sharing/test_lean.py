@@ -14,9 +14,11 @@ pytest.importorskip("transformers")
 import torch
 from _batches import model_of
 from _tiny import Widest, one_thread  # noqa: F401
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastpo.integrations.sharing import attention
-from fastpo.integrations.sharing.backbone import shared_prompts
+from fastpo.integrations.sharing.backbone import layer_cost, shared_prompts
+from fastpo.layout.tree import layout_of
 
 
 @pytest.fixture(autouse=True)
@@ -96,13 +98,32 @@ def test_64_completions_of_a_prompt_have_two_masks(monkeypatch):
     assert sorted(asked) == [(0, 128), (60, 67)]
 
 
-def test_little_in_common_of_long_rows_is_not_shared():
+@pytest.mark.parametrize("always", [False, True])
+def test_little_in_common_of_long_rows_is_not_shared(always):
     """Masks of 400 tokens squared would cost more than 16 tokens of layers this small."""
     model = model_of("llama", "sdpa", max_position_embeddings=512)()
     ids, mask = beginning_alike([400, 300, 350, 320], 16)
-    with shared_prompts(model) as handle:
+    with shared_prompts(model, always=always) as handle:
         model(input_ids=ids, attention_mask=mask)
-    assert handle.tokens.computed == mask.sum()
+    assert handle.tokens.computed == mask.sum() - (3 * 16 if always else 0)
+
+
+def test_tokens_and_pairs_cost_what_is_counted():
+    """By torch, in the products of a padded batch."""
+    model, (ids, mask) = model_of("llama", "eager")().model, beginning_alike([60, 90], 40)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, attention_mask=mask)
+    expected = layer_cost(model).padded(layout_of(ids, mask))
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_no_cache_is_left_behind():
+    """Of a packed row, in which nothing could go on."""
+    model, (ids, mask) = model_of("llama", "sdpa")().model, beginning_alike([60, 90], 40)
+    given = {"input_ids": ids, "attention_mask": mask}
+    assert model.config.use_cache and model(**given).past_key_values is not None
+    with shared_prompts(model) as handle:
+        assert model(**given).past_key_values is None and handle.tokens.saved > 0.3
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

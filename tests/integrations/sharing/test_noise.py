@@ -109,6 +109,20 @@ def test_noise_that_comes_later(caplog):
     assert handle.tokens.computed == tokens() and SAID in caplog.text
 
 
+def test_noise_of_a_layer_that_comes_later(caplog):
+    """In the place of one that drew none, so that all modes are what they were."""
+    model = noisy(nn.Identity())
+    with shared_prompts(model, always=True) as handle:
+        model(**plain())
+        assert handle.tokens.computed < tokens()
+        handle.tokens.computed = 0
+        other = Own(0.3)
+        for layer in model.layers:
+            layer.mlp[1] = other
+        model(**plain())
+    assert handle.tokens.computed == tokens() and SAID in caplog.text
+
+
 def test_another_thread_that_draws_is_no_noise_of_the_model(caplog):
     model, done = llama().model.train(), threading.Event()
 

@@ -77,7 +77,7 @@ def test_an_implementation_that_is_not_in_the_registry(caplog):
         del modeling_utils.AttentionInterface._global_mapping["fastpo_test"]
 
 
-def test_another_implementation_is_looked_at_anew():
+def test_another_implementation_or_dtype_is_looked_at_anew():
     model = llama()
     with shared_prompts(model.model, always=True) as handle:
         for implementation in ("sdpa", "eager"):
@@ -87,6 +87,8 @@ def test_another_implementation_is_looked_at_anew():
             real = plain()["attention_mask"] != 0
             torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-5)
         assert len(handle.packer.known) == 2
+        model.double().model(**plain())
+        assert len(handle.packer.known) == 3
 
 
 def test_a_mask_rule_of_its_own(caplog, monkeypatch):
