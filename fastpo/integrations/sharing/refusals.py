@@ -110,7 +110,7 @@ def _of_rows(value: Any) -> bool:
     """May it be of tokens or rows? A single number is not."""
     if isinstance(value, Tensor):
         return value.ndim > 0
-    return not isinstance(value, bool | str | Number)
+    return not isinstance(value, str | Number)
 
 
 def _check_positions(positions: Any, ids: Tensor, mask: Tensor | None) -> None:

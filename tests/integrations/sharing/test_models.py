@@ -335,12 +335,16 @@ def test_noise_on_embeddings_is_that_of_whole_rows():
     found = []
     for shared in (False, True):
         model = model_of("llama", "sdpa")().model
-        with shared_prompts(model, always=True) if shared else contextlib.nullcontext():
+        with shared_prompts(model, always=True) if shared else contextlib.nullcontext() as handle:
             model(input_ids=ids, attention_mask=mask)
             model.train().embed_tokens.neftune_noise_alpha = 5.0
             model.embed_tokens.register_forward_hook(neftune_post_forward_hook)
             torch.manual_seed(0)
             found.append(model(input_ids=ids, attention_mask=mask).last_hidden_state)
+            if shared:
+                handle.tokens.computed = handle.tokens.padded = 0
+                model.eval()(input_ids=ids, attention_mask=mask)
+                assert handle.tokens.saved > 0.3  # no noise
     assert torch.equal(*found)
 
 

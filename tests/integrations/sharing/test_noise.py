@@ -123,6 +123,22 @@ def test_noise_of_a_layer_that_comes_later(caplog):
     assert handle.tokens.computed == tokens() and SAID in caplog.text
 
 
+class Drawing(nn.Module):
+    """Draws, and uses nothing of it."""
+
+    def forward(self, x):
+        torch.rand(3)
+        return x
+
+
+def test_what_is_drawn_and_not_used_is_no_noise(caplog):
+    model = noisy(Drawing())
+    with shared_prompts(model, always=True) as handle:
+        for _ in range(2):
+            model(**plain())
+    assert handle.tokens.computed < 2 * tokens() and not caplog.records
+
+
 def test_another_thread_that_draws_is_no_noise_of_the_model(caplog):
     model, done = llama().model.train(), threading.Event()
 

@@ -280,6 +280,8 @@ def test_hooks_of_the_callers_are_named(caplog):
     model = llama().model
     for layer in model.layers:
         layer.register_forward_hook(reads)
+    model.register_forward_hook(around)
+    model.layers[0].mlp.register_forward_hook(of_peft)
     assert hidden(model)[1] > 0.3
     assert [x.message for x in caplog.records] == [
         "fastpo: LlamaModel runs on packed rows: so does the hook reads"
@@ -288,6 +290,27 @@ def test_hooks_of_the_callers_are_named(caplog):
 
 def reads(module, inputs, output):
     """A hook."""
+
+
+def around(module, inputs, output):
+    """A hook of the whole backbone, which is given padded rows."""
+
+
+def of_peft(module, inputs, output):
+    """A hook of a library that is known."""
+
+
+of_peft.__module__ = "peft.tuners.tuners_utils"
+
+
+def test_what_is_not_finite_in_a_packed_row_alone(caplog):
+    model = llama().model
+    model.layers[1].register_forward_pre_hook(
+        lambda _, inputs: (inputs[0] * (float("nan") if len(inputs[0]) == 1 else 1.0),)
+    )
+    found, saved = hidden(model)
+    assert saved == 0 and found.isfinite().all()
+    assert "nan off when packed" in caplog.text
 
 
 def test_threads_wait_for_the_probe_of_one(monkeypatch):

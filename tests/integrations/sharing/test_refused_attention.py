@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from types import SimpleNamespace
 
 import _tiny as tiny
 import pytest
@@ -15,9 +16,9 @@ import _batches
 import torch
 from _refusals import assert_as_before, fresh, llama, plain  # noqa: F401
 from _tiny import one_thread  # noqa: F401
-from transformers import masking_utils, modeling_utils
+from transformers import LlamaModel, masking_utils, modeling_utils
 
-from fastpo.integrations.sharing import attention
+from fastpo.integrations.sharing import attention, refusals
 from fastpo.integrations.sharing.backbone import shared_prompts
 from fastpo.integrations.sharing.packed import Refused
 from fastpo.layout.tree import layout_of
@@ -115,6 +116,59 @@ def test_what_a_mask_is_asked_for():
         for args, changes in (((1,), {}), ((), {"q_length": layout.size - 1})):
             with pytest.raises(Refused, match="a mask rule of its own"):
                 asked(*args, **{**given, **changes})
+
+
+def test_what_a_call_says_is_before_the_config():
+    """And a word of its own is no row."""
+    model = llama().model
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    with shared_prompts(model, always=True) as handle:
+        model(**plain(), output_attentions=False, kind="a word")
+    assert handle.tokens.saved > 0.3
+
+
+class Own(LlamaModel):
+    """Somebody's backbone, which may do anything with labels."""
+
+
+def test_labels_for_a_backbone_of_somebody(caplog):
+    def make():
+        model = llama()
+        model.model.__class__ = Own
+        return model
+
+    call = lambda: {**plain(), "labels": plain()["input_ids"]}  # noqa: E731
+    assert_as_before(make, call, "labels is given", caplog)
+
+
+def test_rows_without_pads_beyond_the_length_at_which_a_rope_changes():
+    """All that pads could change is as it was."""
+    rope = {"rope_type": "dynamic"}
+    text = SimpleNamespace(rope_parameters=rope, max_position_embeddings=16)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    refusals.check_rotation(model, SimpleNamespace(columns=24, shape=(6, 24)))
+
+
+def test_eager_attention_that_somebody_registered(caplog):
+    model = llama()
+    model.set_attn_implementation("eager")
+
+    def nothing(module, query, *_, **__):
+        return query.transpose(1, 2) * 0.0, None
+
+    registered = modeling_utils.AttentionInterface._global_mapping
+    with shared_prompts(model, always=True) as handle:
+        model.model(**plain())
+        registered["eager"] = nothing
+        try:
+            attention.restore()
+            expected = model.model(**plain()).last_hidden_state
+            attention.install("eager")
+            assert torch.equal(model.model(**plain()).last_hidden_state, expected)
+        finally:
+            del registered["eager"]
+    assert handle.tokens.computed > 2 * plain()["input_ids"].numel()
 
 
 class Odd:
