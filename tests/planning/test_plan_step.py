@@ -16,7 +16,7 @@ import _tiny as tiny
 import torch
 import transformers
 from _plans import LLAMA, SHALLOW, SIZES, THREE, TWO, module_of
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import (
     GPT2Config,
@@ -308,6 +308,7 @@ def test_tied_weights_are_one():
     fixed=st.integers(0, 10**6), linear=st.integers(1, 10**4), bend=st.integers(0, 50),
     limit=st.integers(0, 10**7), start=st.integers(1, 4096),
 )  # fmt: skip
+@example(fixed=0, linear=10, bend=0, limit=100, start=1)  # to the byte
 def test_the_largest_that_fits(fixed, linear, bend, limit, start):
     asked = []
 

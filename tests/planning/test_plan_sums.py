@@ -13,13 +13,16 @@ pytest.importorskip("peft")
 import torch
 import transformers
 from _plans import SHALLOW, TWO
+from transformers import GPT2Config
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import fastpo
+from fastpo.planning import fits
 from fastpo.planning.estimate import Estimate, Session
 from fastpo.planning.live import Live
 from fastpo.planning.plan import StepPlan
 from fastpo.planning.setting import Lora, Setting
-from fastpo.planning.steps import batch_of
+from fastpo.planning.steps import batch_of, layout_for
 
 MIB = 2**20
 LASTING = {"weights": 800, "reference": 80, "gradients": 160, "optimizer": 240}
@@ -139,6 +142,64 @@ def test_all_of_an_answer_is_scored(context, prompt, answer):
     batch = batch_of(setting, 100)
     assert batch.rows.tolist() == [*range(context - answer - 1, context - 1)]
     assert batch.labels.tolist() == batch.ids[0, -answer:].tolist()
+
+
+def test_rows_of_a_prompt_have_all_of_it_in_common():
+    setting = Setting("llama", context=400, prompt=0.5, batch=2, prompt_rows=2)
+    first, other = batch_of(setting, 1000).ids[:2]
+    assert first[: setting.prompt_tokens].equal(other[: setting.prompt_tokens])
+    assert not first.equal(other)
+
+
+def test_a_kernel_of_masks_shares_less_than_one_of_lengths():
+    """Masks of rows this long cost more than 64 tokens of layers this small."""
+    model = transformers.LlamaForCausalLM(TWO)
+    ids = torch.randint(1000, (4, 1600))
+    ids[:, :64] = ids[0, :64]
+    assert layout_for(model, ids, "sdpa") is None
+    assert any(row.shared for row in layout_for(model, ids[:, :400], "flash").rows)
+    assert layout_for(model, ids[:, :400], "sdpa") is None
+
+
+def _gpt2(positions):
+    return GPT2Config(vocab_size=100, n_embd=16, n_layer=1, n_head=2, n_positions=positions)
+
+
+def test_positions_of_every_model_bound_the_context_alone(monkeypatch):
+    monkeypatch.setattr(fits, "MOST", {"context": 2**20, "batch": 64})
+    setting = Setting("gpt2", trainer="gkd", context=32, batch=1)
+    depths = fits.Depths(setting, _gpt2(150), "fastpo", _gpt2(40))
+    assert depths.largest("context", 2**40).setting.context == 40
+    assert depths.largest("batch", 2**40).setting.batch == 64
+    fits.check_runs(setting, _gpt2(32), "model")  # all positions that there are
+
+
+def test_layers_that_do_not_run_back(monkeypatch):
+    """Of the model; a teacher has nothing to run back for."""
+    own = LlamaMLP.forward
+
+    def fail(_):
+        raise RuntimeError("no way back")
+
+    def forward(self, x):
+        y = own(self, x)
+        if y.requires_grad:
+            y.register_hook(fail)
+        return y
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    setting = Setting("llama", context=8)
+    fits.check_runs(setting, SHALLOW, "teacher")
+    with pytest.raises(ValueError, match="model: expected one whose layers run, got RuntimeError"):
+        fits.check_runs(setting, SHALLOW, "model")
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_head_of_another_width(size):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ElectraConfig(**sizes, embedding_size=size, is_decoder=True)
+    with pytest.raises(ValueError, match=f"a head of hidden size 64, .*, got {size}"):
+        fits.check_runs(Setting("electra", context=8), config, "model")
 
 
 @pytest.mark.parametrize(("devices", "steps"), [(1, 4), (2, 2), (4, None), (8, None)])

@@ -224,8 +224,6 @@ def test_options_by_name_are_those_by_position(window, request):
     expected = rows.attend(own, module, *given, 0.0, 0.7)[0]
     assert (rows.attend(own, module, *given)[0] - expected).abs().max() > 1e-2
     torch.testing.assert_close(rows.attend(own, module, *given, scaling=0.7)[0], expected)
-    halves = rows.attend(own, module, *(x.bfloat16() for x in given), 0.0, 0.7)[0]
-    torch.testing.assert_close(halves.float(), expected, rtol=0.1, atol=0.1)
     request.getfixturevalue("varlen")
     torch.testing.assert_close(rows.attend(own, module, *given, scaling=0.7)[0], expected)
 

@@ -281,7 +281,7 @@ def test_hooks_of_the_callers_are_named(caplog):
     for layer in model.layers:
         layer.register_forward_hook(reads)
     model.register_forward_hook(around)
-    model.layers[0].mlp.register_forward_hook(of_peft)
+    model.embed_tokens.register_forward_hook(of_peft)
     assert hidden(model)[1] > 0.3
     assert [x.message for x in caplog.records] == [
         "fastpo: LlamaModel runs on packed rows: so does the hook reads"
