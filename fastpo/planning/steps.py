@@ -60,8 +60,9 @@ def batch_of(setting: Setting, vocab: int) -> Batch:
 def layout_for(model: Any, ids: Tensor, kernel: str) -> Layout | None:
     """What `shared_prompts` would pack the rows into; None where padded they cost less.
 
-    Outside of the mode in which tensors hold nothing: it looks at the words. kernel: of attention;
-    "flash" takes lengths of rows, whatever the model runs with here.
+    Outside of the mode in which tensors hold nothing: it looks at the words. Rows have one length:
+    where sharing loses, packing alone gains nothing. kernel: of attention; "flash" takes lengths of
+    rows, whatever the model runs with here.
     """
     if backbone(model) is not model.base_model:
         return None  # which `shared_prompts` leaves padded
@@ -70,8 +71,6 @@ def layout_for(model: Any, ids: Tensor, kernel: str) -> Layout | None:
         if kernel == "flash":
             cost = replace(cost, pads=False, masks=False)
         layout = layout_of(ids, mask, least=_LEAST)
-        if cost.loses(layout):
-            layout = min(layout, layout_of(ids, mask, share=False), key=cost.packed)
         return layout if is_worth(cost, layout) else None
 
 
