@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,7 @@ def _plan(options: argparse.Namespace) -> int:
         if "model" not in given:
             raise ValueError("--model: expected a folder or a config.json, got none")
         check_path(given["model"], "model")  # before what takes seconds to import
+        _check_packages(adapted="lora" in given)
         from . import plot
         from .plan import plan_step
 
@@ -159,6 +161,14 @@ def _head(options: argparse.Namespace) -> int:
         return _complain(error)
     print(made)
     return 0
+
+
+def _check_packages(adapted: bool) -> None:
+    """TRL's column is computed by TRL's own functions."""
+    needed = ("transformers", "trl", *(("peft",) if adapted else ()))
+    missing = [name for name in needed if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"expected {', '.join(missing)}, got none; pip install 'fastpo[trl]'")
 
 
 def _complain(error: Exception) -> int:

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from fastpo import cli, objectives
+from fastpo.planning import cli as planning
 
 COMMANDS = ("demo", "run", "plan", "objectives", "bench", "info")
 
@@ -90,6 +91,17 @@ def test_plan_prints_what_the_head_would_do(capsys):
     text = capsys.readouterr().out
     assert "frozen" in text
     assert "1000 x 32000 x 512" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "there", "missing"),
+    [([], {"transformers"}, "trl"), (["--lora"], {"transformers", "trl"}, "peft")],
+)
+def test_a_plan_says_what_has_to_be_installed(given, there, missing, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(planning, "find_spec", lambda name: name if name in there else None)
+    assert cli.main(["plan", "--model", str(tmp_path), *given]) == 2
+    said = capsys.readouterr().err
+    assert said == f"fastpo plan: error: expected {missing}, got none; pip install 'fastpo[trl]'\n"
 
 
 def test_objectives_lists_every_key(capsys):
