@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from .estimate import PARTS
+from . import fits
+from .estimate import PARTS, Estimate
 
 _GIB = 2**30
 _NAMES = {
@@ -66,8 +67,14 @@ def _fits(plan: Any) -> Iterator[tuple[str, ...]]:
         found = [getattr(head, what) for head in plan.heads.values()]
         if any(found):
             name = {"context": "longest context", "batch": "largest batch"}[what]
-            cells = ("none" if x is None else f"{getattr(x.setting, what):,}" for x in found)
-            yield (f"{name} that fits", *cells)
+            yield (f"{name} that fits", *(_largest(x, what) for x in found))
+
+
+def _largest(found: Estimate | None, what: str) -> str:
+    if found is None:
+        return "none"
+    size = getattr(found.setting, what)
+    return f"{size:,}" + " or more" * (size >= fits.MOST[what])
 
 
 def _lengths(plan: Any) -> Iterator[str]:

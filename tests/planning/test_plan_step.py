@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import re
 from collections import Counter
 
 import pytest
@@ -360,6 +361,7 @@ def test_the_command(folder, tmp_path, capsys, monkeypatch):
     assert cli.main(["plan", *given]) == 0
     said = capsys.readouterr().out
     assert "longest context that fits" in said and "fits into 0.6 GiB with fastpo" in said
+    assert re.search(r"largest batch that fits( +2 or more){2}\n", said)  # the search ends there
     assert "DPOConfig(max_length=" in said and "gradient_checkpointing=True" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(report.read_text())
