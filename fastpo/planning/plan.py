@@ -161,8 +161,8 @@ def plan_step(
     teacher: of `gkd` and `distillation`, given as the model is; None: one as large as the model.
     gpu: a card (`h100`, `4090`) or a size (`80GiB`); None says what a step costs, not what fits.
     lora: `r=16,targets=q_proj+v_proj`; "all-linear" are the targets where none are named.
-    data: a JSONL or JSON file of prompt, chosen, rejected (or completion, or text) whose lengths
-        give context and share of the prompt; words are counted by the folder's tokenizer.
+    data: a JSONL, JSON or Parquet file of prompt, chosen, rejected (or completion, text, messages)
+        whose lengths give context and share of the prompt; the folder's tokenizer counts tokens.
     shared_prompts: fastpo computes prompts once. `4:1` is how many tokens of a prompt there are to
         those of an answer, `4:1,8` has 8 rows of each (else 2 of a pair and of RLOO, 8 of GRPO;
         other trainers have no number of their own);
