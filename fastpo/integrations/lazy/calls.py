@@ -81,6 +81,13 @@ def name_of(func: Any) -> str:
     return name
 
 
+def asked(name: str, args: Any, kwargs: Any) -> Any:
+    """Whose gradient a call wants: not that of what its backward starts from."""
+    if name == "backward":
+        return kwargs.get("inputs")
+    return args[1:] if name == "grad" else args
+
+
 def of_fsdp(logits: Any, hook: Any) -> bool:
     """FSDP2 gathers weights for the backward when it comes by what a module gave: it may wait for
     the hidden states, which every gradient reaches unless the head alone is trained."""

@@ -32,6 +32,7 @@ from .calls import (
     ORDERS,
     REWRITES,
     SCALES,
+    asked,
     compared,
     first_words,
     fits,
@@ -83,8 +84,8 @@ class LazyLogits(Tensor):
         if name in GRADIENTS or name == "backward":
             for logits in _lazy((args, kwargs)):
                 logits._expect_whole(name)
-                if name in GRADIENTS:
-                    logits._hook(name)
+            for logits in _lazy(asked(name, args, kwargs)):
+                logits._hook(name)
         tracing = torch._guards.TracingContext.try_get() is not None
         if name in LAYOUT and first._cell.promise is not None and not tracing:
             return func(first._cell.layout, *args[1:], **kwargs)

@@ -234,6 +234,7 @@ def test_it_is_a_tensor():
         lambda z: z.register_hook(print),
         lambda z: z.retain_grad(),
         lambda z: torch.autograd.grad(z.sum(), z),
+        lambda z: nll(z).backward(inputs=[z]),
     ],
 )
 def test_a_hook_after_the_reading_is_an_error(late):
@@ -241,6 +242,15 @@ def test_a_hook_after_the_reading_is_an_error(late):
     nll(logits)
     with pytest.raises(RuntimeError, match="expected before anything is read of these logits"):
         late(logits)
+
+
+def test_a_backward_may_start_from_logits_that_were_read():
+    """Only whose gradient is asked for must not be passed by: a saliency of the predicted words."""
+    logits, head, hidden = lazy()
+    words = F.one_hot(logits.argmax(-1), V).float()
+    found = torch.autograd.grad(logits, (hidden, head.weight), words)
+    expected = torch.autograd.grad(head(hidden), (hidden, head.weight), words)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("read", [nll, lambda z: z.exp(), lambda z: Square.apply(z)])
