@@ -27,13 +27,18 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def run(work: Callable[..., None], *arguments: Any, seconds: float = 120) -> None:
+def run(
+    work: Callable[..., None],
+    *arguments: Any,
+    seconds: float = 120,
+    processes: int = PROCESSES,
+) -> None:
     """`work(rank, *arguments)` in each process; one that fails or waits for ever fails the test."""
     multiprocessing.set_forkserver_preload([*SHARED])
     # A GPU that an import has only counted is lost to a fork.
     method = "spawn" if torch.cuda.is_available() else "forkserver"
-    given = free_port(), dict(os.environ), work, arguments
-    started = mp.start_processes(_process, given, PROCESSES, join=False, start_method=method)
+    given = free_port(), processes, dict(os.environ), work, arguments
+    started = mp.start_processes(_process, given, processes, join=False, start_method=method)
     deadline = time.monotonic() + seconds
     while not started.join(timeout=1):
         if time.monotonic() > deadline:
@@ -50,13 +55,14 @@ def loaded(folder: Path) -> list[Any]:
 def _process(
     rank: int,
     port: int,
+    processes: int,
     environment: dict[str, str],
     work: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
     os.environ.clear()
     os.environ |= environment
-    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": PROCESSES}
+    local = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes}
     os.environ |= {name: str(value) for name, value in local.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from ..ops.walks.checks import check_flag
 from ..ops.walks.derivatives import check_plain
 from . import predictions
 from .adapter import operands, rounded
-from .heads import linear_head, logit_map, stored_weight, tensor_parallel, words_of
+from .heads import in_all_shards, linear_head, logit_map, stored_weight, tensor_parallel, words_of
 from .seams import hooks
 from .seams.calls import standing_in, unhidden
 from .seams.handle import Handle, attached
@@ -241,6 +241,7 @@ class _Call:
         hidden, labels = hidden.to(device).flatten(0, -2), targets.to(device).flatten()
         rows = (labels != ignore_index).nonzero().squeeze(1)
         hidden, labels = hidden.index_select(0, rows), labels.index_select(0, rows)
+        in_all_shards(self.model, self.head)
         weight, adapter = operands(self.head, hidden)
         operand = (rounded(hidden, weight), weight, self.head.bias, labels, self.options, adapter)
         return rows, score_sharded(*operand, own_tokens=self.own_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ def linear_head(model: Any) -> nn.Linear:
                 f"lm_head: expected no backward hook, got {hooks.name(hook)}: there are no logits "
                 "whose gradient it could be given"
             )
+    in_all_shards(model, head)
     weight = stored_weight(head)
     if weight.device.type == "meta":
         raise RuntimeError("lm_head.weight: expected a tensor in memory, got an offloaded one")
@@ -64,21 +66,35 @@ def output_layer(model: Any) -> Any:
     return None if read is None else uncompiled(read())
 
 
+def in_all_shards(model: Any, head: Any) -> None:
+    """With a number for `reshard_after_forward` FSDP2 shows a parameter in fewer shards between
+    forward and backward, and reads no gradient of it: one that is read there would be lost."""
+    shown = {id(x) for x in head.parameters() if isinstance(x, DTensor)}
+    for group in _groups(model) if shown else ():
+        fewer = group.is_sharded_post_forward
+        if fewer and any(id(x._sharded_post_forward_param) in shown for x in group.fsdp_params):
+            group.reshard()
+
+
 def _check_mean(model: Any, weight: DTensor) -> None:
     """A head that is read in its shards of FSDP2 gets the mean of all processes' gradients."""
+    for group in _groups(model):
+        own = any(one.sharded_param is weight for one in group.fsdp_params)
+        factor = group.gradient_divide_factor
+        if own and factor not in (None, weight.device_mesh.size()):
+            raise RuntimeError(
+                "set_gradient_divide_factor: expected none for the lm_head, whose gradient is "
+                f"the mean of the processes', got {factor}"
+            )
+
+
+def _groups(model: Any) -> Iterator[Any]:
+    """FSDP2's groups of parameters."""
     for module in model.modules():
-        if not hasattr(module, "set_gradient_divide_factor"):
-            continue
-        state = module._get_fsdp_state()
-        groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
-        for group in filter(None, groups):
-            own = any(one.sharded_param is weight for one in group.fsdp_params)
-            factor = group.gradient_divide_factor
-            if own and factor not in (None, weight.device_mesh.size()):
-                raise RuntimeError(
-                    "set_gradient_divide_factor: expected none for the lm_head, whose gradient is "
-                    f"the mean of the processes', got {factor}"
-                )
+        if hasattr(module, "set_gradient_divide_factor"):
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+            yield from filter(None, groups)
 
 
 def stored_weight(head: Any) -> Tensor:

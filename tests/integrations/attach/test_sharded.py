@@ -119,6 +119,31 @@ def test_a_head_that_is_gathered_under_fsdp2(name, sharded):
     torch.testing.assert_close(sharded[name], own, rtol=1e-4, atol=1e-5)
 
 
+def fewer_shards(rank, folder):
+    """`lazy_logits`, too, where an earlier forward without gradient has left them."""
+    dist.init_process_group("gloo")
+    found = {}
+    for name in ("own", "attach", "lazy_logits"):
+        model = tiny.model("llama")
+        fully_shard(model.lm_head, reshard_after_forward=2)
+        fully_shard(model)
+        if name != "own":
+            getattr(fastpo, name)(model)
+        with torch.no_grad():
+            model(**tiny.batch())
+        found[name] = gradients(model, batches(rank))
+    torch.save(found, folder / f"{rank}.pt")
+
+
+def test_a_head_in_fewer_shards_between_forward_and_backward(tmp_path):
+    """Its gradient was lost: FSDP2 reads none of the parameter that it shows there."""
+    _processes.run(fewer_shards, tmp_path, processes=4)
+    found = torch.load(tmp_path / "0.pt")
+    assert found["own"]["lm_head.weight"].abs().max() > 0.01
+    for name in ("attach", "lazy_logits"):
+        torch.testing.assert_close(found[name], found["own"], rtol=1e-4, atol=1e-5)
+
+
 def tensor_parallel(rank, folder):
     dist.init_process_group("gloo")
     found = {}
