@@ -44,6 +44,8 @@ def linear_head(model: Any) -> nn.Linear:
                 f"lm_head: expected no backward hook, got {hooks.name(hook)}: there are no logits "
                 "whose gradient it could be given"
             )
+        if hooks.splits(layer):
+            raise RuntimeError("lm_head: expected none of torch's parallelize_module, got one")
     in_all_shards(model, head)
     weight = stored_weight(head)
     if weight.device.type == "meta":

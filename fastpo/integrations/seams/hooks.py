@@ -17,6 +17,12 @@ def hooks(layer: Any, kinds: tuple[str, ...]) -> list[Callable[..., Any]]:
     return [x for x in found if not getattr(x, "__module__", "").startswith("torch.distributed.")]
 
 
+def splits(layer: Any) -> bool:
+    """Do hooks of torch's `parallelize_module` make DTensors of what goes through it?"""
+    found = [hook for held in _held(layer, FORWARD) for hook in held.values()]
+    return any(getattr(x, "__module__", "").startswith("torch.distributed.tensor") for x in found)
+
+
 def numbers(layer: Any, kinds: tuple[str, ...] = FORWARD) -> tuple[int, ...]:
     """One for each hook, none given twice."""
     return own_numbers(layer, kinds) + global_numbers(kinds)

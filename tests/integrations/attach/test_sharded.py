@@ -17,6 +17,7 @@ import torch.distributed as dist
 from _tiny import one_thread  # noqa: F401
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 
 import fastpo
@@ -181,6 +182,20 @@ def test_attached_model_under_tensor_parallelism(name, parallel):
     own = model(**tiny.batch()).loss.detach(), gradients(model, [tiny.batch()] * 2)
     for rank in parallel:
         torch.testing.assert_close(rank[name], own, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_parallelize_module_keeps_its_logits(mesh):
+    """Its hooks expect DTensors: `lazy_logits` made the model fail."""
+    model = tiny.model("llama")
+    own = model(**tiny.batch()).logits
+    style = ColwiseParallel(output_layouts=Replicate())
+    parallelize_module(model, mesh, {"lm_head": style})
+    with pytest.raises(RuntimeError, match=r"lm_head: expected none of torch's parallelize_module"):
+        fastpo.attach(model)
+    with fastpo.lazy_logits(model):
+        found = model(**tiny.batch()).logits
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, own)
 
 
 def zero(rank, folder):
