@@ -61,6 +61,8 @@ MORE = [
     ("support", *({"support": fastpo.Support.of([[i]] * N)} for i in (1, 2))),
     ("hidden", {}, {"hidden": HIDDEN.clone().requires_grad_()}),
     ("hidden", {"own_tokens": True}, {"own_tokens": True, "hidden": HIDDEN.double()}),
+    ("labels", {"own_tokens": True}, {"own_tokens": True, "labels": LABELS.int()}),
+    ("labels", {"own_tokens": True}, {"own_tokens": True, "labels": LABELS[1:]}),
     ("temperature", {"own_tokens": True}, {"own_tokens": True, "temperature": 2.0}),
     ("temperature", {"own_tokens": True}, {"own_tokens": True, "temperature": WARM}),
 ]

@@ -19,7 +19,7 @@ from ..walks.vocab_shard import VocabShard
 _HIDDENS = {"hidden", "hiddens", "teacher_hidden"}
 _OWN = {"weight", "weights", "teacher_weight", "bias", "biases", "teacher_bias"}
 _OWN |= {"first", "vocab", "group", "budget", "backend"}
-_ROWS = {"labels", "mask"}
+_ROWS = {"labels": torch.int64, "mask": torch.bool}
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,10 @@ def alike_in(given: Mapping[str, Any]) -> dict[str, Any]:
     own = given.get("own_tokens") is True  # what else it may be is an error, later
     told = {"own_tokens": given.get("own_tokens")}  # what others depend on
     for name, value in given.items():
-        if name in (_OWN | _ROWS if own else _OWN):
+        if name in _OWN:
+            continue
+        if own and name in _ROWS:
+            told[name] = _form_of_own(value, _ROWS[name], given["hidden"])
             continue
         if name in _HIDDENS:
             trained = name != "teacher_hidden" or given["teacher_grad"] is True
@@ -62,6 +65,14 @@ def alike_in(given: Mapping[str, Any]) -> dict[str, Any]:
             value = forms if several else forms[0]
         told[name] = "one per token" if own and isinstance(value, Tensor) else value
     return told
+
+
+def _form_of_own(x: Any, dtype: torch.dtype, hidden: Any) -> str:
+    """Of a number per own token: a process in which it is none would raise alone."""
+    if not isinstance(x, Tensor) or not isinstance(hidden, Tensor):
+        return f"{dtype} per token"
+    fits = x.shape == hidden.shape[:-1]
+    return f"{x.dtype} per token" if fits else f"{x.dtype} of shape {tuple(x.shape)}"
 
 
 def _part_of(
