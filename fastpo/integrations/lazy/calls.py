@@ -223,7 +223,22 @@ def word_mask(index: Any, logits: Tensor) -> Tensor | None:
 
 
 # Words picked of logits, compared with the logits: both from the same products. A walk's numbers
-# have other last bits than a block's, by which a word would exceed itself.
+# have other last bits than a block's, by which a word would exceed itself. And their log-sum-exp,
+# which is taken from the logits.
+
+SUM = -1  # in place of a word
+
+
+class As(torch.autograd.Function):
+    """Numbers of one, the gradient of the other."""
+
+    @staticmethod
+    def forward(ctx: Any, numbers: Tensor, other: Tensor) -> Tensor:
+        return numbers.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
 
 
 @dataclass(frozen=True, eq=False)
@@ -239,14 +254,15 @@ class Words:
 _picked: Any = WeakTensorKeyDictionary()  # the words of numbers
 
 
-def remember(found: Tensor, logits: Promise, index: Tensor) -> Tensor:
+def remember(found: Tensor, logits: Promise, index: Tensor | int) -> Tensor:
     """The same numbers [*rows.shape, K], which `compared` knows for words of these logits."""
     with torch.inference_mode(False):  # whose tensors do not tell when they change
         found = found.clone() if found.is_inference() else found.contiguous()
     owner = _owner(found)
     if owner.numel() == found.numel():
         rows = logits.rows.unsqueeze(-1).expand(found.shape).contiguous()
-        own = index.clone(memory_format=torch.contiguous_format)
+        own = torch.as_tensor(index, device=rows.device).expand(found.shape)
+        own = own.clone(memory_format=torch.contiguous_format)
         _picked[owner] = Words(_call(logits), rows, own, owner._version)
     return found
 
@@ -259,9 +275,19 @@ def compared(func: Any, args: Any, standing: Callable[[Any], Any]) -> tuple[Any,
         node = standing(logits)
         if isinstance(node, Promise) and type(number) is Tensor:
             index = _index(number, node)
-            if index is not None:
+            if index is not None and not bool((index == SUM).any()):
                 return mine, (logits, index)
     return func, args
+
+
+def is_sum(number: Any, logits: Promise) -> bool:
+    """Is it the log-sum-exp of each row, with its gradient, which nobody else asked for?"""
+    if type(number) is not Tensor or number.requires_grad != logits.requires_grad:
+        return False
+    if any(x._backward_hooks or x.retains_grad for x in (number, _owner(number))):
+        return False
+    index = _index(number, logits)
+    return index is not None and bool((index == SUM).all())
 
 
 def _index(number: Tensor, logits: Promise) -> Tensor | None:

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from ...ops.walks.picked import picked_products
 from .blocks import fits_one_block, reduced
-from .calls import counted, first_words, leading_sizes, of_torch, remember, words_of_rows
+from .calls import (
+    SUM,
+    As,
+    counted,
+    first_words,
+    is_sum,
+    leading_sizes,
+    of_torch,
+    remember,
+    words_of_rows,
+)
 from .promise import Promise
 
 Answer = Callable[..., Any]
@@ -277,20 +287,8 @@ def topk(logits: Promise, k: int, dim: int = -1, largest: bool = True, sorted: b
         found = reduced(logits, [], lambda x, _: x.topk(k, -1, largest, sorted))
     values, ids = found
     if logits.requires_grad and torch.is_grad_enabled():
-        values = _As.apply(values, _picked(logits, ids))
+        values = As.apply(values, _picked(logits, ids))
     return torch.return_types.topk((remember(values, logits, ids), ids))
-
-
-class _As(torch.autograd.Function):
-    """Numbers of one, the gradient of the other."""
-
-    @staticmethod
-    def forward(ctx: Any, numbers: Tensor, other: Tensor) -> Tensor:
-        return numbers.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad
 
 
 def take_along_dim(logits: Promise, indices: Tensor, dim: int | None = None) -> Any:
@@ -315,8 +313,16 @@ def total(logits: Promise, dim: Any = None, keepdim: bool = False, *, dtype: Any
 def logsumexp(logits: Promise, dim: Any, keepdim: bool = False) -> Any:
     if not _last(logits, dim) or logits.normalized:
         return NotImplemented
-    lse = logits.lse()
-    return lse.unsqueeze(-1) if keepdim else lse
+    lse = remember(logits.lse().unsqueeze(-1), logits, SUM)
+    return lse if keepdim else lse.squeeze(-1)
+
+
+def minus(logits: Promise, other: Any) -> Any:
+    """Log-probabilities, where it is their log-sum-exp: rounded to 16 bits each by itself, the
+    gradients of the two would cancel."""
+    if not is_sum(other, logits):
+        return NotImplemented
+    return log_softmax(logits, -1, torch.promote_types(logits.dtype, other.dtype))
 
 
 def mean(logits: Promise, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
@@ -366,13 +372,11 @@ _NAMED: dict[str, Answer] = {
     "float": lambda logits: _cast(logits, torch.float32),
     "bfloat16": lambda logits: _cast(logits, torch.bfloat16),
     "half": lambda logits: _cast(logits, torch.float16),
-    "mul": multiply,
-    "multiply": multiply,
-    "div": divide,
-    "divide": divide,
+    **dict.fromkeys(("mul", "multiply"), multiply),
+    **dict.fromkeys(("div", "divide"), divide),
     "true_divide": lambda logits, divisor: divide(logits, divisor),
-    "neg": negative,
-    "negative": negative,
+    **dict.fromkeys(("sub", "subtract", "__sub__"), minus),
+    **dict.fromkeys(("neg", "negative"), negative),
     "tanh": tanh,
     "cross_entropy": cross_entropy,
     "log_softmax": log_softmax,

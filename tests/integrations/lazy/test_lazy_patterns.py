@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 
@@ -188,3 +190,81 @@ def test_float32_of_16_bits(monkeypatch):
     found, eager = (results(read, lazy, torch.bfloat16) for lazy in (True, False))
     torch.testing.assert_close(found, eager, rtol=0.05, atol=0.05)
     assert found[0].dtype == torch.float32
+
+
+SUBTRACTED = {
+    "keepdim": lambda x: x - x.logsumexp(-1, keepdim=True),
+    "none": lambda x: torch.sub(x, torch.logsumexp(x, dim=-1)[..., None]),
+    "of_another_reading": lambda x: x / 0.7 - (x / 0.7).logsumexp(-1).unsqueeze(-1),
+}
+
+
+@pytest.mark.parametrize("name", SUBTRACTED)
+def test_logits_without_their_log_sum_exp_are_log_probabilities(name):
+    """In 16 bits the gradients of the two cancel, each rounded by itself."""
+    torch.manual_seed(0)
+    labels, weights = torch.randint(V, (B, T)), torch.linspace(0.5, 1.5, V)
+    head = nn.Linear(H, V, bias=False).bfloat16()
+    sure = 4 * head.weight.detach()[labels].float()
+    hidden = (sure + 0.3 * torch.randn(B, T, H)).bfloat16()
+
+    def found(kind):
+        own = nn.Linear(H, V, bias=False).to(kind.dtype).requires_grad_()
+        own.weight.data.copy_(head.weight.data)
+        x = hidden.to(kind.dtype).requires_grad_()
+        logits = kind.read(own, x)
+        total = (SUBTRACTED[name](logits).exp() * weights.to(logits.dtype)).sum(-1)
+        return [total, *torch.autograd.grad(total.sum(), [x, own.weight])]
+
+    truth = found(Kind(torch.float64, lambda own, x: own(x)))
+    eager = found(Kind(torch.bfloat16, lambda own, x: own(x).float()))
+    lazy = found(Kind(torch.bfloat16, lambda own, x: promised(Promise.of(own, x)).float()))
+    for true, theirs, ours in zip(truth, eager, lazy, strict=True):
+        assert (ours - true).norm() <= 1.2 * (theirs - true).norm()
+
+
+class Kind(NamedTuple):
+    dtype: torch.dtype
+    read: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+
+
+def constant(x, lse):
+    return x - lse.detach()
+
+
+def of_other_rows(x, lse):
+    return x - lse.flip(0)
+
+
+def hooked(x, lse):
+    lse.register_hook(lambda grad: 3 * grad)
+    return x - lse
+
+
+def asked(x, lse):
+    lse.retain_grad()
+    return x - lse
+
+
+def compared(x, lse):
+    return (x >= lse) * x + (lse - x)
+
+
+@pytest.mark.parametrize("read", [constant, of_other_rows, hooked, asked, compared])
+def test_what_is_another_difference(read):
+    torch.manual_seed(0)
+    head, hidden = nn.Linear(H, V), torch.randn(B, T, H, requires_grad=True)
+    found = []
+    for x in (promised(Promise.of(head, hidden)), head(hidden)):
+        total = read(x, x.logsumexp(-1, keepdim=True)).exp().sum(-1)
+        found.append([total, *torch.autograd.grad(total.sum(), [hidden, *head.parameters()])])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_log_sum_exp_that_was_changed():
+    head, hidden = nn.Linear(H, V), torch.randn(B, T, H)
+    with torch.no_grad():
+        for x in (promised(Promise.of(head, hidden)), head(hidden)):
+            lse = x.logsumexp(-1, keepdim=True)
+            assert (x - lse).exp().sum(-1).allclose(torch.ones(B, T))
+            assert not (x - lse.add_(1)).exp().sum(-1).allclose(torch.ones(B, T))
