@@ -261,7 +261,7 @@ def remember(found: Tensor, logits: Promise, index: Tensor | int) -> Tensor:
     owner = _owner(found)
     if owner.numel() == found.numel():
         rows = logits.rows.unsqueeze(-1).expand(found.shape).contiguous()
-        own = torch.as_tensor(index, device=rows.device).expand(found.shape)
+        own = torch.as_tensor(index, dtype=torch.int64, device=rows.device).expand(found.shape)
         own = own.clone(memory_format=torch.contiguous_format)
         _picked[owner] = Words(_call(logits), rows, own, owner._version)
     return found
