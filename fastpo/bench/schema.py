@@ -86,6 +86,7 @@ _MACHINE = {
     "load_average": LOAD_OR_NULL,
     "versions": dict.fromkeys(("torch", "trl", "liger_kernel"), VERSION),
 }
+_NO_DTYPE = {name: kind for name, kind in _MACHINE.items() if name != "dtype"}
 WHATS: dict[str, dict[str, Any]] = {
     "head": _MACHINE
     | {"backend": TEXT, "shapes": [_SIZE | {"floor_ms": _FLOOR}], "rows": [_head_row]},
@@ -104,7 +105,7 @@ WHATS: dict[str, dict[str, Any]] = {
     | {**dict.fromkeys("VTH", COUNT), "steps": COUNT, "framework": TEXT, "version": TEXT}
     | {"rows": [{"case": TEXT, "plain": _MEASURED, "fastpo": _MEASURED, "full_logits": [TEXT]}]},
     "real model": {
-        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        **_NO_DTYPE,
         "model": TEXT,
         "errors": [
             {"dtype": TEXT, "head": TEXT, "tokens": COUNT} | dict.fromkeys(("max", "mean"), NUMBER)
@@ -118,21 +119,21 @@ WHATS: dict[str, dict[str, Any]] = {
         ],
     },
     "plan errors": {
-        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        **_NO_DTYPE,
         "rows": [
             dict.fromkeys(("model", "way", "head"), TEXT)
             | dict.fromkeys(("told", "held"), POSITIVE)
         ],
     },
     "lazy logits": {
-        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        **_NO_DTYPE,
         "shape": {**_SIZE, "dtype": TEXT},
         "rows": [
             dict.fromkeys(("reading", "logits"), TEXT) | {"cpu_s": POSITIVE, "extra_mib": NUMBER}
         ],
     },
     "supports": {
-        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        **_NO_DTYPE,
         "shape": {**_SIZE, "dtype": TEXT},
         "rows": [
             {"words": COUNT, "trained": FLAG}
@@ -140,7 +141,7 @@ WHATS: dict[str, dict[str, Any]] = {
         ],
     },
     "sampler": {
-        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        **_NO_DTYPE,
         "model": TEXT,
         "sampling": TEXT,
         "rows": [
@@ -149,7 +150,7 @@ WHATS: dict[str, dict[str, Any]] = {
         ],
     },
     "plan contexts": {
-        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        **_NO_DTYPE,
         "batch_context": COUNT,
         "models": [
             {"name": TEXT, "card": TEXT, "memory": COUNT, "weights": COUNT, "lora": FLAG},
@@ -160,7 +161,7 @@ WHATS: dict[str, dict[str, Any]] = {
         ],
     },
     "architectures": {
-        **{name: kind for name, kind in _MACHINE.items() if name != "dtype"},
+        **_NO_DTYPE,
         "versions": {"torch": VERSION, "trl": VERSION, "transformers": TEXT},
         "rows": [_architecture_row],
     },
