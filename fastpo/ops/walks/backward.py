@@ -191,9 +191,7 @@ class BackwardWalk:
         if self.dhidden is None:
             return None
         dhidden = self.head.sum_over_shards(self.dhidden).to(self.head.hidden.dtype)
-        if self.head.rows is None:
-            return dhidden
-        return dhidden.new_zeros(tokens, dhidden.shape[1]).index_copy_(0, self.head.rows, dhidden)
+        return self.head.spread(dhidden, tokens)
 
 
 class ExponentialsWalk(BackwardWalk):

@@ -225,9 +225,7 @@ def _all(head: Head, x: Tensor, tokens: int) -> Tensor:
     """Back to all N rows, 0 where not scored."""
     if head.ignored is not None:
         return x.masked_fill(head.ignored, 0)
-    if head.rows is None:
-        return x
-    return x.new_zeros(tokens).index_copy_(0, head.rows, x)
+    return head.spread(x, tokens)
 
 
 def backward(

@@ -218,12 +218,5 @@ def finish(head: Head, state: Tensor, tokens: int) -> Forward:
         values["mean_logits"] = mean if head.ignored is None else mean.masked_fill(head.ignored, 0)
     # One empty tensor each: a custom operator may not return the same one twice.
     fields = {name: state.new_empty(0) for name in Forward._fields}
-    fields.update((name, _spread(head, value, tokens)) for name, value in values.items())
+    fields.update((name, head.spread(value, tokens)) for name, value in values.items())
     return Forward(**fields)
-
-
-def _spread(head: Head, value: Tensor, tokens: int) -> Tensor:
-    """Back to all N rows, 0 where there was no row."""
-    if head.rows is None:
-        return value
-    return value.new_zeros(tokens).index_copy_(0, head.rows, value)

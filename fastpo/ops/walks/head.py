@@ -252,6 +252,12 @@ class Head:
         """A number per token, of the scored ones."""
         return x if self.rows is None else x.index_select(0, self.rows)
 
+    def spread(self, x: Tensor, tokens: int) -> Tensor:
+        """Of the scored tokens back to all, 0 in those that were left out."""
+        if self.rows is None:
+            return x
+        return x.new_zeros(tokens, *x.shape[1:]).index_copy_(0, self.rows, x)
+
     def merge(self, state: Tensor) -> None:
         """`state` of a block once all words of this process are folded."""
         if self.spec.shard is not None:

@@ -191,9 +191,7 @@ class Sums:
         dhidden = self.dhidden
         if dhidden is not None:
             dhidden = self.head.sum_over_shards(dhidden).to(self.head.hidden.dtype)
-            if self.head.rows is not None:
-                all_rows = dhidden.new_zeros(tokens, dhidden.shape[1])
-                dhidden = all_rows.index_copy_(0, self.head.rows, dhidden)
+            dhidden = self.head.spread(dhidden, tokens)
         return Gradients(dhidden, self.dweight, self.dbias)
 
 

@@ -106,9 +106,7 @@ def _spread(head: Head, value: Tensor, tokens: int) -> Tensor:
     """[n, k] back to all N rows, 0 in those left out."""
     if head.ignored is not None:
         return value.masked_fill(head.ignored.unsqueeze(1), 0)
-    if head.rows is None:
-        return value
-    return value.new_zeros(tokens, value.shape[1]).index_copy_(0, head.rows, value)
+    return head.spread(value, tokens)
 
 
 def backward(
