@@ -66,6 +66,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from . import __version__
+    from .bench import cli as bench
+    from .planning import cli as planning
 
     parser = _Parser(
         prog="fastpo",
@@ -76,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_run(commands)
-    _add_planning(commands)
+    planning.add(commands)
     _add_objectives(commands)
-    _add_bench(commands)
+    bench.add(commands)
     _add_info(commands)
     return parser
 
@@ -154,12 +156,6 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_planning(commands: argparse._SubParsersAction) -> None:
-    from .planning.cli import add
-
-    add(commands)
-
-
 def _add_objectives(commands: argparse._SubParsersAction) -> None:
     objectives = commands.add_parser(
         "objectives",
@@ -196,12 +192,6 @@ def _plot(key: str | None, path: Path) -> None:
     plot(key, path)
 
 
-def _add_bench(commands: argparse._SubParsersAction) -> None:
-    from .bench import cli
-
-    cli.add(commands)
-
-
 def _add_info(commands: argparse._SubParsersAction) -> None:
     info = commands.add_parser(
         "info",
@@ -227,7 +217,3 @@ def _info(options: argparse.Namespace) -> int:
 def _complain(command: str, error: Exception, code: int) -> int:
     print(f"fastpo {command}: error: {error}", file=sys.stderr)
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

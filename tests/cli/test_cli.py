@@ -168,7 +168,7 @@ def test_usage_errors_exit_with_2(arguments, capsys):
 def test_as_a_process(tmp_path):
     broken = tmp_path / "pairs.jsonl"
     broken.write_text('{"prompt": "a", "chosen": "b"}\n')
-    command = [sys.executable, "-m", "fastpo.cli", "demo", "--data", str(broken)]
+    command = [sys.executable, "-m", "fastpo", "demo", "--data", str(broken)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert (
