@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .cards import GIB
 from .estimate import PARTS
-
-_GIB = 2**30
 
 
 def save(plan: Any, path: Path) -> None:
@@ -22,12 +21,12 @@ def save(plan: Any, path: Path) -> None:
     names = list(plan.heads)
     bottoms = [0.0] * len(names)
     for part in PARTS:
-        sizes = [head.estimate.parts[part] / _GIB for head in plan.heads.values()]
+        sizes = [head.estimate.parts[part] / GIB for head in plan.heads.values()]
         if any(sizes):
             axes.bar(names, sizes, 0.6, bottom=bottoms, label=part)
         bottoms = [x + y for x, y in zip(bottoms, sizes, strict=True)]
     if plan.setting.memory is not None:
-        axes.axhline(plan.setting.memory / _GIB, color="black", linestyle="--", linewidth=1)
+        axes.axhline(plan.setting.memory / GIB, color="black", linestyle="--", linewidth=1)
     axes.set_ylabel("GiB at the peak of a step")
     axes.set_title(f"{plan.setting.trainer.upper()}, {plan.setting.batch} x {plan.setting.context}")
     figure.legend(loc="outside right upper")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from . import fits
+from .cards import GIB
 from .estimate import PARTS, Estimate
 
-_GIB = 2**30
 _NAMES = {
     "device": "driver, allocator, buckets",
     "optimizer": "optimizer states",
@@ -45,10 +45,10 @@ def _parts(plan: Any) -> Iterator[tuple[str, ...]]:
     heads = [head.estimate for head in plan.heads.values()]
     for part in PARTS:
         if any(head.parts[part] for head in heads):
-            cells = (f"{head.parts[part] / _GIB:.2f}" for head in heads)
+            cells = (f"{head.parts[part] / GIB:.2f}" for head in heads)
             name = _NAMES.get(part, part)
             yield (name.replace("reference", "teacher") if plan.setting.distils else name, *cells)
-    yield ("in all", *(f"{head.peak / _GIB:.2f}" for head in heads))
+    yield ("in all", *(f"{head.peak / GIB:.2f}" for head in heads))
     measured = [head.measured for head in plan.heads.values()]
     if any(measured):
         yield ("measured", *map(_measured, measured))
@@ -56,7 +56,7 @@ def _parts(plan: Any) -> Iterator[tuple[str, ...]]:
 
 def _measured(found: int | str | None) -> str:
     if isinstance(found, int):
-        return f"{found / _GIB:.2f}"
+        return f"{found / GIB:.2f}"
     return "-" if found is None else found
 
 
@@ -92,11 +92,11 @@ def _verdict(plan: Any) -> Iterator[str]:
     if memory is None:
         return
     over = plan.heads["fastpo"].estimate.peak - memory
-    card = f"{memory / _GIB:.1f} GiB"
+    card = f"{memory / GIB:.1f} GiB"
     if over <= 0:
-        yield f"fits into {card} with fastpo, {-over / _GIB:.1f} GiB to spare"
+        yield f"fits into {card} with fastpo, {-over / GIB:.1f} GiB to spare"
     else:
         yield (
-            f"does not fit into {card} with fastpo: {over / _GIB:.1f} GiB are missing; try "
+            f"does not fit into {card} with fastpo: {over / GIB:.1f} GiB are missing; try "
             "--gradient-checkpointing, --lora, --optimizer adamw8bit, a shorter --context"
         )
