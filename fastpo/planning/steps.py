@@ -188,8 +188,7 @@ def _logits(model: Any, batch: Batch) -> Tensor:  # [R, T, V]
 
 
 def _fastpo(model: Any, hidden: Tensor, labels: Tensor, budget: int | None) -> Tensor:
-    head = linear_head(model)
-    softcap, scale = logit_map(model.config)
+    head, softcap, scale = _head_of(model)
     found = linear_logps(
         hidden, head.weight, labels, bias=head.bias, softcap=softcap, logit_scale=scale,
         budget=budget,
@@ -201,8 +200,7 @@ def _fastpo(model: Any, hidden: Tensor, labels: Tensor, budget: int | None) -> T
 def _trl_fused(model: Any, hidden: Tensor, labels: Tensor, budget: int | None) -> Tensor:
     from trl.trainer import utils
 
-    head = linear_head(model)
-    softcap, scale = logit_map(model.config)
+    head, softcap, scale = _head_of(model)
     width = utils._CHUNKED_LOGPROB_CHUNK_SIZE
     given = hidden, head.weight, head.bias, labels, 1.0, width, softcap, scale
     logps: Tensor = utils._ChunkedLogProbFunction.apply(*given, ())[0]
