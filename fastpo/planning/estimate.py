@@ -139,19 +139,17 @@ class Session:
         return replace(batch, layout=layout_for(self.models.base, batch.ids, setting.attention))
 
     def _plan_head(self, setting: Setting) -> None:
-        dtype = torch.bfloat16 if setting.dtype == "bf16-mixed" else WEIGHTS.get(setting.dtype)
+        dtype = WEIGHTS.get(setting.dtype.removesuffix("-mixed"), torch.float32)
         weight = linear_head(self.models.base).weight
         if setting.distils:
             tokens, teacher = setting.rows * setting.scored, linear_head(self.models.copied).weight
             widths = weight.shape[1], teacher.shape[1]
-            space = pair_workspace(
-                tokens, self.vocab, widths, dtype or torch.float32, setting.device
-            )
+            space = pair_workspace(tokens, self.vocab, widths, dtype, setting.device)
             self.live.workspace, self.live.shared = space, 0
             return
         shape = setting.rows * setting.scored, *weight.shape
         options: dict[str, Any] = {
-            "compute_dtype": dtype or torch.float32,
+            "compute_dtype": dtype,
             "device": torch.device(setting.device),
             "hidden_grad": True,
             "budget": setting.budget,
