@@ -60,10 +60,6 @@ def remove() -> None:
     _Switch.forwards.clear()
 
 
-def installed() -> HeadOptions | None:
-    return _Switch.options
-
-
 @contextmanager
 def kept() -> Iterator[None]:
     """On exit it is on or off as it was on entry."""
