@@ -178,10 +178,6 @@ def _cast(logits: Promise, dtype: torch.dtype) -> Any:
 # Scale and soft-cap
 
 
-def multiply(logits: Promise, factor: Any) -> Any:
-    return logits.scaled(factor)
-
-
 def divide(logits: Promise, divisor: Any, *, rounding_mode: str | None = None) -> Any:
     number = isinstance(divisor, int | float) and divisor != 0
     return logits.scaled(1 / divisor) if number and rounding_mode is None else NotImplemented
@@ -372,7 +368,7 @@ _NAMED: dict[str, Answer] = {
     "float": lambda logits: _cast(logits, torch.float32),
     "bfloat16": lambda logits: _cast(logits, torch.bfloat16),
     "half": lambda logits: _cast(logits, torch.float16),
-    **dict.fromkeys(("mul", "multiply"), multiply),
+    **dict.fromkeys(("mul", "multiply"), Promise.scaled),
     **dict.fromkeys(("div", "divide"), divide),
     "true_divide": lambda logits, divisor: divide(logits, divisor),
     **dict.fromkeys(("sub", "subtract", "__sub__"), minus),
