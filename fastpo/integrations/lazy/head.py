@@ -15,7 +15,7 @@ from ...ops.shards.gathered import HeadOptions, whole
 from ...ops.walks.checks import DTYPES
 from ...ops.walks.derivatives import transform
 from ...ops.walks.saving import checkpointed, saving_hooks
-from ..adapter import check_active, is_adapter
+from ..adapter import base_layer, check_active, is_adapter
 from ..heads import linear_head, stored_weight, tensor_parallel
 from ..seams.calls import answered, standing_in, unhidden
 from ..seams.saying import say_once
@@ -98,7 +98,7 @@ def _readable(head: Any, shards: bool) -> tuple[Tensor, Tensor | None]:
 def _of_fsdp1(head: Any) -> bool:
     """Both mark their modules. FSDP1 flattens a weight, and in a forward has a view in its place;
     FSDP2's is a parameter."""
-    layer = head.get_base_layer() if is_adapter(head) else head
+    layer = base_layer(head)
     if not getattr(layer, "_is_fsdp_managed_module", False):
         return False
     return not isinstance(layer.weight, nn.Parameter) or layer.weight.ndim != 2
