@@ -19,18 +19,18 @@ Report = dict[str, Any]
 def write(report: Report, path: Path) -> None:
     """In one piece: an interrupt leaves the last one that was written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(report), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(report), indent=1, ensure_ascii=False, allow_nan=False)
     piece = path.with_name(f".{path.name}")
     piece.write_text(text + "\n", encoding="utf-8")
     piece.replace(path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinite numbers; an error that is one becomes null."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -8,7 +8,6 @@ import os
 import platform
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from textwrap import fill
@@ -16,6 +15,7 @@ from typing import Any
 
 from fastpo import __version__
 
+from ..bench.report import finite
 from . import plot
 from .objective import Objective
 from .options import Options
@@ -59,12 +59,14 @@ def collect(
     options: Options, fitted: Fitted, objective: Objective, runs: dict[str, Events]
 ) -> dict[str, Any]:
     """All figures, as they go into report.json."""
+    from ..bench.machine import installed  # imports torch
+
     variants = {name: variant(runs[name]) for name in TITLES}
     facts = _merged(runs["fastpo"])
     figures: dict[str, Any] = {
         "fastpo": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()} | {p: _version(p) for p in PACKAGES},
+        "versions": {"python": platform.python_version()} | {p: installed(p) for p in PACKAGES},
         "machine": machine(facts),
         "options": {key: _plain(value) for key, value in asdict(options).items()},
         "objective": asdict(objective),
@@ -124,8 +126,10 @@ def compare(fastpo: dict[str, Any], trl: dict[str, Any]) -> dict[str, Any]:
 
 
 def machine(facts: dict[str, Any]) -> dict[str, Any]:
+    from ..bench.machine import cpu_name  # imports torch
+
     found = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": facts["threads"],
         "system": platform.platform(),
@@ -140,7 +144,7 @@ def machine(facts: dict[str, Any]) -> dict[str, Any]:
 
 def write(figures: dict[str, Any], folder: Path) -> None:
     """report.json and, with matplotlib, plot.png; a number that is not finite becomes null."""
-    text = json.dumps(_finite(figures), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(figures), indent=2, ensure_ascii=False, allow_nan=False)
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     if plot.available():
         plot.draw(figures, folder / "plot.png")
@@ -227,29 +231,5 @@ def _ratio(ours: float | None, theirs: float | None) -> float | None:
     return theirs / ours if ours and theirs else None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
-
-
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
