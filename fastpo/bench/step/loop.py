@@ -24,7 +24,7 @@ from fastpo.integrations.checkpointing import argument
 from fastpo.testing import assert_as_good_as_eager
 
 from . import architectures
-from .architectures import Models
+from .architectures import ADAPTED, RANK, Models
 from .batches import Batch, Texts, batch
 
 BETA = 0.1
@@ -225,9 +225,7 @@ def trainer_of(job: Job, models: Models, folder: str) -> Any:
     if models.copied is None:
         from peft import LoraConfig
 
-        extra = {
-            "peft_config": LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "v_proj"])
-        }
+        extra = {"peft_config": LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[*ADAPTED])}
     return DPOTrainer(
         models.policy,
         args=_config(job, folder),
