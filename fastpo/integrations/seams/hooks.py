@@ -23,17 +23,17 @@ def splits(layer: Any) -> bool:
     return any(getattr(x, "__module__", "").startswith("torch.distributed.tensor") for x in found)
 
 
-def numbers(layer: Any, kinds: tuple[str, ...] = FORWARD) -> tuple[int, ...]:
-    """One for each hook, none given twice."""
-    return own_numbers(layer, kinds) + global_numbers(kinds)
+def numbers(layer: Any) -> tuple[int, ...]:
+    """One for each forward hook, none given twice."""
+    return own_numbers(layer) + global_numbers()
 
 
-def own_numbers(layer: Any, kinds: tuple[str, ...] = FORWARD) -> tuple[int, ...]:
-    return tuple(number for kind in kinds for number in getattr(layer, kind))
+def own_numbers(layer: Any) -> tuple[int, ...]:
+    return tuple(number for kind in FORWARD for number in getattr(layer, kind))
 
 
-def global_numbers(kinds: tuple[str, ...] = FORWARD) -> tuple[int, ...]:
-    return tuple(number for kind in kinds for number in getattr(every, f"_global{kind}"))
+def global_numbers() -> tuple[int, ...]:
+    return tuple(number for kind in FORWARD for number in getattr(every, f"_global{kind}"))
 
 
 def name(hook: Any) -> str:
