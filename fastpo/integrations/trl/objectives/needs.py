@@ -16,6 +16,7 @@ from ....objectives._quantities import SHAPES, is_mask
 from ....objectives._registry import entry_of, lookup, of_table, quantities_of, unwrap
 from ....ops.stats import TokenStats
 from ....quantities import Quantities, padded
+from .columns import TEXTS
 from .setting import Objective, Setting
 
 # Hyperparameter -> the option of TRL's configs that it is.
@@ -259,15 +260,15 @@ class Needs:
             reference_free=self.setting.reference_free,
             **under,
         )
-        made = {name for name in SHAPES if name.endswith(_MADE)} | {"kl_logratios", "forward_kl"}
+        made = {name for name in SHAPES if name.endswith("token_kl")}
+        made |= {"kl_logratios", "forward_kl", "rejected_alternative_token_logps"}
         made |= {"labels"} if "label" in columns else set()
         made |= {"groups"} if "completions" in columns else set()
-        made |= {"rejected_alternative_token_logps"}
         if self.setting.mixing is not None:
             made |= {"mixed_chosen_logps", "mixed_rejected_logps"}
-        texts = [kind for kind in ("third", "unlabeled") if {kind, f"{kind}_ids"} & columns]
-        for kind in texts:
-            made |= {f"{kind}_logps", f"ref_{kind}_logps", f"{kind}_lengths"}
+        for kind in TEXTS:
+            if {kind, f"{kind}_ids"} & columns:
+                made |= {f"{kind}_logps", f"ref_{kind}_logps", f"{kind}_lengths"}
         names = made | {name for name in columns if name in SHAPES}
         return q | dict.fromkeys(names, zeros)
 
@@ -302,7 +303,6 @@ def _nothing(name: str) -> Tensor:
 
 # Per side: what the trainer's own passes give. A column could only be stale.
 _OWN = ("logps", "token_logps", "logratios", "lengths", "entropy", "token_kl", "log_sum_sq_probs")
-_MADE = ("token_kl",)
 _KL_SUM = "ref_KL_logps"  # TRL's column: of the mismatched rows that kl_logratios are of
 
 
