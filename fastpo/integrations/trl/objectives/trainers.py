@@ -183,7 +183,7 @@ class SingleTrainer(TextTrainer):
         return super().compute_ref_log_probs(model, inputs)  # type: ignore[misc]
 
     def _compute_kl_logps(self, model: Any, batch: Any) -> Any:
-        plain = getattr(model, "model", model) if isinstance(model, Pass) else model
+        plain = model.model if isinstance(model, Pass) else model
         self._fastpo.kl_logps = super()._compute_kl_logps(plain, batch)  # type: ignore[misc]
         return self._fastpo.kl_logps
 
