@@ -47,7 +47,7 @@ def backward(
             entropy_grad = grads["entropy"] is not None
             walk: BackwardWalk
             if head.anchored and not entropy_grad and grads["lse"] is None:
-                walk = ExponentialsWalk(head, rows, saved, entropy_grad, needs, into)
+                walk = ExponentialsWalk(head, rows, saved, needs, into)
             else:
                 walk = BackwardWalk(head, rows, saved, entropy_grad, needs, into)
             dhidden, dweight, dbias = walk.run(len(hidden))
@@ -207,11 +207,10 @@ class ExponentialsWalk(BackwardWalk):
         head: Head,
         grads: Tensor,
         saved: Forward,
-        entropy_grad: bool,
         needs: tuple[bool, bool, bool],
-        into: Tensor | None = None,
+        into: Tensor | None,
     ) -> None:
-        super().__init__(head, grads, saved, entropy_grad, needs, into)
+        super().__init__(head, grads, saved, False, needs, into)
         K = head.plan.kept_tokens
         self.scale = grads[R.COMMON] * head.spec.logit_map.factor  # [n]
         self.scale[:K] *= saved.anchors[0, :K]
