@@ -88,3 +88,27 @@ def mesh():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield dist.device_mesh.init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def group():
+    """A process group of this process alone, for all tests of a file."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def defaults():
+    """Changes PyTorch's default dtype and device; without a dtype, back."""
+    dtype = torch.get_default_dtype()
+
+    def change(to: torch.dtype | None = None) -> None:
+        torch.set_default_dtype(dtype if to is None else to)
+        # A device by name, were it the CPU, would stay as a mode around every later call.
+        torch.set_default_device(None if to is None else "meta")
+
+    yield change
+    change()

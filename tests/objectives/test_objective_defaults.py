@@ -13,19 +13,6 @@ KINDS = ("logps", "logratios", "lengths", "token_logps", "mask")
 NAMES = [f"{side}_{kind}" for side in ("chosen", "rejected") for kind in KINDS]
 
 
-@pytest.fixture
-def defaults():
-    dtype = torch.get_default_dtype()
-
-    def change(to: torch.dtype | None = None) -> None:
-        torch.set_default_dtype(dtype if to is None else to)
-        # A device by name, were it the CPU, would stay as a mode around every later call.
-        torch.set_default_device(None if to is None else "meta")
-
-    yield change
-    change()
-
-
 def same(found: Tensor, expected: Tensor) -> bool:
     alike = (found.dtype, found.device) == (expected.dtype, expected.device)
     return alike and torch.equal(found.nan_to_num(), expected.nan_to_num())

@@ -16,19 +16,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def defaults():
-    dtype = torch.get_default_dtype()
-
-    def change(to: torch.dtype | None = None) -> None:
-        torch.set_default_dtype(dtype if to is None else to)
-        # A device by name, were it the CPU, would stay as a mode around every later call.
-        torch.set_default_device(None if to is None else "meta")
-
-    yield change
-    change()
-
-
 @pytest.mark.parametrize(("case", "backend"), CASES)
 def test_the_same_bits_under_any_default(case, backend, defaults, mesh):
     call = CALLS[case]

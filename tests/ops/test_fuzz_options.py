@@ -10,7 +10,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from _primitives import PRIMITIVES, V
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,12 +65,7 @@ VALUES = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group():
-    """Of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 def said(function: Callable[[], object]) -> str | None:

@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from _fuzz_calls import Call, Named, Problem, Size, fused, laid, slow
 from _fuzz_draws import NAMES, Way, calls, ways
 from _primitives import PRIMITIVES
@@ -30,12 +29,7 @@ from fastpo.testing import assert_as_good_as_eager
 DIFFERENTIABLE = ("logps", "entropy", "lse", "divergence", "values")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group():
-    """Of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
 from _primitives import CALLS, LISTED, N
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -20,12 +19,7 @@ TOKENS, V, H = 12, 211, 16
 WORD = 8  # bytes of the largest number
 
 
-@pytest.fixture(scope="module", autouse=True)
-def group():
-    """Of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+pytestmark = pytest.mark.usefixtures("group")
 
 
 class Offloading(saved_tensors_hooks):
