@@ -61,7 +61,6 @@ def smoothed(logits, labels):
 
 
 FEW = torch.randint(0, V, (B, T, 4), generator=torch.Generator().manual_seed(2))
-RANGE = torch.arange(5)
 READINGS = {
     "cross_entropy": lambda x, y: F.cross_entropy(x.view(-1, x.shape[-1]), y.view(-1)),
     "named": lambda x, y: F.cross_entropy(input=x.view(-1, V), target=y.view(-1)),
