@@ -53,6 +53,7 @@ Positive = Interval(0, math.inf, "()")
 NonNegative = Interval(0, math.inf, "[)")
 Unit = Interval(0, 1)
 Finite = Interval(-math.inf, math.inf, "()")
+NumGroups = Annotated[int | None, NonNegative]
 
 
 @dataclass(frozen=True)

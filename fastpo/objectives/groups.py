@@ -25,10 +25,8 @@ from ._math import (
     softplus,
     truths,
 )
-from ._parameters import NonNegative, OneOf, Positive
+from ._parameters import NonNegative, NumGroups, OneOf, Positive
 from ._registry import objective
-
-NumGroups = Annotated[int | None, NonNegative]
 
 _FAR = 1e30  # within float32, and with room for sums; 0 times its negative is 0, not NaN
 

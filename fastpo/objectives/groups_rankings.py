@@ -28,10 +28,8 @@ from ._math import (
     plackett_luce,
     softplus,
 )
-from ._parameters import NonNegative, OneOf, Positive
+from ._parameters import NonNegative, NumGroups, OneOf, Positive
 from ._registry import objective
-
-NumGroups = Annotated[int | None, NonNegative]
 
 
 def _better(scores: Tensor, groups: Tensor) -> Tensor:

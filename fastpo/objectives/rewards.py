@@ -22,10 +22,9 @@ from ._math import (
     truths,
     wrong_rows,
 )
-from ._parameters import Interval, NonNegative, OneOf, Positive
+from ._parameters import Interval, NonNegative, NumGroups, OneOf, Positive
 from ._registry import objective
 
-NumGroups = Annotated[int | None, NonNegative]
 _SCALARS = {"chosen_rewards": "B", "rejected_rewards": "B"}
 _VECTORS = {"chosen_rewards": "B D", "rejected_rewards": "B D"}
 

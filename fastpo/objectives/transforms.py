@@ -20,7 +20,7 @@ from ._math import (
     masked_mean,
     masked_sum,
 )
-from ._parameters import NonNegative, OneOf, Positive, Unit
+from ._parameters import NonNegative, NumGroups, OneOf, Positive, Unit
 from ._registry import transform
 
 # Objectives of Δ alone: there the partition function cancels.
@@ -28,7 +28,6 @@ _DIFFERENCE_ONLY = frozenset(
     {"dpo", "dpo_norm", "robust_dpo", "hinge", "ipo", "ipo_norm"}
     | {"exo_pair", "discopop", "odpo", "dpo_sft", "sft"}
 )
-NumGroups = Annotated[int | None, NonNegative]
 Quantities = dict[str, Tensor]
 
 
