@@ -21,8 +21,6 @@ from .head import COMPACT, GATHER, HEAD, Compact, FusedHead
 from .objectives import by_name
 from .objectives.setting import Objective, Setting
 
-__all__ = ["patch", "patched", "unpatch"]
-
 
 def patch(
     *,
