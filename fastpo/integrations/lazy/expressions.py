@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +13,10 @@ from torch.utils._pytree import tree_leaves
 from .base import Family
 from .blocks import fits_one_block, reduced, reduced_loss
 from .calls import WITH_WORDS, counted, here, named, over_words
-from .functions import cross_entropy
+from .functions import Answer, cross_entropy
 from .patterns import known_sum
 from .promise import Promise
 from .rowwise import NUMBERS, Operand, recorded
-
-Answer = Callable[..., Any]
-
 
 _WORD_BY_WORD = named("""
     exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal abs absolute neg negative sign
