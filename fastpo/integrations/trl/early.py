@@ -16,7 +16,7 @@ from ...ops.shards.gathered import HeadOptions, score
 from ..lazy.logits import promise_of
 from ..seams.saying import say_once
 from ..seams.seam import Make, Method, Replacement, Seam
-from .head import GATHER, FusedHead, unserved
+from .head import GATHER, FusedHead, WithOptions, unserved
 from .logits import (
     LOSS,
     SELECT,
@@ -61,12 +61,8 @@ class _TwoOutputs(FusedHead):
         )[:2]
 
 
-class _ChunkedLoss(Replacement):
+class _ChunkedLoss(WithOptions):
     """`_chunked_cross_entropy_loss`, what SFT minimises by default."""
-
-    def __init__(self, original: Any, own: HeadOptions) -> None:
-        super().__init__(original)
-        self.own = own
 
     def __call__(
         self, hidden_states: Tensor, lm_head_weight: Tensor, *args: Any, **more: Any

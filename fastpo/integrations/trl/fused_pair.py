@@ -23,7 +23,7 @@ from ..heads import output_layer, tensor_parallel
 from ..seams.during import during
 from ..seams.saying import say_once
 from ..seams.seam import Make, Method, Replacement, Seam
-from .head import Compact, unserved
+from .head import Compact, WithOptions, unserved
 
 _VERSIONS = ("1.16",)
 _TRL = "trl.trainer.distillation_trainer"
@@ -103,12 +103,8 @@ class _Loss(Replacement):
             return self.original(**{**bound.arguments, **here})
 
 
-class _Divergence(Replacement):
+class _Divergence(WithOptions):
     """`linear_divergence` behind the `apply` of TRL's autograd function."""
-
-    def __init__(self, original: Any, own: HeadOptions) -> None:
-        super().__init__(original)
-        self.own = own
 
     def apply(self, *arguments: Any) -> tuple[Tensor, Tensor]:
         why = self._unserved(*arguments[:6])

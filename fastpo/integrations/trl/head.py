@@ -132,12 +132,16 @@ def unserved(**tensors: Tensor | None) -> str | None:
     return None
 
 
-class FusedHead(Replacement):
-    """`linear_logps` behind the `apply` of TRL's autograd function."""
+class WithOptions(Replacement):
+    """own: what a call of TRL's does not say, budget and backend."""
 
     def __init__(self, original: Any, own: HeadOptions) -> None:
         super().__init__(original)
         self.own = own
+
+
+class FusedHead(WithOptions):
+    """`linear_logps` behind the `apply` of TRL's autograd function."""
 
     @torch.compiler.disable  # else a graph breaks at each thing that it asks of its thread
     def apply(self, *arguments: Any) -> tuple[Tensor | None, ...]:
