@@ -45,9 +45,21 @@ class _AddHead(Replacement):
         super().__init__(original)
         self.sharing = sharing
 
-    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> None:
-        self.original(model, *args, **kwargs)
+    def __call__(
+        self,
+        model: Any,
+        temperature: float = 1.0,
+        cast_lm_head_to_fp32: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         head = output_layer(model)
+        if cast_lm_head_to_fp32 and is_adapter(head):
+            # TRL's cast goes past an adapter: completions would be sampled without it.
+            raise ValueError(
+                "cast_lm_head_to_fp32: expected False with an adapter on lm_head, got True"
+            )
+        self.original(model, temperature, cast_lm_head_to_fp32, *args, **kwargs)
         own = is_adapter(head) or (is_quantised(head) and refusal(head) is None)
         if not own and self.sharing is None:
             return

@@ -287,3 +287,18 @@ def test_what_is_not_supported_stays_refused(tmp_path):
         dpo_trainer(tmp_path)
     with fastpo.patched(), pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head`"):
         dpo_trainer(tmp_path, lora_bias=True)
+
+
+def test_a_head_that_trl_casts_past_the_adapter_is_refused(tmp_path):
+    """Completions would come from another policy than the one that learns of them."""
+    trl = pytest.importorskip("trl", minversion="1.15")
+    settings = {**SETTINGS, "num_generations": 2, "cast_lm_head_to_fp32": True}
+    with fastpo.patched(), pytest.raises(ValueError, match="expected False with an adapter on lm"):
+        trl.GRPOTrainer(
+            model=tiny.model(),
+            reward_funcs=len,
+            args=trl.GRPOConfig(output_dir=str(tmp_path), **settings),
+            train_dataset=tiny.prompts(),
+            processing_class=tiny.tokenizer(),
+            peft_config=peft.LoraConfig(target_modules=["lm_head"]),
+        )
