@@ -54,11 +54,8 @@ class _AddHead(Replacement):
         **kwargs: Any,
     ) -> None:
         head = output_layer(model)
-        if cast_lm_head_to_fp32 and is_adapter(head):
-            # TRL's cast goes past an adapter: completions would be sampled without it.
-            raise ValueError(
-                "cast_lm_head_to_fp32: expected False with an adapter on lm_head, got True"
-            )
+        if is_adapter(head):
+            _check(head, cast_lm_head_to_fp32)
         self.original(model, temperature, cast_lm_head_to_fp32, *args, **kwargs)
         own = is_adapter(head) or (is_quantised(head) and refusal(head) is None)
         if not own and self.sharing is None:
@@ -81,6 +78,17 @@ class _AddHead(Replacement):
 
         setattr(forward, SHARES, sharing)
         model.forward = MethodType(forward, model)
+
+
+def _check(head: Any, cast: bool) -> None:
+    if cast:
+        # TRL's cast goes past an adapter: completions would be sampled without it.
+        raise ValueError(
+            "cast_lm_head_to_fp32: expected False with an adapter on lm_head, got True"
+        )
+    # TRL asks for the layer of a PeftModel only; in another model an adapter may be injected.
+    if (why := unsupported(head)) is not None:
+        raise ValueError(f"lm_head: expected an adapter of LoRA, got {why}")
 
 
 def _is_patched() -> bool:

@@ -302,3 +302,23 @@ def test_a_head_that_trl_casts_past_the_adapter_is_refused(tmp_path):
             processing_class=tiny.tokenizer(),
             peft_config=peft.LoraConfig(target_modules=["lm_head"]),
         )
+
+
+INJECTED = {
+    "bias": (peft.LoraConfig(lora_bias=True, target_modules=["lm_head"]), "lora_bias=True"),
+    "loha": (peft.LoHaConfig(r=2, target_modules=["lm_head"]), "loha.layer.Linear"),
+}
+
+
+@pytest.mark.parametrize("name", INJECTED)
+def test_what_is_injected_is_refused_too(name, tmp_path):
+    """Into a model of transformers: TRL asks a PeftModel only, and would ignore it."""
+    trl = pytest.importorskip("trl", minversion="1.15")
+    config, got = INJECTED[name]
+    with fastpo.patched(), pytest.raises(ValueError, match=f"expected an adapter of LoRA.*{got}"):
+        trl.SFTTrainer(
+            model=peft.inject_adapter_in_model(config, tiny.model()),
+            args=trl.SFTConfig(output_dir=str(tmp_path), **SETTINGS),
+            train_dataset=tiny.conversations(),
+            processing_class=tiny.tokenizer(),
+        )
