@@ -37,7 +37,8 @@ class HeadOptions:
 
     accumulate: from the second backward on d weight is added to `weight.grad` as it is computed,
     and autograd gets none: no second [V, H] while gradients are accumulated, and one rounding less.
-    Nobody but the optimiser may wait for that gradient: not DDP, no hook on the weight.
+    Nobody but the optimiser may wait for that gradient, not DDP. A weight with hooks of its own is
+    left to autograd: they see, and may change, all of its gradient.
     name: who errors are of.
     """
 
@@ -160,6 +161,8 @@ class _Call:
             return None
         if torch.is_grad_enabled():
             return None  # whoever differentiates it shall be told, see `first_derivatives`
+        if weight._backward_hooks:
+            return None
         grad = weight.grad
         plain = type(grad) is Tensor and grad.layout == torch.strided
         if not plain or grad is None or grad.shape != weight.shape:

@@ -114,6 +114,17 @@ def test_only_what_is_asked_for_gets_a_gradient(how, of):
     torch.testing.assert_close(*results)
 
 
+def test_a_hook_on_the_weight_changes_all_of_its_gradient():
+    """One that leaves words as they are, for one."""
+    found = []
+    for accumulate in (False, True):
+        x = head()
+        x.weight.register_hook(lambda grad: grad * (torch.arange(len(grad)) > 100)[:, None])
+        found.append(backward(x, 3, HeadOptions(accumulate=accumulate)))
+    assert not found[1][:101].any()
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_with_tied_words_under_attach(tied):
     ids = torch.randint(5, 60, (2, 11), generator=torch.Generator().manual_seed(0))
