@@ -198,7 +198,6 @@ CASES = {
 def test_trainers_train_the_same(name, path, tmp_path, widest, monkeypatch):  # noqa: F811
     monkeypatch.setattr(vllm_client, "VLLMClient", Server)
     monkeypatch.setattr(cell, "told", set())
-    widest.heads = [{WORDS, HIDDEN}, {FEWER, HIDDEN}]
     case, tile = CASES[name], TILE.tokens * TILE.vocab
     own, own_elements = trained(case, path, tmp_path, widest, patched=False)
     ours, elements = trained(case, path, tmp_path, widest, patched=True)
