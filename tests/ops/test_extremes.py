@@ -78,3 +78,16 @@ def test_digits_of_the_gradient_of_a_peaked_row(backend, listed):
     p = others.double().exp()
     expected = torch.cat((p.sum()[None], -p))[:, None]
     torch.testing.assert_close(grad.double().cpu(), expected.cpu(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loss_that_is_no_number_where_nothing_is_scored(backend, trained):
+    """As of a loss under `torch.where`, whose derivative at 0 is infinite."""
+    hidden = torch.ones(3, 2, device=DEVICE, requires_grad=True)
+    weight = torch.eye(2, device=DEVICE).requires_grad_(trained)
+    labels = torch.tensor([0, -100, 1], device=DEVICE)
+    logps = fastpo.linear_logps(hidden, weight, labels, backend=backend).logps
+    torch.where(labels >= 0, (-logps).sqrt(), 0).sum().backward()
+    assert hidden.grad[1].eq(0).all() and hidden.grad[[0, 2]].isfinite().all()
+    assert not trained or weight.grad.isfinite().all()

@@ -36,6 +36,8 @@ def backward(
         if frozen and grads["entropy"] is None and grads["lse"] is None:
             g = grads["logps"]
             g = torch.zeros_like(saved.logps) if g is None else g
+            if spec.ignore_index is not None:  # a loss may give them NaN, and 0·NaN is NaN
+                g = g.masked_fill(labels == spec.ignore_index, 0)
             return (saved.direction * g.unsqueeze(1)).to(hidden.dtype), None, None
         overwrites = spec.lends and spec.plan(hidden, weight).shared_bytes > 0
         with (loan or Loan()).claim(overwrites) as (reads, overwrites):
