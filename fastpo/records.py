@@ -30,7 +30,8 @@ def _read_parquet(path: Path) -> list[Any]:
 
     try:
         rows: list[Any] = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
+    # The last two: texts and dates of any column that Python has no value for.
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
     return rows
 

@@ -146,3 +146,13 @@ def test_a_file_that_is_no_parquet_is_named(tmp_path):
     path = write(tmp_path / "pairs.parquet", GOOD, GOOD)
     with pytest.raises(DemoError, match=r"pairs\.parquet: cannot be read: .*[Pp]arquet"):
         data.load_pairs(path, seed=0)
+
+
+def test_what_python_has_no_value_for_is_named(tmp_path):
+    """In a column that nobody reads, too."""
+    from pyarrow import array, parquet, table, timestamp
+
+    path = tmp_path / "pairs.parquet"
+    parquet.write_table(table({"prompt": ["why"], "at": array([2**62], timestamp("us"))}), path)
+    with pytest.raises(DemoError, match=r"pairs\.parquet: cannot be read: date value out of range"):
+        data.load_pairs(path, seed=0)
