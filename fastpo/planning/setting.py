@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..ops.walks.checks import check_flag, check_integer, check_number
+from ..ops.walks.checks import check_budget, check_flag, check_integer, check_number
 from .names import (
     ALONE,
     ATTENTION,
@@ -91,6 +91,7 @@ class Setting:
             check_integer(name, getattr(self, name), "an integer >= 1", least)
         if self.context < 2:
             raise ValueError(f"context: expected an integer >= 2, got {self.context}")
+        check_budget(self.budget)
         check_flag("load_in_4bit", self.load_in_4bit)
         check_number("prompt", self.prompt, "a number in [0, 1)", lambda x: 0 <= x < 1)
         if self.load_in_4bit and self.lora is None:

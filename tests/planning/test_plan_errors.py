@@ -269,6 +269,7 @@ OPTIONS = {
     "memory": ({"memory": 2**30}, "options: expected some of .*, got 'memory'"),
     "gpu": ({"gpu": 80}, "gpu: expected a size as 80GiB or one of .*, got 80"),
     "lora": ({"lora": 0.5}, "lora: expected r=16,targets=q_proj"),
+    "budget": ({"budget": "1GiB"}, "budget: expected bytes >= 0 or None, got '1GiB'"),
 }
 
 
