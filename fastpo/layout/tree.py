@@ -140,7 +140,9 @@ def layout_of(
     shapes, and for a mask with holes or an empty row.
     """
     device, (height, width) = ids.device, _shape(ids, mask)
-    cells = 2 * ids + 1  # never 0, whatever the ids: some models have tokens below 0
+    # Above 0, whatever the ids: some models have tokens below 0. Pads are 0, so that a row that
+    # another begins with is sorted before it.
+    cells = ids - ids.min() + 1
     cells = cells if mask is None else torch.where(mask.to(device) != 0, cells, 0)
     cells = cells.cpu()  # the one wait for a GPU
     first, length = _extent(cells != 0)

@@ -227,6 +227,16 @@ def test_ids_below_zero_are_tokens(share):
     assert layout.real == (4, 3) and layout.size == (5 if share else 7)
 
 
+@pytest.mark.parametrize("next_token", [6, -6])
+def test_a_row_that_another_goes_on_from_below_zero(next_token):
+    """Sorted behind that one it had no place, and every token of it was the first of the batch."""
+    ids = torch.tensor([[3, 3, 3], [-1, 5, 0], [-1, 5, next_token]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1]])
+    layout = layout_of(ids, mask)
+    found = layout.put_back(layout.pack(ids).squeeze(0))
+    assert layout.size == 6 and torch.equal(found * mask, ids * mask)
+
+
 def test_another_default_device():
     """A script on a GPU may have one; batches are read on the host all the same."""
     ids, mask = padded([(0, [0, 1, 0, 1]), (0, [0, 1, 1]), (2, [1, 1])])
