@@ -91,3 +91,9 @@ def test_a_word_that_was_drawn_is_kept_beside_those_of_a_rule(monkeypatch):
     )
     assert torch.equal(found.ids.view(6, 3), words.sort().values)
     torch.testing.assert_close(mass, z.softmax(1).gather(1, words).sum(1))
+
+
+def test_the_words_of_one_token_alone_are_no_lists():
+    message = "lists: expected a list of word ids for each token, got 3 at token 1"
+    with pytest.raises(ValueError, match=message):
+        fastpo.Support.of([[5], 3])

@@ -65,8 +65,13 @@ class Support:
     def of(cls, lists: Sequence[Sequence[int] | None], device: Any = None) -> Support:
         """From a list of word ids for each token; None or an empty one: no restriction.
 
-        Raises ValueError for what is no integer: an engine's mask of booleans names no words.
+        Raises ValueError for what is no list, as in one token's words alone, and for what is no
+        integer: an engine's mask of booleans names no words.
         """
+        for token, one in enumerate(lists):
+            if one is not None and not hasattr(one, "__len__"):
+                wanted = "a list of word ids for each token"
+                raise ValueError(f"lists: expected {wanted}, got {one!r} at token {token}")
         sizes = [0 if one is None else len(one) for one in lists]
         offsets = torch.tensor([0, *sizes], dtype=torch.int64, device="cpu").cumsum(0)
         flat = [word for one in lists if one is not None for word in _plain(one)]
