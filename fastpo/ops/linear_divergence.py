@@ -85,8 +85,9 @@ def linear_divergence(
 
     kind: "forward_kl" KL(q‖p); "reverse_kl" KL(p‖q); "jsd" β·KL(q‖m) + (1-β)·KL(p‖m) with
         m = β·q + (1-β)·p (arXiv:2306.13649), 0 and 1 being forward and reverse KL as in TRL;
-        "alpha" (Σ q^α·p^{1-α} - 1)/(α·(α-1)), its limits at 0 and 1 the KLs; "tvd" ½·Σ|p - q|.
-        No temperature² factor. beta in [0, 1] and alpha, finite, are read by their kind only.
+        "alpha" (Σ q^α·p^{1-α} - 1)/(α·(α-1)), its limits at 0 and 1 the KLs, the sum at most e^40,
+        where its gradient ends; "tvd" ½·Σ|p - q|. No temperature² factor. beta in [0, 1] and
+        alpha, finite, are read by their kind only.
     hidden, teacher_hidden: [..., H] and [..., H'], float32, bfloat16 or float16.
     weight, teacher_weight: [V, H] and [V, H'], or tile sources; bias, teacher_bias: [V].
     mask: [...] bool, False leaves a token out: 0, no gradient. None: all are scored.
