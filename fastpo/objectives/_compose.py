@@ -92,6 +92,7 @@ class _Plan:
             self.made[name] = (*others, entry.key)
             if entry.mirrored:
                 self.mirrors[f"ref_{name}"] = transform
+                self.made.pop(f"ref_{name}", None)  # by the one before
         for ratio, logps in _LOGPS_OF.items():
             if logps in entry.outputs:  # stale: derived again when asked
                 self.made.pop(ratio, None)

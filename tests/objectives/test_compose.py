@@ -78,6 +78,10 @@ def test_ld_logps_takes_the_reference_along():
     policy = get("ld_logps")(**inputs, ld_alpha=0.3)
     ratios = [0.3 * policy[f"{side}_logps"] for side in ("chosen", "rejected")]
     torch.testing.assert_close(function(**inputs, **reference), get("dpo")(*ratios))
+    # A second time, after a transform that asked for what the first one left of the reference.
+    stages = get("ld_logps", ld_alpha=0.9), "f_divergence", get("ld_logps", ld_alpha=0.3)
+    again = compose("dpo", *stages)(**inputs, **reference)
+    torch.testing.assert_close(again, get("dpo")(*ratios))
 
 
 def test_the_reference_of_a_transform_is_constant():
