@@ -7,7 +7,7 @@ through the merged weight, a [V, H] copy and its gradient.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+import sys
 from typing import Any
 
 import torch
@@ -93,12 +93,12 @@ def has_own_forward(layer: Any) -> bool:
 
 
 def is_adapter(head: Any) -> bool:
-    """Is this layer one of PEFT's? Without PEFT none is."""
-    if find_spec("peft") is None:
-        return False
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    """Is this layer one of PEFT's? Where nobody has imported PEFT none is.
 
-    return isinstance(head, BaseTunerLayer)
+    Asked several times a call: looking for a package that is not there would read directories.
+    """
+    kind = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    return kind is not None and isinstance(head, kind)
 
 
 def base_layer(head: Any) -> Any:

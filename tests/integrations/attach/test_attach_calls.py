@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import sys
 
 import _tiny as tiny
 import pytest
@@ -255,3 +256,14 @@ def test_a_model_for_pictures_whose_forward_treats_no_logits(text, waits, monkey
         model(**inputs)
     handle.remove()
     torch.testing.assert_close(model(**inputs).loss, expected)
+
+
+def test_a_call_looks_for_no_package(monkeypatch):
+    """Where PEFT is not imported no layer is one of its: importing it takes seconds, and looking
+    for it where it is not installed took a seventh of a small model's step."""
+    for name in [x for x in sys.modules if x.partition(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    model, inputs = tiny.model("llama"), tiny.batch()
+    with fastpo.attach(model):
+        model(**inputs).loss.backward()
+    assert "peft" not in sys.modules
