@@ -6,7 +6,7 @@ for a frozen head; forward and backward of a trainable head 3, and 4 for tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from .support.words import Rule, Support
 from .tiles.tiled import Tiled, TileSource, outside_graphs, tiled
 from .walks import forward as driver
 from .walks.checks import OUTPUTS, check_options, check_tensors, compute_dtype, per_row
-from .walks.derivatives import check_plain, first_derivatives, refused
+from .walks.derivatives import check_plain, first_derivatives, refused, transforming
 from .walks.lending import Loan
 from .walks.saving import stays
 
@@ -100,7 +100,7 @@ def linear_logps(
     grad = torch.is_grad_enabled()
     head_grad = weight.requires_grad or (bias is not None and bias.requires_grad)
     with stays():
-        results = outside_graphs(_forward_op, weight)(
+        results = _called(hidden, weight, bias, labels)(
             hidden.reshape(-1, hidden.shape[-1]),
             weight,
             bias,
@@ -215,10 +215,15 @@ def _forward_op(
     return tuple(driver.forward(hidden, weight, bias, labels, spec))  # type: ignore[return-value]
 
 
+def _forward(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    return tuple(driver.forward(hidden, weight, bias, labels, _spec(hidden, *options)))
+
+
 @_forward_op.register_torch_dispatch(Tiled)
 def _(_: Any, func: Any, types: Any, args: tuple, kwargs: Any) -> tuple:
-    hidden, weight, bias, labels, *options = args
-    return tuple(driver.forward(hidden, weight, bias, labels, _spec(hidden, *options)))
+    return _forward(*args)
 
 
 @_forward_op.register_vmap
@@ -361,3 +366,30 @@ def _backward(ctx: Any, *results: Any) -> tuple:
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Eager(torch.autograd.Function):
+    """The operator without what PyTorch puts around one, a sixth of the time of a small head."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        results = _forward(*inputs)
+        _setup_context(ctx, inputs, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple:
+        return _backward(ctx, *grads)
+
+
+def _called(*tensors: Tensor | None) -> Callable[..., Any]:
+    """The operator where somebody looks at it: a compiler, a dispatch mode, a kind of tensor."""
+    plain = all(x is None or (type(x) in _PLAIN and not x.is_meta) for x in tensors)
+    seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if not plain or seen or transforming():
+        return outside_graphs(_forward_op, *(x for x in tensors if x is not None))
+    trained = any(x is not None and x.requires_grad for x in tensors)
+    return _Eager.apply if trained and torch.is_grad_enabled() else _forward
+
+
+_PLAIN = (Tensor, torch.nn.Parameter, Tiled)
