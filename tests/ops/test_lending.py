@@ -10,7 +10,6 @@ import torch
 import fastpo
 from fastpo import planner
 from fastpo.ops.shards.gathered import HeadOptions, score
-from fastpo.ops.walks import forward as driver
 from fastpo.ops.walks import head as walk
 from fastpo.testing import assert_as_good_as_eager, make_head
 
@@ -109,7 +108,7 @@ def test_nothing_is_lent_where_d_weight_is_added_to_a_gradient():
     x = make_head(N, V, H).like(torch.float32)
     for accumulate in (False, True):
         spec = HeadOptions(accumulate=accumulate).spec(x.hidden, (True, True), x.weight)
-        size, _ = walk.kept_shapes(spec, x.hidden, x.weight)
+        size, _ = walk.kept_shapes(spec.plan(x.hidden, x.weight), spec, x.hidden, x.weight)
         assert (size == N * planner.row_cells(V)) == accumulate
 
 
@@ -119,8 +118,8 @@ def test_nothing_is_lent_to_a_frozen_weight(head):
     x.weight.requires_grad_(False)
     made = []
     with pytest.MonkeyPatch.context() as patch:
-        shapes = driver.kept_shapes
-        patch.setattr(driver, "kept_shapes", lambda *a: (made.append(shapes(*a)), made[-1])[1])
+        shapes = walk.kept_shapes
+        patch.setattr(walk, "kept_shapes", lambda *a: (made.append(shapes(*a)), made[-1])[1])
         if head is primitive:
             fastpo.linear_logps(x.hidden, x.weight, x.labels, bias=x.bias, budget=2**40)
         else:

@@ -104,6 +104,16 @@ def test_lists_of_words_of_a_frozen_head():
             torch.autograd.grad(found.sum(), hidden)
 
 
+def test_a_forward_is_planned_once(monkeypatch):
+    """Where all rows are scored what is kept is of the rows that are multiplied."""
+    plans, make = [], planner.make_plan
+    monkeypatch.setattr(planner, "make_plan", lambda *x, **y: (plans.append(x), make(*x, **y))[1])
+    with torch.no_grad():
+        fastpo.linear_logps(*operands(), torch.arange(TOKENS))
+        fastpo.linear_topk(*operands(), 3)
+    assert len(plans) == 2
+
+
 def test_nothing_is_kept_without_grad_mode(monkeypatch):
     """Of operands that are trained."""
     calls = count_calls(monkeypatch)

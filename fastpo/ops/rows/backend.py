@@ -45,9 +45,9 @@ LOG_FLOOR = -200.0
 def filled_rows(values: Sequence[float], n: int, device: torch.device) -> Tensor:
     """float32 [len(values), n], filled on the device: a copy from the host would wait for a GPU."""
     rows = torch.zeros(len(values), n, dtype=torch.float32, device=device)
-    for row, value in zip(rows, values, strict=True):
+    for row, value in enumerate(values):
         if value != 0:
-            row.fill_(value)
+            rows[row].fill_(value)
     return rows
 
 

@@ -116,7 +116,7 @@ def logps_of(state: Tensor) -> Tensor:
 
 def log_mass_of(state: Tensor) -> Tensor:
     """log Σ exp(z - m) over all words."""
-    return _log_mass(state.double()).float()
+    return _masses(state.double())[1].float()
 
 
 def _logps(state: Tensor) -> Tensor:
@@ -124,23 +124,22 @@ def _logps(state: Tensor) -> Tensor:
     return -torch.logaddexp(gap, torch.zeros_like(gap))
 
 
-def _log_mass(state: Tensor) -> Tensor:
-    own = torch.exp(state[R.TARGET] - state[R.MAX])
-    others = state[R.OTHERS]
-    peaked = state[R.TARGET] == state[R.MAX]
-    return torch.where(peaked, others.log1p(), (others + own).log())
+def _masses(state: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the label, beside the others' in units of exp(m); log Σ exp(z - m) over all words."""
+    m, others, target = state[R.MAX], state[R.OTHERS], state[R.TARGET]
+    own = torch.exp(target - m)
+    return own, torch.where(target == m, others.log1p(), (others + own).log())
 
 
 def finish(state: Tensor, stats: tuple[str, ...], ignored: Tensor | None) -> dict[str, Tensor]:
     state = state.double()
     m, target = state[R.MAX], state[R.TARGET]
-    own = torch.exp(target - m)  # mass of the label beside the others', in units of exp(m)
-    mass = state[R.OTHERS] + own
-    log_mass = _log_mass(state)
+    own, log_mass = _masses(state)
     values = {"logps": _logps(state), "lse": m + log_mass, "target": target}
     values |= {"maximum": m, "log_mass": log_mass}
     if "entropy" in stats:
         moment = state[R.MOMENT] + own * (target - m).clamp_min(R.LOG_FLOOR)
+        mass = state[R.OTHERS] + own
         values["entropy"] = (log_mass - moment / mass).clamp_min(0)
     if "log_sum_sq_probs" in stats:
         squares = state[R.SQUARES] + own.square()

@@ -36,9 +36,7 @@ def forward(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = Head(hidden, weight, bias, labels, spec)
         state = _fresh(head)
-        kept_size, anchors_shape = kept_shapes(spec, hidden, weight)
-        kept = head.empty(kept_size, dtype=spec.compute_dtype)
-        anchors = head.empty(*anchors_shape, dtype=torch.float32)
+        kept, anchors = head.room(hidden)
         frozen = head.plan.mode == "frozen"
         score_block, frozen_block = _score_block, _frozen_block
         if head.anchored:
@@ -63,7 +61,7 @@ def _fresh(head: Head) -> Tensor:
 
 def fake_forward(hidden: Tensor, weight: Tensor, spec: HeadSpec) -> Forward:
     """The shapes of `forward`, for tracing."""
-    size, anchors = kept_shapes(spec, hidden, weight)
+    size, anchors = kept_shapes(spec.plan(hidden, weight), spec, hidden, weight)
     frozen = spec.hidden_grad and not spec.head_grad
     return fake_finish(hidden, spec)._replace(
         kept=hidden.new_empty(size, dtype=spec.compute_dtype),
@@ -216,7 +214,7 @@ def finish(head: Head, state: Tensor, tokens: int) -> Forward:
         words = head.spec.vocab(head.weight) if head.mask is None else head.mask.counts
         mean = state[R.SUM] / words
         values["mean_logits"] = mean if head.ignored is None else mean.masked_fill(head.ignored, 0)
+    fields = {name: head.spread(value, tokens) for name, value in values.items()}
     # One empty tensor each: a custom operator may not return the same one twice.
-    fields = {name: state.new_empty(0) for name in Forward._fields}
-    fields.update((name, head.spread(value, tokens)) for name, value in values.items())
-    return Forward(**fields)
+    absent = {name: state.new_empty(0) for name in Forward._fields if name not in fields}
+    return Forward(**fields, **absent)

@@ -236,6 +236,13 @@ class Head:
         words = self.weight[v0:v1]
         return words if words.dtype == self.gemm else self._words[: v1 - v0].copy_(words)
 
+    def room(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """For `Forward.kept` and `Forward.anchors` of all rows."""
+        plan = self.plan if self.rows is None else self.spec.plan(hidden, self.weight)
+        size, shape = kept_shapes(plan, self.spec, hidden, self.weight)
+        anchors = self.empty(*shape, dtype=torch.float32)
+        return self.empty(size, dtype=self.spec.compute_dtype), anchors
+
     def kept_cells(self, kept: Tensor) -> Tensor:
         size = self.plan.kept_tokens * self.plan.row_words
         return kept[(len(kept) - size) // _ALIGNMENT * _ALIGNMENT :][:size]
@@ -304,13 +311,12 @@ def check_labels(labels: Tensor, vocab: int, ignore_index: int | None) -> None:
 
 
 def kept_shapes(
-    spec: HeadSpec, hidden: Tensor, weight: Tensor | Adapted
+    plan: planner.Plan, spec: HeadSpec, hidden: Tensor, weight: Tensor | Adapted
 ) -> tuple[int, tuple[int, int]]:
-    """Size of `kept` and shape of `anchors` as if all rows were scored.
+    """Size of `kept` and shape of `anchors` as if all rows were scored, which the plan is of.
 
     So the shapes are known without reading the labels; memory never written is never committed.
     """
-    plan = spec.plan(hidden, weight)
     size, blocks = plan.kept_tokens * plan.row_words, -(-plan.vocab // plan.block_words)
     anchored = spec.anchored(hidden.device, weight)
     if plan.shared_bytes:

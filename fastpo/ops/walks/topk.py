@@ -18,7 +18,7 @@ from .best_words import NEVER, merge, unpack, without
 from .checks import check_memory
 from .forward import fake_forward as fake_stats
 from .forward import finish, folded_tiles
-from .head import Forward, Head, HeadSpec, kept_shapes
+from .head import Forward, Head, HeadSpec
 from .logits import to_logits
 
 
@@ -76,9 +76,7 @@ def forward(
         head = Head(hidden, weight, bias, labels, spec.head)
         n = len(head.hidden)
         state = R.filled_rows(R.INITIAL_STATE, n, head.device)
-        kept_size, anchors_shape = kept_shapes(spec.head, hidden, weight)
-        kept = head.empty(kept_size, dtype=spec.head.compute_dtype)
-        anchors = head.empty(*anchors_shape, dtype=torch.float32)
+        kept, anchors = head.room(hidden)
         # One more for the word that is left out, which may be the largest.
         listed = spec.k + (exclude is not None)
         best = torch.full((n, listed), NEVER, dtype=torch.int64, device=head.device)
