@@ -71,6 +71,16 @@ def test_the_backward_of_a_head(dtype, tokens, width):
             found += torch.autograd.grad(logps.sum(), given)
 
 
+def test_d_weight_of_several_blocks_of_tokens():
+    """One tile of it in float32 at a time."""
+    plan = fastpo.plan(TOKENS, VOCAB, 512, dtype=torch.float32, budget=0)
+    with Live() as live:
+        given = operands(width=512)
+        logps = fastpo.linear_logps(*given, torch.arange(TOKENS), budget=0).logps
+        with bytes_of(live, plan.workspace_bytes + 4 * 256 * 512, found := []):
+            found += torch.autograd.grad(logps.sum(), given)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_backward_of_a_divergence(dtype):
     """A teacher that is not trained has its products, and nothing more."""

@@ -94,6 +94,7 @@ class BackwardWalk:
         self.dbias = head.zeros(V) if needs[2] else None
         self.in_place = len(self._blocks()) == 1 and head.weight.dtype == head.gemm
         self._dx = head.empty(self._cells(), dtype=head.gemm)
+        self._sums: Tensor | None = None
 
     def run(self, tokens: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         head = self.head
@@ -139,7 +140,11 @@ class BackwardWalk:
         if self.dweight is None:
             return None
         target = self.dweight[v0:v1]
-        return target if self.in_place else torch.zeros_like(target, dtype=torch.float32)
+        if self.in_place:
+            return target
+        if self._sums is None:  # no tile is wider than the first
+            self._sums = torch.empty_like(target, dtype=torch.float32)
+        return self._sums[: v1 - v0].zero_()
 
     def _accumulate(self, slab: Tensor, dx: Tensor, x: Tensor) -> None:
         if self.adds or not self.in_place:
