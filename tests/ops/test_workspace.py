@@ -71,6 +71,18 @@ def test_the_backward_of_a_head(dtype, tokens, width):
             found += torch.autograd.grad(logps.sum(), given)
 
 
+@pytest.mark.parametrize("tokens", [TOKENS, 16])
+def test_the_backward_of_a_divergence_of_wide_heads(tokens):
+    """d hidden is summed where it stays, and of one block of tokens d weight, too."""
+    expected = planner.pair_workspace(tokens, VOCAB, (512, 512), torch.float32, "cpu")
+    expected -= 4 * 512 * (tokens if tokens == TOKENS else tokens + 256)
+    with Live() as live:
+        given = *operands(tokens=tokens, width=512), *operands(tokens=tokens, width=512)
+        loss = fastpo.linear_divergence(*given, kind="jsd", budget=0).divergence.sum()
+        with bytes_of(live, expected, found := []):
+            found += torch.autograd.grad(loss, given[:2])
+
+
 def test_d_weight_of_several_blocks_of_tokens():
     """One tile of it in float32 at a time."""
     plan = fastpo.plan(TOKENS, VOCAB, 512, dtype=torch.float32, budget=0)
@@ -85,6 +97,8 @@ def test_d_weight_of_several_blocks_of_tokens():
 def test_the_backward_of_a_divergence(dtype):
     """A teacher that is not trained has its products, and nothing more."""
     expected = planner.pair_workspace(TOKENS, VOCAB, (HIDDEN, HIDDEN), dtype, "cpu")
+    if dtype == torch.float32:
+        expected -= 4 * TOKENS * HIDDEN  # the sums of d hidden are d hidden
     with Live() as live:
         given = *operands(dtype), *operands(dtype)
         loss = fastpo.linear_divergence(*given, kind="jsd", budget=0).divergence.sum()

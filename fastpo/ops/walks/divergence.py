@@ -266,7 +266,7 @@ class _Backward:
     def tile(self, v0: int, v1: int) -> None:
         heads, words = self.heads, self.heads.words(v0, v1)
         for one in self.sums:
-            one.open(v1 - v0)
+            one.open(v0, v1)
         for a, b in heads.first.token_blocks():
             shape = (b - a, v1 - v0)
             dx = [

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..products import addmm_
+from ..products import addmm_, mm_
 from ..rows import backend as R
 from .backward import row_grads
 from .forward import finish
@@ -163,12 +163,20 @@ class Sums:
         self.dweight = head.empty(V, H, dtype=head.weight.dtype) if needs[1] else None
         self.dbias = head.zeros(V) if needs[2] else None
         self._dx = head.empty(0, dtype=head.gemm)
+        # Of one block of tokens in float32 one product completes d weight where it stays.
+        self._in_place = 0 < n <= head.plan.tiles.tokens and head.weight.dtype == torch.float32
+        self._sums: Tensor | None = None
         self._slab: Tensor | None = None
 
-    def open(self, v: int) -> None:
-        if self.dweight is not None:
-            H = self.dweight.shape[1]
-            self._slab = self.head.zeros(v, H)
+    def open(self, v0: int, v1: int) -> None:
+        if self.dweight is None:
+            return
+        if self._in_place:
+            self._slab = self.dweight[v0:v1]
+            return
+        if self._sums is None:  # no tile is wider than the first
+            self._sums = torch.empty_like(self.dweight[v0:v1], dtype=torch.float32)
+        self._slab = self._sums[: v1 - v0].zero_()
 
     def add(self, dx: Tensor, words: Tensor, v0: int, a: int, b: int) -> None:
         """dx: [b - a, v] d loss / d products, in float32 or the dtype of the products."""
@@ -181,10 +189,11 @@ class Sums:
         if self.dhidden is not None:
             addmm_(self.dhidden[a:b], dx, words)
         if self._slab is not None:
-            addmm_(self._slab, dx.t(), self.head.block(a, b))
+            product = mm_ if self._in_place else addmm_
+            product(self._slab, dx.t(), self.head.block(a, b))
 
     def close(self, v0: int, v1: int) -> None:
-        if self.dweight is not None and self._slab is not None:
+        if self.dweight is not None and self._slab is not None and not self._in_place:
             self.dweight[v0:v1] = self._slab
 
     def finish(self, tokens: int) -> Gradients:
@@ -208,7 +217,7 @@ class _MixtureBackward:
         for _, v0, v1 in head.vocab_tiles():
             words = self.mixture.words(v0, v1)
             for sums in self.sums:
-                sums.open(v1 - v0)
+                sums.open(v0, v1)
             for a, b in head.token_blocks():
                 dz = self._dmixture(words, v0, a, b)
                 for i, sums in enumerate(self.sums):
