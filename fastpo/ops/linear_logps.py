@@ -368,7 +368,7 @@ def _backward(ctx: Any, *results: Any) -> tuple:
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-class _Eager(torch.autograd.Function):
+class LinearLogps(torch.autograd.Function):  # as profilers name it
     """The operator without what PyTorch puts around one, a sixth of the time of a small head."""
 
     @staticmethod
@@ -383,13 +383,14 @@ class _Eager(torch.autograd.Function):
 
 
 def _called(*tensors: Tensor | None) -> Callable[..., Any]:
-    """The operator where somebody looks at it: a compiler, a dispatch mode, a kind of tensor."""
+    """The operator where somebody looks at it: a compiler, a trace, a dispatch mode, a kind of
+    tensor."""
     plain = all(x is None or (type(x) in _PLAIN and not x.is_meta) for x in tensors)
     seen = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    if not plain or seen or transforming():
+    if not plain or seen or torch.jit.is_tracing() or transforming():
         return outside_graphs(_forward_op, *(x for x in tensors if x is not None))
     trained = any(x is not None and x.requires_grad for x in tensors)
-    return _Eager.apply if trained and torch.is_grad_enabled() else _forward
+    return LinearLogps.apply if trained and torch.is_grad_enabled() else _forward
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, Tiled)

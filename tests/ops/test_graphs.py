@@ -137,3 +137,16 @@ def test_an_operator_only_where_somebody_looks(trained, monkeypatch):
     assert len(calls) == mode.seen.count(torch.ops.fastpo.linear_logps.default) == 1
     for a, b in zip(alone, watched, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")  # of reading values of labels
+def test_a_trace_holds_the_operator():
+    """Not the memory that its numbers were written to when it was traced."""
+    x, weight, labels = torch.randn(6, 16), torch.randn(50, 16), torch.arange(6)
+
+    def logps(x):
+        return fastpo.linear_logps(x, weight, labels).logps
+
+    traced = torch.jit.trace(logps, x, check_trace=False)
+    other = torch.randn(6, 16)
+    assert traced(other).equal(logps(other))
