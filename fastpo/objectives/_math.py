@@ -121,8 +121,8 @@ def group_count(
     if scores is not None:
         wrong.append(wrong_rows("scores", scores, scores.isnan(), "numbers"))
     if num_groups is not None:
-        expected = f"ids below num_groups = {num_groups}"
-        wrong.append(wrong_rows("groups", groups, groups >= num_groups, expected))
+        expected = "ids below num_groups = {}"
+        wrong.append(wrong_rows("groups", groups, groups >= num_groups, expected, num_groups))
         count = num_groups
     else:
         count = int(groups.max()) + 1 if groups.numel() else 0
@@ -130,14 +130,19 @@ def group_count(
     return count, torch.stack(unread).any() if unread else None
 
 
-def wrong_rows(name: str, given: Tensor, wrong: Tensor, expected: str) -> Tensor | None:
-    """An error where a row is wrong and can be read at once; else `wrong` [N], for `marked`."""
+def wrong_rows(
+    name: str, given: Tensor, wrong: Tensor, expected: str, bound: int | None = None
+) -> Tensor | None:
+    """An error where a row is wrong and can be read at once; else `wrong` [N], for `marked`.
+
+    The bound that is expected is written down for an error alone: a compiler may not know it.
+    """
     if not can_be_read(given):
         return wrong
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         got = str(given[row].item()).replace("nan", "NaN")
-        raise ValueError(f"{name}: expected {expected}, got {got} in row {row}")
+        raise ValueError(f"{name}: expected {expected.format(bound)}, got {got} in row {row}")
     return None
 
 

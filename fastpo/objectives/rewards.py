@@ -239,7 +239,7 @@ def restricted_ce(
     """
     words = label_logits.shape[1]
     outside = (label_ids < 0) | (label_ids >= words)
-    wrong = wrong_rows("label_ids", label_ids, outside, f"ids in [0, {words})")
+    wrong = wrong_rows("label_ids", label_ids, outside, "ids in [0, {})", words)
     word = torch.arange(words, dtype=torch.int64, device=label_ids.device)
     # Compared, not indexed: a bad id then cannot fault the device.
     hot = label_ids[:, None] == word

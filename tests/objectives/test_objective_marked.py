@@ -102,7 +102,19 @@ def test_a_candidate_that_is_none(called):
     ],
 )
 def test_in_a_compiled_function(key, name, given):
-    function, q = problem(key)
-    whole = torch.compile(function, backend="eager", fullgraph=True)
-    torch.testing.assert_close(whole(**q), function(**q))
-    assert whole(**q | {name: torch.tensor(given)}).isnan().any()
+    """Of any number of groups, too."""
+    torch.compiler.reset()
+    whole = torch.compile(get(key), backend="eager", fullgraph=True, dynamic=True)
+    _, q = problem(key)
+    for count in (2, 3) if "groups" in q else (None,):
+        options = {} if count is None else {"num_groups": count}
+        torch.testing.assert_close(whole(**q, **options), get(key)(**q, **options))
+        assert whole(**q | {name: torch.tensor(given)}, **options).isnan().any()
+
+
+def test_candidates_in_a_compiled_function():
+    torch.compiler.reset()
+    whole = torch.compile(get("restricted_ce"), backend="eager", fullgraph=True, dynamic=True)
+    for words in (4, 5):
+        rows = whole(torch.randn(2, words), torch.tensor([words, words - 1]))
+        assert rows.isnan().tolist() == [True, False]
