@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+# Made on the host, whatever PyTorch's default device is.
+PLACES: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+
 
 class Run(NamedTuple):
     """`length` neighbours from `source` on, to `target` on."""
@@ -32,10 +35,9 @@ class Copies:
 
     @classmethod
     def of(cls, runs: Sequence[Run], size: int, targets: int, device: torch.device) -> Copies:
-        host: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
-        index, merged = torch.zeros(targets, **host), _merged(runs)
+        index, merged = torch.zeros(targets, **PLACES), _merged(runs)
         for run in merged:
-            numbers = torch.arange(run.source, run.source + run.length, **host)
+            numbers = torch.arange(run.source, run.source + run.length, **PLACES)
             index[run.target : run.target + run.length] = numbers
         return cls(merged, size, index.to(device, non_blocking=True))
 

@@ -13,16 +13,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .gather import Copies, Run
+from .gather import PLACES, Copies, Run
 
-# Made on the host, whatever PyTorch's default device is.
-_PLACES: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
-_NUMBERS: dict[str, Any] = {"dtype": torch.int32, "device": "cpu"}
+_NUMBERS = PLACES | {"dtype": torch.int32}
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Layout:
                 kept = max(row.shared - run.target, 0)
                 end[run.source + kept : run.source + run.length] = number
         numbers = torch.arange(len(self.rows), **_NUMBERS)
-        segment = numbers.repeat_interleave(torch.tensor(self.owned, **_PLACES))
+        segment = numbers.repeat_interleave(torch.tensor(self.owned, **PLACES))
         depth = torch.cat([torch.arange(r.shared, r.length, **_NUMBERS) for r in self.rows])
         return Tree(*(x.to(self.tokens.device, non_blocking=True) for x in (segment, end, depth)))
 
@@ -149,18 +147,18 @@ def layout_of(
     if share:
         keys = torch.cat((first.unsqueeze(1), cells), 1)
         distinct, which = torch.unique(keys, dim=0, return_inverse=True)  # sorted
-        firsts = torch.full((len(distinct),), height, **_PLACES)
-        chosen = firsts.scatter_reduce(0, which, torch.arange(height, **_PLACES), "amin")
+        firsts = torch.full((len(distinct),), height, **PLACES)
+        chosen = firsts.scatter_reduce(0, which, torch.arange(height, **PLACES), "amin")
         lengths = length[chosen].tolist()
         order = _preorder(_common(distinct, least), lengths)
     else:
-        chosen = which = torch.arange(height, **_PLACES)
+        chosen = which = torch.arange(height, **PLACES)
         lengths = length.tolist()
         order = [(row, 0) for row in range(height)]
     rows = _rows((shared, lengths[u]) for u, shared in order)
     starts = [int(chosen[u] * width + first[chosen[u]]) for u, _ in order]
     tokens = [
-        torch.arange(row.owned, **_PLACES) + (start + row.shared)
+        torch.arange(row.owned, **PLACES) + (start + row.shared)
         for start, row in zip(starts, rows, strict=True)
     ]
     packed = torch.cat(tokens).to(device, non_blocking=True)
@@ -187,7 +185,7 @@ def _shape(ids: Tensor, mask: Tensor | None) -> tuple[int, int]:
 def _extent(real: Tensor) -> tuple[Tensor, Tensor]:
     """First column and length of every row."""
     first, length = real.int().argmax(1), real.sum(1)
-    columns = torch.arange(real.shape[1], **_PLACES)
+    columns = torch.arange(real.shape[1], **PLACES)
     inside = (columns >= first.unsqueeze(1)) & (columns < (first + length).unsqueeze(1))
     if not bool(torch.equal(inside, real)) or not bool(length.all()):
         raise ValueError("mask: expected one run of tokens in every row, got holes or an empty row")

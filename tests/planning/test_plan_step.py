@@ -19,12 +19,7 @@ import transformers
 from _plans import LLAMA, SHALLOW, SIZES, THREE, TWO, module_of
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import (
-    GPT2Config,
-    Llama4TextConfig,
-    LlamaConfig,
-    MixtralConfig,
-)
+from transformers import GPT2Config, Llama4TextConfig, LlamaConfig, MixtralConfig
 
 import fastpo
 from fastpo import cli
