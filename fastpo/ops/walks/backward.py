@@ -142,9 +142,8 @@ class BackwardWalk:
         target = self.dweight[v0:v1]
         if self.in_place:
             return target
-        if self._sums is None:  # no tile is wider than the first
-            self._sums = torch.empty_like(target, dtype=torch.float32)
-        return self._sums[: v1 - v0].zero_()
+        self._sums = cleared(self._sums, target)
+        return self._sums
 
     def _accumulate(self, slab: Tensor, dx: Tensor, x: Tensor) -> None:
         if self.adds or not self.in_place:
@@ -199,6 +198,14 @@ class BackwardWalk:
             return None
         dhidden = self.head.sum_over_shards(self.dhidden).to(self.head.hidden.dtype)
         return self.head.spread(dhidden, tokens)
+
+
+def cleared(sums: Tensor | None, target: Tensor) -> Tensor:
+    """Zeros for a tile of d weight in float32, in memory of the tile before: none is wider than
+    that."""
+    if sums is None:
+        return torch.zeros_like(target, dtype=torch.float32)
+    return sums[: len(target)].zero_()
 
 
 class ExponentialsWalk(BackwardWalk):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..products import addmm_, mm_
 from ..rows import backend as R
-from .backward import row_grads
+from .backward import cleared, row_grads
 from .forward import finish
 from .head import Forward, Head, HeadSpec, check_labels, tile_in
 from .logits import to_logits
@@ -165,18 +165,13 @@ class Sums:
         self._dx = head.empty(0, dtype=head.gemm)
         # Of one block of tokens in float32 one product completes d weight where it stays.
         self._in_place = 0 < n <= head.plan.tiles.tokens and head.weight.dtype == torch.float32
-        self._sums: Tensor | None = None
         self._slab: Tensor | None = None
 
     def open(self, v0: int, v1: int) -> None:
         if self.dweight is None:
             return
-        if self._in_place:
-            self._slab = self.dweight[v0:v1]
-            return
-        if self._sums is None:  # no tile is wider than the first
-            self._sums = torch.empty_like(self.dweight[v0:v1], dtype=torch.float32)
-        self._slab = self._sums[: v1 - v0].zero_()
+        target = self.dweight[v0:v1]
+        self._slab = target if self._in_place else cleared(self._slab, target)
 
     def add(self, dx: Tensor, words: Tensor, v0: int, a: int, b: int) -> None:
         """dx: [b - a, v] d loss / d products, in float32 or the dtype of the products."""
