@@ -4,13 +4,13 @@
 carry no gradient. All return [B].
 """
 
-import math
 from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._math import marked
 from ._parameters import NonNegative, OneOf, Positive
 from ._registry import objective
 from .pairs import dpo, ipo
@@ -169,7 +169,6 @@ def online_dpo(
     first = chosen_scores >= rejected_scores
     better = torch.where(first, chosen_logratios, rejected_logratios)
     worse = torch.where(first, rejected_logratios, chosen_logratios)
+    rows = (dpo if loss == "sigmoid" else ipo)(better, worse, beta=beta)
     # A NaN is in no order: then the row is one, and so is its gradient into both sides.
-    unknown = chosen_scores.isnan() | rejected_scores.isnan()
-    better = better + torch.zeros_like(better).masked_fill(unknown, math.nan)
-    return (dpo if loss == "sigmoid" else ipo)(better, worse, beta=beta)
+    return marked(rows, chosen_scores.isnan() | rejected_scores.isnan())
