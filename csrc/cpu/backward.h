@@ -118,8 +118,8 @@ struct FromKeptLog {
   // z = -inf here and p = 0.
   Float slope(Float log_e) const {
     const Float z = S::max(S::set(-cap), S::add(log_e, anchor));
-    const Float product = S::mul(S::sub(S::set(cap), z), S::add(S::set(cap), z));
-    return S::mul(product, S::set(1.0f / (cap * cap)));
+    const Float unit = S::set(1.0f / cap);  // its square is out of range sooner
+    return S::mul(S::mul(S::sub(S::set(cap), z), unit), S::mul(S::add(S::set(cap), z), unit));
   }
 };
 

@@ -90,7 +90,7 @@ struct FromKept {
   __device__ float slope(float log_e) const {
     if (cap <= 0) return 1.0f;
     const float z = at_least(-cap, log_e + anchor);
-    return (cap - z) * (cap + z) / (cap * cap);
+    return (cap - z) / cap * ((cap + z) / cap);  // cap * cap is out of range sooner
   }
 };
 

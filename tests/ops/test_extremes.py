@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_linear_logps import BACKENDS, DEVICE
+from _primitives import CALLS
+from test_linear_logps import BACKENDS, DEVICE, DIFFERENTIABLE, run, run_reference
 
 import fastpo
+from fastpo.testing import make_head
 
 OUTPUTS = tuple(fastpo.TokenStats._fields)
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -91,3 +93,46 @@ def test_a_loss_that_is_no_number_where_nothing_is_scored(backend, trained):
     torch.where(labels >= 0, (-logps).sqrt(), 0).sum().backward()
     assert hidden.grad[1].eq(0).all() and hidden.grad[[0, 2]].isfinite().all()
     assert not trained or weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("scale", "softcap"), [(1e4, None), (-1e4, None), (1e4, 2000.0), (1.0, 1e25), (1.0, 1e-25)]
+)
+@pytest.mark.parametrize("mode", ["frozen", "keep", "lean"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_extreme_logits_stay_finite(backend, mode, scale, softcap):
+    inputs = make_head(12, 400, 16, device=DEVICE).like(torch.float32)
+    with torch.no_grad():
+        inputs.hidden.mul_(scale / inputs.hidden.norm(dim=1, keepdim=True))
+    stats, grads = run(inputs, backend, mode, DIFFERENTIABLE, softcap=softcap)
+    truth, _ = run_reference(inputs.like(torch.float64), DIFFERENTIABLE, softcap=softcap)
+    assert ((stats.logps - truth.logps).abs() <= 1e-5 * (1 + truth.lse.abs())).all()
+    assert all(getattr(stats, name).isfinite().all() for name in OUTPUTS)
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("group")
+def test_an_infinite_hidden_state_under_a_soft_cap_is_no_number(name):
+    infinite, nan = (_with_a_bad_row(CALLS[name], bad) for bad in (float("inf"), float("nan")))
+    assert infinite[0].isnan().any()
+    for one, other in zip(infinite, nan, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _with_a_bad_row(call, bad):
+    leaves = call.leaves()
+    with torch.no_grad():
+        leaves["hidden"][int(leaves["mask"].nonzero()[0]), 3] = bad
+    return call.gradients(leaves)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf")])
+def test_words_of_infinite_logits_are_not_left_out_of_a_list(kind, bad):
+    hidden = torch.ones(2, 1, device=DEVICE)
+    hidden[0] = bad
+    weight = torch.tensor([[1.0], [2.0], [-1.0], [-2.0]], device=DEVICE)
+    ids, logps = torch.tensor([[0, 1]] * 2, device=DEVICE), torch.full((2, 2), -1.0, device=DEVICE)
+    found = fastpo.linear_topk_divergence(hidden, weight, ids, logps, kind=kind, tail=False)
+    assert found.isnan().tolist() == [True, False]

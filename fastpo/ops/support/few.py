@@ -26,7 +26,7 @@ from ..walks.checks import OUTPUTS
 from ..walks.derivatives import check_plain, first_derivatives
 from ..walks.forward import finish
 from ..walks.head import Forward, Head, HeadSpec
-from ..walks.logits import to_logits
+from ..walks.logits import nan_where_infinite, to_logits
 from ..walks.picked import sorted_by_word, sums_by_token
 from ..walks.saving import stays
 
@@ -143,7 +143,7 @@ class _FewWords:
         self.bias, self.up = bias, None if up is None else unit_columns(up)
         # A CPU's kernels take float32 beside words of any dtype.
         gemm = torch.float32 if self.head.device.type == "cpu" else self.head.gemm
-        self.hidden = unit_columns(hidden.to(gemm))
+        self.hidden = unit_columns(nan_where_infinite(hidden, self.logit_map).to(gemm))
         self.down = None if down is None else unit_columns(down.to(gemm))
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:

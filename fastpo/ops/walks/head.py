@@ -17,6 +17,7 @@ from ..rows import backend as R
 from ..rows import registry
 from ..tiles.tiled import Tiled
 from .checks import check_memory
+from .logits import nan_where_infinite
 from .mask import WordMask
 
 if TYPE_CHECKING:
@@ -174,6 +175,7 @@ class Head:
             # still not reach d weight with a NaN of its own.
             self.ignored = labels == spec.ignore_index
             hidden = hidden.masked_fill(self.ignored.unsqueeze(1), 0)
+        hidden = nan_where_infinite(hidden, spec.logit_map)
         if spec.shard is not None:
             labels = labels - spec.shard.first  # outside [0, rows of the weight) it is no word here
         self.hidden, self.weight, self.labels = hidden, weight, labels.contiguous()

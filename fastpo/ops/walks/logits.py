@@ -1,4 +1,4 @@
-"""A tile of raw products to logits in place, for primitives that look at logits themselves."""
+"""Hidden states before their products, and a tile of raw products to logits in place."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ def to_logits(tile: Tensor, first: int, bias: Tensor | None, logit_map: R.LogitM
         return tile.tanh_().mul_(logit_map.tempered(logit_map.cap, tile))
     plain = logit_map.factor == 1.0 and logit_map.inverse is None
     return tile if plain else tile.mul_(logit_map.tempered(logit_map.factor, tile))
+
+
+def nan_where_infinite(hidden: Tensor, logit_map: R.LogitMap) -> Tensor:
+    """What a soft-cap would make finite logits of, and a number."""
+    if logit_map.softcap is None:
+        return hidden
+    finite = hidden.isfinite()
+    if hidden.device.type == "cpu" and bool(finite.all()):
+        return hidden
+    return hidden.where(finite, float("nan"))

@@ -17,7 +17,7 @@ from ..rows import backend as R
 from .backward import cleared, row_grads
 from .forward import finish
 from .head import Forward, Head, HeadSpec, check_labels, tile_in
-from .logits import to_logits
+from .logits import nan_where_infinite, to_logits
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Mixture:
         labels: Tensor,  # [N]
         spec: MixtureSpec,
     ) -> None:
-        self.heads = [
-            Head(x.hidden, x.weight, x.bias, labels, replace(spec.head, compute_dtype=dtype))
-            for x, dtype in zip(operands, spec.dtypes, strict=True)
-        ]
-        self.maps = spec.maps
+        self.heads, self.maps = [], spec.maps
+        for x, dtype, own in zip(operands, spec.dtypes, spec.maps, strict=True):
+            hidden = nan_where_infinite(x.hidden, own)
+            one = replace(spec.head, compute_dtype=dtype)
+            self.heads.append(Head(hidden, x.weight, x.bias, labels, one))
         first = self.heads[0]
         for head in self.heads[1:]:
             head._tile = first._tile  # one head's products at a time
