@@ -65,8 +65,8 @@ def linear_topk_divergence(
     teacher_ids: [..., K] int64, in [0, V), no word twice for a token.
     teacher_logps: [..., K] nats, over the whole vocabulary; -inf for a word that is none: lists of
         several lengths are filled up with it, and any id. The student's mass on it belongs to the
-        rest; a list without words gives 0, whatever its hidden state is. NaN, numbers above 0 and
-        a word that is listed twice raise on a CPU; elsewhere the token is NaN.
+        rest; a list without words gives 0, whatever its hidden state is. NaN, numbers above 0, a
+        word that is listed twice and ids beyond V raise on a CPU; elsewhere the token is NaN.
 
     mask: [...] bool, as there, as are budget, backend and errors. Gradient flows to hidden, weight
         and bias.
@@ -91,7 +91,9 @@ def linear_topk_divergence(
     wrong = _wrong_lists(teacher_ids, teacher, scored.unsqueeze(-1) & ~none, len(weight))
     registry.choose(backend, hidden.device)  # raises where there is no walk that would
     given = R.LogitMap.of(temperature, softcap, logit_scale), budget, backend
-    lists = _Lists(teacher_ids, none & scored.unsqueeze(-1), scored)
+    # Kernels read memory at what nobody has looked at.
+    ids = teacher_ids.clamp(0, len(weight) - 1)
+    lists = _Lists(ids, none & scored.unsqueeze(-1), scored)
     student = _students(hidden, weight, bias, lists, tail, *given)
     # In float64, in which functions of the last row round as those of the first.
     teacher = teacher.double()
@@ -249,19 +251,22 @@ def _check_lists(hidden: Tensor, ids: Tensor, logps: Tensor) -> None:
 def _wrong_lists(ids: Tensor, logps: Tensor, words: Tensor, vocab: int) -> Tensor:  # [...] bool
     """On a CPU an error; elsewhere nobody waits, and such tokens become NaN."""
     wrong = ~(logps <= _LARGEST_LOGP)  # of NaN, too
+    wrong |= words & ((ids < 0) | (ids >= vocab))
     # What is no word may be listed twice.
     others = torch.arange(-ids.shape[-1], 0, dtype=ids.dtype, device=ids.device)
     ranked = torch.where(words, ids, others).sort(-1).values
     twice = ranked[..., 1:] == ranked[..., :-1]
     if ids.device.type == "cpu" and ids.numel():
-        low, high = map(int, ids.aminmax())
-        if low < 0 or high >= vocab:
-            raise ValueError(f"teacher_ids: expected values in [0, {vocab}), got {low} to {high}")
-        _raise_first(wrong, twice, logps, ranked)
+        _raise_first(wrong, twice, logps, ranked, ids, vocab)
     return wrong.any(-1) | twice.any(-1)
 
 
-def _raise_first(wrong: Tensor, twice: Tensor, logps: Tensor, ranked: Tensor) -> None:
+def _raise_first(
+    wrong: Tensor, twice: Tensor, logps: Tensor, ranked: Tensor, ids: Tensor, vocab: int
+) -> None:
+    low, high = map(int, ids.aminmax())
+    if low < 0 or high >= vocab:
+        raise ValueError(f"teacher_ids: expected values in [0, {vocab}), got {low} to {high}")
     if bool(wrong.any()):
         place = tuple(wrong.nonzero()[0].tolist())
         raise ValueError(

@@ -380,8 +380,9 @@ def test_a_list_that_nobody_waits_for(kind, monkeypatch):
     logps = torch.tensor([-1.0, -2.0, -3.0]).repeat(13, 1)
     right = fastpo.linear_topk_divergence(h, w, ids, logps, kind=kind)
     ids[1], logps[2, 1], logps[3, 0] = torch.tensor([7, 3, 7]), torch.nan, 0.6
+    ids[4, 1], ids[5, 2] = -1, 2**40
     found = fastpo.linear_topk_divergence(h.requires_grad_(), w, ids, logps, kind=kind)
-    assert found.isnan().nonzero().flatten().tolist() == [1, 2, 3]
-    assert found[4:].equal(right[4:])
+    assert found.isnan().nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
+    assert found[6:].equal(right[6:])
     moved = torch.autograd.grad(found.sum(), h)[0]
-    assert moved.isnan().all(-1).nonzero().flatten().tolist() == [1, 2, 3]
+    assert moved.isnan().all(-1).nonzero().flatten().tolist() == [1, 2, 3, 4, 5]
