@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastpo.ops.rows import architecture, cuda, registry
+from fastpo.ops.rows import architecture, cuda, registry, triton
 
 GPU = torch.device("cuda", 0)
 
@@ -44,3 +44,12 @@ def test_only_code_for_hopper_is_hoppers_own(capability):
     found = architecture.is_hopper(GPU)
     assert found == (capability == (9, 0))
     assert not architecture.is_hopper(torch.device("cpu"))
+
+
+def test_a_gpu_without_triton_has_kernels_of_each_kind(capability, monkeypatch):
+    monkeypatch.setattr(registry, "find_spec", lambda _: None)
+    monkeypatch.setattr(triton, "find_spec", lambda _: None)
+    chosen = registry.choose(None, GPU)
+    assert chosen == ("cuda" if capability >= (8, 0) else "torch")
+    kinds = registry.kernels(chosen), registry.pair_kernels(chosen), registry.word_kernels(chosen)
+    assert not any("triton" in kind.__name__ for kind in kinds)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 
 from . import anchored_cutlass, cpu, cuda, triton
@@ -53,6 +55,8 @@ def pair_kernels(backend: str) -> PairKernels:
 
 
 def word_kernels(backend: str) -> WordKernels:
+    if backend == "cuda" and find_spec("triton") is None:
+        return words_eager
     return _WORD_KERNELS[backend]
 
 
