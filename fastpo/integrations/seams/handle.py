@@ -65,9 +65,7 @@ class Handle:
     def detach(self) -> None:
         """The model's own forward again, also under what was wrapped around it since."""
         self.active = False
-        forward = vars(self.model).get("forward")
-        ours = _wrapped(type(self.model).forward)
-        on_top = getattr(forward, "__func__", None) in (ours, inspect.unwrap(ours))
+        on_top = getattr(vars(self.model).get("forward"), "__func__", None) in _OURS
         if not on_top or vars(self.model).get(STATE) is not self:
             return
         for name in OURS:
@@ -92,6 +90,10 @@ def attached(model: nn.Module) -> bool:
     return held is not None and held.active
 
 
+# Forwards of ours, whatever the forward of their model's class has become since.
+_OURS: set[Callable[..., Any]] = set()
+
+
 @functools.cache
 def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
     def fused_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +101,9 @@ def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
         # Detached since this was read from the model, perhaps by another thread.
         return forward(self, *args, **kwargs) if handle is None else handle.run(self, args, kwargs)
 
-    return presented(fused_forward, forward)
+    ours = presented(fused_forward, forward)
+    _OURS.update((ours, fused_forward))  # accelerate may have taken the outer one off
+    return ours
 
 
 def presented(ours: Any, forward: Callable[..., Any]) -> Callable[..., Any]:

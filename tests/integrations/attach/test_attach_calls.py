@@ -147,6 +147,18 @@ def test_what_accelerate_unwraps_keeps_the_head(wrapped_first, detached_first):
     torch.testing.assert_close(output.loss, expected, rtol=1e-2 if wrapped_first else 1e-6, atol=0)
 
 
+@pytest.mark.parametrize("kind", [fastpo.attach, fastpo.lazy_logits, fastpo.shared_prompts])
+def test_detached_after_the_class_has_another_forward(kind, monkeypatch):
+    """That of Liger's kernels, or its own again after `patched(lazy=True)`."""
+    model = tiny.model("llama")
+    owner = model if kind is not fastpo.shared_prompts else model.model
+    before, own = set(vars(owner)), type(owner).forward
+    handle = kind(model)
+    monkeypatch.setattr(type(owner), "forward", lambda self, *args, **given: own(self, **given))
+    handle.detach()
+    assert set(vars(owner)) == before
+
+
 def test_what_accelerate_unwraps_is_lazy_where_all_are():
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
