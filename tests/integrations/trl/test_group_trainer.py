@@ -376,4 +376,8 @@ def test_metrics_of_logits(tmp_path):
 
     with pytest.raises(ValueError, match="compute_metrics: expected none, or prediction_loss_only"):
         build()
-    assert build(prediction_loss_only=True).evaluate()["eval_loss"] > 0
+    trainer = build(prediction_loss_only=True)
+    assert trainer.evaluate()["eval_loss"] > 0
+    trainer.args.prediction_loss_only = False
+    found = trainer.predict(trainer.eval_dataset)
+    assert found.metrics["test_loss"] > 0 and found.predictions is None

@@ -143,6 +143,13 @@ class GroupTrainer(TextTrainer, DPOTrainer):
         trainer: Any = self
         trainer._signature_columns += [n for n in _TOKENS if n not in trainer._signature_columns]
 
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Any, None, None]:
+        # `predict` wants logits, of which groups have none.
+        loss, *_ = super().prediction_step(model, inputs, True, ignore_keys)
+        return loss, None, None
+
     def _compute_loss(self, model: Any, inputs: Mapping[str, Any], return_outputs: bool) -> Any:
         if return_outputs:
             raise ValueError("return_outputs: expected False, groups have no logits to return")
