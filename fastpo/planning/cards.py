@@ -30,8 +30,8 @@ def memory_of(text: str) -> int:
     if name in CARDS:
         return int(CARDS[name] * GIB)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:ib|b)?", name)
-    size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if size < 2**20:
+    size = float(found[1]) * _UNITS[found[2]] if found else 0
+    if not 2**20 <= size < 2**60:
         known = ", ".join(CARDS)
         raise ValueError(f"gpu: expected a size as 80GiB or one of {known}, got {text!r}")
-    return size
+    return int(size)

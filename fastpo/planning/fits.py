@@ -18,7 +18,7 @@ from ..integrations.heads import linear_head
 from .estimate import Estimate, Session
 from .given import foreign, quiet
 from .models import Fake, adapted, backbone, bytes_of, fake, made, positions, size_of
-from .setting import Setting
+from .setting import TOKENS, Setting
 
 # Contexts are whole blocks of attention kernels; so long, an error of 2 % is more than a block.
 _GRANULE = {"context": 64, "batch": 1}
@@ -26,7 +26,7 @@ _CLOSE = 1.02
 _LEAST = 3  # layers, and a repeat more
 _TRIES = 4  # pairs of shallow models that are looked at
 _TOKENS = 64  # of a run that only asks whether there is one
-MOST = {"context": 2**20, "batch": 2**14}
+_MOST = {"context": 2**20, "batch": 2**14}
 
 
 def check_runs(setting: Setting, config: Any, name: str) -> None:
@@ -130,7 +130,16 @@ class Depths:
     def _most(self, what: str) -> int:
         models = self.sessions[0].models
         known = [positions(x) for x in (models.base, models.copied) if x is not None]
-        return min([MOST[what], *(x for x in known if x is not None and what == "context")])
+        asked = most(self.setting, what)
+        return min([asked, *(x for x in known if x is not None and what == "context")])
+
+
+def most(setting: Setting, what: str) -> int:
+    """Where a search ends: an answer there is "or more"."""
+    each = setting.rows  # tokens of one more
+    if what == "batch":
+        each = setting.rows // setting.batch * setting.context
+    return min(_MOST[what], TOKENS // each)
 
 
 def _search(peak: Callable[[int], int], limit: int, start: int, most: int) -> int:

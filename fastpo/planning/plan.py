@@ -186,10 +186,12 @@ def plan_step(
     check_flag("search", search)
     check_flag("measure", measure)
     memory = None if gpu is None else memory_of(gpu)
+    if data is not None and not isinstance(data, str | Path):
+        raise ValueError(f"data: expected a path of a file, got {data!r}")
     config = read_config(model)
     lengths = None if data is None else read_lengths(Path(data), model)
     if shared_prompts is not None:
-        options = _joined(of_ratio(shared_prompts, options.get("trainer", "dpo")), options)
+        options = _joined(of_ratio(shared_prompts, str(options.get("trainer", "dpo"))), options)
     if lengths is not None:
         options = {"context": lengths.context, "prompt": lengths.prompt_share, **options}
     options = {"batch": _batch(options), **options}
@@ -214,7 +216,7 @@ def plan_step(
 
 def _batch(options: dict[str, Any]) -> Any:
     """A whole group where a trainer samples several answers to a prompt."""
-    rows = GENERATIONS.get(options.get("trainer", "dpo"))
+    rows = GENERATIONS.get(str(options.get("trainer", "dpo")))
     return 1 if rows is None else options.get("prompt_rows", rows)
 
 

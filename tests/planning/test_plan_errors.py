@@ -264,22 +264,6 @@ def test_a_model_that_is_not_there_is_no_reason_to_import(refused, monkeypatch):
     assert refused("--model", "nowhere").startswith("model: expected a folder")
 
 
-OPTIONS = {
-    "unknown": ({"contxt": 3}, "options: expected some of attention, batch, .*, got 'contxt'"),
-    "memory": ({"memory": 2**30}, "options: expected some of .*, got 'memory'"),
-    "gpu": ({"gpu": 80}, "gpu: expected a size as 80GiB or one of .*, got 80"),
-    "lora": ({"lora": 0.5}, "lora: expected r=16,targets=q_proj"),
-    "budget": ({"budget": "1GiB"}, "budget: expected bytes >= 0 or None, got '1GiB'"),
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_arguments_of_no_command_line(name, folder):
-    given, message = OPTIONS[name]
-    with pytest.raises(ValueError, match=message):
-        fastpo.plan_step(folder, search=False, **given)
-
-
 def test_a_teacher_that_does_not_run(tmp_path, folder, refused):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_key_value_heads": 3}))
     line = refused("--model", folder, "--trainer", "gkd", "--teacher", tmp_path)

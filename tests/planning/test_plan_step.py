@@ -337,7 +337,7 @@ def test_more_memory_fits_more():
 
 @pytest.mark.parametrize(("what", "size"), [("context", 40), ("context", 100), ("batch", 3)])
 def test_what_is_given_and_fits_is_no_more_than_the_most(what, size, monkeypatch):
-    monkeypatch.setattr(fits, "MOST", {"context": 2**20, "batch": 2})
+    monkeypatch.setattr(fits, "_MOST", {"context": 2**20, "batch": 2})
     setting = Setting("llama", trainer="sft", **{"context": 64, what: size})
     depths = Depths(setting, SHALLOW, "fastpo")
     memory = 2**40 if what == "batch" else depths.estimate().peak
@@ -345,7 +345,7 @@ def test_what_is_given_and_fits_is_no_more_than_the_most(what, size, monkeypatch
 
 
 def test_the_command(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(fits, "MOST", {"context": 128, "batch": 2})
+    monkeypatch.setattr(fits, "_MOST", {"context": 128, "batch": 2})
     names = ("prompt", "chosen", "rejected")
     rows = [{name: row[name] for name in names} for row in tiny.preferences()]
     data = tmp_path / "pairs.jsonl"

@@ -166,7 +166,7 @@ def _gpt2(positions):
 
 
 def test_positions_of_every_model_bound_the_context_alone(monkeypatch):
-    monkeypatch.setattr(fits, "MOST", {"context": 2**20, "batch": 64})
+    monkeypatch.setattr(fits, "_MOST", {"context": 2**20, "batch": 64})
     setting = Setting("gpt2", trainer="gkd", context=32, batch=1)
     depths = fits.Depths(setting, _gpt2(150), "fastpo", _gpt2(40))
     assert depths.largest("context", 2**40).setting.context == 40
