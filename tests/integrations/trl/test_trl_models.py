@@ -154,6 +154,24 @@ def test_a_third_text_beside_images(tmp_path):
         trainer("DPO", tmp_path, str(tmp_path / "model"), **given)
 
 
+@pytest.mark.parametrize(("scored", "dataset"), [(False, "train"), (True, "test")])
+def test_columns_beside_images(scored, dataset, tmp_path):
+    """Of every dataset before the training, though TRL prepares none of these."""
+    pytest.importorskip("trl", minversion="1.15")
+    pytest.importorskip("PIL")
+    tiny.vision_language_model().save_pretrained(tmp_path / "model")
+    lacking = tiny.with_images(tiny.preferences())
+    whole = lacking.map(lambda _: {"chosen_scores": 1.0, "rejected_scores": 0.0})
+    given = {
+        "data": whole if scored else lacking,
+        "eval_dataset": {"whole": whole, "test": lacking},
+        "processing_class": tiny.processor(),
+    }
+    message = f"chosen_scores: expected a dataset column .* in dataset '{dataset}'"
+    with fastpo.patched(objective="odpo"), pytest.raises(ValueError, match=message):
+        trainer("DPO", tmp_path, str(tmp_path / "model"), **given)
+
+
 @pytest.mark.parametrize(("prefix", "objective"), [("DPO", "dpo"), ("KTO", "kto")])
 def test_objectives_by_name_see_images(prefix, objective, tmp_path, calls):
     """The reference, too, of which TRL's KTOTrainer asks the texts alone."""

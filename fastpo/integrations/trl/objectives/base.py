@@ -58,6 +58,11 @@ class State:
     ran: bool = False
     inside: bool = False
 
+    @property
+    def images(self) -> set[str]:
+        """Columns of the training set; TRL prepares no dataset that has one."""
+        return {"image", "images"} & set(self.dataset_columns)
+
     @contextmanager
     def running(self) -> Iterator[None]:
         self.ran = self.inside = True
@@ -137,9 +142,8 @@ class TextTrainer(ObjectiveTrainer):
         """TRL's constructor loads no reference model where none is asked for."""
         precompute = config.precompute_ref_log_probs
         self._fastpo.precompute = precompute and self.needs_reference
-        images = {"image", "images"} & set(self._fastpo.dataset_columns)
         texts = [text for text in TEXTS if self._fastpo.needs.text(text)]
-        if images and texts:  # TRL tokenizes such a dataset in the collator
+        if (images := self._fastpo.images) and texts:  # tokenized in the collator
             raise ValueError(f"{texts[0]}: expected a dataset of texts alone, got {min(images)!r}")
         none = precompute or not (self.needs_reference or images)
         self._refuse_reference_options(config, loaded=not none)
@@ -165,6 +169,11 @@ class TextTrainer(ObjectiveTrainer):
     def finish_objective(self) -> None:
         """After TRL's constructor."""
         trainer: Any = self
+        if self._fastpo.images:
+            others = trainer.eval_dataset or {}
+            others = others if isinstance(others, dict) else {"eval": others}
+            for name, dataset in {"train": trainer.train_dataset, **others}.items():
+                self._note_columns(name, tuple(next(iter(dataset))))
         for name, columns in self._fastpo.other_sets.items():
             self._check_reference(name, columns)
         trainer.precompute_ref_logps = self._fastpo.precompute

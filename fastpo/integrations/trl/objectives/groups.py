@@ -96,8 +96,7 @@ class GroupTrainer(TextTrainer, DPOTrainer):
         heard = {"beta": term.beta} | term.parameters
         refuse_unheard(args, term, heard, "fastpo.objectives.get")
         self.prepare_objective([term], [], setting, train_dataset)
-        if images := {"image", "images"} & set(self._fastpo.dataset_columns):
-            # Of which TRL prepares no dataset.
+        if images := self._fastpo.images:
             raise ValueError(f"train_dataset: expected texts alone for groups, got {min(images)!r}")
         with self.configured(args):
             super().__init__(model, ref_model, args, train_dataset=train_dataset, **kwargs)
