@@ -24,7 +24,7 @@ work=$(mktemp -d)
 # Triton's cache names its files by their whole paths: in both parts the same.
 kept=${TMPDIR:-/tmp}/fastpo-kept
 rm -rf "$kept"
-trap 'rm -rf "$work" "$kept"' EXIT
+trap 'kill ${watching:-} 2>/dev/null; rm -rf "$work" "$kept"' EXIT
 mkdir -p "$out" "$kept"
 out=$(cd "$out" && pwd)
 log=$out/part$part.log
@@ -258,7 +258,13 @@ fi
 say "part $part, $(date -u +%FT%TZ), ${dry:-for real}, at most $seconds s"
 # The driver, and what would explain a figure, or processes that are refused beside one another.
 state=driver_version,compute_mode,mig.mode.current,clocks.max.sm,clocks.max.mem,power.limit
-! command -v nvidia-smi >/dev/null || say "$(timeout 10 nvidia-smi --query-gpu="$state" --format=csv 2>&1)"
+# What a card that is hot or at its power limit does meanwhile: a figure is of its clocks.
+clocks=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu
+if command -v nvidia-smi >/dev/null; then
+    say "$(timeout 10 nvidia-smi --query-gpu="$state" --format=csv 2>&1)"
+    timeout "$seconds" nvidia-smi --query-gpu="$clocks" --format=csv -l 5 >>"$log" 2>&1 &
+    watching=$!
+fi
 read -ra backends <<<"${BACKENDS:-triton anchored torch cuda cutlass}"
 wheels
 case $part in
