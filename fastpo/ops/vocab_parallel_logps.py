@@ -116,11 +116,12 @@ def _alike(given: dict[str, Any]) -> dict[str, Any]:
     alike, support, hidden = alike_in(given), given["support"], given["hidden"]
     if isinstance(support, Support):
         alike["support"] = support.ids, support.counts
-    asks = torch.is_grad_enabled() and isinstance(hidden, Tensor) and hidden.requires_grad
-    if asks and given["own_tokens"] is False:
+    grad, own = torch.is_grad_enabled(), given["own_tokens"] is True
+    asks = grad and isinstance(hidden, Tensor) and hidden.requires_grad
+    if asks or own:  # with own tokens one process may ask for all
         # Where the head is frozen the forward sums their gradient, else the backward.
-        trained = any(getattr(given[name], "requires_grad", False) for name in ("weight", "bias"))
-        alike["weight"] = "trained" if trained else "frozen"
+        head = (getattr(given[name], "requires_grad", False) for name in ("weight", "bias"))
+        alike["weight"] = "trained" if grad and any(head) else "frozen"
     return alike
 
 

@@ -119,9 +119,12 @@ def of_what(rank: int) -> None:
     head = HEAD[slice(CUT) if rank == 0 else slice(CUT, None)].clone().requires_grad_(rank == 1)
     place = {"first": (0, CUT)[rank], "vocab": VOCAB}
     hidden = HIDDEN.clone().requires_grad_()
-    with pytest.raises(ValueError, match=r"weight: expected the same .*, got frozen, trained"):
-        fastpo.vocab_parallel_logps(hidden, head, LABELS, **place)
+    for own in (False, True):
+        with pytest.raises(ValueError, match=r"weight: expected the same .*, got frozen, trained"):
+            fastpo.vocab_parallel_logps(hidden, head, LABELS, own_tokens=own, **place)
     fastpo.vocab_parallel_logps(HIDDEN, head, LABELS, **place)
+    with torch.no_grad():  # in which no head is trained
+        fastpo.vocab_parallel_logps(hidden, head, LABELS, own_tokens=True, **place)
 
 
 def test_a_head_that_one_process_trains():
