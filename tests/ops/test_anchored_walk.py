@@ -16,7 +16,7 @@ from fastpo import planner, reference
 from fastpo.ops.rows import anchored_cutlass
 from fastpo.ops.rows import triton as rows_triton
 from fastpo.ops.walks import head as walk
-from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head
+from fastpo.testing import HeadInputs, assert_as_good_as_eager, make_head, rounding
 
 pytest.importorskip("triton")
 
@@ -85,7 +85,9 @@ def test_gradients_over_several_blocks(small_blocks, on_cutlass, backend, mode, 
     eager = run(problem().like(torch.float32), mode, grads, backend=None)
     fused = run(problem().like(torch.float32), mode, grads, backend)
     for name, value in fused.items():
-        assert_as_good_as_eager(name, value, eager[name], truth[name])
+        # Exponentials and their scales meet in the product, each with a rounding of its own.
+        slack = 2 * rounding(truth[name], torch.float32)
+        assert_as_good_as_eager(name, value, eager[name], truth[name], slack=slack)
     assert bool(on_cutlass) == (backend == "cutlass")
 
 
