@@ -104,8 +104,8 @@ def linear_topk_divergence(
     # Of a word that a side excludes, 0·(-inf) would be NaN: as in `linear_divergence`.
     student, teacher = student.clamp_min(LOWEST), teacher.clamp_min(LOWEST)
     found = rule.terms(student, teacher)[0].sum(-1)
-    # Infinite logits would be of words that are none, and under a soft-cap of any. Times NaN: the
-    # gradient is NaN as well.
+    # An infinite hidden state has words that count as absent above, and none under a soft-cap.
+    # Times NaN: the gradient is NaN as well.
     wrong = wrong | ~hidden.isfinite().all(-1)
     found = found * torch.ones_like(found).masked_fill(wrong, torch.nan)
     return torch.where(scored, found, 0.0).float()

@@ -19,7 +19,7 @@ def to_logits(tile: Tensor, first: int, bias: Tensor | None, logit_map: R.LogitM
 
 
 def nan_where_infinite(hidden: Tensor, logit_map: R.LogitMap) -> Tensor:
-    """What a soft-cap would make finite logits of, and a number."""
+    """Where there is a soft-cap: its tanh would make finite logits of them."""
     if logit_map.softcap is None:
         return hidden
     finite = hidden.isfinite()
