@@ -104,11 +104,12 @@ def cases(backend: str) -> list[Case]:
         kinds = [(shape, "float32") for shape in SHAPES["cpu"]]
     extras = EXTRAS + (COOPERATIVE,) * (backend == "cutlass")
     extras += (CAPTURED,) * (DEVICE == "cuda")
-    return [
+    found = [
         Case(*shape, dtype, mode, **extra)
-        for extra, (shape, dtype) in itertools.product(extras, kinds)
-        for mode in (*MODES, *("part",) * (not extra))  # kept of some tokens, of a ragged number
+        for extra, (shape, dtype), mode in itertools.product(extras, kinds, MODES)
     ]
+    # Kept of some tokens, of a ragged number.
+    return found + [Case(*shape, dtype, "part") for shape, dtype in kinds]
 
 
 def draw(case: Case) -> HeadInputs:

@@ -340,7 +340,8 @@ def test_what_is_not_there_is_not_measured(folder, refused, monkeypatch):
     assert line == "devices: expected 1 to measure, got 2"
 
 
-def test_memory_that_does_not_suffice_is_no_error(folder):
+def test_memory_that_does_not_suffice_is_no_error(folder, monkeypatch):
+    monkeypatch.setattr("fastpo.planning.setting.TOKENS", 2**60)
     config = AutoConfig.from_pretrained(folder)
     setting = Setting("tiny", device="cpu", context=64, batch=2**40)
     assert measure.measure(setting, config, "fastpo") == "out of memory"  # of words alone 1 PiB
