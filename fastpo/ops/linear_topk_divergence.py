@@ -66,7 +66,7 @@ def linear_topk_divergence(
     teacher_logps: [..., K] nats, over the whole vocabulary; -inf for a word that is none: lists of
         several lengths are filled up with it, and any id. The student's mass on it belongs to the
         rest; a list without words gives 0, whatever its hidden state is. NaN, numbers above 0, a
-        word that is listed twice and ids beyond V raise on a CPU; elsewhere the token is NaN.
+        word that is listed twice and ids outside raise on a CPU; elsewhere the token is NaN.
 
     mask: [...] bool, as there, as are budget, backend and errors. Gradient flows to hidden, weight
         and bias.

@@ -18,7 +18,7 @@ from ..integrations.heads import linear_head
 from .estimate import Estimate, Session
 from .given import foreign, quiet
 from .models import Fake, adapted, backbone, bytes_of, fake, made, positions, size_of
-from .setting import TOKENS, Setting
+from .setting import MOST_TOKENS, Setting
 
 # Contexts are whole blocks of attention kernels; so long, an error of 2 % is more than a block.
 _GRANULE = {"context": 64, "batch": 1}
@@ -130,16 +130,16 @@ class Depths:
     def _most(self, what: str) -> int:
         models = self.sessions[0].models
         known = [positions(x) for x in (models.base, models.copied) if x is not None]
-        asked = most(self.setting, what)
+        asked = end_of(self.setting, what)
         return min([asked, *(x for x in known if x is not None and what == "context")])
 
 
-def most(setting: Setting, what: str) -> int:
+def end_of(setting: Setting, what: str) -> int:
     """Where a search ends: an answer there is "or more"."""
     each = setting.rows  # tokens of one more
     if what == "batch":
         each = setting.rows // setting.batch * setting.context
-    return min(_MOST[what], TOKENS // each)
+    return min(_MOST[what], MOST_TOKENS // each)
 
 
 def _search(peak: Callable[[int], int], limit: int, start: int, most: int) -> int:

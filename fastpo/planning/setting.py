@@ -22,7 +22,7 @@ from .names import (
 )
 
 HEADS = ("trl", "fastpo")
-TOKENS = 2**24  # of a step; beyond, sizes of tensors leave 64 bits
+MOST_TOKENS = 2**24  # of a step; beyond, sizes of tensors leave 64 bits
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ class Setting:
             check_integer(name, getattr(self, name), "an integer >= 1", least)
         if self.context < 2:
             raise ValueError(f"context: expected an integer >= 2, got {self.context}")
-        if self.rows * self.context > TOKENS:
+        if self.rows * self.context > MOST_TOKENS:
             asked = f"{self.rows} rows of {self.context}"
-            raise ValueError(f"context: expected at most {TOKENS} tokens in a step, got {asked}")
+            expected = f"at most {MOST_TOKENS} tokens in a step"
+            raise ValueError(f"context: expected {expected}, got {asked}")
         check_budget(self.budget)
         check_flag("load_in_4bit", self.load_in_4bit)
         check_number("prompt", self.prompt, "a number in [0, 1)", lambda x: 0 <= x < 1)

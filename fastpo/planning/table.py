@@ -74,7 +74,7 @@ def _largest(found: Estimate | None, what: str) -> str:
     if found is None:
         return "none"
     size = getattr(found.setting, what)
-    return f"{size:,}" + " or more" * (size >= fits.most(found.setting, what))
+    return f"{size:,}" + " or more" * (size >= fits.end_of(found.setting, what))
 
 
 def _lengths(plan: Any) -> Iterator[str]:

@@ -47,7 +47,6 @@ def test_only_code_for_hopper_is_hoppers_own(capability):
 
 
 def test_a_gpu_without_triton_has_kernels_of_each_kind(capability, monkeypatch):
-    monkeypatch.setattr(registry, "find_spec", lambda _: None)
     monkeypatch.setattr(triton, "find_spec", lambda _: None)
     chosen = registry.choose(None, GPU)
     assert chosen == ("cuda" if capability >= (8, 0) else "torch")

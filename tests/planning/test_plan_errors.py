@@ -341,7 +341,7 @@ def test_what_is_not_there_is_not_measured(folder, refused, monkeypatch):
 
 
 def test_memory_that_does_not_suffice_is_no_error(folder, monkeypatch):
-    monkeypatch.setattr("fastpo.planning.setting.TOKENS", 2**60)
+    monkeypatch.setattr("fastpo.planning.setting.MOST_TOKENS", 2**60)
     config = AutoConfig.from_pretrained(folder)
     setting = Setting("tiny", device="cpu", context=64, batch=2**40)
     assert measure.measure(setting, config, "fastpo") == "out of memory"  # of words alone 1 PiB

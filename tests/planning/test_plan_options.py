@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 
 import fastpo
 from fastpo.planning import fits
-from fastpo.planning.setting import TOKENS, Setting
+from fastpo.planning.setting import MOST_TOKENS, Setting
 
 CONFIG = LlamaConfig(
     hidden_size=32, num_attention_heads=2, num_hidden_layers=2, intermediate_size=64, vocab_size=99
@@ -27,10 +27,13 @@ OPTIONS = {
         r"shared_prompts: expected P:C,K with K rows of a prompt for \['dpo'\], got '4:1'",
     ),
     "data": ({"data": 5}, "data: expected a path of a file, got 5"),
-    "context": ({"context": 2**40}, f"context: expected at most {TOKENS} tokens in a step, got 2 "),
+    "context": (
+        {"context": 2**40},
+        f"context: expected at most {MOST_TOKENS} tokens in a step, got 2 ",
+    ),
     "batch": (
         {"batch": 2**40},
-        f"context: expected at most {TOKENS} tokens in a step, got {2**41}",
+        f"context: expected at most {MOST_TOKENS} tokens in a step, got {2**41}",
     ),
 }
 
@@ -48,9 +51,9 @@ def test_arguments_of_no_command_line(name):
         ({}, {"context": 2**20, "batch": 2**12}),
         ({"batch": 64}, {"context": 2**17, "batch": 2**12}),
         ({"context": 64}, {"context": 2**20, "batch": 2**14}),
-        ({"context": TOKENS // 2}, {"context": 2**20, "batch": 1}),
+        ({"context": MOST_TOKENS // 2}, {"context": 2**20, "batch": 1}),
     ],
 )
 def test_a_search_ends_where_a_step_would_be_refused(given, most):
     setting = Setting("a model", **given)
-    assert {what: fits.most(setting, what) for what in most} == most
+    assert {what: fits.end_of(setting, what) for what in most} == most

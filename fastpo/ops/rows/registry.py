@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from . import anchored_cutlass, cpu, cuda, triton
@@ -55,7 +53,7 @@ def pair_kernels(backend: str) -> PairKernels:
 
 
 def word_kernels(backend: str) -> WordKernels:
-    if backend == "cuda" and find_spec("triton") is None:
+    if backend == "cuda" and not triton.is_installed():
         return words_eager
     return _WORD_KERNELS[backend]
 

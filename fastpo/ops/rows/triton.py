@@ -15,10 +15,14 @@ from . import backend as R
 from .architecture import too_old
 
 
+def is_installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def unavailable(device: torch.device) -> str | None:
     if device.type not in ("cuda", "cpu"):
         return f"runs on cuda devices, got {device}"
-    if find_spec("triton") is None:
+    if not is_installed():
         return "triton is not installed"
     if device.type == "cuda":
         return too_old(device)
